@@ -1,0 +1,103 @@
+"""Align: permute every edge but the first so that its channels stand where the first edge's do.
+
+Each permutation is a symmetry of the network, so every edge keeps its function: f(x) = f_π(x) is checked before the
+result is used (Git Re-Basin §2; proof by ``vfx.analyse.verify``). The edges' layer statistics, where they are known,
+are permuted with the weights: no second pass over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from vfx.analyse.layers import number_layers
+from vfx.analyse.symmetry import Permutations, Symmetry, symmetry
+from vfx.analyse.verify import preserved
+from vfx.errors import PassError, VerificationError
+from vfx.match.catalogue import matcher as find_matcher
+from vfx.match.matcher import Matcher, Matching
+from vfx.program import Goal, Program
+from vfx.rewrite import PRESERVED, Pass, require_edges
+from vfx.statistics.collect import Statistics, collect
+
+
+class Align(Pass):
+    """Permute edges 1…N−1 to edge 0 with ``match``: a matcher, its name, or None to leave them as they are.
+
+    ``data`` (a loader) or ``statistics`` are needed by matchers that read activations.
+    """
+
+    def __init__(
+        self,
+        match: str | Matcher | None = "weight",
+        data: object = None,
+        *,
+        statistics: Statistics | None = None,
+        facts: Symmetry | None = None,
+        seed: int = 0,
+        verify: bool = True,
+        progress: bool = True,
+    ):
+        self.matcher = find_matcher(match)
+        self.data, self.statistics, self.facts = data, statistics, facts
+        self.seed, self.verify, self.progress = seed, verify, progress
+        self.matching: Matching | None = None
+        self.error = 0.0
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=False, name=self.name)
+        if program.structural:
+            raise PassError("Align acts on the edges' own architecture; run it before passes that change the graph")
+
+    def apply(self, program: Program) -> Program:
+        facts = self.facts or symmetry(program)
+        statistics = self.statistics
+        if statistics is None and self.data is not None:
+            statistics = collect(program, facts, self.data, progress=self.progress)
+        if statistics is not None:
+            statistics.check(program)
+        if self.matcher is None:
+            return _with_goals(program, program, facts, statistics, ({},) * program.edges)
+        self.matching = self.matcher(program, facts, statistics, self.seed)
+        permutations = self.matching.permutations
+        if self.verify:
+            self.error = self._prove(program, facts, permutations)
+        weights = [facts.permute(w, p) for w, p in zip(program.weights, permutations)]
+        note = f"Align({type(self.matcher).__name__})"
+        return _with_goals(program, program.with_weights(weights, note), facts, statistics, permutations)
+
+    def _prove(self, program: Program, facts: Symmetry, permutations: tuple[Permutations, ...]) -> float:
+        worst = 0.0
+        for edge, permutation in enumerate(permutations[1:], start=1):
+            error = preserved(facts, program.weights[edge], permutation, self.seed)
+            if not error <= PRESERVED:
+                raise VerificationError(
+                    f"the permutation found for edge {edge} changes its function (relative error {error:.1e} in "
+                    "float64); a symmetry rule must be wrong: please report the architecture"
+                )
+            worst = max(worst, error)
+        return worst
+
+
+def _with_goals(
+    program: Program,
+    result: Program,
+    facts: Symmetry,
+    statistics: Statistics | None,
+    permutations: tuple[Permutations, ...],
+) -> Program:
+    """The edges' layer statistics in the aligned channel order, kept on the result."""
+    if statistics is None or not statistics.layers:
+        return result
+    goals: Mapping[str, Goal] = statistics.goals()
+    nodes = {node.name: node for node in program.graph.nodes}
+    channel = {layer.node: layer.channel for layer in number_layers(program)}
+    moved = {}
+    for name, goal in goals.items():
+        order = [
+            torch.from_numpy(facts.gather(nodes[name], channel[name], p)).to(goal.mean.device) for p in permutations
+        ]
+        moved[name] = Goal(*(torch.stack([row[o] for row, o in zip(x, order)]) for x in (goal.mean, goal.std)))
+    return replace(result, goals=moved)

@@ -1,0 +1,122 @@
+"""DuplicateBranches: Preserve-First Merging (*Vanishing Feature* §5.4).
+
+The first l layers are kept for each edge under ``branches.i.<fqn>``; every value that crosses the cut is joined as
+Σ αᵢ vᵢ; the rest stays one network that Interpolate merges. Edges must be aligned first: their permutations are then
+folded into the branches' last layers, and the join is a plain weighted sum. Inside a residual stage the stream crosses
+the cut as well as the branch, and both are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vfx.alphas import edge_weights
+from vfx.analyse.layers import Cut, Join, number_layers
+from vfx.program import Program, Value, copy_node
+from vfx.rewrite import Pass, require_edges
+
+
+class DuplicateBranches(Pass):
+    """Keep the first ``preserve`` layers (a number, or up to and including a module) of each edge.
+
+    ``join="preactivation"`` averages conv and linear outputs before norm and activation, ``"activation"`` after them.
+    """
+
+    def __init__(
+        self, preserve: int | str, weights: float | Sequence[float] | None = None, join: Join = "preactivation"
+    ):
+        self.preserve, self.weights, self.join = preserve, weights, join
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=False, name=self.name)
+
+    def apply(self, program: Program) -> Program:
+        alphas = edge_weights(self.weights, program.edges)
+        layers = number_layers(program)
+        number = layers.number(self.preserve)
+        cut = layers.cut(number, self.join)
+        if not cut.branch:
+            return program
+        graph = _Duplicator(program.graph, cut, alphas).build()
+        weights = _branch_weights(program, graph)
+        private = frozenset(n for n in weights[0] if n.startswith("branches."))
+        buffers = program.buffers | {n for n in private if n.split(".", 2)[2] in program.buffers}
+        note = f"DuplicateBranches({number}/{len(layers)}, {self.join})"
+        return program.with_graph(graph, weights, note, private=private, buffers=buffers, layers=layers.layers)
+
+
+class _Duplicator:
+    """Copies the graph with the branch repeated for each edge."""
+
+    def __init__(self, graph: fx.Graph, cut: Cut, alphas: list[float]):
+        self.old, self.cut, self.alphas = graph, cut, alphas
+        self.graph = fx.Graph()
+        self.rest: dict[fx.Node, fx.Node] = {}
+        self.branches: list[dict[fx.Node, fx.Node]] = [{} for _ in alphas]
+
+    def build(self) -> fx.Graph:
+        for node in self.old.nodes:
+            if node not in self.cut.branch:
+                self.rest[node] = copy_node(self.graph, node, self.rest)
+                continue
+            copies = [self._copy(node, edge) for edge in range(len(self.alphas))]
+            if node in self.cut.joins:
+                self.rest[node] = self._join(node, copies)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return self.graph
+
+    def _copy(self, node: fx.Node, edge: int) -> fx.Node:
+        mapping = self.branches[edge]
+        for argument in node.all_input_nodes:
+            if argument not in mapping:
+                own = argument.op == "get_attr"
+                mapping[argument] = self._attribute(argument, edge) if own else self.rest[argument]
+        new = copy_node(self.graph, node, mapping)
+        new.name = f"branch{edge}_{node.name}"
+        mapping[node] = new
+        return new
+
+    def _attribute(self, node: fx.Node, edge: int) -> fx.Node:
+        new = self.graph.create_node("get_attr", f"branches.{edge}.{node.target}", name=f"branch{edge}_{node.name}")
+        new.meta = dict(node.meta)
+        return new
+
+    def _join(self, node: fx.Node, copies: list[fx.Node]) -> fx.Node:
+        """Σ αᵢ vᵢ; what is not a floating tensor (a size) is the same in every branch."""
+        value = node.meta.get("val")
+        if not isinstance(value, Value) or not value.dtype.is_floating_point:
+            return copies[0]
+        total = self._call(torch.ops.aten.mul.Tensor, (copies[0], self.alphas[0]), value)
+        for copy, alpha in zip(copies[1:], self.alphas[1:]):
+            total = self._call(torch.ops.aten.add.Tensor, (total, copy), value, {"alpha": alpha})
+        total.name = node.name
+        return total
+
+    def _call(self, target: Any, args: Any, value: Value, kwargs: Any = None) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs or {})
+        new.meta = {"val": value}
+        return new
+
+
+def _branch_weights(program: Program, graph: fx.Graph) -> list[dict[str, Tensor]]:
+    """The edges' weights, and in every set each edge's own branch."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    kept = read | (set(program.weights[0]) - set(program.names()))
+    private: dict[str, Tensor] = {}
+    for edge, weights in enumerate(program.weights):
+        prefix = f"branches.{edge}."
+        private |= {prefix + name: tensor for name, tensor in weights.items() if prefix + name in read}
+        private |= _counters(prefix, read, weights)
+    return [{name: t for name, t in weights.items() if name in kept} | private for weights in program.weights]
+
+
+def _counters(prefix: str, read: set[str], weights: Any) -> dict[str, Tensor]:
+    """``num_batches_tracked`` of the branches' norms: no node reads it, training mode counts in it."""
+    norms = {name.removeprefix(prefix).rpartition(".")[0] for name in read if name.endswith("running_mean")}
+    names = (f"{norm}.num_batches_tracked" for norm in norms)
+    return {prefix + name: weights[name] for name in names if name in weights}

@@ -1,0 +1,47 @@
+"""vfx: a graph-rewriting compiler over torch.fx that merges trained networks without retraining.
+
+trace → analyse → match → passes → emit; ``vfx.merge`` does it in one call. Everything is imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    **dict.fromkeys(
+        ["Result", "collect", "compile", "layers", "merge", "profile", "repair", "symmetry", "trace"], "vfx.api"
+    ),
+    **dict.fromkeys(["export", "load"], "vfx.emit.files"),
+    "Program": "vfx.program",
+    "Pass": "vfx.rewrite",
+    "Matcher": "vfx.match.matcher",
+    "WeightMatching": "vfx.match.weight",
+    "ActivationMatching": "vfx.match.activation",
+    "Align": "passes.align",
+    "CalibrateBias": "passes.calibrate_bias",
+    "CalibrateNormalization": "passes.calibrate_normalization",
+    "DuplicateBranches": "passes.duplicate_branches",
+    "FoldNormalization": "passes.fold_normalization",
+    "InsertNormalization": "passes.insert_normalization",
+    "Interpolate": "passes.interpolate",
+    "RemoveBias": "passes.remove_bias",
+    "ResetBatchNorm": "passes.reset_batchnorm",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vfx' has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,1 @@
+"""Analyses: they read a Program and never change it."""

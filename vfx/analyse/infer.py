@@ -1,0 +1,166 @@
+"""Runs the rule table over a graph: every tensor gets a Shape of axis terms, ties fall out of unification."""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vfx.analyse.rules import HARMLESS, TABLE
+from vfx.analyse.shapes import Algebra, Axis, Shape
+from vfx.operators import NORMS, arguments, operator
+from vfx.program import Program, Value
+
+BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product of other sizes
+
+OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
+
+
+class Inference(Algebra):
+    """Axis terms of every value in a Program's graph.
+
+    ``parameters`` holds the axes of each parameter by FQN, ``roles`` what each rule said of a parameter's axis,
+    ``unknown`` the operators without a rule (their axes are pinned).
+    """
+
+    def __init__(self, program: Program):
+        super().__init__()
+        self.program = program
+        self.shapes: dict[fx.Node, Any] = {}
+        self.parameters: dict[str, tuple[Axis, ...]] = {}
+        self.roles: list[tuple[str, int, Axis, str]] = []
+        self.unknown: dict[str, list[str]] = {}
+        self.used = _reachable(program.graph)
+        for node in program.graph.nodes:
+            if node in self.used:
+                self.leaves.context = node.name
+                self.shapes[node] = self._visit(node)
+
+    # for rules ----------------------------------------------------------------------------------------------------
+
+    def sizes(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a node's value, the batch replaced by a large prime."""
+        value = node.meta.get("val")
+        return value.sizes(BATCH) if isinstance(value, Value) else ()
+
+    def shape(self, node: fx.Node) -> Shape:
+        return self.shapes[node]
+
+    def operands(self, values: Sequence[Any]) -> list[Shape]:
+        """Shapes of the tensors among some arguments."""
+        nodes = [v for v in values if isinstance(v, fx.Node)]
+        return [self.shapes[v] for v in nodes if isinstance(self.shapes.get(v), Shape)]
+
+    def role(self, node: Any, dim: int, role: str, axis: Axis | None = None) -> None:
+        """Note what a parameter's axis does here; ``axis`` restricts it to one factor."""
+        origin = self.shapes[node].origin if isinstance(node, fx.Node) else ()
+        source = origin[dim] if origin else None
+        if source is not None:
+            fqn, own = source
+            self.roles.append((fqn, own, axis or self.parameters[fqn][own], role))
+
+    def pin_dim(self, shape: Shape, dim: int, reason: str) -> None:
+        self.pin(self.axis(shape, dim), reason)
+
+    def cut_axis(self, axis: Axis, *sizes: int) -> list[Axis]:
+        """Factor one axis into independent axes of the given sizes."""
+        view = self.view(Shape((axis,)), sizes)
+        return [self.axis(view, d) for d in range(len(sizes))]
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The values of a buffer or constant, which no pass changes."""
+        if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in self.program.buffers:
+            value = self.program.weights[0][str(node.target)]
+            return None if value.is_meta else value
+        return None
+
+    # traversal ----------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return Shape(tuple(self.opaque(size, "model input") for size in self.sizes(node)))
+        if node.op == "get_attr":
+            return self._attribute(node)
+        if node.op == "output":
+            for value in node.all_input_nodes:
+                self._pin_all(self.shapes[value], "model output")
+            return None
+        if node.target is python_operator.getitem:
+            container = self.shapes[node.args[0]]  # type: ignore[index]
+            return container[node.args[1]] if isinstance(container, (list, tuple)) else None
+        return self._call(node)
+
+    def _call(self, node: fx.Node) -> Any:
+        name = operator(node)
+        if name in HARMLESS or not isinstance(node.meta.get("val"), (Value, list)):
+            return None
+        rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
+        if rule is not None:
+            result = rule.apply(self, node, arguments(node))
+            if result is not None:
+                self._check(node, result)
+                return result
+        self.unknown.setdefault(str(node.target), []).append(node.name)
+        reason = f"no rule for {node.target}" if rule is None else f"{node.target} is not covered in this form"
+        for operand in node.all_input_nodes:
+            self._pin_all(self.shapes[operand], reason)
+        return self._opaque_result(node.meta["val"], reason)
+
+    def _check(self, node: fx.Node, result: Any) -> None:
+        """A rule that gets a shape wrong is a bug worth hearing of at once."""
+        values, shapes = node.meta["val"], result
+        if isinstance(values, Value):
+            values, shapes = [values], [result]
+        for value, shape in zip(values, shapes):
+            if isinstance(value, Value) and shape is not None and value.sizes(BATCH) != shape.sizes:
+                raise AssertionError(f"rule for {node.target} gave {shape.sizes}, not {value.sizes(BATCH)}")
+
+    def _opaque_result(self, value: Any, reason: str) -> Any:
+        if isinstance(value, list):
+            return [self._opaque_result(item, reason) for item in value]
+        return Shape(tuple(self.opaque(s, reason) for s in value.sizes(BATCH))) if isinstance(value, Value) else None
+
+    def _pin_all(self, shape: Any, reason: str) -> None:
+        if isinstance(shape, (list, tuple)):
+            for item in shape:
+                self._pin_all(item, reason)
+        elif isinstance(shape, Shape):
+            for dim in range(len(shape.axes)):
+                self.pin_dim(shape, dim, reason)
+
+    def _attribute(self, node: fx.Node) -> Shape:
+        fqn = str(node.target)
+        sizes = self.sizes(node)
+        if fqn in self.program.buffers and not all(operator(user) in NORMS for user in self._readers(fqn)):
+            return self._buffer(fqn, sizes)
+        if fqn not in self.parameters:
+            self.parameters[fqn] = tuple(self.fresh(size) for size in sizes)
+        return Shape(self.parameters[fqn], tuple((fqn, dim) for dim in range(len(sizes))))
+
+    def _readers(self, fqn: str) -> list[fx.Node]:
+        """Every operator that reads a tensor, under whichever node."""
+        return [u for n in self.program.graph.nodes if n.op == "get_attr" and n.target == fqn for u in n.users]
+
+    def _buffer(self, fqn: str, sizes: tuple[int, ...]) -> Shape:
+        """A constant ties nothing along an axis on which it is uniform (in every edge) and pins every other axis."""
+        values = [weights[fqn] for weights in self.program.weights]
+        axes = []
+        for dim, size in enumerate(sizes):
+            uniform = size > 0 and all(
+                not v.is_meta and torch.equal(v, v.narrow(dim, 0, 1).expand_as(v)) for v in values
+            )
+            axes.append(self.fresh(size) if uniform else self.opaque(size, f"buffer {fqn} varies along its axis {dim}"))
+        return Shape(tuple(axes))
+
+
+def _reachable(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output, or an in-place operator, depends on."""
+    used: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or node in used or node.is_impure():
+            used.add(node)
+            used.update(node.all_input_nodes)
+    return used

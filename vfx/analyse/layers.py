@@ -1,0 +1,206 @@
+"""Numbering of conv and linear layers, and the cut that Preserve-First Merging makes behind one of them.
+
+Layers are numbered 1…L in execution order; shortcut projections are left out and carry the number of the layer they
+meet. A shortcut is a projection whose output meets, in an add, a path with more layers from the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from vfx.errors import ArgumentError
+from vfx.operators import LAYERS, LINEARS, operator, weight_name
+from vfx.program import Program, Value
+
+Join = Literal["preactivation", "activation"]
+_ADDS = {"aten.add", "aten.add_", "add"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A conv or linear call. ``fqn`` is its module's name, ``channel`` the channel axis of its output."""
+
+    number: int
+    fqn: str
+    node: str
+    operator: str
+    shortcut: bool
+    channel: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The numbered layers of a Program, shortcuts among them."""
+
+    program: Program
+    layers: tuple[Layer, ...]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """L, the number of layers that count."""
+        return max((layer.number for layer in self.layers if not layer.shortcut), default=0)
+
+    def number(self, preserve: int | str) -> int:
+        """The cut asked for: a number 0…L, or the last layer of a module by name."""
+        if isinstance(preserve, str):
+            inside = [x.number for x in self.layers if x.fqn == preserve or x.fqn.startswith(preserve + ".")]
+            if not inside:
+                known = sorted({x.fqn.split(".")[0] for x in self.layers})
+                raise ArgumentError(f"preserve={preserve!r} names no module with layers; there are {', '.join(known)}")
+            return max(inside)
+        if isinstance(preserve, bool) or not 0 <= preserve <= len(self):
+            raise ArgumentError(f"preserve must be between 0 and {len(self)} (the number of layers), got {preserve}")
+        return preserve
+
+    def cut(self, preserve: int | str, join: Join = "preactivation") -> Cut:
+        """The values at which edges are joined when the first ``preserve`` layers are kept for each."""
+        return cut(self, self.number(preserve), join)
+
+    def table(self) -> Table:
+        table = Table(title=f"{len(self)} layers")
+        for column in ("number", "module", "operator", "joins behind it"):
+            table.add_column(column)
+        for layer in self.layers:
+            joins = "" if layer.shortcut else ", ".join(node.name for node in self.cut(layer.number).joins)
+            number = f"({layer.number})" if layer.shortcut else str(layer.number)
+            table.add_row(number, layer.fqn, layer.operator + (" shortcut" if layer.shortcut else ""), joins)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=140, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``branch`` nodes are kept for each edge; the values of ``joins`` cross into the merged rest."""
+
+    branch: frozenset[fx.Node]
+    joins: tuple[fx.Node, ...]
+
+
+def number_layers(program: Program) -> Layers:
+    """Number the conv and linear calls of a Program in execution order, as before any branch was duplicated."""
+    if program.layers:
+        names = {node.name for node in program.graph.nodes if operator(node) in LAYERS}
+        return Layers(program, tuple(layer for layer in program.layers if layer.node in names))
+    nodes = [node for node in program.graph.nodes if operator(node) in LAYERS]
+    meets = {node: _meeting(node) for node in nodes}
+    shortcuts = {node for node, other in meets.items() if other is not None}
+    numbers: dict[fx.Node, int] = {}
+    for node in nodes:
+        if node not in shortcuts:
+            numbers[node] = len(numbers) + 1
+    for node in shortcuts:
+        numbers[node] = _last_layer(meets[node], numbers)
+    return Layers(program, tuple(_layer(node, numbers[node], node in shortcuts) for node in nodes))
+
+
+def _layer(node: fx.Node, number: int, shortcut: bool) -> Layer:
+    name = weight_name(node)
+    fqn = name.rpartition(".")[0] if name else str(node.meta.get("module", node.name))
+    value = node.meta["val"]
+    assert isinstance(value, Value)
+    weight = node.args[1]
+    spatial = len(weight.meta["val"].shape) - 2  # type: ignore[union-attr]
+    channel = len(value.shape) - 1 - (0 if operator(node) in LINEARS else spatial)
+    return Layer(number, fqn, node.name, operator(node), shortcut, channel)
+
+
+def _meeting(node: fx.Node) -> fx.Node | None:
+    """The other operand of the add that makes this projection a shortcut, or None."""
+    source = node.args[0]
+    current = node
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        operands = [a for a in user.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+        if operator(user) in _ADDS and len(operands) == 2:
+            other = operands[0] if operands[1] is current else operands[1]
+            assert isinstance(source, fx.Node)
+            return other if _most_layers(_origin(source), other) > 1 else None
+        if operator(user) in LAYERS or len(operands) != 1:
+            return None
+        current = user
+    return None
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The value a projection starts from, before pooling or views on its own path."""
+    while node.op == "call_function" and len(node.users) == 1 and operator(node) not in LAYERS:
+        operands = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+        if len(operands) != 1:
+            break
+        node = operands[0]
+    return node
+
+
+def _most_layers(source: fx.Node, target: fx.Node) -> int:
+    """Most conv and linear layers on any path from ``source`` to ``target``; -1 if there is none."""
+    most = {source: 0}
+    for node in source.graph.nodes:
+        reached = [most[a] for a in node.all_input_nodes if a in most]
+        if reached and node is not source:
+            most[node] = max(reached) + (operator(node) in LAYERS)
+    return most.get(target, -1)
+
+
+def _last_layer(node: fx.Node | None, numbers: dict[fx.Node, int]) -> int:
+    """The highest-numbered layer that a value depends on."""
+    assert node is not None
+    return max((numbers[n] for n in ancestors([node]) if n in numbers), default=1)
+
+
+def cut(layers: Layers, number: int, join: Join = "preactivation") -> Cut:
+    """Split the graph behind layer ``number``.
+
+    The rest is what depends on a later layer and, if the join stands before norm and activation, on the output of
+    layer ``number`` itself. What depends on no parameter is shared. Every value of the branch that the rest reads is
+    joined: inside a residual stage that is the stream as well as the branch.
+    """
+    if join not in ("preactivation", "activation"):
+        raise ArgumentError(f"join must be 'preactivation' or 'activation', got {join!r}")
+    graph = layers.program.graph
+    node_of = {layer.node: layer for layer in layers}
+    numbered = {node: node_of[node.name].number for node in graph.nodes if node.name in node_of}
+    later = {node for node, n in numbered.items() if n > number}
+    rest = later | descendants(later)
+    if join == "preactivation":
+        rest |= descendants({node for node, n in numbered.items() if n == number})
+    own = descendants({node for node in graph.nodes if node.op == "get_attr"})
+    branch = {n for n in graph.nodes if n.op == "call_function" and n in own and n not in rest} if number else set()
+    joins = [n for n in graph.nodes if n in branch and any(user not in branch for user in n.users)]
+    return Cut(frozenset(branch), tuple(joins))
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that depends on one of ``nodes``, themselves left out unless one depends on another."""
+    found: set[fx.Node] = set()
+    stack = [user for node in nodes for user in node.users]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.users
+    return found
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and everything they depend on."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found

@@ -1,0 +1,160 @@
+"""The catalogue: one line for each ATen operator, with its rule and the maps it commutes with.
+
+Three lists, never mixed: TABLE (handled), HARMLESS (no tensor axes involved), and everything else, which is unknown:
+its axes are pinned and reported. In-place variants (``relu_``) use the line of their functional form.
+"""
+
+from __future__ import annotations
+
+from vfx.analyse.rules import contraction, elementwise, movement, normalization
+from vfx.analyse.rules.rule import Maps, Rule
+
+_PERMUTATION, _SIGNED, _LINEAR = Maps.PERMUTATION, Maps.SIGNED, Maps.LINEAR
+_POSITIVE, _MONOMIAL = Maps.POSITIVE_MONOMIAL, Maps.MONOMIAL
+
+_CONTRACTIONS = {
+    "conv1d": contraction.convolution,
+    "conv2d": contraction.convolution,
+    "conv3d": contraction.convolution,
+    "convolution": contraction.convolution,
+    "conv_transpose1d": contraction.transposed_convolution,
+    "conv_transpose2d": contraction.transposed_convolution,
+    "conv_transpose3d": contraction.transposed_convolution,
+    "linear": contraction.linear,
+    "matmul": contraction.matmul,
+    "mm": contraction.matmul,
+    "bmm": contraction.matmul,
+    "mv": contraction.matmul,
+    "addmm": contraction.addmm,
+    "baddbmm": contraction.addmm,
+    "embedding": contraction.embedding,
+    "scaled_dot_product_attention": contraction.attention,
+}
+
+_NORMALIZATIONS = {
+    "batch_norm": (normalization.per_channel, _MONOMIAL),
+    "_native_batch_norm_legit_no_training": (normalization.per_channel, _MONOMIAL),
+    "instance_norm": (normalization.per_channel, _MONOMIAL),
+    "layer_norm": (normalization.layer_norm, _PERMUTATION),
+    "native_layer_norm": (normalization.layer_norm, _PERMUTATION),
+    "rms_norm": (normalization.layer_norm, _SIGNED),
+    "group_norm": (normalization.group_norm, _PERMUTATION),
+    "native_group_norm": (normalization.group_norm, _PERMUTATION),
+    "prelu": (normalization.prelu, _POSITIVE),
+    "softmax": (normalization.softmax, _PERMUTATION),
+    "_softmax": (normalization.softmax, _PERMUTATION),
+    "log_softmax": (normalization.softmax, _PERMUTATION),
+    "_log_softmax": (normalization.softmax, _PERMUTATION),
+}
+
+_POINTWISE = {
+    _LINEAR: "add sub rsub neg lerp",
+    _POSITIVE: "relu leaky_relu abs maximum minimum",
+    _SIGNED: "tanh sin asin sinh asinh atan atanh erf sign softsign hardtanh",
+    _MONOMIAL: "mul div addcmul addcdiv reciprocal copy",
+    _PERMUTATION: """
+        gelu silu mish sigmoid hardsigmoid hardswish relu6 elu selu celu softplus hardshrink softshrink threshold
+        log_sigmoid rrelu glu_jvp logit exp expm1 exp2 log log1p log2 log10 sqrt rsqrt square pow float_power remainder
+        fmod floor ceil round trunc frac floor_divide cos acos cosh acosh tan erfc erfinv lgamma digamma atan2 hypot
+        clamp clamp_min clamp_max clip where eq ne lt le gt ge logical_and logical_or logical_not logical_xor
+        bitwise_and bitwise_or bitwise_not bitwise_xor isnan isinf isfinite nan_to_num masked_fill fmax fmin
+        xlogy heaviside signbit __and__ __or__ __xor__ true_divide multiply subtract divide negative
+    """,
+}
+
+_SAME = """
+    clone contiguous to _to_copy type_as dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
+    detach alias lift_fresh_copy positive float double half bool int long resolve_conj resolve_neg
+"""
+
+_FILLS = """
+    zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
+    fill zero scalar_tensor
+"""
+
+_ORDERED = "arange linspace eye tril_indices triu_indices rand randn rand_like randn_like bernoulli"
+
+_REDUCTIONS = """
+    mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm logsumexp prod any all nansum nanmean
+    median count_nonzero argmax argmin
+"""
+
+_WINDOWS = """
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool1d_with_indices max_pool3d_with_indices
+    avg_pool1d avg_pool2d avg_pool3d lp_pool2d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+    upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d
+"""
+
+_MOVEMENTS = {
+    "view": movement.view,
+    "reshape": movement.view,
+    "_unsafe_view": movement.view,
+    "view_as": movement.view,
+    "reshape_as": movement.view,
+    "flatten": movement.view,
+    "unflatten": movement.view,
+    "permute": movement.permute,
+    "transpose": movement.transpose,
+    "swapaxes": movement.transpose,
+    "t": movement.reverse_axes,
+    "numpy_T": movement.reverse_axes,
+    "movedim": movement.move_axis,
+    "moveaxis": movement.move_axis,
+    "unsqueeze": movement.unsqueeze,
+    "squeeze": movement.squeeze,
+    "expand": movement.expand,
+    "expand_as": movement.expand,
+    "broadcast_to": movement.expand,
+    "repeat": movement.repeat,
+    "tile": movement.repeat,
+    "slice": movement.slice_,
+    "narrow": movement.narrow,
+    "select": movement.select,
+    "split": movement.split,
+    "split_with_sizes": movement.split,
+    "chunk": movement.split,
+    "unbind": movement.unbind,
+    "cat": movement.concatenate,
+    "concat": movement.concatenate,
+    "stack": movement.stack,
+    "pad": movement.pad,
+    "constant_pad_nd": movement.pad,
+    "reflection_pad1d": movement.pad,
+    "reflection_pad2d": movement.pad,
+    "replication_pad1d": movement.pad,
+    "replication_pad2d": movement.pad,
+    "roll": movement.roll,
+    "flip": movement.flip,
+    "index": movement.gather_constant,
+    "index_select": movement.gather_constant,
+    "channel_shuffle": movement.channel_shuffle,
+    "native_channel_shuffle": movement.channel_shuffle,
+    "pixel_shuffle": movement.pixel_shuffle,
+    "pixel_unshuffle": movement.pixel_unshuffle,
+}
+
+
+def _table() -> dict[str, Rule]:
+    table = {name: Rule(rule, _LINEAR) for name, rule in _CONTRACTIONS.items()}
+    table |= {name: Rule(rule, maps) for name, (rule, maps) in _NORMALIZATIONS.items()}
+    table |= {name: Rule(elementwise.pointwise, maps) for maps, names in _POINTWISE.items() for name in names.split()}
+    table |= {name: Rule(elementwise.same, _LINEAR) for name in _SAME.split()}
+    table |= {name: Rule(elementwise.fill, _LINEAR) for name in _FILLS.split()}
+    table |= {name: Rule(elementwise.ordered, _PERMUTATION) for name in _ORDERED.split()}
+    table |= {name: Rule(elementwise.reduction, _PERMUTATION) for name in _REDUCTIONS.split()}
+    table |= {name: Rule(elementwise.cross_channel_window, _POSITIVE) for name in _WINDOWS.split()}
+    table |= {name: Rule(elementwise.scan, _PERMUTATION) for name in ("cumsum", "cumprod", "logcumsumexp")}
+    table |= {name: Rule(rule, _LINEAR) for name, rule in _MOVEMENTS.items()}
+    table["glu"] = Rule(elementwise.gated_linear, _PERMUTATION)
+    return {f"aten.{name}": rule for name, rule in table.items()}
+
+
+TABLE = _table()
+
+HARMLESS = {f"aten.{name}" for name in ["sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "item", "is_nonzero"]} | {
+    "add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "neg", "pow", "sym_sum",
+    "sym_max", "sym_min", "sym_not", "sym_float", "sym_int",
+}  # fmt: skip

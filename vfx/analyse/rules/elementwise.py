@@ -1,0 +1,110 @@
+"""Operators that act position by position, and reductions that do not see the order of what they reduce."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from vfx.analyse.rules.rule import dims_of, normal
+from vfx.analyse.shapes import Shape
+from vfx.operators import operator
+
+if TYPE_CHECKING:
+    from vfx.analyse.infer import Inference
+
+
+def pointwise(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Any number of operands, broadcast against each other."""
+    nested = [item for value in a.values() for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return t.broadcast(t.operands(nested), t.sizes(node))
+
+
+def same(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """The first operand, position by position (copies, casts, dropout)."""
+    return t.operands(list(a.values()))[0]
+
+
+def fill(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Uniform values tie nothing; written in place they stand in the axes of what they overwrite."""
+    if operator(node).endswith("_"):
+        return t.shape(a["self"])
+    return Shape(tuple(t.fresh(size) for size in t.sizes(node)))
+
+
+def ordered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Values that depend on the position (arange, random numbers) pin every axis."""
+    if operator(node).endswith("_"):
+        for dim in range(len(t.shape(a["self"]).axes)):
+            t.pin_dim(t.shape(a["self"]), dim, "values depend on the position")
+        return t.shape(a["self"])
+    return Shape(tuple(t.opaque(size, "values depend on the position") for size in t.sizes(node)))
+
+
+def reduction(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Sums, means, extremes and norms over some axes (``max(x, y)`` shares its name with ``max(x)``)."""
+    if isinstance(a.get("other"), fx.Node):
+        return pointwise(t, node, a)
+    x = t.operands(list(a.values()))[0]
+    rank = len(x.axes)
+    dims = dims_of(a.get("dim"), rank)
+    kept = [t.axis(x, d) if d not in dims else None for d in range(rank)]
+    reads_order = _reads_indices(node)
+    for d in dims:
+        axis = t.axis(x, d)
+        if reads_order:
+            t.pin(axis, "the position of an extreme is read")
+    if a.get("keepdim"):
+        shape = Shape(tuple(t.fresh(1) if axis is None else axis for axis in kept))
+    else:
+        shape = Shape(tuple(axis for axis in kept if axis is not None))
+    value = node.meta["val"]
+    return [shape] * len(value) if isinstance(value, list) else shape
+
+
+def _reads_indices(node: fx.Node) -> bool:
+    """Whether a position along the reduced axes is part of what is used."""
+    names = [r.name for r in node.target._schema.returns]  # type: ignore[union-attr]
+    if "indices" not in names:
+        return operator(node) in ("aten.argmax", "aten.argmin")
+    return any(user.args[1] == names.index("indices") for user in node.users if user.users)
+
+
+def scan(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Cumulative operators see the order of their axis."""
+    x = t.shape(a["self"])
+    t.pin_dim(x, dims_of(a["dim"], len(x.axes))[0], "cumulative operator")
+    return x
+
+
+def gated_linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """glu: the first half of an axis times the sigmoid of the second."""
+    x = t.shape(a["self"])
+    d = normal(a["dim"], len(x.axes))
+    half = x.axes[d].size // 2
+    return t.broadcast([t.slice(x, d, slice(0, half)), t.slice(x, d, slice(half, None))], t.sizes(node))
+
+
+def cross_channel_window(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Pools and interpolation: batch and channel axes pass, the windows' positions are pinned."""
+    x = t.operands(list(a.values()))[0]
+    value = node.meta["val"]
+    sizes = (value[0] if isinstance(value, list) else value).sizes(_batch())
+    spatial = _spatial_rank(node)
+    first = len(x.axes) - spatial
+    for d in range(first, len(x.axes)):
+        t.pin_dim(x, d, "a window over positions")
+    axes = (*x.axes[:first], *(t.opaque(size, "a window over positions") for size in sizes[first:]))
+    return [Shape(axes)] * len(value) if isinstance(value, list) else Shape(axes)
+
+
+def _batch() -> int:
+    from vfx.analyse.infer import BATCH
+
+    return BATCH
+
+
+def _spatial_rank(node: fx.Node) -> int:
+    """Number of windowed axes, from the operator's name (…1d, …2d, …3d)."""
+    name = str(node.target)
+    return next((rank for rank in (1, 2, 3) if f"{rank}d" in name), 2)

@@ -1,0 +1,70 @@
+"""Normalization layers: statistics are symmetric, per-channel parameters tie to the channels they scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from vfx.analyse.rules.rule import normal
+from vfx.analyse.shapes import Shape
+
+if TYPE_CHECKING:
+    from vfx.analyse.infer import Inference
+
+
+def per_channel(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """batch_norm and instance_norm: x (N, C, …) with scale, shift and running statistics of size C."""
+    x = t.shape(a["input"])
+    channel = t.axis(x, 1)
+    _tie_parameters(t, a, ("weight", "bias", "running_mean", "running_var"), [channel])
+    return _result(node, x)
+
+
+def layer_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """layer_norm and rms_norm over the last axes: mean and variance do not see their order."""
+    x = t.shape(a["input"])
+    count = len(a["normalized_shape"])
+    _tie_parameters(t, a, ("weight", "bias"), [t.axis(x, d) for d in range(len(x.axes) - count, len(x.axes))])
+    return _result(node, x)
+
+
+def group_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """x (N, G·c, …): statistics of each group of channels; groups move whole."""
+    x = t.shape(a["input"])
+    channel = t.axis(x, 1)
+    groups = int(a["num_groups"])
+    t.cut_axis(channel, groups, channel.size // groups)
+    _tie_parameters(t, a, ("weight", "bias"), [channel])
+    return _result(node, x)
+
+
+def prelu(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """One slope for each channel, or one for all."""
+    x = t.shape(a["self"])
+    weight = t.shape(a["weight"])
+    if weight.axes and weight.axes[0].size > 1:
+        t.tie(t.axis(x, 1), t.axis(weight, 0))
+    return x
+
+
+def softmax(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Normalises along an axis without seeing its order."""
+    x = t.shape(a["self"])
+    t.axis(x, normal(int(a["dim"]), len(x.axes)))
+    return x
+
+
+def _tie_parameters(t: Inference, a: dict[str, Any], names: tuple[str, ...], axes: list[Any]) -> None:
+    for name in names:
+        if isinstance(a.get(name), fx.Node):
+            shape = t.shape(a[name])
+            for dim, axis in enumerate(axes):
+                t.tie(axis, t.axis(shape, dim))
+                t.role(a[name], dim, "elementwise")
+
+
+def _result(node: fx.Node, x: Shape) -> Any:
+    """Some overloads return statistics beside the result."""
+    value = node.meta["val"]
+    return [x, *[None] * (len(value) - 1)] if isinstance(value, list) else x

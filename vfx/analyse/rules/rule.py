@@ -1,0 +1,44 @@
+"""What a rule is: how an operator moves or ties axes, and the largest class of maps it commutes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from vfx.analyse.infer import Inference
+
+
+class Maps(Enum):
+    """Classes of maps on a channel axis, each the largest that an operator commutes with."""
+
+    PERMUTATION = "permutation"
+    SIGNED = "signed permutation"
+    POSITIVE_MONOMIAL = "permutation with positive scales"
+    MONOMIAL = "permutation with scales"
+    LINEAR = "invertible linear"
+
+
+Apply = Callable[["Inference", fx.Node, dict[str, Any]], Any]
+
+
+class Rule(NamedTuple):
+    """``apply(inference, node, arguments)`` returns the result's Shape (a list for several), or None to refuse."""
+
+    apply: Apply
+    maps: Maps
+
+
+def normal(dim: int, rank: int) -> int:
+    """A dimension counted from the front."""
+    return dim + rank if dim < 0 else dim
+
+
+def dims_of(value: Any, rank: int) -> list[int]:
+    """A dimension, several, or all of them, counted from the front."""
+    if value is None or value == []:
+        return list(range(rank))
+    return [normal(d, rank) for d in (value if isinstance(value, (list, tuple)) else [value])]

@@ -1,0 +1,426 @@
+"""Symbolic shapes: an axis term for each axis of a tensor, and what views do to them.
+
+An axis is a product of factors: label rows (``vfx.analyse.axes``) or an ``Opaque`` range of positions that never move
+(batch, pixels). Views are lazy: cutting one axis into several does not factor its leaf. The new axes are *digits* of a
+block, an array of labels with one dimension for each; selecting, slicing and transposing cut and turn the array, and
+undoing the view gives the axis back. A block is forced into a product only when an operator needs one of its axes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from vfx.analyse.axes import NO_TAG, Leaves, Rows, unique_labels
+
+MAX_ENUMERATED = 1 << 22  # positions: a merged axis longer than this is pinned instead of written out
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A range of positions that never move, not written out (it may be as long as the batch)."""
+
+    size: int
+    reason: str
+
+
+Factor = Opaque | Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis: factors in row-major order."""
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(factor_size(factor) for factor in self.factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Labels of positions indexed by several axes at once: array of shape (sizes…, 1 + digits)."""
+
+    labels: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Digit:
+    """One dimension of a block."""
+
+    block: Block
+    position: int
+
+    @property
+    def size(self) -> int:
+        return int(self.block.labels.shape[self.position])
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Axis terms of a tensor. ``origin[d]`` is (FQN, dim) where axis d is a parameter's own, untouched axis."""
+
+    axes: tuple[Axis | Digit, ...]
+    origin: tuple[tuple[str, int] | None, ...] = field(default=())
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+
+def factor_size(factor: Factor) -> int:
+    return factor.size if isinstance(factor, Opaque) else len(factor)
+
+
+class Algebra:
+    """Operations on axes and shapes over one store of leaves."""
+
+    def __init__(self) -> None:
+        self.leaves = Leaves()
+
+    # axes ---------------------------------------------------------------------------------------------------------
+
+    def fresh(self, size: int) -> Axis:
+        """An unconstrained axis."""
+        if size > MAX_ENUMERATED:
+            return Axis((Opaque(size, "an axis too long to analyse"),))
+        return Axis((self.leaves.fresh(size),))
+
+    def opaque(self, size: int, reason: str) -> Axis:
+        """An axis that is pinned without being written out."""
+        return Axis((Opaque(size, reason),)) if size > 1 else self.fresh(1)
+
+    @staticmethod
+    def is_opaque(axis: Axis | Digit) -> bool:
+        """Whether an axis is pinned throughout."""
+        return isinstance(axis, Axis) and all(isinstance(factor, Opaque) for factor in axis.factors)
+
+    def pin(self, axis: Axis, reason: str) -> None:
+        for factor in axis.factors:
+            if not isinstance(factor, Opaque):
+                self.leaves.pin(factor, reason)
+
+    def rows(self, axis: Axis) -> Rows | None:
+        """The axis written out position by position; None if it is too long for that."""
+        if len(axis.factors) == 1 and not isinstance(axis.factors[0], Opaque):
+            return axis.factors[0]
+        if axis.size > MAX_ENUMERATED:
+            return None
+        result: Rows | None = None
+        for factor in axis.factors:
+            rows = self.leaves.pinned(factor.size, factor.reason) if isinstance(factor, Opaque) else factor
+            result = rows if result is None else self._outer(result, rows)
+        return result if result is not None else self.leaves.fresh(1)
+
+    def _outer(self, left: Rows, right: Rows) -> Rows:
+        """Labels of the row-major product of two axes."""
+        i, j = np.divmod(np.arange(len(left) * len(right)), len(right))
+        tag = self.leaves.join(left[i, 0], right[j, 0])
+        return np.concatenate([tag[:, None], left[i, 1:], right[j, 1:]], axis=1)
+
+    def tie(self, left: Axis, right: Axis) -> Axis:
+        """Make two axes of equal size carry the same action and return one of them."""
+        for a, b in _aligned(left, right):
+            self._tie_group(a, b)
+        return left
+
+    def _tie_group(self, left: Axis, right: Axis) -> None:
+        opaque = [all(isinstance(f, Opaque) for f in axis.factors) for axis in (left, right)]
+        if all(opaque):
+            return
+        if any(opaque):
+            pinned, other = (left, right) if opaque[0] else (right, left)
+            reason = pinned.factors[0].reason  # type: ignore[union-attr]
+            self.pin(other, reason)
+            return
+        a, b = self.rows(left), self.rows(right)
+        if a is None or b is None:
+            for axis in (left, right):
+                self.pin(axis, "a merged axis too long to analyse")
+            return
+        self.leaves.unify(a, b)
+
+    def concatenate(self, parts: Sequence[Axis]) -> Axis:
+        """The axes one after the other; each part gets a tag, so that equal labels stay apart."""
+        written = [self.rows(part) for part in parts]
+        if any(rows is None for rows in written):
+            for part in parts:
+                self.pin(part, "a merged axis too long to analyse")
+            return self.opaque(sum(part.size for part in parts), "a merged axis too long to analyse")
+        tags = self.leaves.tags(len(parts))
+        width = max(rows.shape[1] for rows in written if rows is not None)
+        tagged = []
+        for rows, tag in zip(written, tags):
+            assert rows is not None
+            wide = np.full((len(rows), width), -1, np.int64)
+            wide[:, 1 : rows.shape[1]] = rows[:, 1:]
+            wide[:, 0] = self.leaves.join(rows[:, 0], np.full(len(rows), tag))
+            tagged.append(wide)
+        return Axis((np.concatenate(tagged),))
+
+    def take(self, axis: Axis, index: Any) -> Axis:
+        """The positions ``index`` (slice or integer array) of an axis, in that order."""
+        chosen = np.arange(axis.size)[index] if axis.size <= MAX_ENUMERATED else None
+        if chosen is not None and len(chosen) == axis.size and (chosen == np.arange(axis.size)).all():
+            return axis
+        if all(isinstance(f, Opaque) for f in axis.factors):
+            size = len(chosen) if chosen is not None else len(range(*index.indices(axis.size)))
+            return self.opaque(size, axis.factors[0].reason)  # type: ignore[union-attr]
+        rows = self.rows(axis)
+        if rows is None or chosen is None:
+            self.pin(axis, "part of a merged axis too long to analyse")
+            return self.opaque(len(range(*index.indices(axis.size))), "part of a merged axis")
+        return Axis((self._cut(rows[chosen]),))
+
+    def _cut(self, part: Rows) -> Rows:
+        """Labels used apart from the rest: leaves are split so that the part is closed under the action."""
+        part = self.leaves.resolve(part)
+        if not unique_labels(part):
+            rank = _occurrence(part)
+            part = part.copy()
+            part[:, 0] = self.leaves.join(part[:, 0], self.leaves.tags(int(rank.max()) + 1)[rank])
+        self.leaves.close(part)
+        return part
+
+    # shapes -------------------------------------------------------------------------------------------------------
+
+    def axis(self, shape: Shape, dim: int) -> Axis:
+        """One axis alone; a block that holds it is forced into a product first."""
+        entry = shape.axes[dim]
+        return entry if isinstance(entry, Axis) else self.force(entry.block)[entry.position]
+
+    def force(self, block: Block) -> list[Axis]:
+        """Factor a block into independent axes."""
+        independent = self._independent(block.labels)
+        if independent is not None:
+            return independent
+        sizes = block.labels.shape[:-1]
+        axes = [self.fresh(size) for size in sizes]
+        product = self.rows(Axis(tuple(f for axis in axes for f in axis.factors)))
+        assert product is not None
+        self.leaves.unify(product, block.labels.reshape(-1, block.labels.shape[-1]))
+        return axes
+
+    def _independent(self, labels: Rows) -> list[Axis] | None:
+        """The axes of a block in which each digit (and the tag) depends on one dimension alone."""
+        sizes = labels.shape[:-1]
+        resolved = self.leaves.resolve(labels.reshape(-1, labels.shape[-1]))
+        resolved = resolved.reshape(*sizes, resolved.shape[1])
+        columns: list[list[Rows]] = [[] for _ in sizes]
+        tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]
+        for index in range(resolved.shape[-1]):
+            column = resolved[..., index]
+            dims = [d for d in range(len(sizes)) if (column != np.take(column, [0], axis=d)).any()]
+            if len(dims) > 1:
+                return None
+            line = column[tuple(slice(None) if [d] == dims else 0 for d in range(len(sizes)))]
+            if index == 0:
+                if dims:
+                    tags[dims[0]] = line
+                elif (column != NO_TAG).any():
+                    tags[0] = np.full(sizes[0], column.flat[0])
+            elif dims:
+                columns[dims[0]].append(line)
+            elif column.flat[0] >= 0:
+                return None
+        return [Axis((np.stack([tag, *cols], axis=1),)) for tag, cols in zip(tags, columns)]
+
+    def view(self, shape: Shape, sizes: Sequence[int]) -> Shape:
+        """Reshape: regroup factors into axes of the given sizes, row-major."""
+        result: list[Axis | Digit] = []
+        for factors, dims in _regroup(self._flat_factors(shape), [size for size in sizes if size != 1]):
+            result += self._distribute(factors, dims)
+        entries = iter(result)
+        return Shape(tuple(self.fresh(1) if size == 1 else next(entries) for size in sizes))
+
+    def _flat_factors(self, shape: Shape) -> list[Factor]:
+        factors: list[Factor] = []
+        dim = 0
+        while dim < len(shape.axes):
+            entry = shape.axes[dim]
+            if isinstance(entry, Digit):
+                rank = entry.block.labels.ndim - 1
+                run = shape.axes[dim : dim + rank]
+                if len(run) == rank and all(isinstance(e, Digit) and e.block is entry.block for e in run):
+                    order = [e.position for e in run]  # type: ignore[union-attr]
+                    labels = entry.block.labels.transpose(*order, rank)
+                    factors.append(labels.reshape(-1, labels.shape[-1]))
+                    dim += rank
+                    continue
+                entry = self.axis(shape, dim)
+            factors += [factor for factor in entry.factors if factor_size(factor) != 1]
+            dim += 1
+        return factors
+
+    def _distribute(self, factors: list[Factor], dims: list[int]) -> list[Axis | Digit]:
+        """Axes of sizes ``dims`` for factors whose product they share."""
+        if len(dims) == 1:
+            return [Axis(tuple(factors))]
+        axis = Axis(tuple(factors))
+        if all(isinstance(factor, Opaque) for factor in factors):
+            return [self.opaque(size, factors[0].reason) for size in dims]  # type: ignore[union-attr]
+        rows = self.rows(axis)
+        if rows is None:
+            reason = "a view across a merged axis too long to analyse"
+            self.pin(axis, reason)
+            return [self.opaque(size, reason) for size in dims]
+        return self.digits(rows.reshape(*dims, rows.shape[1]))
+
+    def digits(self, labels: Rows) -> list[Axis | Digit]:
+        """One entry for each dimension of an array of labels: independent axes where it is a product already."""
+        if labels.ndim == 2:
+            return [Axis((labels,))]
+        independent = self._independent(labels)
+        if independent is not None:
+            return list(independent)
+        block = Block(labels)
+        return [Digit(block, position) for position in range(labels.ndim - 1)]
+
+    def permute(self, shape: Shape, order: Sequence[int]) -> Shape:
+        origin = shape.origin or (None,) * len(shape.axes)
+        return Shape(tuple(shape.axes[d] for d in order), tuple(origin[d] for d in order))
+
+    def slice(self, shape: Shape, dim: int, index: Any) -> Shape:
+        """Positions ``index`` (slice or integer array) of one axis."""
+        return self._index(shape, dim, index)
+
+    def select(self, shape: Shape, dim: int, index: int) -> Shape:
+        """One position of an axis; the axis goes."""
+        cut = self._index(shape, dim, slice(index, index + 1) if index != -1 else slice(-1, None))
+        return Shape(tuple(axis for d, axis in enumerate(cut.axes) if d != dim))
+
+    def _index(self, shape: Shape, dim: int, index: Any) -> Shape:
+        entry = shape.axes[dim]
+        axes = list(shape.axes)
+        if isinstance(entry, Axis):
+            axes[dim] = self.take(entry, index)
+            return Shape(tuple(axes))
+        where = [d for d, e in enumerate(axes) if isinstance(e, Digit) and e.block is entry.block]
+        labels = entry.block.labels[(slice(None),) * entry.position + (index,)]
+        if labels.shape == entry.block.labels.shape and (labels == entry.block.labels).all():
+            return shape
+        flat = self._cut(labels.reshape(-1, labels.shape[-1]))
+        labels = flat.reshape(*labels.shape[:-1], flat.shape[1])
+        kept = [p for p in range(labels.ndim - 1) if labels.shape[p] != 1]
+        entries = (
+            iter(self.digits(labels.reshape(*(labels.shape[p] for p in kept), flat.shape[1]))) if kept else iter(())
+        )
+        new = {p: next(entries) if p in kept else self.fresh(1) for p in range(labels.ndim - 1)}
+        for d in where:
+            axes[d] = new[shape.axes[d].position]  # type: ignore[union-attr]
+        return Shape(tuple(axes))
+
+    def broadcast(self, shapes: Sequence[Shape], sizes: Sequence[int]) -> Shape:
+        """The shape of an elementwise result: operands' axes tied wherever they are not broadcast."""
+        rank = len(sizes)
+        grids = [self._pad(shape, sizes) for shape in shapes]
+        blocks = {_block_dims(grid, d) for grid in grids for d in range(rank) if isinstance(grid[d], Digit)}
+        for dims in blocks:
+            whole = all(all(g[d] is None for d in dims) or _block_dims(g, dims[0]) == dims for g in grids)
+            complete = all(len(dims) == g[d].block.labels.ndim - 1 for g in grids for d in dims if g[d] is not None)
+            if not (whole and complete):
+                grids = [self._forced(grid) for grid in grids]
+                break
+        result: list[Axis | Digit] = []
+        for d in range(rank):
+            entries = [grid[d] for grid in grids if grid[d] is not None]
+            result.append(self._tied(entries, d, grids) if entries else self.fresh(sizes[d]))
+        return Shape(tuple(result))
+
+    def _pad(self, shape: Shape, sizes: Sequence[int]) -> list[Axis | Digit | None]:
+        """Axes aligned to the right of the result's; None where the operand is broadcast."""
+        missing = len(sizes) - len(shape.axes)
+        axes: list[Axis | Digit | None] = [None] * missing + list(shape.axes)
+        return [None if a is None or (a.size == 1 and size != 1) else a for a, size in zip(axes, sizes)]
+
+    def _forced(self, grid: list[Axis | Digit | None]) -> list[Axis | Digit | None]:
+        return [self.force(e.block)[e.position] if isinstance(e, Digit) else e for e in grid]
+
+    def _tied(self, entries: list[Any], dim: int, grids: list[list[Any]]) -> Axis | Digit:
+        first = entries[0]
+        for other in entries[1:]:
+            if isinstance(first, Axis) and isinstance(other, Axis):
+                self.tie(first, other)
+            elif first.position == 0:  # whole blocks, tied once
+                order = _block_order(grids, first), _block_order(grids, other)
+                a = first.block.labels.transpose(*order[0], first.block.labels.ndim - 1)
+                b = other.block.labels.transpose(*order[1], other.block.labels.ndim - 1)
+                self.leaves.unify(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+        return first
+
+
+def _block_dims(grid: Sequence[Any], dim: int) -> tuple[int, ...]:
+    """The axes of a tensor that belong to the same block as axis ``dim``."""
+    entry = grid[dim]
+    if not isinstance(entry, Digit):
+        return ()
+    return tuple(d for d, e in enumerate(grid) if isinstance(e, Digit) and e.block is entry.block)
+
+
+def _block_order(grids: list[list[Any]], digit: Digit) -> list[int]:
+    """Positions of a block's digits in the order of the tensor's axes."""
+    grid = next(g for g in grids if any(e is digit for e in g))
+    return [e.position for e in grid if isinstance(e, Digit) and e.block is digit.block]
+
+
+def _occurrence(rows: Rows) -> Rows:
+    """How often each label has occurred before."""
+    inverse = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(inverse, kind="stable")
+    ordered = inverse[order]
+    first = np.searchsorted(ordered, ordered, side="left")
+    rank = np.empty(len(rows), np.int64)
+    rank[order] = np.arange(len(rows)) - first
+    return rank
+
+
+def _regroup(factors: list[Factor], sizes: list[int]) -> list[tuple[list[Factor], list[int]]]:
+    """Smallest groups of consecutive factors and axes with equal products; opaque factors are cut to fit."""
+    factors, sizes = list(factors), list(sizes)
+    groups: list[tuple[list[Factor], list[int]]] = []
+    while factors or sizes:
+        group, dims = [factors.pop(0)], [sizes.pop(0)]
+        while (have := prod(map(factor_size, group))) != (want := prod(dims)):
+            rest = _cut_opaque(group, have, want)
+            if rest is not None:
+                factors.insert(0, rest)
+            elif have < want:
+                group.append(factors.pop(0))
+            else:
+                dims.append(sizes.pop(0))
+        groups.append((group, dims))
+    return groups
+
+
+def _cut_opaque(group: list[Factor], have: int, want: int) -> Opaque | None:
+    """Shorten the group's last factor, if it is opaque and longer than wanted, and return what is left of it."""
+    last = group[-1]
+    if not isinstance(last, Opaque) or have < want:
+        return None
+    before = have // last.size
+    if want % before or last.size % (want // before) or want // before == 1:
+        return None
+    size = want // before
+    group[-1] = Opaque(size, last.reason)
+    return Opaque(last.size // size, last.reason)
+
+
+def _aligned(left: Axis, right: Axis) -> list[tuple[Axis, Axis]]:
+    """Matching runs of factors of two axes of equal size."""
+    a = [f for f in left.factors if factor_size(f) != 1]
+    b = [f for f in right.factors if factor_size(f) != 1]
+    pairs = []
+    while a:
+        x, y = [a.pop(0)], [b.pop(0)]
+        while (p := prod(map(factor_size, x))) != (q := prod(map(factor_size, y))):
+            if p < q:
+                x.append(a.pop(0))
+            else:
+                y.append(b.pop(0))
+        pairs.append((Axis(tuple(x)), Axis(tuple(y))))
+    return pairs

@@ -1,0 +1,315 @@
+"""Symmetry groups: the free leaves left by inference, with every parameter axis they move."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+
+from vfx.analyse.axes import Leaves, Rows
+from vfx.analyse.infer import BATCH, Inference
+from vfx.analyse.shapes import Digit, Shape
+from vfx.program import Program, Weights
+
+Index = NDArray[np.int64]
+Permutations = Mapping[int, Index]  # group index -> p: new channel j is old channel p[j]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter axis that a group moves.
+
+    ``position`` has shape (size, copies): the indices along ``dim`` at which each channel of the group stands. ``role``
+    is ``out`` (produces the feature), ``in`` (consumes it) or ``elementwise`` (scales or shifts it).
+    """
+
+    fqn: str
+    dim: int
+    role: str
+    position: Index
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A free symmetric group: ``size`` channels that may be permuted together wherever its members stand."""
+
+    index: int
+    size: int
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        """FQN of the first parameter that produces the feature."""
+        return next((m.fqn for m in self.members if m.role == "out"), self.members[0].fqn)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A parameter axis (or ``count`` positions of it) that cannot move, with the rule's reason and its node."""
+
+    fqn: str
+    dim: int
+    count: int
+    reason: str
+    node: str
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetry:
+    """Permutation symmetries of a Program: ``groups``, ``pinned`` axes and ``unknown_ops``."""
+
+    program: Program
+    groups: tuple[Group, ...]
+    pinned: tuple[Pinned, ...]
+    unknown_ops: Mapping[str, tuple[str, ...]]
+    _labels: Mapping[tuple[str, int], Rows] = field(repr=False)
+    _inference: Inference = field(repr=False)
+    _group_of_leaf: Mapping[int, int] = field(repr=False)
+
+    @property
+    def channels(self) -> int:
+        """Sum of the groups' sizes."""
+        return sum(group.size for group in self.groups)
+
+    def verify(self, seed: int = 0, without: tuple[Member, ...] = ()) -> float:
+        """Largest relative output error in float64 over random group elements; see ``vfx.analyse.verify``."""
+        from vfx.analyse.verify import verify
+
+        return verify(self, seed=seed, without=without)
+
+    # the action ---------------------------------------------------------------------------------------------------
+
+    def random(self, generator: np.random.Generator) -> dict[int, Index]:
+        """A random group element that moves every group."""
+        return {group.index: _moving(group.size, generator) for group in self.groups}
+
+    def permute(
+        self, weights: Weights, permutations: Permutations, without: tuple[Member, ...] = ()
+    ) -> dict[str, Tensor]:
+        """The weight set moved by a group element; tensors that do not move are shared."""
+        skipped = [(m.fqn, m.dim, group.index) for group in self.groups for m in group.members if m in without]
+        moved = dict(weights)
+        for (fqn, dim), labels in self._labels.items():
+            if fqn not in moved:
+                continue
+            left = {group for *axis, group in skipped if axis == [fqn, dim]}
+            chosen = {group: p for group, p in permutations.items() if group not in left} if left else permutations
+            index = self._gather(labels, chosen)
+            if index is not None:
+                tensor = moved[fqn]
+                moved[fqn] = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+        return moved
+
+    def gather(self, node: fx.Node, dim: int, permutations: Permutations) -> Index:
+        """Old position of each new position along one axis of an activation."""
+        labels = self.labels(node, dim)
+        size = node.meta["val"].sizes(BATCH)[dim]
+        index = self._gather(labels, permutations) if labels is not None else None
+        return np.arange(size) if index is None else index
+
+    def _gather(self, labels: Rows, permutations: Permutations) -> Index | None:
+        """new[p] = old[gather[p]]: the label of position p with every digit sent to its old channel."""
+        old = labels.copy()
+        for leaf, group, mask in self._digits(labels):
+            permutation = permutations.get(group)
+            if permutation is not None:
+                start = self._leaves.starts[leaf]
+                old[:, 1:][mask] = start + permutation[labels[:, 1:][mask] - start]
+        if (old == labels).all():
+            return None
+        return _find(labels, old)
+
+    def _digits(self, labels: Rows) -> list[tuple[int, int, NDArray[np.bool_]]]:
+        leaves = self._leaves.leaf_of(labels[:, 1:])
+        found = [int(leaf) for leaf in np.unique(leaves) if leaf >= 0]
+        return [(leaf, self._group_of_leaf[leaf], leaves == leaf) for leaf in found if leaf in self._group_of_leaf]
+
+    @property
+    def _leaves(self) -> Leaves:
+        return self._inference.leaves
+
+    # activations --------------------------------------------------------------------------------------------------
+
+    def labels(self, node: fx.Node, dim: int) -> Rows | None:
+        """Resolved labels along an activation's axis; None where the axis is pinned or shared with others."""
+        shape = self._inference.shapes.get(node)
+        if shape is None:
+            shape = self._by_name.get(node.name)
+        if not isinstance(shape, Shape):
+            return None
+        entry = shape.axes[dim]
+        if isinstance(entry, Digit):
+            return None
+        if all(not isinstance(f, np.ndarray) for f in entry.factors):
+            return None
+        rows = self._inference.rows(entry)
+        return None if rows is None else self._leaves.resolve(rows)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Any]:
+        """Shapes by node name: copies of the graph keep the names."""
+        return {node.name: shape for node, shape in self._inference.shapes.items()}
+
+    def positions(self, node: fx.Node, dim: int) -> dict[int, Index]:
+        """Group index -> positions (size, copies) of its channels along an activation's axis."""
+        labels = self.labels(node, dim)
+        if labels is None:
+            return {}
+        found = {}
+        for leaf, group, mask in self._digits(labels):
+            table = _positions(labels, mask, int(self._leaves.starts[leaf]), self._leaves.sizes[leaf])
+            if table is not None:
+                found[group] = table
+        return found
+
+    def features(self, labels: Rows) -> list[tuple[tuple[int, ...], Index, Index]]:
+        """Moving positions of an axis by the groups that move them: groups, digits (n, groups), position (n, copies).
+
+        Positions whose labels differ in the tag alone are copies of one feature.
+        """
+        leaves = self._leaves.leaf_of(labels[:, 1:])
+        signatures, inverse = np.unique(leaves, axis=0, return_inverse=True)
+        found = []
+        for index, signature in enumerate(signatures):
+            own = [int(leaf) for leaf in signature if leaf >= 0]
+            if not own or any(leaf not in self._group_of_leaf for leaf in own):
+                continue
+            where = np.flatnonzero(inverse.reshape(-1) == index)
+            elements = labels[where][:, 1 : 1 + len(own)]
+            digits, feature = np.unique(elements, axis=0, return_inverse=True)
+            order = np.argsort(feature.reshape(-1), kind="stable")
+            groups = tuple(self._group_of_leaf[leaf] for leaf in own)
+            starts = self._leaves.starts[own]
+            found.append((groups, digits - starts, where[order].reshape(len(digits), -1)))
+        return found
+
+    # reports ------------------------------------------------------------------------------------------------------
+
+    def table(self) -> Table:
+        """Groups with their members, for a terminal."""
+        table = Table(title=f"{len(self.groups)} symmetry groups, {self.channels:,} channels")
+        for column, justify in (("group", "right"), ("size", "right"), ("members", "left")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for group in self.groups:
+            members = ", ".join(f"{m.fqn}[{m.dim}] {m.role}{_copies(m)}" for m in group.members)
+            table.add_row(str(group.index), str(group.size), members)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=False, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.table())
+            for pin in self.pinned:
+                console.print(f"pinned {pin.fqn}[{pin.dim}] ({pin.count}): {pin.reason} (node {pin.node})")
+            for name, nodes in self.unknown_ops.items():
+                console.print(f"unknown operator {name}: {', '.join(nodes)}")
+        return capture.get()
+
+
+def _copies(member: Member) -> str:
+    return f" x{member.position.shape[1]}" if member.position.shape[1] > 1 else ""
+
+
+def symmetry(program: Program) -> Symmetry:
+    """Infer the permutation symmetries of a Program."""
+    inference = Inference(program)
+    leaves = inference.leaves
+    labels: dict[tuple[str, int], Rows] = {}
+    for fqn, axes in inference.parameters.items():
+        for dim, axis in enumerate(axes):
+            rows = inference.rows(axis)
+            assert rows is not None
+            labels[fqn, dim] = leaves.resolve(rows)
+    roles = _roles(inference)
+    members: dict[int, list[Member]] = {}
+    for (fqn, dim), rows in labels.items():
+        for leaf in leaves.free_leaves(rows):
+            mask = leaves.leaf_of(rows[:, 1:]) == leaf
+            position = _positions(rows, mask, int(leaves.starts[leaf]), leaves.sizes[leaf])
+            assert position is not None, f"labels of {fqn}[{dim}] are not closed under their group"
+            role = roles.get((fqn, dim, leaf), "elementwise")
+            members.setdefault(leaf, []).append(Member(fqn, dim, role, position))
+    groups = tuple(
+        Group(index, leaves.sizes[leaf], tuple(found)) for index, (leaf, found) in enumerate(members.items())
+    )
+    return Symmetry(
+        program=program,
+        groups=groups,
+        pinned=_pinned(inference, labels),
+        unknown_ops={name: tuple(nodes) for name, nodes in inference.unknown.items()},
+        _labels=labels,
+        _inference=inference,
+        _group_of_leaf={leaf: index for index, leaf in enumerate(members)},
+    )
+
+
+def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
+    """(FQN, dim, leaf) -> role; a factor's own note wins over the whole axis's."""
+    roles: dict[tuple[str, int, int], str] = {}
+    for fqn, dim, axis, role in inference.roles:
+        rows = inference.rows(axis)
+        if rows is None:
+            continue
+        for leaf in inference.leaves.free_leaves(inference.leaves.resolve(rows)):
+            roles[fqn, dim, leaf] = role
+    return roles
+
+
+def _pinned(inference: Inference, labels: Mapping[tuple[str, int], Rows]) -> tuple[Pinned, ...]:
+    """Pinned parameter axes, kernel windows and single positions left out."""
+    found = []
+    for (fqn, dim), rows in labels.items():
+        stuck = rows[(rows[:, 1:] < 0).all(axis=1), 0]
+        pins = [pin for tag in stuck.tolist() if (pin := inference.leaves.pin_of(tag)) is not None]
+        for pin, count in Counter(pins).items():
+            found.append(Pinned(fqn, dim, count, pin.reason, pin.node))
+    return tuple(found)
+
+
+def _moving(size: int, generator: np.random.Generator) -> Index:
+    """A random permutation other than the identity."""
+    while True:
+        permutation = generator.permutation(size)
+        if size < 2 or (permutation != np.arange(size)).any():
+            return permutation
+
+
+def _positions(labels: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index | None:
+    """Positions of each element of a leaf, copies in the order of what else their labels say."""
+    where, column = np.nonzero(mask)
+    element = labels[where, 1 + column] - start
+    if len(np.unique(where)) != len(where):  # two digits of one leaf on one position (an outer product with itself)
+        where, column, element = _first_digit(where, column, element)
+    rest = labels[where].copy()
+    rest[np.arange(len(where)), 1 + column] = -1
+    copy = np.unique(rest, axis=0, return_inverse=True)[1].reshape(-1)
+    copies = int(copy.max()) + 1
+    if len(where) != size * copies:
+        return None
+    table = np.full((size, copies), -1, np.int64)
+    table[element, copy] = where
+    return table if (table >= 0).all() else None
+
+
+def _first_digit(where: Index, column: Index, element: Index) -> tuple[Index, Index, Index]:
+    keep = np.unique(where, return_index=True)[1]
+    return where[keep], column[keep], element[keep]
+
+
+def _find(labels: Rows, wanted: Rows) -> Index:
+    """Position of each wanted label."""
+    key = np.unique(np.concatenate([labels, wanted]), axis=0, return_inverse=True)[1].reshape(-1)
+    position = np.full(int(key.max()) + 1, -1, np.int64)
+    position[key[: len(labels)]] = np.arange(len(labels))
+    found = position[key[len(labels) :]]
+    assert (found >= 0).all(), "a label has no image: the axis is not closed under its group"
+    return found

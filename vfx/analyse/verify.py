@@ -1,0 +1,112 @@
+"""Proof, not hope: random group elements applied to randomised weights must not change the output.
+
+Constant-valued and zero-initialised parameters hide broken ties, and so do untrained normalisation statistics; both are
+randomised first. Statistics are drawn around what each norm really sees, so that signals stay of order one through any
+depth. The error is relative to how much the output varies over the inputs, so a large bias cannot hide it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from vfx.operators import BATCH_NORMS, operator, weight_name
+from vfx.program import Execution, Program, Weights, run
+
+if TYPE_CHECKING:
+    from vfx.analyse.symmetry import Member, Permutations, Symmetry
+
+
+@torch.no_grad()
+def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = ()) -> float:
+    """Largest relative output error in float64 between the network and a randomly permuted one.
+
+    ``without`` leaves parameter axes out of the permutation (a negative control: the error must become large).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    program = symmetry.program.select(0).to("cpu", torch.float64)
+    inputs = [_random_input(x, generator) for x in program.example_inputs]
+    weights = randomise(program, inputs, generator)
+    permutations = symmetry.random(np.random.default_rng(seed))
+    return function_error(program, weights, symmetry.permute(weights, permutations, without), inputs)
+
+
+@torch.no_grad()
+def preserved(symmetry: Symmetry, weights: Weights, permutations: Permutations, seed: int = 0) -> float:
+    """Relative output error of one given permutation on the given weights, in float64 on random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    program = symmetry.program.with_weights([weights]).to("cpu", torch.float64)
+    inputs = [_random_input(x, generator) for x in program.example_inputs]
+    return function_error(program, program.weights[0], symmetry.permute(program.weights[0], permutations), inputs)
+
+
+def function_error(program: Program, before: Weights, after: Weights, inputs: list[Any]) -> float:
+    """max |f − g| over all outputs, relative to the spread of f over the batch (or its size, if it does not vary)."""
+    first, second = (tensors(run(program.graph, weights, inputs)) for weights in (before, after))
+    return max((relative_error(x, y) for x, y in zip(first, second)), default=0.0)
+
+
+def relative_error(x: Tensor, y: Tensor) -> float:
+    """max |x − y| over the spread of x; infinite where one side is not finite, or where nothing is finite."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return float((x != y).any())
+    finite = x.isfinite()
+    if x.numel() and (not finite.any() or not torch.equal(finite, y.isfinite())):
+        return float("inf")
+    if not finite.all():
+        x, y = x[finite], y[finite]
+    scale = (x - x.mean(0, keepdim=True)).abs().amax() if x.ndim and x.numel() else x.abs().sum()
+    scale = scale if scale > 0 else x.abs().max() if x.numel() else scale
+    error = (x - y).abs().max() if x.numel() else scale
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a nested output."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _random_input(x: Any, generator: torch.Generator) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return x.cpu() if isinstance(x, Tensor) else x
+
+
+def randomise(program: Program, inputs: list[Any], generator: torch.Generator) -> dict[str, Tensor]:
+    """Weights in which every parameter and statistic tells its channels apart."""
+    weights = {
+        name: _distinct(tensor, generator) if name not in program.buffers else tensor
+        for name, tensor in program.weights[0].items()
+    }
+    execution = Execution(program.graph, weights, inputs)
+    while execution.position < len(execution.plan):
+        node = execution.plan[execution.position][0]
+        if operator(node) in BATCH_NORMS:
+            _random_statistics(node, execution, weights, generator)
+        execution.step()
+    return weights
+
+
+def _distinct(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Constant-valued parameters get a spread around their value."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any()):
+        return tensor
+    return tensor + 0.5 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+
+def _random_statistics(node: fx.Node, execution: Execution, weights: dict[str, Tensor], generator: Any) -> None:
+    mean, var = weight_name(node, "running_mean"), weight_name(node, "running_var")
+    if mean is None or var is None:
+        return
+    x = execution.value(node.args[0])  # type: ignore[arg-type]
+    dims = [d for d in range(x.ndim) if d != 1]
+    std = x.std(dims)
+    # Few positions make some channels look constant by chance: dividing by that would blow rounding errors up.
+    std = torch.maximum(std, 0.3 * x.mean(dims).abs()).clamp_min(max(0.3 * float(std.median()), 1e-6))
+    noise = torch.randn(std.shape, generator=generator, dtype=std.dtype)
+    weights[mean] = x.mean(dims) + 0.3 * std * noise
+    weights[var] = std**2 * (0.5 + torch.rand(std.shape, generator=generator, dtype=std.dtype))

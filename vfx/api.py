@@ -1,0 +1,316 @@
+"""The whole data flow at a glance: trace → analyse → match → passes → emit.
+
+``merge`` composes it; ``compile`` runs an explicit list of passes. Nothing here mutates the user's models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+from passes.align import Align
+from passes.calibrate_bias import CalibrateBias
+from passes.calibrate_normalization import CalibrateNormalization
+from passes.duplicate_branches import DuplicateBranches
+from passes.fold_normalization import FoldNormalization
+from passes.insert_normalization import InsertNormalization
+from passes.interpolate import Interpolate
+from passes.remove_bias import RemoveBias
+from passes.reset_batchnorm import ResetBatchNorm
+from vfx.alphas import edge_weights
+from vfx.analyse.cost import Profile, cost
+from vfx.analyse.layers import Join, Layers, number_layers
+from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.symmetry import symmetry as infer_symmetry
+from vfx.checks import check_edges, check_finite
+from vfx.emit.module import emit
+from vfx.errors import ArgumentError, PassError
+from vfx.match.catalogue import matcher
+from vfx.match.matcher import Matcher
+from vfx.operators import BATCH_NORMS, operator
+from vfx.program import Program
+from vfx.report import Report, Stopwatch
+from vfx.rewrite import Pass
+from vfx.statistics.collect import Statistics
+from vfx.statistics.collect import collect as collect_statistics
+from vfx.trace import trace as capture
+
+NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
+_NEED_DATA = ("repair", "rescale", "reset")
+_NEED_GOALS = ("repair", "rescale")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A merged network: ``module`` to use, ``program`` to go on with, ``report`` to read, ``statistics`` to keep."""
+
+    module: nn.Module
+    program: Program
+    report: Report
+    statistics: Statistics | None = None
+
+
+def trace(models: nn.Module | Sequence[nn.Module], example_inputs: Any, *, dynamic_shapes: Any = "batch") -> Program:
+    """Capture one model, or several of one architecture, as a Program with a weight set for each.
+
+    Raises CaptureError, ArchitectureError, WeightError.
+    """
+    if isinstance(models, nn.Module):
+        check_finite(models.state_dict(), "the model")
+        return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
+    check_edges(models)
+    program = capture(models[0], example_inputs, dynamic_shapes=dynamic_shapes)
+    return program.with_weights([program.weights[0], *(_weights_of(program, model) for model in models[1:])])
+
+
+def _weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Another edge's tensors under the names of the graph; constants of the capture are shared."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {name: own[name].detach() if name in own else tensor for name, tensor in program.weights[0].items()}
+
+
+_symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
+
+
+def symmetry(model: nn.Module | Program, example_inputs: Any = None) -> Symmetry:
+    """Permutation symmetries of a network: ``.groups``, ``.pinned``, ``.verify()``; prints as a table."""
+    program = _program(model, example_inputs)
+    found = _symmetries.get(program.graph)
+    if found is None or found.program.weights[0] is not program.weights[0]:
+        found = _symmetries[program.graph] = infer_symmetry(program)
+    return found
+
+
+def layers(model: nn.Module | Program, example_inputs: Any = None) -> Layers:
+    """Numbered conv and linear layers, shortcuts among them, and the joins of each cut."""
+    return number_layers(_program(model, example_inputs))
+
+
+def profile(model: nn.Module | Program | Result, example_inputs: Any = None) -> Profile:
+    """Parameters, MACs, FLOPs and memory of each layer, counted from the graph (torchstat's conventions, batch 1)."""
+    return cost(_program(model.program if isinstance(model, Result) else model, example_inputs))
+
+
+def collect(
+    models: Sequence[nn.Module] | Program,
+    example_inputs: Any = None,
+    *,
+    data: Any,
+    max_samples: int | None = None,
+    device: Any = None,
+    progress: bool = True,
+) -> Statistics:
+    """One pass over ``data`` for all edges; pass the result as ``statistics=`` to any number of merges of them."""
+    program = _program(models, example_inputs)
+    return collect_statistics(
+        program, symmetry(program), data, max_samples=max_samples, device=device, progress=progress
+    )
+
+
+def merge(
+    models: Sequence[nn.Module] | Program,
+    example_inputs: Any = None,
+    *,
+    data: Any = None,
+    match: str | Matcher | None = "auto",
+    weights: float | Sequence[float] | None = None,
+    normalize: str | None = "auto",
+    preserve: int | str = 0,
+    join: Join = "preactivation",
+    statistics: Statistics | None = None,
+    max_samples: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
+
+    ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches (labels are ignored).
+    ``match``: None, "weight", "activation", or a Matcher; "auto" reads activations if there are data or statistics.
+    ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
+    ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
+    with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
+    number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm and activation.
+    ``statistics``: from an earlier merge or ``vfx.collect``. ``verify``: prove f(x) = f_π(x) before use.
+    Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
+    """
+    watch = Stopwatch()
+    with watch("trace"):
+        program = _program(models, example_inputs)
+    _check_edges(program)
+    alphas = edge_weights(weights, program.edges)
+    normalize = _normalization(normalize, program, data)
+    finder = matcher(("activation" if data is not None or statistics else "weight") if match == "auto" else match)
+    numbering = number_layers(program)
+    cut = numbering.number(preserve)
+    if device is not None:
+        program = program.to(device)
+    with watch("symmetry"):
+        facts = symmetry(program)
+    needs_features = finder is not None and finder.needs_data
+    if statistics is None and (needs_features or normalize in _NEED_GOALS):
+        if data is None:
+            raise ArgumentError("activation matching needs data= or statistics=; match='weight' does without")
+        with watch("statistics"):
+            statistics = collect_statistics(
+                program,
+                facts,
+                data,
+                max_samples=max_samples,
+                features=needs_features,
+                layers=normalize in _NEED_GOALS,
+                device=device,
+                progress=progress,
+            )
+    _check_statistics(statistics, normalize, needs_features)
+    align = Align(finder, statistics=statistics, facts=facts, seed=seed, verify=verify)
+    passes: list[Pass] = [align, DuplicateBranches(cut, alphas, join)]
+    passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
+    passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
+    result = _run(program, passes, watch)
+    return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=cut)
+
+
+def compile(
+    models: nn.Module | Sequence[nn.Module] | Program, example_inputs: Any = None, *, passes: Iterable[Pass]
+) -> Result:
+    """Run an explicit list of passes over one or several networks and emit the result."""
+    watch = Stopwatch()
+    with watch("trace"):
+        program = _program(models, example_inputs)
+    result = _run(program, passes, watch)
+    if result.edges != 1:
+        raise PassError(f"the passes leave {result.edges} weight sets; add vfx.Interpolate to merge them")
+    return _result(result, program, watch)
+
+
+def repair(
+    model: nn.Module | Result,
+    references: Sequence[nn.Module],
+    example_inputs: Any = None,
+    *,
+    data: Any,
+    method: str = "auto",
+    match: str | Matcher | None = None,
+    weights: float | Sequence[float] | None = None,
+    max_samples: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Normalization alone: bring a network's layer statistics to the average of its ``references``.
+
+    References have the model's architecture. Their channels must stand in the model's order; ``match`` aligns them
+    first ("weight", "activation") if they do not.
+    """
+    watch = Stopwatch()
+    target = model.module if isinstance(model, Result) else model
+    if example_inputs is None and isinstance(model, Result):
+        example_inputs = model.program.example_inputs
+    with watch("trace"):
+        program = trace([target, *references], example_inputs)
+    method_ = _normalization(method, program, data)
+    if method_ not in _NEED_DATA:
+        raise ArgumentError(f"method={method!r}: repair takes 'auto', {', '.join(map(repr, _NEED_DATA))}")
+    align = Align(match, data, facts=symmetry(program), seed=seed, verify=verify, progress=progress)
+    aligned = _run(program, [align], watch)
+    shares = [0.0, *edge_weights(weights, len(references))]
+    goals = Interpolate(shares)(aligned).goals
+    passes = _normalizing(method_, data, max_samples, None, verify, progress)
+    result = _run(replace(aligned.select(0), goals=goals), passes, watch)
+    return _result(result, program, watch, align, normalize=method_)
+
+
+def _program(models: Any, example_inputs: Any) -> Program:
+    if isinstance(models, Program):
+        return models
+    if example_inputs is None:
+        raise ArgumentError("example_inputs are needed to capture a model")
+    return trace(models, example_inputs)
+
+
+def _check_edges(program: Program) -> None:
+    if program.edges < 2:
+        raise ArgumentError(f"merging needs at least two models, got {program.edges}")
+    for edge, weights in enumerate(program.weights):
+        check_finite(weights, f"edge {edge}")
+
+
+def _normalization(normalize: str | None, program: Program, data: Any) -> str | None:
+    """The normalization to run: "auto" resolved, names and data checked."""
+    has_norm = any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
+    if normalize == "auto":
+        return None if data is None else ("reset" if has_norm else "rescale")
+    if normalize is not None and normalize not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
+        raise ArgumentError(f"normalize={normalize!r} is unknown; choose one of {known}, None or 'auto'")
+    if normalize in _NEED_DATA and data is None:
+        raise ArgumentError(f"normalize={normalize!r} runs the merged network on data; give data=")
+    return normalize
+
+
+def _check_statistics(statistics: Statistics | None, normalize: str | None, features: bool) -> None:
+    if statistics is None:
+        return
+    if features and not statistics.features:
+        raise ArgumentError("these statistics hold no features for activation matching; collect them again")
+    if normalize in _NEED_GOALS and not statistics.layers:
+        raise ArgumentError(f"these statistics hold no layer statistics for {normalize!r}; collect them again")
+
+
+def _normalizing(
+    normalize: str | None, data: Any, max_samples: int | None, device: Any, verify: bool, progress: bool
+) -> list[Pass]:
+    """The passes of one normalization, to be run on the merged network."""
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    if normalize in ("repair", "rescale"):
+        return [
+            InsertNormalization(verify=verify),
+            CalibrateNormalization(normalize, data, **options),  # type: ignore[arg-type]
+            FoldNormalization(verify=verify),
+        ]
+    if normalize == "reset":
+        return [ResetBatchNorm(data, **options)]
+    return [RemoveBias()] if normalize == "bias_removal" else []
+
+
+def _run(program: Program, passes: Iterable[Pass], watch: Stopwatch) -> Program:
+    for one in passes:
+        with watch(one.name):
+            program = one(program)
+    return program
+
+
+def _result(
+    result: Program,
+    edges: Program,
+    watch: Stopwatch,
+    align: Align | None = None,
+    statistics: Statistics | None = None,
+    progress: bool = True,
+    **choices: Any,
+) -> Result:
+    with watch("emit"):
+        module, reason = emit(result)
+    report = Report(
+        passes=result.history,
+        notes=result.notes,
+        matching=align.matching if align is not None else None,
+        verify_error=align.error if align is not None else None,
+        profile=cost(result),
+        edge_profile=cost(edges.select(0)),
+        own_class=not reason,
+        class_reason=reason,
+        seconds=watch.seconds,
+        choices=choices,
+    )
+    return Result(module, result, report, statistics)
+
+
+__all__ = ["Result", "collect", "compile", "layers", "merge", "profile", "repair", "symmetry", "trace"]

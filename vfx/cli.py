@@ -1,0 +1,280 @@
+"""The command line: the names and options of the Python API."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from vfx.errors import ArgumentError, VfxError
+
+app = typer.Typer(
+    help="Merge trained networks of one architecture without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Constructor as module:name, e.g. torchvision.models:resnet18.")
+]
+Arguments = Annotated[
+    list[str], typer.Option("--arg", "-a", help="Constructor argument key=value (value in JSON), repeatable.")
+]
+Inputs = Annotated[list[str], typer.Option("--input", "-i", help="Shape of one sample, e.g. 3x224x224, repeatable.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Calibration inputs: .npz, .npy, .safetensors or .pt file, or 'digits'."),
+]
+Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
+Normalize = Annotated[str, typer.Option(help="auto, none, repair, rescale, reset, bias_calibration or bias_removal.")]
+Match = Annotated[str, typer.Option(help="auto, none, weight or activation.")]
+Samples = Annotated[int | None, typer.Option(help="Use at most this many calibration samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")]
+
+
+def main() -> None:
+    """Entry point: vfx's own errors end with a message, not a traceback."""
+    try:
+        app()
+    except VfxError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        Console(stderr=True, soft_wrap=True, markup=False).print(str(error))
+        sys.exit(1)
+
+
+@app.command()
+def merge(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts: .safetensors, .pt or .pth.")],
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    data: Data = None,
+    match: Match = "auto",
+    normalize: Normalize = "auto",
+    preserve: Annotated[str, typer.Option(help="First layers kept for each edge: a number, or a module's name.")] = "0",
+    join: Annotated[str, typer.Option(help="preactivation or activation.")] = "preactivation",
+    weights: Annotated[str | None, typer.Option(help="One weight for each edge, e.g. 0.3,0.7.")] = None,
+    max_samples: Samples = None,
+    verify: Annotated[bool, typer.Option(help="Prove that each permutation preserves the function.")] = True,
+    seed: Seed = 0,
+    device: Device = None,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Merge two or more checkpoints of one architecture into one network."""
+    from vfx import api
+
+    edges = _load_all(checkpoints, model, arguments)
+    result = api.merge(
+        edges,
+        _examples(inputs),
+        data=_data(data),
+        match=_optional(match),
+        normalize=_optional(normalize),
+        preserve=int(preserve) if preserve.lstrip("-").isdigit() else preserve,
+        join=join,  # type: ignore[arg-type]
+        weights=_floats(weights),
+        max_samples=max_samples,
+        verify=verify,
+        seed=seed,
+        device=device,
+    )
+    _finish(result, out, report)
+
+
+@app.command()
+def repair(
+    checkpoint: Annotated[Path, typer.Argument(help="The network to repair.")],
+    references: Annotated[list[Path], typer.Argument(help="Networks whose statistics are the goal.")],
+    model: Model,
+    inputs: Inputs,
+    data: Data,
+    arguments: Arguments = [],  # noqa: B006
+    method: Annotated[str, typer.Option(help="auto, repair, rescale or reset.")] = "auto",
+    match: Annotated[str, typer.Option(help="Align the references first: none, weight or activation.")] = "none",
+    max_samples: Samples = None,
+    seed: Seed = 0,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Bring a network's layer statistics to those of its references."""
+    from vfx import api
+
+    network, *others = _load_all([checkpoint, *references], model, arguments)
+    result = api.repair(
+        network,
+        others,
+        _examples(inputs),
+        data=_data(data),
+        method=method,
+        match=_optional(match),
+        max_samples=max_samples,
+        seed=seed,
+    )
+    _finish(result, out, report)
+
+
+@app.command()
+def profile(
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    report: Json = None,
+) -> None:
+    """Parameters, MACs, FLOPs and memory of each layer."""
+    from vfx import api
+
+    table = api.profile(_construct(model, arguments), _examples(inputs))
+    Console().print(str(table), soft_wrap=True, highlight=False, markup=False)
+    if csv is not None:
+        table.to_csv(csv)
+    if report is not None:
+        table.to_json(report)
+
+
+@app.command()
+def symmetry(
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    verify: Annotated[bool, typer.Option(help="Check the groups numerically in float64.")] = True,
+    seed: Seed = 0,
+) -> None:
+    """Permutation symmetries: groups, members, pinned axes."""
+    from vfx import api
+
+    found = api.symmetry(_construct(model, arguments), _examples(inputs))
+    Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
+    if verify:
+        print(f"verified: relative error {found.verify(seed):.1e} (float64, random group elements)")
+
+
+@app.command()
+def layers(model: Model, inputs: Inputs, arguments: Arguments = []) -> None:  # noqa: B006
+    """Numbered conv and linear layers, shortcuts, and the joins of each cut."""
+    from vfx import api
+
+    print(api.layers(_construct(model, arguments), _examples(inputs)))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict of the model, or a .pt2 network.")],
+    out: Annotated[list[Path], typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")],
+    inputs: Inputs,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor as module:name.")] = None,
+    arguments: Arguments = [],  # noqa: B006
+) -> None:
+    """Convert a checkpoint to ONNX, .pt2 or safetensors; ONNX is checked in ONNX Runtime."""
+    from vfx.emit.files import export as write
+    from vfx.emit.files import load
+
+    if model is None and checkpoint.suffix != ".pt2":
+        raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
+    network = load(checkpoint, _construct(model, arguments) if model else None)
+    for path in out:
+        print(f"wrote {write(network, path, _examples(inputs))}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for edges, table, plot and ONNX model.")] = Path(
+        "demo"
+    ),
+    width: Annotated[float, typer.Option(help="Width multiplier of VGG16.")] = 0.25,
+    epochs: Annotated[int, typer.Option(help="Training epochs of each edge.")] = 15,
+    retrain: Annotated[bool, typer.Option(help="Train the edges even if an earlier run left them.")] = False,
+) -> None:
+    """The papers' Table 1 on scikit-learn's digits, offline."""
+    from vfx.demo import run
+
+    run(out, width=width, epochs=epochs, retrain=retrain)
+
+
+def _finish(result: Any, out: list[Path] | None, report: Path | None) -> None:
+    from vfx.emit.files import export as write
+    from vfx.files import write_atomic
+
+    print(result.report)
+    for path in out or ():
+        print(f"wrote {write(result, path)}")
+    if report is not None:
+        write_atomic(report, result.report.to_json().encode())
+
+
+def _construct(model: str, arguments: list[str]) -> nn.Module:
+    """Call the constructor that the user names."""
+    module, separator, name = model.partition(":")
+    if not separator:
+        raise ArgumentError(f"--model {model!r} must be module:name, e.g. vfx.models:vgg16")
+    try:
+        constructor = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(f"--model {model!r} cannot be imported: {error}") from error
+    network = constructor(**dict(_argument(text) for text in arguments))
+    if not isinstance(network, nn.Module):
+        raise ArgumentError(f"--model {model!r} gave {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ArgumentError(f"--arg {text!r} must be key=value")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _load_all(paths: list[Path], model: str, arguments: list[str]) -> list[nn.Module]:
+    from vfx.emit.files import load
+
+    return [load(path, _construct(model, arguments)) for path in paths]
+
+
+def _examples(shapes: list[str]) -> tuple[Tensor, ...]:
+    try:
+        sizes = [tuple(int(size) for size in text.lower().split("x")) for text in shapes]
+    except ValueError as error:
+        raise ArgumentError(f"--input takes the shape of one sample, e.g. 3x32x32, got {shapes}") from error
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, *size, generator=generator) for size in sizes)
+
+
+def _data(source: str | None) -> Any:
+    """Calibration inputs as a tensor, or a one-batch-a-time list of tuples for several inputs."""
+    if source is None:
+        return None
+    if source == "digits":
+        from vfx.models import digits
+
+        return digits()[0]
+    from vfx.statistics.files import read_inputs
+
+    return read_inputs(Path(source))
+
+
+def _optional(name: str) -> str | None:
+    return None if name.lower() == "none" else name
+
+
+def _floats(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"--weights takes numbers, e.g. 0.3,0.7, got {text!r}") from error

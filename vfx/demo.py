@@ -1,0 +1,181 @@
+"""The main job, offline: the papers' Table 1 on scikit-learn's digits.
+
+Two small VGG16 are trained from different seeds and merged behind l preserved layers, with and without activation
+matching and normalization. Test images are only used to fill the table: the network that is exported is chosen on the
+calibration images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from vfx.api import Result, collect, layers, merge, profile, trace
+from vfx.emit.files import export, load
+from vfx.files import write_atomic
+from vfx.models import accuracy, digits, fit, predict, vgg16
+from vfx.statistics.collect import Statistics
+
+PRESERVED = (0, 3, 6, 8, 12)
+CHOSEN = 8  # the papers' sweet spot: one network at about 1.2 times the parameters
+SEEDS = (0, 1)
+COLUMNS: dict[str, tuple[str | None, str | None]] = {  # title: (match, normalize)
+    "Direct": (None, None),
+    "AM": ("activation", None),
+    "AM + REPAIR": ("activation", "repair"),
+    "AM + RESCALE": ("activation", "rescale"),
+    "AM + Bias Cal.": ("activation", "bias_calibration"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: accuracies in % by column, parameters and FLOPs against one edge."""
+
+    name: str
+    accuracy: dict[str, float]
+    params: int
+    params_ratio: float
+    flops: int
+    flops_ratio: float
+
+
+def run(
+    out: Path, *, width: float = 0.25, epochs: int = 15, seeds: Sequence[int] = SEEDS, retrain: bool = False
+) -> None:
+    """Train (or reuse) the edges, merge them, print the table and write table, plot and ONNX model to ``out``."""
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    train_x, train_y, test_x, test_y = digits()
+    edges = [_edge(out, train_x, train_y, width, epochs, seed, retrain, console) for seed in seeds]
+    rows, chosen = _rows(edges, train_x, train_y, test_x, test_y)
+    console.print(_table(rows))
+    write_atomic(out / "table.json", json.dumps([asdict(row) for row in rows], indent=2).encode())
+    plot(rows, out / "accuracy.png")
+    export(chosen, out / "merged.onnx")
+    console.print(
+        f"Wrote {out / 'merged.onnx'} (checked in ONNX Runtime), {out / 'table.json'}, {out / 'accuracy.png'}"
+    )
+
+
+def _edge(
+    out: Path, x: Tensor, y: Tensor, width: float, epochs: int, seed: int, retrain: bool, console: Console
+) -> nn.Module:
+    """One trained edge, from its checkpoint if an earlier run left one."""
+    torch.manual_seed(seed)
+    model = vgg16(width=width, in_channels=1)
+    path = out / f"vgg16_w{width:g}_e{epochs}_s{seed}.safetensors"
+    if path.is_file() and not retrain:
+        console.print(f"Edge {seed}: reusing {path}")
+        return load(path, model)
+    console.print(f"Edge {seed}: training VGG16 ×{width:g} for {epochs} epochs on {len(x)} digits")
+    fit(model, x, y, epochs=epochs, lr=0.1, batch_size=64, seed=seed)
+    export(model, path)
+    return model
+
+
+def _rows(
+    edges: list[nn.Module], train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
+) -> tuple[list[Row], Result]:
+    program = trace(edges, train_x[:2])
+    statistics = collect(program, data=train_x)
+    cost = profile(program)
+    score: Callable[[nn.Module], float] = lambda module: 100 * accuracy(module, test_x, test_y)  # noqa: E731
+    rows = [
+        Row(f"Edge {i}", {"": score(edge)}, cost.params, 1.0, cost.flops, 1.0) for i, edge in enumerate(edges, start=1)
+    ]
+    votes = torch.stack([predict(edge, test_x).softmax(-1) for edge in edges]).mean(0)
+    ensemble = 100 * float((votes.argmax(-1) == test_y).float().mean())
+    count = len(edges)
+    rows.append(Row("Ensemble", {"": ensemble}, count * cost.params, count, count * cost.flops, count))
+    total = len(layers(program))
+    candidates: list[tuple[float, Result]] = []
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("merging", total=len(PRESERVED) * len(COLUMNS))
+        for preserve in PRESERVED:
+            results = {}
+            for title, (match, normalize) in COLUMNS.items():
+                results[title] = _merge(program, statistics, train_x, match, normalize, preserve)
+                bar.advance(task)
+            if preserve == CHOSEN:
+                candidates = [(accuracy(r.module, train_x, train_y), r) for r in results.values()]
+            rows.append(_row(f"PFM {preserve}/{total}", results, score))
+    return rows, max(candidates, key=lambda pair: pair[0])[1]
+
+
+def _merge(
+    program: object, statistics: Statistics, data: Tensor, match: str | None, normalize: str | None, preserve: int
+) -> Result:
+    return merge(
+        program,  # type: ignore[arg-type]
+        data=data,
+        match=match,
+        normalize=normalize,
+        preserve=preserve,
+        statistics=statistics,
+        progress=False,
+    )
+
+
+def _row(name: str, results: dict[str, Result], score: Callable[[nn.Module], float]) -> Row:
+    report = results["AM + RESCALE"].report
+    return Row(
+        name,
+        {title: score(result.module) for title, result in results.items()},
+        report.profile.params,
+        report.params_ratio,
+        report.profile.flops,
+        report.flops_ratio,
+    )
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="Accuracy in %, two VGG16 on digits (the papers' Table 1)")
+    table.add_column("Model", no_wrap=True)
+    for title in COLUMNS:
+        table.add_column(title, justify="right")
+    table.add_column("Params", justify="right")
+    table.add_column("FLOPs", justify="right")
+    for row in rows:
+        single = row.accuracy.get("")
+        cells = [f"{single:.2f}"] if single is not None else [f"{row.accuracy[title]:.2f}" for title in COLUMNS]
+        cells += [""] * (len(COLUMNS) - len(cells))
+        cost = (f"{row.params_ratio:.3f}×", f"{row.flops_ratio:.3f}×")
+        table.add_row(row.name, *cells, *cost, end_section=row.name == "Ensemble")
+    return table
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Accuracy against parameters, one line for each column of the table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    merged = [row for row in rows if "" not in row.accuracy]
+    for title, marker in zip(COLUMNS, "vos^D"):
+        axes.plot(
+            [row.params_ratio for row in merged], [row.accuracy[title] for row in merged], marker=marker, label=title
+        )
+    for row, style in zip((row for row in rows if "" in row.accuracy), (":", "-.", "--")):
+        axes.axhline(row.accuracy[""], color="0.4", linestyle=style, linewidth=1, label=row.name)
+    for index, row in enumerate(merged):
+        height = 2 + 4 * (index % 2)  # the first cuts cost so little that their labels would overlap
+        axes.annotate(row.name.removeprefix("PFM "), (row.params_ratio, height), ha="center", fontsize=8, color="0.3")
+    axes.set(xlabel="parameters (× one edge)", ylabel="test accuracy (%)", ylim=(0, 102))
+    axes.set_title("Merging two VGG16 behind l preserved layers (PFM l/L)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center right")
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    temporary.replace(path)

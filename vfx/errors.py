@@ -1,0 +1,39 @@
+"""One exception class for each kind of refusal; each message names the cause and the way out."""
+
+from __future__ import annotations
+
+
+class VfxError(Exception):
+    """Base class of every error that vfx raises on purpose."""
+
+
+class ArgumentError(VfxError, ValueError):
+    """An argument is outside its range or of the wrong kind."""
+
+
+class CaptureError(VfxError):
+    """torch.export could not capture the model, or the captured graph cannot be represented."""
+
+
+class ArchitectureError(VfxError):
+    """Edge models (or a checkpoint and its model) do not share one architecture."""
+
+
+class WeightError(VfxError):
+    """A weight is NaN or infinite."""
+
+
+class DataError(VfxError):
+    """Calibration data are empty or do not fit the network's inputs."""
+
+
+class VerificationError(VfxError):
+    """A rewrite that must preserve the function did not."""
+
+
+class CheckpointError(VfxError):
+    """A file cannot be read safely or is not what its name says."""
+
+
+class PassError(VfxError):
+    """A pass cannot run on this Program, or its result breaks what it promises."""

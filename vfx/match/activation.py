@@ -1,0 +1,79 @@
+"""Activation matching (Li et al. 2015; Git Re-Basin §3.1; *Vanishing Feature* App. F.2).
+
+For each group the Pearson correlation between the features of two edges is summed over the group's taps and maximised
+by one linear assignment. Where two groups share features (groups × channels of a grouped convolution), they are
+optimised in turn until the sum stops growing.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from vfx.analyse.symmetry import Index, Symmetry
+from vfx.errors import ArgumentError
+from vfx.match.matcher import Matching, assign, identity
+from vfx.program import Program
+from vfx.statistics.collect import Statistics
+from vfx.statistics.taps import Tap
+
+MAX_SWEEPS = 100
+
+
+class ActivationMatching:
+    """One assignment per group on the correlations of ``statistics``."""
+
+    needs_data = True
+
+    def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int = 0) -> Matching:
+        if statistics is None or not statistics.taps:
+            raise ArgumentError("activation matching needs data, or statistics collected with features")
+        start = time.perf_counter()
+        results = [self._match(symmetry, statistics, edge) for edge in range(1, program.edges)]
+        return Matching(
+            permutations=(identity(symmetry), *(permutations for permutations, _, _ in results)),
+            objective=tuple(objective for _, objective, _ in results),
+            sweeps=tuple(sweeps for _, _, sweeps in results),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _match(self, symmetry: Symmetry, statistics: Statistics, edge: int) -> tuple[dict[int, Index], float, int]:
+        found = identity(symmetry)
+        gains = [(tap, statistics.features[tap.key].correlation(0, edge).cpu().numpy()) for tap in statistics.taps]
+        taps_of: dict[int, list[tuple[Tap, Index]]] = {}
+        for tap, gain in gains:
+            for group in tap.groups:
+                taps_of.setdefault(group, []).append((tap, gain))
+        coupled = any(len(tap.groups) > 1 for tap in statistics.taps)
+        total, sweeps = -np.inf, 0
+        while sweeps < (MAX_SWEEPS if coupled else 1):
+            sweeps += 1
+            value = 0.0
+            for group, taps in taps_of.items():
+                gain = np.sum([marginal(tap, matrix, group, found) for tap, matrix in taps], axis=0)
+                found[group], best = assign(gain)
+                value += best
+            if value <= total * (1 + 1e-12):
+                break
+            total = value
+        return found, float(total), sweeps
+
+
+def marginal(tap: Tap, gain: Index, group: int, permutations: dict[int, Index]) -> Index:
+    """Gain (size, size) of one group's channels, the tap's other groups held at their permutations."""
+    column = tap.groups.index(group)
+    size = len(permutations[group])
+    if len(tap.groups) == 1:
+        return gain
+    # grid[c, o]: the feature with channel c of this group and o of all others together
+    others = np.delete(tap.digits, column, axis=1)
+    moved = np.stack([permutations[g][others[:, k]] for k, g in enumerate(np.delete(tap.groups, column))], axis=1)
+    _, other = np.unique(others, axis=0, return_inverse=True)
+    lookup = {tuple(row): index for row, index in zip(others.tolist(), other.reshape(-1).tolist())}
+    target = np.array([lookup[tuple(row)] for row in moved.tolist()])
+    grid = np.empty((size, int(other.max()) + 1), np.int64)
+    grid[tap.digits[:, column], other.reshape(-1)] = np.arange(tap.size)
+    image = np.empty(grid.shape[1], np.int64)
+    image[other.reshape(-1)] = target
+    return np.stack([gain[grid[c]][:, grid[:, image].T].diagonal().sum(-1) for c in range(size)])

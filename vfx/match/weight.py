@@ -1,0 +1,147 @@
+"""Weight matching (Git Re-Basin, Ainsworth et al. 2022, algorithm 1).
+
+For group P the gain is A = Σ over its members of ⟨W_0, W_1⟩ contracted over every other axis, W_1 already permuted by
+the other groups; tr(PᵀA) is maximised by a linear assignment, group after group, until a sweep gains nothing. The first
+sweep goes in topological order and counts only members whose other axes are settled already: from a random order alone
+the search gets stuck on residual networks. Where two unsettled groups share an axis (groups × channels of a grouped
+convolution), the first is settled on the best order of the second for each pair of its channels. Later sweeps are in
+random order. A group on both axes of one weight makes the objective quadratic: a step that would lower it is not taken.
+Running statistics never enter the gain.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfx.analyse.symmetry import Group, Index, Member, Symmetry
+from vfx.match.matcher import Matching, assign, best_over_blocks, identity
+from vfx.program import Program, Weights
+
+MAX_SWEEPS = 100
+TOLERANCE = 1e-12
+
+
+class WeightMatching:
+    """Coordinate descent over groups; ``restarts`` further descents begin from random permutations."""
+
+    needs_data = False
+
+    def __init__(self, restarts: int = 0):
+        self.restarts = restarts
+
+    @torch.no_grad()
+    def __call__(self, program: Program, symmetry: Symmetry, statistics: object = None, seed: int = 0) -> Matching:
+        start = time.perf_counter()
+        generator = np.random.default_rng(seed)
+        best = []
+        for weights in program.weights[1:]:
+            descents = [
+                _Descent(symmetry, program.weights[0], weights).run(generator, warm=attempt == 0)
+                for attempt in range(1 + self.restarts)
+            ]
+            best.append(max(descents, key=lambda result: result[1]))
+        return Matching(
+            permutations=(identity(symmetry), *(result[0] for result in best)),
+            objective=tuple(result[1] for result in best),
+            sweeps=tuple(result[2] for result in best),
+            seconds=time.perf_counter() - start,
+        )
+
+
+class _Descent:
+    """One coordinate descent that brings ``other`` to ``target``."""
+
+    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
+        self.symmetry = symmetry
+        scored = {m.fqn for g in symmetry.groups for m in g.members} - symmetry.program.buffers
+        self.target = {name: target[name].float() for name in scored}
+        self.original = {name: other[name].float() for name in scored}
+        self.groups_of: dict[str, set[int]] = {}
+        self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
+        for group in symmetry.groups:
+            for member in group.members:
+                self.groups_of.setdefault(member.fqn, set()).add(group.index)
+                where = (group.index, set(member.position.reshape(-1).tolist()))
+                self.on_axis.setdefault((member.fqn, member.dim), []).append(where)
+
+    def run(self, generator: np.random.Generator, warm: bool) -> tuple[dict[int, Index], float, int]:
+        """Permutations, objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps."""
+        self.permutations = identity(self.symmetry) if warm else self.symmetry.random(generator)
+        self.current = self.symmetry.permute(self.original, {} if warm else self.permutations)
+        settled: set[int] | None = set() if warm else None
+        objective, sweep = self._objective(), 0
+        for sweep in range(1, MAX_SWEEPS + 1):
+            order = range(len(self.symmetry.groups)) if warm and sweep == 1 else self._shuffled(generator)
+            for index in order:
+                self._improve(self.symmetry.groups[index], settled)
+            settled = None
+            before, objective = objective, self._objective()
+            if sweep > 1 and objective - before <= TOLERANCE * abs(objective):
+                break
+        return self.permutations, objective, sweep
+
+    def _shuffled(self, generator: np.random.Generator) -> list[int]:
+        return [int(i) for i in generator.permutation(len(self.symmetry.groups))]
+
+    def _improve(self, group: Group, settled: set[int] | None) -> None:
+        """The best permutation of one group, all others held."""
+        members = [m for m in group.members if m.fqn in self.target]
+        if not members:
+            return
+        gain = self._first_gain(group, members, settled) if settled is not None else self._gain(members, group.size)
+        relative, _ = assign(gain)
+        if (relative == np.arange(group.size)).all():
+            return
+        names = {m.fqn for m in members}
+        step = self.symmetry.permute({name: self.current[name] for name in names}, {group.index: relative})
+        quadratic = len({(m.fqn, m.dim) for m in members}) > len(names)
+        if settled is None and quadratic and self._value(names, step) < self._value(names, self.current):
+            return
+        self.permutations[group.index] = self.permutations[group.index][relative]
+        self.current.update(step)
+
+    def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Index:
+        """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""
+        known = [m for m in members if self.groups_of[m.fqn] - {group.index} <= settled]
+        shared = [m for m in members if self.groups_of[m.fqn] - {group.index} - settled == self._sharing(group, m)]
+        settled.add(group.index)
+        if known or not shared:
+            return self._gain(known or members, group.size)
+        copies = shared[0].position.shape[1]
+        blocks = [self._blocks([m for m in shared if m.position.shape[1] == copies], w, group.size)
+                  for w in (self.target, self.current)]  # fmt: skip
+        return best_over_blocks(np.einsum("iax,jbx->ijab", *blocks, optimize=True))
+
+    def _sharing(self, group: Group, member: Member) -> set[int]:
+        """Other groups that move the same positions of a member's axis."""
+        own = set(member.position.reshape(-1).tolist())
+        return {g for g, where in self.on_axis[member.fqn, member.dim] if g != group.index and where & own}
+
+    def _blocks(self, members: list[Member], weights: Weights, size: int) -> Index:
+        """(size, copies, everything else) of the members side by side."""
+        parts = [_rows(m, weights[m.fqn]).reshape(size, m.position.shape[1], -1) for m in members]
+        return torch.cat(parts, 2).cpu().numpy()
+
+    def _gain(self, members: list[Member], size: int) -> Index:
+        """⟨W_0, W_1⟩ between any two channels (size, size), contracted over all else."""
+        total = np.zeros((size, size))
+        for member in members:
+            rows = [_rows(member, weights[member.fqn]).reshape(size, -1) for weights in (self.target, self.current)]
+            total += (rows[0] @ rows[1].T).double().cpu().numpy()
+        return total
+
+    def _value(self, names: set[str], weights: Weights) -> float:
+        return sum(float(torch.sum(self.target[name].double() * weights[name].double())) for name in names)
+
+    def _objective(self) -> float:
+        return self._value(set(self.target), self.current)
+
+
+def _rows(member: Member, tensor: Tensor) -> Tensor:
+    """A weight's slices at the member's positions, channel after channel."""
+    index = torch.from_numpy(member.position.reshape(-1)).to(tensor.device)
+    return tensor.movedim(member.dim, 0)[index]

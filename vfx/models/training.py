@@ -1,0 +1,140 @@
+"""Train and evaluate small classifiers on tensors held in memory: enough for the demo, the tests and the benchmarks."""
+
+import math
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fit(
+    model: Model,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int = 128,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+    seed: int = 0,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    augment: bool = True,
+    shift: int = 2,
+    flip: bool = False,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+) -> Model:
+    """Train `model` in place by SGD on (N, …) inputs and (N,) class labels and return it in eval mode.
+
+    `warmup` is the share of steps over which the rate rises linearly to `lr`; it then falls linearly to 0. `augment`
+    shifts images (N, C, H, W) by up to ±`shift` pixels and, with `flip`, mirrors them. The order of the data and the
+    augmentation depend on `seed` alone. Raises ValueError on inputs that do not fit, FloatingPointError on divergence.
+    """
+    _check(inputs, labels, epochs, augment)
+    target = torch.device(device) if device is not None else _device(model)
+    model.to(target).train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    steps = epochs * math.ceil(len(inputs) / batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, warmup))
+    with _bar(progress) as bar:
+        task = bar.add_task("training", total=steps, note="")
+        for epoch in range(epochs):
+            total = torch.zeros((), device=target)
+            for chosen in _batches(len(inputs), batch_size, generator):
+                batch = inputs[chosen]
+                if augment:
+                    batch = _augment(batch, shift, flip, generator)
+                loss = F.cross_entropy(model(batch.to(target)), labels[chosen].to(target))
+                _step(model, optimizer, loss, clip)
+                schedule.step()
+                total += loss.detach() * len(chosen)
+                bar.advance(task)
+            bar.update(task, note=f"epoch {epoch + 1}/{epochs} loss {_mean(total, len(inputs), epoch, lr):.3f}")
+    return model.eval()
+
+
+def predict(model: nn.Module, inputs: Tensor, batch_size: int = 500) -> Tensor:
+    """Return the outputs for (N, …) inputs in eval mode, on the inputs' device, then restore the model's mode."""
+    device, training = _device(model), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return torch.cat([model(batch.to(device)).to(inputs.device) for batch in inputs.split(batch_size)])
+    finally:
+        model.train(training)
+
+
+def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+    """Return the share (0 to 1) of (N, …) inputs whose largest logit is at their (N,) label."""
+    return (predict(model, inputs, batch_size).argmax(1) == labels).double().mean().item()
+
+
+def _check(inputs: Tensor, labels: Tensor, epochs: int, augment: bool) -> None:
+    if len(inputs) != len(labels) or len(inputs) == 0:
+        raise ValueError(f"fit needs one label per input and at least one: {len(inputs)} inputs, {len(labels)} labels")
+    if augment and inputs.dim() != 4:
+        raise ValueError(f"augment shifts images (N, C, H, W), got {tuple(inputs.shape)}; pass augment=False")
+    if epochs < 0:
+        raise ValueError(f"epochs must be at least 0, got {epochs}")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """Return the share of the peak rate at `step`: a linear rise over the warm-up, then a linear fall to 0."""
+    rise = math.ceil(steps * warmup)
+    if step < rise:
+        return (step + 1) / rise
+    return max(0, steps - step) / max(1, steps - rise)
+
+
+def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield shuffled indices in batches of nearly equal size: a last batch of one would break BatchNorm."""
+    order = torch.randperm(count, generator=generator)
+    yield from order.tensor_split(math.ceil(count / batch_size))
+
+
+def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Shift each image by its own offset, repeating the border pixels, and mirror half of them if asked."""
+    count, _, height, width = images.shape
+    offsets = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = torch.arange(height, device=images.device) + offsets[0] - shift
+    columns = torch.arange(width, device=images.device) + offsets[1] - shift
+    if flip:
+        mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    # Clamped indices read the border again, so no padding value has to be known.
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    sample = torch.arange(count, device=images.device)[:, None, None]
+    return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+
+
+def _mean(total: Tensor, count: int, epoch: int, lr: float) -> float:
+    """Return the epoch's mean loss, refusing to go on when it is not finite."""
+    mean = total.item() / count
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"training diverged: mean loss {mean} in epoch {epoch + 1}; lower lr={lr}")
+    return mean
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not shown)

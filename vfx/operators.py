@@ -1,0 +1,52 @@
+"""Names of ATen operators and uniform access to their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"}
+TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
+LINEARS = {"aten.linear"}
+LAYERS = CONVOLUTIONS | TRANSPOSED | LINEARS
+BATCH_NORMS = {"aten.batch_norm", "aten._native_batch_norm_legit_no_training"}
+NORMS = BATCH_NORMS | {"aten.layer_norm", "aten.group_norm", "aten.instance_norm", "aten.rms_norm"}
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
+
+
+def operator(node: fx.Node) -> str:
+    """``aten.conv2d`` for any overload of it, the function's name for the rest, "" where nothing is called."""
+    if node.op != "call_function":
+        return ""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is not None:
+        return str(packet)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an ATen call by name, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
+    values: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            values[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        else:
+            values[argument.name] = argument.default_value if argument.has_default_value() else None
+    return values
+
+
+def is_layer(node: fx.Node) -> bool:
+    """A convolution or linear call whose weight the graph reads (not one that is computed)."""
+    return operator(node) in LAYERS
+
+
+def weight_name(node: fx.Node, argument: str = "weight") -> str | None:
+    """FQN of a call's parameter, or None where it is absent or computed."""
+    value = arguments(node).get(argument)
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None

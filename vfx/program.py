@@ -1,0 +1,227 @@
+"""Program: one graph, N weight sets.
+
+The graph is a ``torch.fx.Graph`` of ATen operators. Its ``get_attr`` nodes are addressed by the fully qualified
+names (FQN) of the user's model, its ``placeholder`` nodes carry the names of ``forward``'s parameters, and its
+``output`` node holds the user's output structure. Edges share one architecture, so there is one graph and a weight
+set for each edge. Programs are values: passes return new ones and share the tensors they did not touch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from vfx.errors import ArgumentError
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape and dtype of a tensor in the graph; the batch size may be a symbol."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        """The shape with the batch symbol replaced by ``batch``."""
+        return tuple(size if isinstance(size, int) else int(_substitute(size, batch)) for size in self.shape)
+
+
+def _substitute(size: Any, batch: int) -> Any:
+    return size.subs(dict.fromkeys(size.free_symbols, batch)) if isinstance(size, sympy.Expr) else size
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Mean and standard deviation of a layer's output channels over the data: float64 tensors (edges, channels)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured network: graph, weight sets by FQN, example inputs and the passes it went through.
+
+    ``weights[i]`` holds every tensor that edge i's graph reads. ``aliases`` maps the other names of a shared tensor to
+    the one the graph uses. ``module`` is the user's model (edge 0), kept to write results back into its class.
+    ``private`` names tensors that belong to one edge's branch and are never interpolated. ``goals`` holds the edges'
+    statistics of each layer's output, in the channel order of their weights. ``notes`` is what passes refused, and why.
+    ``layers`` keeps the numbering of a network whose branches were duplicated.
+    """
+
+    graph: fx.Graph
+    weights: tuple[Weights, ...]
+    example_inputs: tuple[Any, ...]
+    module: nn.Module | None = None
+    buffers: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    private: frozenset[str] = frozenset()
+    goals: Mapping[str, Goal] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    layers: tuple[Any, ...] = ()
+    history: tuple[str, ...] = ()
+    origin: str = ""
+
+    @cached_property
+    def structural(self) -> bool:
+        """Whether the graph differs from the one that was captured from the user's class."""
+        return digest(self.graph) != self.origin
+
+    def __call__(self, *inputs: Any, edge: int = 0) -> Any:
+        """Run the network of one edge; inputs as for the user's ``forward``."""
+        return run(self.graph, self.weights[edge], self.flatten(inputs))
+
+    def flatten(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """Check the number of inputs against the graph's placeholders."""
+        names = [node.name for node in self.placeholders]
+        if len(inputs) != len(names):
+            raise ArgumentError(f"the network takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
+        return list(inputs)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def edges(self) -> int:
+        """Number of weight sets."""
+        return len(self.weights)
+
+    def names(self) -> list[str]:
+        """FQNs read by the graph, in order of first use."""
+        return list(dict.fromkeys(node.target for node in self.graph.nodes if node.op == "get_attr"))
+
+    def node(self, name: str) -> fx.Node:
+        """The graph node called ``name``."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise ArgumentError(f"the graph has no node {name!r}")
+
+    def with_weights(self, weights: Iterable[Weights], note: str | None = None) -> Program:
+        """The same graph with other weight sets."""
+        history = (*self.history, note) if note else self.history
+        return replace(self, weights=tuple(weights), history=history)
+
+    def with_graph(self, graph: fx.Graph, weights: Iterable[Weights], note: str, **changes: Any) -> Program:
+        """A rewritten graph and its weight sets."""
+        return replace(self, graph=graph, weights=tuple(weights), history=(*self.history, note), **changes)
+
+    def select(self, edge: int) -> Program:
+        """The Program of one edge alone."""
+        return replace(self, weights=(self.weights[edge],))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Program:
+        """Every weight set and the example inputs on another device, or floating tensors in another dtype."""
+        move: Callable[[Any], Any] = lambda value: moved(value, device, dtype)  # noqa: E731
+        weights = tuple({name: move(tensor) for name, tensor in one.items()} for one in self.weights)
+        return replace(self, weights=weights, example_inputs=tuple(move(x) for x in self.example_inputs))
+
+
+def digest(graph: fx.Graph) -> str:
+    """A fingerprint of a graph: operators, arguments and node names."""
+    return hashlib.blake2b(str(graph).encode(), digest_size=16).hexdigest()
+
+
+def moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    """A tensor on ``device``, cast to ``dtype`` if floating; anything else unchanged."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy with its own nodes (names and metadata kept), and the map from old nodes to new ones."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy_node(new, node, mapping)
+    return new, mapping
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """``node`` appended to ``graph`` under its own name, its arguments looked up in ``mapping``."""
+    new = graph.node_copy(node, lambda argument: mapping[argument])
+    new.name = node.name
+    new.meta = dict(node.meta)
+    return new
+
+
+def run(graph: fx.Graph, weights: Weights, inputs: list[Any]) -> Any:
+    """Evaluate ``graph``; each value is freed after its last use."""
+    return Execution(graph, weights, inputs).finish()
+
+
+class Execution:
+    """A forward pass that can stop behind any node and go on later, with other weights if need be."""
+
+    def __init__(self, graph: fx.Graph, weights: Weights, inputs: list[Any], plan: list[Step] | None = None):
+        self.plan = plan if plan is not None else schedule(graph)
+        self.weights = weights
+        self.values: dict[fx.Node, Any] = {}
+        self.position = 0
+        self.result: Any = None
+        self._inputs = iter(inputs)
+
+    def step(self) -> tuple[fx.Node, Any]:
+        """Run the next node and free what nobody reads any more."""
+        node, dying = self.plan[self.position]
+        value = self._evaluate(node)
+        self.values[node] = value
+        for dead in dying:
+            del self.values[dead]
+        self.position += 1
+        return node, value
+
+    def advance(self, stop: fx.Node) -> Any:
+        """Run up to and including ``stop``, whose value is returned."""
+        while True:
+            node, value = self.step()
+            if node is stop:
+                return value
+
+    def finish(self) -> Any:
+        """Run to the end and return the network's output."""
+        while self.position < len(self.plan):
+            self.step()
+        return self.result
+
+    def value(self, node: fx.Node) -> Any:
+        """A live value; weights are looked up when they are read, so a change between two steps takes effect."""
+        return self.weights[str(node.target)] if node.op == "get_attr" else self.values[node]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return next(self._inputs)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
+        if node.op == "output":
+            self.result = args[0]
+            return None
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+Step = tuple[fx.Node, tuple[fx.Node, ...]]
+
+
+def schedule(graph: fx.Graph) -> list[Step]:
+    """The nodes that compute something in order, each with the values that die behind it."""
+    last: dict[fx.Node, fx.Node] = {}
+    computed = [node for node in graph.nodes if node.op != "get_attr"]
+    for node in computed:
+        last[node] = node
+        for argument in node.all_input_nodes:
+            if argument.op != "get_attr":
+                last[argument] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, reader in last.items():
+        dying.setdefault(reader, []).append(value)
+    return [(node, tuple(dying.get(node, ()))) for node in computed]

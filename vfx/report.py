@@ -1,0 +1,93 @@
+"""What a compilation did, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vfx.analyse.cost import Profile
+from vfx.match.matcher import Matching
+
+
+class Stopwatch:
+    """Seconds spent in each named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Passes run, what they refused, how good the match is, and what the result costs against one edge."""
+
+    passes: tuple[str, ...]
+    notes: tuple[str, ...]
+    profile: Profile
+    edge_profile: Profile
+    own_class: bool
+    class_reason: str
+    seconds: Mapping[str, float]
+    matching: Matching | None = None
+    verify_error: float | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def params_ratio(self) -> float:
+        """Parameters against one edge."""
+        return self.profile.params / max(self.edge_profile.params, 1)
+
+    @property
+    def flops_ratio(self) -> float:
+        """FLOPs against one edge."""
+        return self.profile.flops / max(self.edge_profile.flops, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        matching = self.matching
+        return {
+            **self.choices,
+            "passes": list(self.passes),
+            "notes": list(self.notes),
+            "params": self.profile.params,
+            "flops": self.profile.flops,
+            "params_ratio": self.params_ratio,
+            "flops_ratio": self.flops_ratio,
+            "match_objective": list(matching.objective) if matching else None,
+            "match_sweeps": list(matching.sweeps) if matching else None,
+            "verify_error": self.verify_error,
+            "own_class": self.own_class,
+            "class_reason": self.class_reason,
+            "seconds": dict(self.seconds),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        table = Table(title="merge report", show_header=False)
+        table.add_row("passes", " → ".join(self.passes))
+        table.add_row("parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× an edge)")
+        table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× an edge)")
+        if self.matching is not None:
+            table.add_row("match objective", ", ".join(f"{x:.4g}" for x in self.matching.objective))
+            table.add_row("proof", f"f(x) = f_π(x) to {self.verify_error:.1e} (float64)")
+        table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
+        for note in self.notes:
+            table.add_row("note", note)
+        table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))
+        console = Console(width=120, force_terminal=False)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()

@@ -1,0 +1,80 @@
+"""What a pass is: a Program in, a new Program out, with a contract checked on both sides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from vfx.analyse.verify import relative_error, tensors
+from vfx.errors import PassError, VerificationError
+from vfx.program import Program
+
+PRESERVED = 1e-9  # relative output error in float64 up to which two networks count as the same function
+
+
+class Pass(ABC):
+    """One rewrite. ``requires`` is checked on the input, ``ensures`` on the result; neither Program is changed."""
+
+    preserves_function: ClassVar[bool] = False
+    verify: bool = True
+
+    def __call__(self, program: Program) -> Program:
+        self.requires(program)
+        result = self.apply(program)
+        self.ensures(program, result)
+        return result
+
+    def requires(self, program: Program) -> None:
+        """Raise PassError if the pass cannot run here."""
+        if not program.weights:
+            raise PassError(f"{self.name} needs a Program that holds weights")
+
+    @abstractmethod
+    def apply(self, program: Program) -> Program:
+        """The rewrite itself."""
+
+    def ensures(self, program: Program, result: Program) -> None:
+        """Raise if the pass breaks what it promises; by default, that it preserves the function.
+
+        The algebra is checked, not the rounding: the pass runs once more on float64 weights.
+        """
+        if not (self.preserves_function and self.verify):
+            return
+        exact = program.to("cpu", torch.float64)
+        rewritten = self.apply(exact)
+        for edge in range(program.edges):
+            error = same_function(exact.select(edge), rewritten.select(edge))
+            if not error <= PRESERVED:
+                raise VerificationError(f"{self.name} changed the function of edge {edge}: relative error {error:.1e}")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+
+def require_edges(program: Program, single: bool, name: str) -> None:
+    """The order of passes is fixed: align and duplicate act on N weight sets, normalization on the merged one."""
+    if single and program.edges != 1:
+        raise PassError(f"{name} acts on a merged network, this Program holds {program.edges}; run Interpolate first")
+    if not single and program.edges < 2:
+        raise PassError(f"{name} acts on two or more weight sets, this Program holds one; run it before Interpolate")
+
+
+@torch.no_grad()
+def same_function(before: Program, after: Program, seed: int = 0) -> float:
+    """Relative output error in float64 between two single-edge Programs on random inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (p.to("cpu", torch.float64) for p in (before, after))
+    inputs = [
+        torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in first.example_inputs
+    ]
+    return outputs_error(first(*inputs), second(*inputs))
+
+
+def outputs_error(x: object, y: object) -> float:
+    return max((relative_error(a, b) for a, b in zip(tensors(x), tensors(y))), default=0.0)

@@ -1,0 +1,1 @@
+"""Streaming statistics of activations: one pass over the data for every tap of every edge."""

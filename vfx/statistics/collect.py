@@ -1,0 +1,142 @@
+"""One pass over the data: all edges advance together, every tap is read as soon as its value exists."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vfx.analyse.layers import number_layers
+from vfx.analyse.symmetry import Symmetry
+from vfx.errors import DataError
+from vfx.program import Execution, Goal, Program, Weights, digest, schedule
+from vfx.progress import track
+from vfx.statistics.data import Batches
+from vfx.statistics.moments import CrossMoments, Moments, batch_moments, channel_rows
+from vfx.statistics.taps import Tap, feature_taps
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the data saw of every edge.
+
+    ``features`` holds, by tap, moments and cross products of the groups' features; ``layers`` the moments of each conv
+    and linear output by node name, one for each edge. Both are in the edges' own channel order.
+    """
+
+    samples: int
+    taps: tuple[Tap, ...]
+    features: Mapping[str, CrossMoments]
+    layers: Mapping[str, list[Moments]]
+    fingerprint: tuple[str, ...]
+
+    def check(self, program: Program) -> None:
+        """Raise DataError unless these statistics belong to exactly this graph and these weights."""
+        if self.fingerprint != fingerprint(program):
+            raise DataError("these statistics were collected for another graph or other weights; collect them again")
+
+    def goals(self) -> dict[str, Goal]:
+        """Mean and standard deviation of each layer's output, (edges, channels)."""
+        return {
+            node: Goal(torch.stack([m.mean for m in moments]), torch.stack([m.std for m in moments]))
+            for node, moments in self.layers.items()
+        }
+
+
+@torch.no_grad()
+def collect(
+    program: Program,
+    symmetry: Symmetry,
+    data: Any,
+    *,
+    max_samples: int | None = None,
+    features: bool = True,
+    layers: bool = True,
+    device: Any = None,
+    progress: bool = True,
+) -> Statistics:
+    """Read all edges' activations in one pass over ``data``.
+
+    ``features`` asks for the groups' features (activation matching), ``layers`` for the conv and linear outputs
+    (REPAIR, RESCALE). Totals are float64; the result is the same for any partition into batches.
+    """
+    if device is not None:
+        program = program.to(device)
+    collector = _Collector(program, feature_taps(symmetry) if features else [], layers)
+    batches = Batches(program, data, max_samples, device)
+    for batch in track(batches, "statistics", len(batches), progress):
+        collector.add(batch)
+    return Statistics(
+        samples=collector.samples,
+        taps=tuple(collector.taps),
+        features=collector.features,
+        layers=collector.layers,
+        fingerprint=fingerprint(program),
+    )
+
+
+class _Collector:
+    """Accumulators of every tap, fed batch by batch."""
+
+    def __init__(self, program: Program, taps: list[Tap], layers: bool):
+        self.program, self.taps, self.samples = program, taps, 0
+        self.plan = schedule(program.graph)
+        self.features: dict[str, CrossMoments] = {}
+        self.layers: dict[str, list[Moments]] = {}
+        self._taps_at: dict[str, list[Tap]] = {}
+        for tap in taps:
+            self._taps_at.setdefault(tap.node, []).append(tap)
+        self._channel = {layer.node: layer.channel for layer in number_layers(program)} if layers else {}
+
+    def add(self, batch: list[Any]) -> None:
+        runs = [Execution(self.program.graph, weights, batch, self.plan) for weights in self.program.weights]
+        self.samples += int(batch[0].shape[0])
+        for _ in self.plan:
+            node, values = _step(runs)
+            if node.name in self._channel:
+                self._read_layer(node.name, self._channel[node.name], values)
+            for tap in self._taps_at.get(node.name, ()):
+                self._read_features(tap, values)
+
+    def _read_layer(self, name: str, channel: int, values: list[Tensor]) -> None:
+        if name not in self.layers:
+            self.layers[name] = [Moments(x.shape[channel], x.device) for x in values]
+        for moments, x in zip(self.layers[name], values):
+            moments.update(*batch_moments(x, channel))
+
+    def _read_features(self, tap: Tap, values: list[Tensor]) -> None:
+        if tap.key not in self.features:
+            self.features[tap.key] = CrossMoments(len(values), tap.size, values[0].device)
+        self.features[tap.key].update([features(tap, x) for x in values])
+
+
+def _step(runs: list[Execution]) -> tuple[fx.Node, list[Any]]:
+    """The same node in every edge."""
+    results = [run.step() for run in runs]
+    return results[0][0], [value for _, value in results]
+
+
+def features(tap: Tap, x: Tensor) -> Tensor:
+    """A tap's features of one batch as a fresh matrix (channels, samples); copies count as samples."""
+    if tap.whole and x.shape[tap.dim] == tap.size:
+        return channel_rows(x, tap.dim)
+    index = torch.from_numpy(tap.position.reshape(-1)).to(x.device)
+    return channel_rows(x.index_select(tap.dim, index), tap.dim).reshape(tap.size, -1)
+
+
+def fingerprint(program: Program) -> tuple[str, ...]:
+    """Digest of the graph and of each edge's weights."""
+    return (digest(program.graph), *(_weights_digest(program.names(), weights) for weights in program.weights))
+
+
+def _weights_digest(names: list[str], weights: Weights) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in names:
+        tensor = weights[name].detach().cpu().contiguous()
+        hasher.update(name.encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return hasher.hexdigest()

@@ -1,0 +1,92 @@
+"""Where a group's features are read: the values that feed a conv or linear layer.
+
+That is behind the activation function (Git Re-Basin §3.1; *Vanishing Feature* App. F.2). Pools, dropout, views and
+concatenations between the activation and the layer are walked through, so each feature is read once, where it is made.
+A residual stream feeds many layers and so has many taps.
+"""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from vfx.analyse.symmetry import Index, Symmetry
+from vfx.operators import DROPOUTS, LAYERS, operator
+from vfx.program import Value
+
+_PASSED_NAMES = """
+    view reshape _unsafe_view flatten unflatten permute transpose t contiguous clone chunk split split_with_sizes
+    unbind slice select narrow unsqueeze squeeze constant_pad_nd pad channel_shuffle roll flip cat concat mean to
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+"""
+_PASSED = DROPOUTS | {f"aten.{name}" for name in _PASSED_NAMES.split()}
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """One axis of one value and the channels that stand on it.
+
+    ``groups`` are the groups that move them (several for a product such as groups × channels), ``digits`` (n, groups)
+    the channel of each group at each feature, ``position`` (n, copies) where the feature stands along the axis.
+    """
+
+    node: str
+    dim: int
+    groups: tuple[int, ...]
+    digits: Index
+    position: Index
+
+    @property
+    def size(self) -> int:
+        return len(self.digits)
+
+    @property
+    def key(self) -> str:
+        return f"{self.node}:{self.dim}:{','.join(map(str, self.groups))}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the features are the first positions of the axis, in order."""
+        return self.position.shape[1] == 1 and bool((self.position[:, 0] == np.arange(self.size)).all())
+
+
+def feature_taps(symmetry: Symmetry) -> list[Tap]:
+    """Taps of every group, in graph order."""
+    sources: dict[fx.Node, None] = {}
+    for node in symmetry.program.graph.nodes:
+        if operator(node) in LAYERS and isinstance(node.args[0], fx.Node):
+            sources.update(dict.fromkeys(_sources(node.args[0], set())))
+    return [tap for node in sources for dim in range(_rank(node)) for tap in axis_taps(symmetry, node, dim)]
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return len(value.shape) if isinstance(value, Value) else 0
+
+
+def _sources(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
+    """The values behind pools, views and concatenations."""
+    if node in seen or node.op != "call_function":
+        return
+    seen.add(node)
+    if operator(node) in _PASSED or node.target is python_operator.getitem:
+        for argument in node.all_input_nodes:
+            yield from _sources(argument, seen)
+    else:
+        yield node
+
+
+def axis_taps(symmetry: Symmetry, node: fx.Node, dim: int) -> list[Tap]:
+    """The features along one axis, a tap for each set of groups that moves them."""
+    labels = symmetry.labels(node, dim)
+    if labels is None:
+        return []
+    found = []
+    for groups, digits, position in symmetry.features(labels):
+        found.append(Tap(node.name, dim, groups, digits, position))
+    return found

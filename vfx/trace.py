@@ -1,0 +1,416 @@
+"""nn.Module -> Program, through one ``torch.export`` capture.
+
+The undecomposed graph is kept (conv, linear, batch_norm, layer_norm and attention stay whole). Parameters, buffers and
+lifted constants become ``get_attr`` nodes addressed by FQN; shared storage is read under one name; in-place operators
+become functional ones where no alias is read later; parameter-free subgraphs become constants; the batch size is a
+symbol. The user's model is never touched: the capture works on a structural copy that shares its tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import operator as python_operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from vfx.errors import ArgumentError, CaptureError
+from vfx.operators import DROPOUTS, arguments, operator
+from vfx.program import Program, Value, Weights, digest
+
+DYNAMIC_BATCH = "batch"
+_ALIASES_OF_INPUT = {"aten.detach_", "aten.detach", "aten.alias"}
+_ASSERTIONS = {"aten._assert_async", "aten._assert_scalar", "aten._assert_tensor_metadata", "aten.sym_constrain_range",
+               "aten.sym_constrain_range_for_size"}  # fmt: skip
+_FILLED_LIKE = {"aten.zeros_like": 0, "aten.new_zeros": 0, "aten.ones_like": 1, "aten.new_ones": 1,
+                "aten.full_like": 0, "aten.new_full": 0}  # fmt: skip
+_MAY_RETURN_INPUT = {*DROPOUTS, "aten.type_as", "aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d",
+                     "aten.broadcast_tensors", "aten.meshgrid", "aten.einsum"}  # fmt: skip
+_MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to compute than to keep
+
+
+def trace(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
+    """Capture ``model`` as a Program with one weight set.
+
+    ``example_inputs`` is a tensor or a tuple of forward's positional arguments; the first axis of each tensor is the
+    batch (a batch of one is doubled so that it is not taken for a constant). ``dynamic_shapes`` goes to
+    ``torch.export``; by default the batch axis alone is dynamic, with a minimum of 1.
+    Raises CaptureError if the model cannot be captured.
+    """
+    if isinstance(model, ExportedProgram):
+        inputs = as_inputs(example_inputs)
+        _refuse_nested(inputs)
+        return _program(model, inputs, None)
+    inputs = batched_inputs(as_inputs(example_inputs))
+    _refuse_nested(inputs)
+    replica = structural_copy(model).eval()
+    shapes = _batch_shapes(model, inputs) if dynamic_shapes == DYNAMIC_BATCH else dynamic_shapes
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(replica, inputs, strict=False, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises many unrelated classes
+        raise CaptureError(_explain(model, inputs, error)) from error
+    return _program(exported, inputs, model)
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as the tuple of forward's positional arguments."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, (tuple, list)) and example_inputs:
+        return tuple(example_inputs)
+    raise ArgumentError(
+        f"example_inputs must be a tensor or a non-empty tuple of forward's arguments, got {type(example_inputs)}"
+    )
+
+
+def batched_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs whose batch holds at least two samples: a single sample is doubled."""
+    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim > 0), None)
+    if batch is None:
+        raise ArgumentError("example_inputs need at least one tensor with a batch axis")
+    if batch == 0:
+        raise ArgumentError("example_inputs hold an empty batch; give at least one sample")
+    if batch > 1:
+        return inputs
+    return tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == 1 else x for x in inputs)
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with ``model``."""
+    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *plain]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    batch = Dim("batch", min=1)
+    size = next(x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim > 0)
+    dynamic = lambda x: isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size  # noqa: E731
+    shapes = tuple({0: batch} if dynamic(x) else None for x in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs)
+    return shapes if first >= len(inputs) else (*shapes[:first], shapes[first:])  # *args are one nested argument
+
+
+def _explain(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
+    shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"torch.export could not capture {type(model).__name__} with inputs {shapes}: {type(error).__name__}: {cause} "
+        "Way out: check that the example inputs fit forward(); replace control flow that depends on tensor values "
+        "(torch.cond, or fix it in eval mode); if the model needs a fixed batch or other dynamic axes, pass "
+        "dynamic_shapes=."
+    )
+
+
+def _program(exported: ExportedProgram, inputs: tuple[Any, ...], model: nn.Module | None) -> Program:
+    builder = _Builder(exported, inputs, model)
+    graph = builder.build()
+    graph, weights = _fold_constants(_functionalise(graph), builder.weights, builder.constants)
+    graph.lint()
+    return Program(
+        graph=graph,
+        weights=(weights,),
+        example_inputs=inputs,
+        module=model,
+        buffers=frozenset(set(weights) - builder.parameters),
+        aliases=builder.aliases,
+        origin=digest(graph),
+    )
+
+
+class _Builder:
+    """Rebuilds an exported graph with FQN-addressed tensors and the user's inputs and outputs."""
+
+    def __init__(self, exported: ExportedProgram, inputs: tuple[Any, ...], model: nn.Module | None):
+        self.exported = exported
+        self.names = _input_names(model, inputs)
+        self.weights: dict[str, Tensor] = {}
+        self.parameters = set(exported.graph_signature.parameters)
+        self.constants: set[str] = set()
+        self.aliases: dict[str, str] = {}
+        self.graph = fx.Graph()
+        self.mapping: dict[fx.Node, fx.Node] = {}
+        self._owner: dict[Any, str] = {}
+        self._collect_state()
+
+    def _collect_state(self) -> None:
+        """Every tensor of the state dict once, under its first name; the other names become aliases."""
+        for fqn, tensor in self.exported.state_dict.items():
+            self._register(fqn, tensor.detach())
+
+    def _register(self, fqn: str, tensor: Tensor) -> str:
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and not tensor.is_meta and key in self._owner:
+            self.aliases[fqn] = self._owner[key]
+            return self._owner[key]
+        self._owner[key] = fqn
+        self.weights[fqn] = tensor
+        return fqn
+
+    def build(self) -> fx.Graph:
+        specs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
+        inputs = iter(self.names)
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, specs[node.name], inputs)
+            elif node.op == "output":
+                self._output(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "call_module":  # guards that torch.export adds
+                continue
+            elif node.op == "get_attr":
+                self._attribute(node)
+        return self.graph
+
+    def _placeholder(self, node: fx.Node, spec: Any, inputs: Any) -> None:
+        if spec.kind == InputKind.USER_INPUT:
+            new = self.graph.placeholder(next(inputs))
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            new = self._tensor(spec)
+        else:
+            raise CaptureError(f"input {node.name} of kind {spec.kind} is not a tensor; remove it from forward()")
+        new.meta = {"val": as_value(node.meta.get("val"))}
+        self.mapping[node] = new
+
+    def _tensor(self, spec: Any) -> fx.Node:
+        fqn = str(spec.target)
+        if fqn not in self.weights and fqn not in self.aliases:
+            self._register(fqn, self.exported.constants[fqn].detach())
+            self.constants.add(fqn)
+        return self.graph.create_node("get_attr", self.aliases.get(fqn, fqn), name=_identifier(fqn))
+
+    def _attribute(self, node: fx.Node) -> None:
+        value = getattr(self.exported.graph_module, str(node.target), None)
+        if not isinstance(value, Tensor):
+            raise CaptureError(
+                f"node {node.name} holds a nested graph ({node.target}); higher-order operators are not supported: "
+                "remove torch.no_grad()/autocast contexts, torch.cond or scan from forward()"
+            )
+        fqn = self._register(str(node.target), value.detach())
+        self.constants.add(fqn)
+        new = self.graph.create_node("get_attr", fqn, name=_identifier(fqn))
+        new.meta = {"val": as_value(value)}
+        self.mapping[node] = new
+
+    def _call(self, node: fx.Node) -> None:
+        name = operator(node)
+        if name in _ASSERTIONS:
+            return
+        if name in _ALIASES_OF_INPUT:
+            self.mapping[node] = self.mapping[node.args[0]]  # type: ignore[index]
+            return
+        new = self.graph.node_copy(node, self.mapping.__getitem__)
+        if name == "aten.lift_fresh_copy":  # a literal tensor: later in-place operators must not reach the constant
+            new.target = torch.ops.aten.clone.default
+        module, kind = _owner_module(node)
+        new.meta = {"val": as_value(node.meta.get("val")), "module": module, "module_type": kind}
+        self.mapping[node] = new
+
+    def _output(self, node: fx.Node) -> None:
+        spec = self.exported.call_spec.out_spec
+        flat = [self.mapping[x] if isinstance(x, fx.Node) else x for x in node.args[0]]  # type: ignore[union-attr]
+        count = len(self.exported.graph_signature.user_outputs)
+        nested = torch.utils._pytree.tree_unflatten(flat[len(flat) - count :], spec)
+        self.graph.output(_plain(nested))
+
+
+def _refuse_nested(inputs: tuple[Any, ...]) -> None:
+    nested = [type(x).__name__ for x in inputs if isinstance(x, (tuple, list, dict))]
+    if nested:
+        raise CaptureError(f"nested inputs ({', '.join(nested)}) are not supported; pass tensors to forward()")
+
+
+def _input_names(model: nn.Module | None, inputs: tuple[Any, ...]) -> list[str]:
+    default = [f"input_{index}" if len(inputs) > 1 else "x" for index in range(len(inputs))]
+    if model is None:
+        return default
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+    return names[: len(inputs)] if len(names) >= len(inputs) else default
+
+
+def _plain(value: Any) -> Any:
+    """Output structure as the containers torch.fx can hold: tuple, list, dict (dataclasses become dicts)."""
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {name: _plain(item) for name, item in zip(value._fields, value) if item is not None}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _identifier(fqn: str) -> str:
+    return "p_" + "".join(c if c.isalnum() else "_" for c in fqn)
+
+
+def _owner_module(node: fx.Node) -> tuple[str, str]:
+    """FQN and class of the innermost module that ran this operator."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return "", ""
+    path, kind = stack[-1][0], stack[-1][1]
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return path.split("@")[0], kind
+
+
+def as_value(value: Any) -> Any:
+    """Metadata of a captured value: Value for tensors, a list for several, the object itself otherwise."""
+    if isinstance(value, Tensor):
+        sizes = (size if isinstance(size, int) else size.node.expr for size in value.shape)
+        return Value(tuple(int(s) if getattr(s, "is_Integer", False) else s for s in sizes), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return [as_value(item) for item in value]
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    return value
+
+
+def _functionalise(graph: fx.Graph) -> fx.Graph:
+    """In-place operators become functional ones wherever no other view of their target is read later."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    base: dict[fx.Node, fx.Node] = {}
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node in list(graph.nodes):
+        source = _aliased(node)
+        base[node] = base[source] if source is not None else node
+        family.setdefault(base[node], []).append(node)
+        functional = _functional(node)
+        if functional is None:
+            continue
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        owned = base[target].op == "call_function"
+        rivals = [x for x in family[base[target]] if x is not node and x is not target]
+        if not owned or any(order[user] > order[node] for rival in rivals for user in rival.users):
+            continue
+        target.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
+        node.target = functional
+        base[node] = node
+        family[node] = [node]
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """The argument whose storage this node's result shares, if any."""
+    if node.target is python_operator.getitem:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    if not shares and operator(node) not in _MAY_RETURN_INPUT:
+        return None
+    return next((a for a in node.args if isinstance(a, fx.Node)), None)
+
+
+def _functional(node: fx.Node) -> Callable[..., Any] | None:
+    """The out-of-place overload of an in-place ATen call, or None."""
+    name = operator(node)
+    if not name.endswith("_") or name.endswith("__") or not isinstance(node.args[0] if node.args else None, fx.Node):
+        return None
+    packet = getattr(torch.ops.aten, name.removeprefix("aten.")[:-1], None)
+    return getattr(packet, str(node.target._overloadname), None) if packet is not None else None  # type: ignore[union-attr]
+
+
+def _fold_constants(
+    graph: fx.Graph, weights: dict[str, Tensor], constants: set[str]
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Evaluate what depends on neither inputs nor parameters (masks, position indices) once."""
+    constant = _constant_nodes(graph, constants)
+    values = _constant_values(graph, constant, weights)
+    weights = dict(weights)
+    frontier = [n for n in values if n.op == "call_function" and any(u not in constant for u in n.users)]
+    for index, node in enumerate(n for n in frontier if isinstance(values[n], Tensor)):
+        name = f"_folded_{index}"
+        weights[name] = values[node].clone(memory_format=torch.contiguous_format)
+        with graph.inserting_before(node):
+            new = graph.create_node("get_attr", name)
+        new.meta = {"val": as_value(values[node])}
+        node.replace_all_uses_with(new)
+    for node in reversed(list(graph.nodes)):
+        if node in constant and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return graph, weights
+
+
+def _constant_nodes(graph: fx.Graph, constants: set[str]) -> set[fx.Node]:
+    """Nodes whose final value is known; views of one storage are constant together or not at all."""
+    families = _families(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "get_attr" and node.target in constants) or _is_foldable(node, constant):
+            constant.add(node)
+    while True:
+        lost = {node for node in constant if node.op == "call_function" and not _is_foldable(node, constant)}
+        for members in families:
+            written = [order[node] for node in members if _is_mutable(node)]
+            readers = [user for node in members for user in node.users if user not in constant]
+            if written and (
+                any(node not in constant for node in members if _is_mutable(node))
+                or any(order[user] < max(written) for user in readers)
+            ):
+                lost.update(constant.intersection(members))
+        if not lost:
+            return constant
+        constant -= lost
+
+
+def _families(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Nodes that may share one storage."""
+    base: dict[fx.Node, fx.Node] = {}
+    families: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        source = _aliased(node)
+        base[node] = base[source] if source is not None else node
+        families.setdefault(base[node], []).append(node)
+    return list(families.values())
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _is_foldable(node: fx.Node, constant: set[fx.Node]) -> bool:
+    values = node.meta.get("val")
+    if node.op != "call_function" or operator(node) == "aten.empty" or not isinstance(values, (Value, list)):
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    for value in values if isinstance(values, list) else [values]:
+        if not isinstance(value, Value) or any(not isinstance(size, int) for size in value.shape):
+            return False
+        if math.prod(value.shape) > _MAX_FOLDED:
+            return False
+    return operator(node) in _FILLED_LIKE or all(argument in constant for argument in node.all_input_nodes)
+
+
+def _constant_values(graph: fx.Graph, constant: set[fx.Node], weights: Weights) -> dict[fx.Node, Any]:
+    """The values of constant nodes behind the last in-place operator."""
+    device = next((tensor.device for tensor in weights.values()), None)
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node not in constant:
+                continue
+            if node.op == "get_attr":
+                values[node] = weights[str(node.target)].clone()
+            elif operator(node) in _FILLED_LIKE:
+                fill = arguments(node).get("fill_value", _FILLED_LIKE[operator(node)])
+                value = node.meta["val"]
+                values[node] = torch.full(value.shape, fill, dtype=value.dtype, device=device)
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+    return values
