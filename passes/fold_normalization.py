@@ -2,8 +2,8 @@
 
 y = s · (W x + b) + t = (s W) x + (s b + t), channel by channel. BatchNorm with running statistics is such an affine:
 s = γ/√(σ² + ε), t = β − s μ. A layer qualifies if the affine is the only reader of its output, and its weight and bias
-are read by nobody else; what does not qualify stays, with the reason in the Program's notes. A layer without a bias
-gets one, and is then no longer of the user's class.
+are read by nobody else, and if it acts on the layer's channels; what does not qualify stays, with the reason in the
+Program's notes. A layer without a bias gets one, and is then no longer of the user's class.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, fx
 
 from vfx.normalization import affines
-from vfx.operators import BATCH_NORMS, LAYERS, TRANSPOSED, arguments, operator, weight_name
+from vfx.operators import BATCH_NORMS, LAYERS, LINEARS, TRANSPOSED, arguments, operator, weight_name
 from vfx.program import Program, Value, copy_graph
 from vfx.rewrite import Pass, require_edges
 
 
 @dataclass(frozen=True)
 class _Foldable:
-    """A layer, the nodes that apply an affine to it (in order), and the affine's scale and shift (C,)."""
+    """A layer, the nodes that apply an affine to it (in order), and the affine's scale and shift (C,), if it is one."""
 
     layer: fx.Node
     nodes: tuple[fx.Node, ...]
-    scale: Tensor
-    shift: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
 
 
 class FoldNormalization(Pass):
@@ -74,6 +74,9 @@ def _batch_norms(program: Program) -> Iterator[_Foldable]:
         if operator(node) not in BATCH_NORMS or not isinstance(node.args[0], fx.Node):
             continue
         a = arguments(node)
+        if not isinstance(a["running_mean"], fx.Node):  # it normalises with the statistics of its batch
+            yield _Foldable(node.args[0], (node,), None, None)
+            continue
         mean, var = (weights[str(a[name].target)].double() for name in ("running_mean", "running_var"))
         scale = (var + a["eps"]).rsqrt()
         if isinstance(a["weight"], fx.Node):
@@ -89,6 +92,10 @@ def _refusal(foldable: _Foldable) -> str:
     layer, first = foldable.layer, foldable.nodes[0]
     if operator(layer) not in LAYERS:
         return f"{first.name} follows {layer.name}, which is not a conv or linear layer"
+    if foldable.scale is None:
+        return f"{first.name} has no running statistics"
+    if operator(first) in BATCH_NORMS and operator(layer) in LINEARS and len(layer.meta["val"].shape) > 2:
+        return f"{first.name} scales another axis than the channels of {layer.name}"
     if len(layer.users) > 1:
         return f"the output of {layer.name} has other readers than {first.name}"
     for name in ("weight", "bias"):
@@ -108,6 +115,8 @@ def _fold(graph: fx.Graph, foldable: _Foldable, weights: dict[str, Tensor]) -> N
     weight = weight_name(layer)
     assert weight is not None
     tensor = weights[weight]
+    assert foldable.scale is not None
+    assert foldable.shift is not None
     scale, shift = foldable.scale.double(), foldable.shift.double()
     weights[weight] = _scaled(layer, tensor.double(), scale).to(tensor.dtype)
     bias = weight_name(layer, "bias")

@@ -38,7 +38,7 @@ from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
-from vfx.trace import trace as capture
+from vfx.capture import capture
 
 NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
 _NEED_DATA = ("repair", "rescale", "reset")

@@ -12,6 +12,7 @@ from vfx.errors import PassError, VerificationError
 from vfx.program import Program
 
 PRESERVED = 1e-9  # relative output error in float64 up to which two networks count as the same function
+ROUNDED = 1e-2  # relative difference between a tensor in the network's own precision (bfloat16 at least) and in float64
 
 
 class Pass(ABC):
@@ -38,7 +39,8 @@ class Pass(ABC):
     def ensures(self, program: Program, result: Program) -> None:
         """Raise if the pass breaks what it promises; by default, that it preserves the function.
 
-        The algebra is checked, not the rounding: the pass runs once more on float64 weights.
+        The algebra is checked, not the rounding: the pass runs once more on float64 weights, and the result must be
+        what that run gives, rounded.
         """
         if not (self.preserves_function and self.verify):
             return
@@ -48,6 +50,11 @@ class Pass(ABC):
             error = same_function(exact.select(edge), rewritten.select(edge))
             if not error <= PRESERVED:
                 raise VerificationError(f"{self.name} changed the function of edge {edge}: relative error {error:.1e}")
+        different = _first_difference(result, rewritten)
+        if different:
+            raise VerificationError(
+                f"{self.name} changed the function: its result differs in {different} when run again"
+            )
 
     @property
     def name(self) -> str:
@@ -77,4 +84,20 @@ def same_function(before: Program, after: Program, seed: int = 0) -> float:
 
 
 def outputs_error(x: object, y: object) -> float:
-    return max((relative_error(a, b) for a, b in zip(tensors(x), tensors(y))), default=0.0)
+    """Largest relative error over all outputs; infinite where their number or a shape differs."""
+    first, second = tensors(x), tensors(y)
+    if [a.shape for a in first] != [b.shape for b in second]:
+        return float("inf")
+    return max((relative_error(a, b) for a, b in zip(first, second)), default=0.0)
+
+
+def _first_difference(result: Program, exact: Program) -> str:
+    """The graph or the first tensor in which a result is not the rounded form of ``exact``, or nothing."""
+    if str(result.graph) != str(exact.graph):
+        return "the graph"
+    for ours, theirs in zip(result.weights, exact.weights):
+        for name, tensor in theirs.items():
+            error = (ours[name].cpu().to(tensor) - tensor).abs().max() if tensor.numel() else 0.0
+            if tensor.is_floating_point() and not error <= ROUNDED * tensor.abs().max():
+                return name
+    return ""

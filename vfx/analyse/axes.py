@@ -182,7 +182,8 @@ class Leaves:
 
     def bind(self, leaf: int, rows: Rows) -> None:
         """Replace a free leaf by labels, one for each of its elements."""
-        assert self.bindings[leaf] is None and len(rows) == self.sizes[leaf]
+        assert self.bindings[leaf] is None
+        assert len(rows) == self.sizes[leaf]
         self.bindings[leaf] = rows
         self._is_bound[leaf] = True
         self.version += 1
@@ -252,9 +253,8 @@ class Leaves:
 
     def _pin_against_pinned(self, left: Rows, right: Rows) -> bool:
         """Positions that cannot move on one side cannot move on the other."""
-        moves = [(rows[:, 1:] >= 0).any(axis=1) for rows in (left, right)]
-        for rows, other, mine, theirs in ((left, right, *moves), (right, left, *reversed(moves))):
-            stuck = mine & ~theirs
+        for rows, other in ((left, right), (right, left)):
+            stuck = (rows[:, 1:] >= 0).any(axis=1) & (other[:, 1:] < 0).all(axis=1)
             if stuck.any():
                 pin = self.pin_of(int(other[stuck][0, 0]))
                 self.pin(rows[stuck], pin.reason if pin else "tied to a single position")

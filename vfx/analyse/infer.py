@@ -65,11 +65,6 @@ class Inference(Algebra):
     def pin_dim(self, shape: Shape, dim: int, reason: str) -> None:
         self.pin(self.axis(shape, dim), reason)
 
-    def cut_axis(self, axis: Axis, *sizes: int) -> list[Axis]:
-        """Factor one axis into independent axes of the given sizes."""
-        view = self.view(Shape((axis,)), sizes)
-        return [self.axis(view, d) for d in range(len(sizes))]
-
     def constant(self, node: Any) -> Tensor | None:
         """The values of a buffer or constant, which no pass changes."""
         if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in self.program.buffers:
@@ -90,7 +85,7 @@ class Inference(Algebra):
             return None
         if node.target is python_operator.getitem:
             container = self.shapes[node.args[0]]  # type: ignore[index]
-            return container[node.args[1]] if isinstance(container, (list, tuple)) else None
+            return container[int(node.args[1])] if isinstance(container, (list, tuple)) else None  # type: ignore[arg-type]
         return self._call(node)
 
     def _call(self, node: fx.Node) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from rich.console import Console
@@ -56,9 +57,9 @@ class Layers:
                 known = sorted({x.fqn.split(".")[0] for x in self.layers})
                 raise ArgumentError(f"preserve={preserve!r} names no module with layers; there are {', '.join(known)}")
             return max(inside)
-        if isinstance(preserve, bool) or not 0 <= preserve <= len(self):
+        if isinstance(preserve, bool) or not isinstance(preserve, Integral) or not 0 <= preserve <= len(self):
             raise ArgumentError(f"preserve must be between 0 and {len(self)} (the number of layers), got {preserve}")
-        return preserve
+        return int(preserve)
 
     def cut(self, preserve: int | str, join: Join = "preactivation") -> Cut:
         """The values at which edges are joined when the first ``preserve`` layers are kept for each."""

@@ -3,7 +3,7 @@
 An axis is a product of factors: label rows (``vfx.analyse.axes``) or an ``Opaque`` range of positions that never move
 (batch, pixels). Views are lazy: cutting one axis into several does not factor its leaf. The new axes are *digits* of a
 block, an array of labels with one dimension for each; selecting, slicing and transposing cut and turn the array, and
-undoing the view gives the axis back. A block is forced into a product only when an operator needs one of its axes alone.
+undoing the view gives the axis back. A block is forced into a product only when an operator needs one axis alone.
 """
 
 from __future__ import annotations
@@ -265,11 +265,39 @@ class Algebra:
         if all(isinstance(factor, Opaque) for factor in factors):
             return [self.opaque(size, factors[0].reason) for size in dims]  # type: ignore[union-attr]
         rows = self.rows(axis)
-        if rows is None:
-            reason = "a view across a merged axis too long to analyse"
-            self.pin(axis, reason)
-            return [self.opaque(size, reason) for size in dims]
-        return self.digits(rows.reshape(*dims, rows.shape[1]))
+        if rows is not None:
+            return self.digits(rows.reshape(*dims, rows.shape[1]))
+        pieces = self._cut_at(factors, dims)
+        if pieces is not None:
+            return [entry for group, sizes in _regroup(pieces, dims) for entry in self._distribute(group, sizes)]
+        reason = "a view across a merged axis too long to analyse"
+        self.pin(axis, reason)
+        return [self.opaque(size, reason) for size in dims]
+
+    def _cut_at(self, factors: list[Factor], dims: list[int]) -> list[Factor] | None:
+        """Factors cut wherever one of ``dims`` ends inside them (heads move into the batch), or None if none fits."""
+        ends = [prod(dims[d:]) for d in range(1, len(dims))]
+        pieces: list[Factor] = []
+        stride = prod(map(factor_size, factors))
+        for factor in factors:
+            outer, stride = stride, stride // factor_size(factor)
+            inside = [end for end in ends if stride < end < outer]
+            if any(end % stride or outer % end for end in inside):
+                return None
+            bounds = [outer, *inside, stride]
+            sizes = [a // b for a, b in zip(bounds, bounds[1:])]
+            if len(sizes) == 1:
+                pieces.append(factor)
+            elif isinstance(factor, Opaque):
+                pieces += [Opaque(size, factor.reason) for size in sizes]
+            else:
+                pieces += [f for part in self.cut_axis(Axis((factor,)), *sizes) for f in part.factors]
+        return None if len(pieces) == len(factors) else pieces
+
+    def cut_axis(self, axis: Axis, *sizes: int) -> list[Axis]:
+        """Factor one axis into independent axes of the given sizes."""
+        view = self.view(Shape((axis,)), sizes)
+        return [self.axis(view, d) for d in range(len(sizes))]
 
     def digits(self, labels: Rows) -> list[Axis | Digit]:
         """One entry for each dimension of an array of labels: independent axes where it is a product already."""
@@ -322,7 +350,8 @@ class Algebra:
         blocks = {_block_dims(grid, d) for grid in grids for d in range(rank) if isinstance(grid[d], Digit)}
         for dims in blocks:
             whole = all(all(g[d] is None for d in dims) or _block_dims(g, dims[0]) == dims for g in grids)
-            complete = all(len(dims) == g[d].block.labels.ndim - 1 for g in grids for d in dims if g[d] is not None)
+            digits = [e for g in grids for d in dims if isinstance(e := g[d], Digit)]
+            complete = all(len(dims) == digit.block.labels.ndim - 1 for digit in digits)
             if not (whole and complete):
                 grids = [self._forced(grid) for grid in grids]
                 break

@@ -24,7 +24,7 @@ from vfx.emit.module import graph_module
 from vfx.emit.onnx import export_onnx
 from vfx.errors import ArgumentError, CheckpointError
 from vfx.files import write_atomic
-from vfx.trace import as_inputs, batched_inputs, trace
+from vfx.capture import as_inputs, batched_inputs, capture
 
 
 def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
@@ -121,7 +121,7 @@ def _read_pt2(path: Path) -> nn.Module:
     except Exception as error:  # the archive reader raises many unrelated classes
         raise CheckpointError(f"{path} is not an exported program: {error}") from error
     inputs = exported.example_inputs[0] if exported.example_inputs else ()
-    return graph_module(trace(exported, as_inputs(inputs)))
+    return graph_module(capture(exported, as_inputs(inputs)))
 
 
 def _read_onnx(path: Path) -> Any:

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vfx.analyse.symmetry import Index, Permutations, Symmetry
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
+
+Gain = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class Matcher(Protocol):
     def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int) -> Matching: ...
 
 
-def assign(gain: Tensor | Index) -> tuple[Index, float]:
+def assign(gain: Tensor | Gain) -> tuple[Index, float]:
     """p maximising Σ_c gain[c, p[c]], and that sum."""
     matrix = gain.cpu().numpy() if isinstance(gain, Tensor) else gain
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     return columns.astype(np.int64), float(matrix[rows, columns].sum())
 
 
-def best_over_blocks(gains: Index) -> Index:
+def best_over_blocks(gains: Gain) -> Gain:
     """Gain (size, size) between channels that stand for blocks, from those of their elements (size, size, b, b).
 
     Each pair of blocks counts what its own best assignment of elements gives: the value for any order inside.

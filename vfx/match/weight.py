@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vfx.analyse.symmetry import Group, Index, Member, Symmetry
-from vfx.match.matcher import Matching, assign, best_over_blocks, identity
+from vfx.match.matcher import Gain, Matching, assign, best_over_blocks, identity
 from vfx.program import Program, Weights
 
 MAX_SWEEPS = 100
@@ -104,7 +104,7 @@ class _Descent:
         self.permutations[group.index] = self.permutations[group.index][relative]
         self.current.update(step)
 
-    def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Index:
+    def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Gain:
         """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""
         known = [m for m in members if self.groups_of[m.fqn] - {group.index} <= settled]
         shared = [m for m in members if self.groups_of[m.fqn] - {group.index} - settled == self._sharing(group, m)]
@@ -121,12 +121,12 @@ class _Descent:
         own = set(member.position.reshape(-1).tolist())
         return {g for g, where in self.on_axis[member.fqn, member.dim] if g != group.index and where & own}
 
-    def _blocks(self, members: list[Member], weights: Weights, size: int) -> Index:
+    def _blocks(self, members: list[Member], weights: Weights, size: int) -> Gain:
         """(size, copies, everything else) of the members side by side."""
         parts = [_rows(m, weights[m.fqn]).reshape(size, m.position.shape[1], -1) for m in members]
         return torch.cat(parts, 2).cpu().numpy()
 
-    def _gain(self, members: list[Member], size: int) -> Index:
+    def _gain(self, members: list[Member], size: int) -> Gain:
         """⟨W_0, W_1⟩ between any two channels (size, size), contracted over all else."""
         total = np.zeros((size, size))
         for member in members:

@@ -154,7 +154,8 @@ def _table() -> dict[str, Rule]:
 
 TABLE = _table()
 
-HARMLESS = {f"aten.{name}" for name in ["sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "item", "is_nonzero"]} | {
+HARMLESS = {
+    "aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.item", "aten.is_nonzero",
     "add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "neg", "pow", "sym_sum",
     "sym_max", "sym_min", "sym_not", "sym_float", "sym_int",
 }  # fmt: skip

@@ -154,7 +154,7 @@ def pad(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """Constant padding puts uniform positions around an axis; other modes read positions and pin it."""
     x = _first(t, a)
     axes = list(x.axes)
-    amounts = list(a.get("pad") or a.get("padding"))
+    amounts = list(a.get("pad") or a.get("padding") or ())
     constant = a.get("mode", "constant") == "constant" and "reflect" not in str(node.target)
     constant = constant and "replic" not in str(node.target) and "circular" not in str(node.target)
     sizes = t.sizes(node)

@@ -35,7 +35,7 @@ _MAY_RETURN_INPUT = {*DROPOUTS, "aten.type_as", "aten.atleast_1d", "aten.atleast
 _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to compute than to keep
 
 
-def trace(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
+def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
     """Capture ``model`` as a Program with one weight set.
 
     ``example_inputs`` is a tensor or a tuple of forward's positional arguments; the first axis of each tensor is the
@@ -113,7 +113,7 @@ def _explain(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str
 def _program(exported: ExportedProgram, inputs: tuple[Any, ...], model: nn.Module | None) -> Program:
     builder = _Builder(exported, inputs, model)
     graph = builder.build()
-    graph, weights = _fold_constants(_functionalise(graph), builder.weights, builder.constants)
+    graph, weights = _fold_constants(_functionalise(_own_written(graph)), builder.weights, builder.constants)
     graph.lint()
     return Program(
         graph=graph,
@@ -275,6 +275,24 @@ def as_value(value: Any) -> Any:
     return value
 
 
+def _own_written(graph: fx.Graph) -> fx.Graph:
+    """Inputs and weights that an in-place operator writes to are copied first: running a Program changes neither."""
+    base: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        source = _aliased(node)
+        base[node] = base[source] if source is not None else node
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False) and isinstance(node.args[0], fx.Node):
+            written[base[node.args[0]]] = None
+    for node in written:
+        if node.op in ("get_attr", "placeholder"):
+            with graph.inserting_after(node):
+                copied = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copied.meta = dict(node.meta)
+            node.replace_all_uses_with(copied, lambda user, own=copied: user is not own)  # type: ignore[misc]
+    return graph
+
+
 def _functionalise(graph: fx.Graph) -> fx.Graph:
     """In-place operators become functional ones wherever no other view of their target is read later."""
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -293,7 +311,7 @@ def _functionalise(graph: fx.Graph) -> fx.Graph:
         rivals = [x for x in family[base[target]] if x is not node and x is not target]
         if not owned or any(order[user] > order[node] for rival in rivals for user in rival.users):
             continue
-        target.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)
+        target.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)  # type: ignore[misc]
         node.target = functional
         base[node] = node
         family[node] = [node]

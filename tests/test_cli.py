@@ -1,0 +1,112 @@
+"""The command line end to end, on tiny networks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vfx import cli, demo
+from vfx.emit.files import load
+from vfx.models import vgg11_bn
+
+MODEL = ["-m", "vfx.models:vgg11_bn", "-a", "width=0.125", "-a", "in_channels=1", "-i", "1x32x32"]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[str]:
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        path = tmp_path / f"edge{seed}.pt"
+        torch.save(vgg11_bn(width=0.125, in_channels=1).state_dict(), path)
+        paths.append(str(path))
+    return paths
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_merge_writes_every_format_and_the_report(checkpoints: list[str], tmp_path: Path) -> None:
+    data = tmp_path / "calibration.npz"
+    inputs = torch.randn(32, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    np.savez(data, inputs=inputs.numpy(), labels=np.zeros(32))
+    onnx, pt2, report = tmp_path / "m.onnx", tmp_path / "m.pt2", tmp_path / "m.json"
+    output = invoke(
+        "merge", *checkpoints, *MODEL, "--data", str(data), "--preserve", "3", "-o", str(onnx), "-o", str(pt2),
+        "--json", str(report),
+    )  # fmt: skip
+    assert "DuplicateBranches(3/9" in output
+    facts = json.loads(report.read_text())
+    assert facts["normalize"] == "reset"
+    assert facts["params_ratio"] > 1
+    with torch.no_grad():
+        expected = load(pt2)(inputs[:5])
+    session = onnxruntime.InferenceSession(str(onnx))
+    (got,) = session.run(None, {session.get_inputs()[0].name: inputs[:5].numpy()})
+    assert np.abs(got - expected.numpy()).max() <= 1e-4
+
+
+def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
+    data = tmp_path / "calibration.npy"
+    np.save(data, np.random.default_rng(0).standard_normal((16, 1, 32, 32)).astype(np.float32))
+    fixed, onnx = tmp_path / "fixed.safetensors", tmp_path / "fixed.onnx"
+    invoke("repair", *checkpoints, *MODEL, "--data", str(data), "-o", str(fixed))
+    before = torch.load(checkpoints[0], weights_only=True)
+    after = load(fixed)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("running_" in name for name in changed)
+    invoke("export", str(fixed), *MODEL, "-o", str(onnx))
+    assert onnx.is_file()
+
+
+def test_analyses_print_what_they_found() -> None:
+    assert "9 layers" in invoke("layers", *MODEL)
+    assert "verified: relative error" in invoke("symmetry", *MODEL)
+    assert "features.0" in invoke("profile", *MODEL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "vfx.models", "-i", "1x32x32"], "module:name"),
+        (["-m", "vfx.models:nothing", "-i", "1x32x32"], "cannot be imported"),
+        (["-m", "vfx.models:vgg11_bn", "-i", "1xbig"], "shape of one sample"),
+        (["-m", "vfx.models:vgg11_bn", "-a", "width", "-i", "3x32x32"], "key=value"),
+        (["-m", "vfx.models:digits", "-i", "3x32x32"], "not a torch.nn.Module"),
+    ],
+)
+def test_errors_end_with_a_message(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vfx", "layers", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_demo_prints_the_table_and_reuses_its_edges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "PRESERVED", (0, 8))
+    demo.run(tmp_path, width=0.05, epochs=1)
+    first = json.loads((tmp_path / "table.json").read_text())
+    assert [row["name"] for row in first] == ["Edge 1", "Edge 2", "Ensemble", "PFM 0/14", "PFM 8/14"]
+    assert set(first[-1]["accuracy"]) == set(demo.COLUMNS)
+    assert (tmp_path / "merged.onnx").is_file()
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    assert "training VGG16" in capsys.readouterr().out
+    demo.run(tmp_path, width=0.05, epochs=1)
+    assert "training VGG16" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "table.json").read_text()) == first

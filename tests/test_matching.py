@@ -1,0 +1,398 @@
+"""Matching: A against π(A) plus noise gives π back, group by group; the objective only grows; seeds decide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models as tv
+from conftest import edges, images, inverse, network, transported
+from micro_models import conv, net
+from torch import Tensor, nn
+
+import vfx.match.weight as weight_module
+from vfx.analyse.symmetry import Symmetry
+from vfx.api import collect, compile, merge, symmetry, trace
+from vfx.errors import ArgumentError
+from vfx.match.activation import ActivationMatching
+from vfx.match.catalogue import MATCHERS, matcher
+from vfx.match.matcher import Matching, assign
+from vfx.match.weight import WeightMatching
+from vfx.models import linear_net, resnet20_bn, resnet20_ln, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
+from vfx.program import Program
+from vfx.statistics.collect import Statistics
+
+NOISE = 0.01
+
+
+def residual() -> nn.Module:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        s = F.relu(self.n0(self.stem(x)))
+        s = F.relu(s + self.a2(F.relu(self.a1(s))))
+        s = F.relu(self.down(s) + self.b2(F.relu(self.b1(s))))
+        return self.fc(s.mean((2, 3)))
+
+    return net(
+        forward,
+        stem=conv(3, 8),
+        n0=nn.BatchNorm2d(8),
+        a1=conv(8, 7),
+        a2=conv(7, 8),
+        down=conv(8, 12, 1),
+        b1=conv(8, 9),
+        b2=conv(9, 12),
+        fc=nn.Linear(12, 4),
+    )
+
+
+def concatenated() -> nn.Module:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        b = F.relu(self.b(torch.cat([a, x], 1)))
+        c = F.relu(self.c(torch.cat([b, a], 1)))
+        return self.fc(torch.cat([a, c, b], 1).mean((2, 3)))
+
+    return net(forward, a=conv(3, 6), b=conv(9, 5), c=conv(11, 7), fc=nn.Linear(18, 4))
+
+
+def depthwise() -> nn.Module:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = F.relu6(self.n1(self.expand(F.relu(self.stem(x)))))
+        h = F.relu6(self.n2(self.depth(h)))
+        return self.fc(F.relu(self.project(h)).mean((2, 3)))
+
+    return net(
+        forward,
+        stem=conv(3, 6),
+        expand=conv(6, 12, 1, bias=False),
+        n1=nn.BatchNorm2d(12),
+        depth=conv(12, 12, groups=12, bias=False),
+        n2=nn.BatchNorm2d(12),
+        project=conv(12, 5, 1),
+        fc=nn.Linear(5, 4),
+    )
+
+
+def squeeze_excite() -> nn.Module:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        gate = self.up(F.relu(self.down(h.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.fc(F.relu(self.last(h * gate)).flatten(1))
+
+    return net(
+        forward, stem=conv(3, 10), down=conv(10, 4, 1), up=conv(4, 10, 1), last=conv(10, 6), fc=nn.Linear(6 * 64, 4)
+    )
+
+
+def grouped() -> nn.Module:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.last(F.relu(self.mid(F.relu(self.stem(x)))))).mean((2, 3)))
+
+    return net(forward, stem=conv(3, 12), mid=conv(12, 12, groups=3), last=conv(12, 6), fc=nn.Linear(6, 4))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the size of its pictures and how many of them activation matching sees."""
+
+    build: Callable[[], nn.Module]
+    size: int = 8
+    count: int = 32
+
+    @property
+    def name(self) -> str:
+        return getattr(self.build, "__name__", "net")
+
+
+def _named(name: str, build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    build.__name__ = name
+    return build
+
+
+SMALL = [
+    Case(residual),
+    Case(concatenated),
+    Case(depthwise),
+    Case(squeeze_excite),
+    Case(grouped),
+    Case(_named("mlp", lambda: linear_net(4, 12, 3 * 64, 5)), count=64),
+    Case(_named("residual_mlp", lambda: linear_net(5, 12, 3 * 64, 5, residual=True)), count=64),
+]
+PAPERS = [
+    Case(_named("vgg16", lambda: vgg16(width=0.125)), 32, 16),
+    Case(_named("vgg16_bn", lambda: vgg16_bn(width=0.125)), 32, 16),
+    Case(_named("vgg16_ln", lambda: vgg16_ln(width=0.125)), 32, 16),
+    Case(_named("resnet20_bn", lambda: resnet20_bn(width=0.5)), 32, 16),
+    Case(_named("resnet20_ln", lambda: resnet20_ln(width=0.5)), 32, 16),
+    Case(_named("resnet20_plain", lambda: resnet20_plain(width=0.5)), 32, 16),
+]
+ZOO = [
+    Case(tv.resnet18, 64, 64),
+    Case(tv.mobilenet_v2, 64, 64),
+    Case(tv.squeezenet1_0, 64, 64),
+    Case(tv.shufflenet_v2_x0_5, 64, 64),
+]
+
+
+@torch.no_grad()
+def _noisy(model: nn.Module, seed: int = 1) -> nn.Module:
+    """1 % of each tensor's standard deviation added to every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        spread = parameter.std() if parameter.numel() > 1 else parameter.abs().mean()
+        parameter.add_(NOISE * spread * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return twin
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and its noisy image π(A) as one Program, its groups, and the answer."""
+
+    program: Program
+    x: Tensor
+    facts: Symmetry
+    expected: dict[int, np.ndarray]
+
+
+_pairs: dict[str, Pair] = {}
+
+
+def _pair(case: Case) -> Pair:
+    if case.name not in _pairs:
+        x = images(case.count, case.size)
+        moved, facts, element = transported(network(case.build, x), x)
+        own = _noisy(moved).state_dict()
+        first = facts.program.weights[0]
+        program = facts.program.with_weights([first, {name: own.get(name, first[name]) for name in first}])
+        _pairs[case.name] = Pair(program, x, symmetry(program), {g: inverse(p) for g, p in element.items()})
+    return _pairs[case.name]
+
+
+def _free(statistics: Statistics, facts: Symmetry, expected: dict[int, np.ndarray], edge: int = 1) -> dict[int, Any]:
+    """Channels that are constant, or (1 % noise) so nearly dead that they do not resemble their own image anywhere."""
+    best = {group.index: np.zeros(group.size) for group in facts.groups}
+    for tap in statistics.taps:
+        image = np.stack([expected[g][tap.digits[:, k]] for k, g in enumerate(tap.groups)], 1)
+        row = {tuple(digits): index for index, digits in enumerate(tap.digits.tolist())}
+        own = statistics.features[tap.key].correlation(0, edge).numpy()
+        value = own[np.arange(tap.size), [row[tuple(digits)] for digits in image.tolist()]]
+        for column, group in enumerate(tap.groups):
+            np.maximum.at(best[group], tap.digits[:, column], value)
+    return {group: value < 0.5 for group, value in best.items()}
+
+
+def _wrong(found: Matching, pair: Pair, silent: dict[int, np.ndarray] | None = None) -> dict[str, int]:
+    """Channels of each group that were sent to a wrong place, constant ones left out."""
+    wrong = {}
+    for group in pair.facts.groups:
+        missed = found.permutations[1][group.index] != pair.expected[group.index]
+        if silent is not None:
+            missed &= ~silent[group.index]
+        if missed.any():
+            wrong[group.name] = int(missed.sum())
+    return wrong
+
+
+@pytest.mark.parametrize("case", [*SMALL, *PAPERS, *ZOO], ids=lambda case: case.name)
+def test_weight_matching_recovers_the_permutation(case: Case) -> None:
+    pair = _pair(case)
+    found = WeightMatching()(pair.program, pair.facts, None, 0)
+    assert len(pair.facts.groups) == len(found.permutations[1]) > 0
+    assert all((p == np.arange(len(p))).all() for p in found.permutations[0].values())
+    assert _wrong(found, pair) == {}
+
+
+@pytest.mark.parametrize("case", [*SMALL, *PAPERS, *ZOO], ids=lambda case: case.name)
+def test_activation_matching_recovers_the_permutation(case: Case) -> None:
+    pair = _pair(case)
+    statistics = collect(pair.program, data=pair.x.split(16), progress=False)
+    silent = _free(statistics, pair.facts, pair.expected)
+    found = ActivationMatching()(pair.program, pair.facts, statistics, 0)
+    free = sum(int(mask.sum()) for mask in silent.values())
+    assert free <= 0.2 * pair.facts.channels, "too little is left to be recovered"
+    assert _wrong(found, pair, silent) == {}
+
+
+def test_a_wrong_permutation_is_seen() -> None:
+    """Negative control of the two tests above."""
+    pair = _pair(SMALL[0])
+    found = WeightMatching()(pair.program, pair.facts, None, 0)
+    found.permutations[1][0][[0, 1]] = found.permutations[1][0][[1, 0]]
+    assert sum(_wrong(found, pair).values()) == 2
+
+
+@pytest.mark.parametrize("match", ["weight", "activation"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_aligning_a_permuted_copy_gives_the_original_back(case: Case, match: str) -> None:
+    """align(A, πA) = A, bit for bit: permutations move weights and never change them."""
+    from passes.align import Align
+
+    x = images(case.count, case.size)
+    model = network(case.build, x)
+    moved, _, _ = transported(model, x, seed=3)
+    program = trace([model, moved], x[:2])
+    assert any(not torch.equal(a, b) for a, b in zip(program.weights[0].values(), program.weights[1].values()))
+    aligned = Align(match, x if match == "activation" else None, progress=False)(program)
+    for name, tensor in aligned.weights[1].items():
+        assert torch.equal(tensor, program.weights[0][name]), name
+
+
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[3]], ids=lambda case: case.name)
+def test_permuting_and_permuting_back_is_the_identity(case: Case) -> None:
+    x = images(4, case.size)
+    program = trace(network(case.build, x), x[:2])
+    facts = symmetry(program)
+    element = facts.random(np.random.default_rng(0))
+    there = facts.permute(program.weights[0], element)
+    back = facts.permute(there, {group: inverse(p) for group, p in element.items()})
+    for name, tensor in program.weights[0].items():
+        assert torch.equal(back[name], tensor)
+        assert name not in {m.fqn for g in facts.groups for m in g.members} or not torch.equal(there[name], tensor)
+
+
+@pytest.mark.parametrize("case", [*SMALL, PAPERS[3]], ids=lambda case: case.name)
+def test_weight_matching_never_loses_ground(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between independent networks, every later assignment keeps or raises the objective; so does every restart."""
+    x = images(4, case.size)
+    program = trace(edges(case.build, x), x[:2])
+    facts = symmetry(program)
+    values: list[float] = []
+    improve = weight_module._Descent._improve
+
+    def watched(self: weight_module._Descent, group: object, settled: object) -> None:
+        improve(self, group, settled)  # type: ignore[arg-type]
+        if settled is None:
+            values.append(self._objective())
+
+    monkeypatch.setattr(weight_module._Descent, "_improve", watched)
+    found = WeightMatching()(program, facts, None, 0)
+    assert len(values) >= len(facts.groups)
+    steps = np.diff(values)
+    assert (steps >= -1e-6 * abs(values[-1])).all()
+    assert found.objective[0] == pytest.approx(values[-1], rel=1e-12)
+    before = sum(float((program.weights[0][n] * program.weights[1][n]).sum()) for n in program.names()
+                 if n not in program.buffers)  # fmt: skip
+    assert found.objective[0] > before
+    assert WeightMatching(restarts=2)(program, facts, None, 0).objective[0] >= found.objective[0]
+
+
+def test_the_objective_is_the_inner_product_of_the_aligned_weights() -> None:
+    x = images(4, 8)
+    program = trace(edges(residual, x), x[:2])
+    facts = symmetry(program)
+    found = WeightMatching()(program, facts, None, 0)
+    moved = facts.permute(program.weights[1], found.permutations[1])
+    members = {m.fqn for g in facts.groups for m in g.members} - program.buffers
+    expected = sum(float((program.weights[0][n].double() * moved[n].double()).sum()) for n in members)
+    assert found.objective[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_running_statistics_do_not_sway_weight_matching() -> None:
+    x = images(8, 8)
+    models = edges(residual, x)
+    program = trace(models, x[:2])
+    found = WeightMatching()(program, symmetry(program), None, 0)
+    models[1].n0.running_mean.mul_(100)
+    models[1].n0.running_var.mul_(1e4)
+    program = trace(models, x[:2])
+    again = WeightMatching()(program, symmetry(program), None, 0)
+    assert all((found.permutations[1][g] == again.permutations[1][g]).all() for g in found.permutations[1])
+
+
+@pytest.mark.parametrize("match", [WeightMatching(), WeightMatching(restarts=2), ActivationMatching()])
+def test_one_seed_one_answer(match: WeightMatching | ActivationMatching) -> None:
+    x = images(16, 8)
+    program = trace(edges(residual, x), x[:2])
+    facts = symmetry(program)
+    statistics = collect(program, data=x, progress=False)
+    first, second = (match(program, facts, statistics, 7) for _ in range(2))
+    assert first.objective == second.objective
+    for group in facts.groups:
+        assert (first.permutations[1][group.index] == second.permutations[1][group.index]).all()
+
+
+@pytest.mark.parametrize("match", ["weight", "activation"])
+def test_each_of_three_edges_is_aligned_to_the_first(match: str) -> None:
+    x = images(32, 8)
+    model = network(concatenated, x)
+    moved = [transported(model, x, seed=seed) for seed in (1, 2)]
+    program = trace([model, *(_noisy(twin, seed) for seed, (twin, _, _) in enumerate(moved))], x[:2])
+    facts = symmetry(program)
+    statistics = collect(program, data=x, progress=False)
+    finder = matcher(match)
+    assert finder is not None
+    found = finder(program, facts, statistics, 0)
+    assert len(found.permutations) == 3
+    assert len(found.objective) == len(found.sweeps) == 2
+    for edge, (_, own, element) in enumerate(moved, start=1):
+        expected = {group: inverse(p) for group, p in element.items()}
+        silent = _free(statistics, facts, expected, edge)
+        for group in own.groups:
+            wrong = found.permutations[edge][group.index] != expected[group.index]
+            assert not (wrong & ~silent[group.index]).any(), (edge, group.name)
+
+
+def test_the_first_edge_never_moves_and_every_edge_keeps_its_function() -> None:
+    from passes.align import Align
+
+    x = images(16, 8, dtype=torch.float64)
+    models = edges(residual, x, count=3)
+    program = trace(models, x[:2])
+    align = Align("activation", x, progress=False)
+    aligned = align(program)
+    assert align.error < 1e-10
+    assert all(aligned.weights[0][name] is tensor for name, tensor in program.weights[0].items())
+    with torch.no_grad():
+        for edge, model in enumerate(models):
+            torch.testing.assert_close(aligned(x, edge=edge), model(x), rtol=0, atol=1e-10)
+
+
+def test_assignment_maximises() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gain = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    permutation, value = assign(gain)
+    assert value == pytest.approx(float(gain[torch.arange(6), torch.from_numpy(permutation)].sum()), rel=1e-12)
+    rng = np.random.default_rng(0)
+    assert all(float(gain.numpy()[np.arange(6), rng.permutation(6)].sum()) <= value for _ in range(500))
+
+
+class Reversing:
+    """A user's own matcher."""
+
+    needs_data = False
+
+    def __call__(self, program: object, symmetry: Symmetry, statistics: object, seed: int) -> Matching:
+        swap = {group.index: np.arange(group.size)[::-1].copy() for group in symmetry.groups}
+        return Matching((({g: np.arange(len(p)) for g, p in swap.items()}), swap), (0.0,))
+
+
+def test_a_matcher_of_the_users_own_is_used() -> None:
+    x = images(4, 8)
+    models = edges(residual, x)
+    result = merge(models, x[:2], match=Reversing(), weights=1.0)
+    assert result.report.passes[0] == "Align(Reversing)"
+    with torch.no_grad():
+        torch.testing.assert_close(result.module(x), models[1](x), rtol=1e-4, atol=1e-4)
+    state = result.module.state_dict()
+    assert torch.equal(state["stem.bias"], models[1].stem.bias.flip(0))
+
+
+def test_unknown_matchers_and_missing_data_are_refused() -> None:
+    x = images(4, 8)
+    models = edges(residual, x)
+    assert set(MATCHERS) >= {"weight", "activation"}
+    with pytest.raises(ArgumentError, match="choose one of weight, activation"):
+        merge(models, x[:2], match="telepathy")
+    with pytest.raises(ArgumentError, match="needs data"):
+        merge(models, x[:2], match="activation")
+    from passes.align import Align
+
+    with pytest.raises(ArgumentError, match="needs data"):
+        compile(models, x[:2], passes=[Align("activation")])
