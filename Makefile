@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/vfx demo
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

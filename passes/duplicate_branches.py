@@ -41,19 +41,21 @@ class DuplicateBranches(Pass):
         cut = layers.cut(number, self.join)
         if not cut.branch:
             return program
-        graph = _Duplicator(program.graph, cut, alphas).build()
-        weights = _branch_weights(program, graph)
-        private = frozenset(n for n in weights[0] if n.startswith("branches."))
-        buffers = program.buffers | {n for n in private if n.split(".", 2)[2] in program.buffers}
+        prefixes = _prefixes(program)
+        graph = _Duplicator(program.graph, cut, alphas, prefixes).build()
+        weights, private = _branch_weights(program, graph, prefixes)
+        buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
         note = f"DuplicateBranches({number}/{len(layers)}, {self.join})"
-        return program.with_graph(graph, weights, note, private=private, buffers=buffers, layers=layers.layers)
+        return program.with_graph(
+            graph, weights, note, private=frozenset(private), buffers=buffers, layers=layers.layers
+        )
 
 
 class _Duplicator:
     """Copies the graph with the branch repeated for each edge."""
 
-    def __init__(self, graph: fx.Graph, cut: Cut, alphas: list[float]):
-        self.old, self.cut, self.alphas = graph, cut, alphas
+    def __init__(self, graph: fx.Graph, cut: Cut, alphas: list[float], prefixes: list[str]):
+        self.old, self.cut, self.alphas, self.prefixes = graph, cut, alphas, prefixes
         self.graph = fx.Graph()
         self.rest: dict[fx.Node, fx.Node] = {}
         self.branches: list[dict[fx.Node, fx.Node]] = [{} for _ in alphas]
@@ -82,7 +84,9 @@ class _Duplicator:
         return new
 
     def _attribute(self, node: fx.Node, edge: int) -> fx.Node:
-        new = self.graph.create_node("get_attr", f"branches.{edge}.{node.target}", name=f"branch{edge}_{node.name}")
+        new = self.graph.create_node(
+            "get_attr", f"{self.prefixes[edge]}{node.target}", name=f"branch{edge}_{node.name}"
+        )
         new.meta = dict(node.meta)
         return new
 
@@ -103,20 +107,30 @@ class _Duplicator:
         return new
 
 
-def _branch_weights(program: Program, graph: fx.Graph) -> list[dict[str, Tensor]]:
-    """The edges' weights, and in every set each edge's own branch."""
+def _prefixes(program: Program) -> list[str]:
+    """``branches.i.``, or ``branches_2.i.`` and so on where the edges have branches themselves."""
+    taken = {name.split(".")[0] for name in program.weights[0]}
+    names = ("branches", *(f"branches_{index}" for index in range(2, len(taken) + 3)))
+    root = next(name for name in names if name not in taken)
+    return [f"{root}.{edge}." for edge in range(program.edges)]
+
+
+def _branch_weights(
+    program: Program, graph: fx.Graph, prefixes: list[str]
+) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
+    """The edges' weights with, in every set, each edge's own branch; and the branches' names with the old ones."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     kept = read | (set(program.weights[0]) - set(program.names()))
     private: dict[str, Tensor] = {}
-    for edge, weights in enumerate(program.weights):
-        prefix = f"branches.{edge}."
-        private |= {prefix + name: tensor for name, tensor in weights.items() if prefix + name in read}
-        private |= _counters(prefix, read, weights)
-    return [{name: t for name, t in weights.items() if name in kept} | private for weights in program.weights]
+    old: dict[str, str] = {}
+    for prefix, weights in zip(prefixes, program.weights):
+        own = {name for name in weights if prefix + name in read}
+        for name in own | _counters(own, weights):
+            private[prefix + name], old[prefix + name] = weights[name], name
+    return [{name: t for name, t in weights.items() if name in kept} | private for weights in program.weights], old
 
 
-def _counters(prefix: str, read: set[str], weights: Any) -> dict[str, Tensor]:
+def _counters(names: set[str], weights: Any) -> set[str]:
     """``num_batches_tracked`` of the branches' norms: no node reads it, training mode counts in it."""
-    norms = {name.removeprefix(prefix).rpartition(".")[0] for name in read if name.endswith("running_mean")}
-    names = (f"{norm}.num_batches_tracked" for norm in norms)
-    return {prefix + name: weights[name] for name in names if name in weights}
+    norms = {name.rpartition(".")[0] for name in names if name.endswith("running_mean")}
+    return {name for name in (f"{norm}.num_batches_tracked" for norm in norms) if name in weights}

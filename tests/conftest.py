@@ -29,7 +29,9 @@ def lively(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
         if parameter.ndim == 1:
-            parameter.copy_(0.2 * noise if name.endswith("bias") else 1 + 0.3 * noise)
+            parameter.copy_(0.2 * noise if "bias" in name else 1 + 0.3 * noise)
+        elif not parameter.any():  # Fixup starts its branches and its classifier at zero
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

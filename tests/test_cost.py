@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vfx.analyse.cost import HARMLESS, TABLE, Profile, cost
+from vfx.capture import capture as trace
 from vfx.errors import ArgumentError
 from vfx.files import write_atomic
 from vfx.models import resnet20_bn, vgg16, vgg16_bn, vgg16_ln
 from vfx.program import Program, copy_graph
-from vfx.capture import capture as trace
 
 # Vanishing Feature, Table 12: module | input | output | params | MAdd | FLOPs | MemRead | MemWrite | MemR+W. Misprints
 # corrected: MemRead of features.12 and .14 (printed 242,856), MemR+W of features.16 (printed 19,120).

@@ -134,7 +134,6 @@ PAPERS = [
 ]
 ZOO = [
     Case(tv.resnet18, 64, 64),
-    Case(tv.mobilenet_v2, 64, 64),
     Case(tv.squeezenet1_0, 64, 64),
     Case(tv.shufflenet_v2_x0_5, 64, 64),
 ]

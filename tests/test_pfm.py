@@ -277,7 +277,7 @@ def test_with_all_weight_on_one_edge_every_cut_is_that_edge(name: str) -> None:
     models = edges(build, x)
     program = trace(models, x[:2])
     total = len(layers(program))
-    chosen = range(total + 1) if total < 10 else (1, 6, total // 2, total - 1, total)
+    chosen = range(total + 1) if total < 10 else (1, total // 2, total - 1)
     with torch.no_grad():
         expected = [model(x) for model in models]
         for join in ("preactivation", "activation"):

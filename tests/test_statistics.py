@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def _data(seed: int, dtype: torch.dtype, offset: float) -> Tensor:
 
 def _parts(cuts: list[int]) -> list[tuple[int, int]]:
     edges_ = [0, *sorted(set(cuts)), COUNT]
-    return list(zip(edges_, edges_[1:]))
+    return list(pairwise(edges_))
 
 
 partitions = st.lists(st.integers(1, COUNT - 1), max_size=COUNT)
@@ -176,6 +177,24 @@ def test_layer_statistics_are_those_of_the_modules(residual: list[nn.Module]) ->
         flat = value.movedim(1, 0).reshape(value.shape[1], -1)
         close(moments[1].mean, flat.mean(1), 1e-12)
         close(moments[1].std, flat.std(1, correction=0), 1e-12)
+
+
+def test_groups_that_share_an_axis_have_a_tap_each() -> None:
+    """Also the group that stands at the front of the axis, in order."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return self.fc(self.c(F.relu(torch.cat([self.a(x), self.b(x)], 1))).mean((2, 3)))
+
+    models = edges(lambda: net(forward, a=conv(3, 3), b=conv(3, 5), c=conv(8, 4), fc=nn.Linear(4, 2)), X)
+    found = collect(models, X[:2], data=X.split(5), progress=False)
+    taps = [tap for tap in found.taps if tap.node == "relu"]
+    assert [(tap.size, tap.whole) for tap in taps] == [(3, False), (5, False)]
+    with torch.no_grad():
+        values = F.relu(torch.cat([models[0].a(X), models[0].b(X)], 1)).movedim(1, 0).flatten(1)
+    for tap in taps:
+        moments = found.features[tap.key].moments[0]
+        close(moments.mean, values[tap.position[:, 0]].mean(1), 1e-12)
+        close(moments.std, values[tap.position[:, 0]].std(1, correction=0), 1e-12)
 
 
 class Counted:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vfx.analyse.symmetry import Member, Symmetry, symmetry
 from vfx.analyse.verify import preserved, relative_error
-from vfx.models import MODELS
 from vfx.capture import capture as trace
+from vfx.models import MODELS
 
 EXACT, BROKEN = 1e-10, 1e-6
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from micro_models import MICRO, Micro, conv, net, parameter
 from torch import Tensor, nn
 
+from vfx.capture import capture as trace
 from vfx.errors import ArgumentError, CaptureError
 from vfx.operators import operator
 from vfx.program import Program
-from vfx.capture import capture as trace
 
 
 @pytest.fixture(autouse=True)

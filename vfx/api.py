@@ -27,7 +27,8 @@ from vfx.analyse.cost import Profile, cost
 from vfx.analyse.layers import Join, Layers, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
-from vfx.checks import check_edges, check_finite
+from vfx.capture import capture
+from vfx.checks import check_edges, check_finite, check_same_function
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError, PassError
 from vfx.match.catalogue import matcher
@@ -38,7 +39,7 @@ from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
-from vfx.capture import capture
+from vfx.statistics.data import reusable
 
 NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
 _NEED_DATA = ("repair", "rescale", "reset")
@@ -65,7 +66,9 @@ def trace(models: nn.Module | Sequence[nn.Module], example_inputs: Any, *, dynam
         return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
     check_edges(models)
     program = capture(models[0], example_inputs, dynamic_shapes=dynamic_shapes)
-    return program.with_weights([program.weights[0], *(_weights_of(program, model) for model in models[1:])])
+    program = program.with_weights([program.weights[0], *(_weights_of(program, model) for model in models[1:])])
+    check_same_function(program, models)
+    return program
 
 
 def _weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -141,6 +144,7 @@ def merge(
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     watch = Stopwatch()
+    data = reusable(data)
     with watch("trace"):
         program = _program(models, example_inputs)
     _check_edges(program)
@@ -210,6 +214,7 @@ def repair(
     first ("weight", "activation") if they do not.
     """
     watch = Stopwatch()
+    data = reusable(data)
     target = model.module if isinstance(model, Result) else model
     if example_inputs is None and isinstance(model, Result):
         example_inputs = model.program.example_inputs
@@ -258,9 +263,9 @@ def _normalization(normalize: str | None, program: Program, data: Any) -> str | 
 def _check_statistics(statistics: Statistics | None, normalize: str | None, features: bool) -> None:
     if statistics is None:
         return
-    if features and not statistics.features:
+    if features and "features" not in statistics.reads:
         raise ArgumentError("these statistics hold no features for activation matching; collect them again")
-    if normalize in _NEED_GOALS and not statistics.layers:
+    if normalize in _NEED_GOALS and "layers" not in statistics.reads:
         raise ArgumentError(f"these statistics hold no layer statistics for {normalize!r}; collect them again")
 
 

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from vfx.analyse.verify import relative_error, tensors
+from vfx.capture import structural_copy
 from vfx.errors import ArchitectureError, ArgumentError, WeightError
+from vfx.program import Program
+
+SAME_NETWORK = 1e-4  # relative output difference between an edge's own class and the graph it shares with the others
 
 
 def check_edges(models: Sequence[nn.Module]) -> None:
@@ -47,3 +52,32 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise WeightError(f"{count} of {tensor.numel()} values of {key!r} in {name} are NaN or infinite")
+
+
+@torch.no_grad()
+def check_same_function(program: Program, models: Sequence[nn.Module]) -> None:
+    """Raise ArchitectureError unless every edge computes in its own class what it computes in the shared graph.
+
+    State dicts that agree do not prove one architecture: an activation function, a stride, an eps, or a tensor tied in
+    one edge alone shows only in the outputs.
+    """
+    errors = [_gap(program, edge, model) for edge, model in enumerate(models)]
+    for edge, error in enumerate(errors[1:], start=1):
+        if not error <= max(SAME_NETWORK, 10 * errors[0]):
+            raise ArchitectureError(
+                f"edge {edge} ({type(models[edge]).__name__}) has the tensors of edge 0 but is another network: with "
+                f"edge 0's graph its outputs differ by {error:.1e} (relative); edges must share one architecture"
+            )
+
+
+def _gap(program: Program, edge: int, model: nn.Module) -> float:
+    """Relative output difference between a model and its weight set in the graph; infinite where the model fails."""
+    inputs = [x.clone() if isinstance(x, Tensor) else x for x in program.example_inputs]
+    try:
+        own = tensors(structural_copy(model).eval()(*inputs))
+    except (RuntimeError, TypeError, ValueError):
+        return float("inf")
+    shared = tensors(program(*program.example_inputs, edge=edge))
+    if [x.shape for x in own] != [x.shape for x in shared]:
+        return float("inf")
+    return max((relative_error(x, y) for x, y in zip(own, shared) if x.isfinite().any()), default=0.0)

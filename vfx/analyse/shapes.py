@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -285,7 +286,7 @@ class Algebra:
             if any(end % stride or outer % end for end in inside):
                 return None
             bounds = [outer, *inside, stride]
-            sizes = [a // b for a, b in zip(bounds, bounds[1:])]
+            sizes = [a // b for a, b in pairwise(bounds)]
             if len(sizes) == 1:
                 pieces.append(factor)
             elif isinstance(factor, Opaque):

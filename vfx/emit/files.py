@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
+from vfx.capture import as_inputs, batched_inputs, capture
 from vfx.checks import check_finite, check_same_tensors
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import export_onnx
 from vfx.errors import ArgumentError, CheckpointError
 from vfx.files import write_atomic
-from vfx.capture import as_inputs, batched_inputs, capture
 
 
 def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
@@ -99,7 +100,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # foreign pickle protocols; what cannot be read raises
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} needs code to be unpickled and is refused. Save a state dict instead: "

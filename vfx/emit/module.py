@@ -132,12 +132,9 @@ class FunctionalBatchNorm(nn.Module):
 
 def _momentum(program: Program, prefix: str, captured: float) -> float | None:
     """The module's own momentum: in eval mode a capture sees 0 for the cumulative average (None)."""
-    path = prefix.split(".", 2)[2] if prefix.startswith("branches.") else prefix
-    try:
-        module = program.module.get_submodule(path) if program.module is not None else None
-    except AttributeError:
-        module = None
-    return getattr(module, "momentum", captured)
+    modules = dict(program.module.named_modules()) if program.module is not None else {}
+    path = prefix if prefix in modules else prefix.split(".", 2)[-1]  # a branch's norm: branches.0.<path>
+    return getattr(modules.get(path), "momentum", captured)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: str, args: tuple[Any, ...]) -> None:

@@ -29,7 +29,7 @@ class ActivationMatching:
     needs_data = True
 
     def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int = 0) -> Matching:
-        if statistics is None or not statistics.taps:
+        if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         start = time.perf_counter()
         results = [self._match(symmetry, statistics, edge) for edge in range(1, program.edges)]

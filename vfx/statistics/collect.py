@@ -16,7 +16,7 @@ from vfx.errors import DataError
 from vfx.program import Execution, Goal, Program, Weights, digest, schedule
 from vfx.progress import track
 from vfx.statistics.data import Batches
-from vfx.statistics.moments import CrossMoments, Moments, batch_moments, channel_rows
+from vfx.statistics.moments import CrossMoments, Moments, Workspace, batch_moments, channel_rows
 from vfx.statistics.taps import Tap, feature_taps
 
 
@@ -25,7 +25,8 @@ class Statistics:
     """What one pass over the data saw of every edge.
 
     ``features`` holds, by tap, moments and cross products of the groups' features; ``layers`` the moments of each conv
-    and linear output by node name, one for each edge. Both are in the edges' own channel order.
+    and linear output by node name, one for each edge. Both are in the edges' own channel order; ``reads`` says which of
+    the two were asked for (a network without free channels has no features to read).
     """
 
     samples: int
@@ -33,6 +34,7 @@ class Statistics:
     features: Mapping[str, CrossMoments]
     layers: Mapping[str, list[Moments]]
     fingerprint: tuple[str, ...]
+    reads: frozenset[str] = frozenset({"features", "layers"})
 
     def check(self, program: Program) -> None:
         """Raise DataError unless these statistics belong to exactly this graph and these weights."""
@@ -76,6 +78,7 @@ def collect(
         features=collector.features,
         layers=collector.layers,
         fingerprint=fingerprint(program),
+        reads=frozenset(name for name, asked in (("features", features), ("layers", layers)) if asked),
     )
 
 
@@ -87,6 +90,7 @@ class _Collector:
         self.plan = schedule(program.graph)
         self.features: dict[str, CrossMoments] = {}
         self.layers: dict[str, list[Moments]] = {}
+        self._workspace = Workspace()
         self._taps_at: dict[str, list[Tap]] = {}
         for tap in taps:
             self._taps_at.setdefault(tap.node, []).append(tap)
@@ -111,7 +115,10 @@ class _Collector:
     def _read_features(self, tap: Tap, values: list[Tensor]) -> None:
         if tap.key not in self.features:
             self.features[tap.key] = CrossMoments(len(values), tap.size, values[0].device)
-        self.features[tap.key].update([features(tap, x) for x in values])
+        if tap.whole:
+            self.features[tap.key].read(values, tap.dim, self._workspace)
+        else:
+            self.features[tap.key].update([features(tap, x) for x in values])
 
 
 def _step(runs: list[Execution]) -> tuple[fx.Node, list[Any]]:
@@ -122,7 +129,7 @@ def _step(runs: list[Execution]) -> tuple[fx.Node, list[Any]]:
 
 def features(tap: Tap, x: Tensor) -> Tensor:
     """A tap's features of one batch as a fresh matrix (channels, samples); copies count as samples."""
-    if tap.whole and x.shape[tap.dim] == tap.size:
+    if tap.whole:
         return channel_rows(x, tap.dim)
     index = torch.from_numpy(tap.position.reshape(-1)).to(x.device)
     return channel_rows(x.index_select(tap.dim, index), tap.dim).reshape(tap.size, -1)

@@ -16,6 +16,11 @@ BATCH_SIZE = 128  # for data given as one tensor
 Batch = list[Any]
 
 
+def reusable(data: Any) -> Any:
+    """``data``, or its batches where it can be read only once."""
+    return list(data) if isinstance(data, Iterator) else data
+
+
 class Batches:
     """Calibration batches of a Program, checked against its example inputs, on one device.
 
@@ -31,8 +36,8 @@ class Batches:
             data = data.split(BATCH_SIZE)
         if not isinstance(data, Iterable):
             raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
-        self._data = list(data) if isinstance(data, Iterator) else data
-        self._names = [node.name for node in program.placeholders]
+        self._data = reusable(data)
+        self._names = [str(node.target) for node in program.placeholders]
         self._examples = program.example_inputs
         self._limit = max_samples
         self._device = device

@@ -32,7 +32,8 @@ class Tap:
     """One axis of one value and the channels that stand on it.
 
     ``groups`` are the groups that move them (several for a product such as groups × channels), ``digits`` (n, groups)
-    the channel of each group at each feature, ``position`` (n, copies) where the feature stands along the axis.
+    the channel of each group at each feature, ``position`` (n, copies) where the feature stands along the axis,
+    ``whole`` whether the features are the axis itself, in order.
     """
 
     node: str
@@ -40,6 +41,7 @@ class Tap:
     groups: tuple[int, ...]
     digits: Index
     position: Index
+    whole: bool
 
     @property
     def size(self) -> int:
@@ -48,11 +50,6 @@ class Tap:
     @property
     def key(self) -> str:
         return f"{self.node}:{self.dim}:{','.join(map(str, self.groups))}"
-
-    @property
-    def whole(self) -> bool:
-        """Whether the features are the first positions of the axis, in order."""
-        return self.position.shape[1] == 1 and bool((self.position[:, 0] == np.arange(self.size)).all())
 
 
 def feature_taps(symmetry: Symmetry) -> list[Tap]:
@@ -88,5 +85,6 @@ def axis_taps(symmetry: Symmetry, node: fx.Node, dim: int) -> list[Tap]:
         return []
     found = []
     for groups, digits, position in symmetry.features(labels):
-        found.append(Tap(node.name, dim, groups, digits, position))
+        whole = position.shape == (len(labels), 1) and bool((position[:, 0] == np.arange(len(labels))).all())
+        found.append(Tap(node.name, dim, groups, digits, position, whole))
     return found
