@@ -36,9 +36,9 @@ Cell = tuple[str | None, int, str | None, str]
 console = Console(stderr=True)
 
 
-def cells(pair: Pair) -> Iterator[Cell]:
+def cells(pair: Pair, matches: Sequence[str | None]) -> Iterator[Cell]:
     """Every match, cut, normalization and join; without preserved layers there is no join to choose."""
-    for match in MATCHES:
+    for match in matches:
         for cut in pair.cuts:
             for normalize in NORMED if pair.batch_norm else PLAIN:
                 for join in JOINS if cut else JOINS[:1]:
@@ -105,8 +105,8 @@ class Subject:
         return round(100 * (outputs.argmax(1) == self.labels).double().mean().item(), 2)
 
 
-def measure_pair(subject: Subject, progress: Progress) -> dict[str, Any]:
-    chosen = list(cells(subject.pair))
+def measure_pair(subject: Subject, matches: Sequence[str | None], progress: Progress) -> dict[str, Any]:
+    chosen = list(cells(subject.pair, matches))
     task = progress.add_task(subject.pair.name, total=len(chosen))
     rows = []
     for cell in chosen:
@@ -122,6 +122,7 @@ def main(
     ),
     output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this pair (may be repeated).")] = None,
+    match: Annotated[list[str] | None, typer.Option(help="Only none, weight or activation (may be repeated).")] = None,
     samples: Annotated[int | None, typer.Option(help="Test images to use (default: all 10,000).")] = None,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
     render: Annotated[bool, typer.Option(help="Only rewrite the tables and the plot from pairs.json.")] = False,
@@ -133,19 +134,27 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no pair {unknown[0]!r}; there are {', '.join(PAIRS)}")
     try:
-        run([] if render else pair or list(PAIRS), checkpoints, data, output, samples)
+        matches = [None if name == "none" else name for name in match] if match else MATCHES
+        run([] if render else pair or list(PAIRS), matches, checkpoints, data, output, samples)
     except MissingData as error:
         console.print(f"[yellow]nothing measured:[/] {error}")
 
 
-def run(names: Sequence[str], checkpoints: Path, data: Path, output: Path, samples: int | None) -> None:
+def run(
+    names: Sequence[str],
+    matches: Sequence[str | None],
+    checkpoints: Path,
+    data: Path,
+    output: Path,
+    samples: int | None,
+) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file = output / "pairs.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         for name in names:
-            results[name] = measure_pair(Subject(PAIRS[name], checkpoints, data, samples), progress)
+            results[name] = measure_pair(Subject(PAIRS[name], checkpoints, data, samples), matches, progress)
             results = {known: results[known] for known in PAIRS if known in results}
             write_atomic(file, json.dumps(results, indent=1) + "\n")
     if not results:

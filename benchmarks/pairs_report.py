@@ -47,6 +47,12 @@ def series(result: Mapping[str, Any], match: str | None, normalize: str | None, 
     }
 
 
+def matches(result: Mapping[str, Any]) -> dict[str | None, str]:
+    """The matches that were measured, with their labels."""
+    measured = {cell["match"] for cell in result["cells"]}
+    return {match: label for match, label in MATCHES.items() if match in measured}
+
+
 def normalizations(result: Mapping[str, Any]) -> list[str | None]:
     return list(dict.fromkeys(cell["normalize"] for cell in result["cells"]))
 
@@ -74,7 +80,7 @@ def markdown(results: Results) -> str:
     ]
     for name, result in results.items():
         lines += [f"## {name}", "", _summary(result), ""]
-        for match in MATCHES:
+        for match in matches(result):
             lines += [f"**{MATCHES[match]}**", "", *_table(result, match), ""]
         if name in REFERENCE:
             lines += ["**Against the reference implementation** (activation matching, join before the activation)", ""]
@@ -135,7 +141,7 @@ def claims(results: Results) -> Iterator[str]:
 
 def _grows(name: str, result: Mapping[str, Any]) -> str:
     falls, steps = [], 0
-    for match, label in MATCHES.items():
+    for match, label in matches(result).items():
         for normalize in normalizations(result):
             for join in joins(result):
                 row = series(result, match, normalize, join)
@@ -150,7 +156,7 @@ def _grows(name: str, result: Mapping[str, Any]) -> str:
 
 def _gains(name: str, result: Mapping[str, Any]) -> str:
     losses, count = [], 0
-    for match, label in MATCHES.items():
+    for match, label in matches(result).items():
         for normalize in normalizations(result)[1:]:
             for join in joins(result):
                 plain, fixed = (series(result, match, n, join) for n in (None, normalize))
@@ -190,16 +196,17 @@ def draw(results: Results, path: Path) -> None:
             label = NAMES[normalize]
             axis.plot(*zip(*points), marker=MARKERS[label], markersize=5, label=label)
         direct = series(result, None, normalizations(result)[-1], "preactivation")
-        points = [(direct[cut]["params_ratio"], direct[cut]["accuracy"]) for cut in cuts(result)]
-        label = f"no matching, {NAMES[normalizations(result)[-1]]}"
-        axis.plot(*zip(*points), marker="x", linestyle=":", color="gray", label=label)
+        if direct:
+            points = [(direct[cut]["params_ratio"], direct[cut]["accuracy"]) for cut in cuts(result)]
+            label = f"no matching, {NAMES[normalizations(result)[-1]]}"
+            axis.plot(*zip(*points), marker="x", linestyle=":", color="gray", label=label)
         axis.axhline(max(result["edges"]), color="black", linewidth=0.8, linestyle="--", label="better edge")
         axis.axhline(result["ensemble_logits"], color="black", linewidth=0.8, linestyle="-.", label="ensemble (2×)")
         axis.set(title=name, xlabel="parameters (× an edge)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
     axes[0][0].set_ylabel("accuracy (%)")
-    figure.suptitle("PFM on Fashion-MNIST at α = 0.5, activation matching: points are l of L preserved layers")
+    figure.suptitle("Activation matching, α = 0.5; points: l preserved layers")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
