@@ -37,15 +37,14 @@ class DuplicateBranches(Pass):
     def apply(self, program: Program) -> Program:
         alphas = edge_weights(self.weights, program.edges)
         layers = number_layers(program)
-        number = layers.number(self.preserve)
-        cut = layers.cut(number, self.join)
+        cut = layers.cut(self.preserve, self.join)
         if not cut.branch:
             return program
         prefixes = _prefixes(program)
         graph = _Duplicator(program.graph, cut, alphas, prefixes).build()
         weights, private = _branch_weights(program, graph, prefixes)
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
-        note = f"DuplicateBranches({number}/{len(layers)}, {self.join})"
+        note = f"DuplicateBranches({layers.number(self.preserve)}/{len(layers)}, {self.join})"
         return program.with_graph(
             graph, weights, note, private=frozenset(private), buffers=buffers, layers=layers.layers
         )

@@ -282,7 +282,7 @@ def test_preserve_outside_the_network_is_refused(program: Program, preserve: Any
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preserve": "layer9"}, "names no module with layers; there are 0, 3, 6"),
+        ({"preserve": "layer9"}, "names no module that runs; there are 0, 1"),
         ({"preserve": 1, "join": "late"}, "'preactivation' or 'activation'"),
         ({"match": "magic"}, "match='magic' is unknown"),
         ({"normalize": "magic"}, "normalize='magic' is unknown"),

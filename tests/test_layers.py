@@ -194,7 +194,7 @@ def test_a_cut_outside_the_network_is_refused(preserve: object) -> None:
 
 
 def test_unknown_modules_and_joins_are_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"no module with layers; there are classifier, features"):
+    with pytest.raises(ArgumentError, match=r"no module that runs; there are avgpool, classifier, features"):
         _layers("vgg16").number("layer2")
     with pytest.raises(ArgumentError, match="no module"):
         _layers("vgg16").number("feat")
@@ -205,5 +205,10 @@ def test_unknown_modules_and_joins_are_refused() -> None:
 def test_a_prefix_of_a_name_is_not_the_module() -> None:
     model = nn.Sequential(*[conv(3, 3) if i in (1, 10) else nn.ReLU() for i in range(11)])
     found = layers(model, torch.randn(2, 3, 8, 8))
-    assert found.number("1") == 1
-    assert found.number("10") == 2
+    assert [found.number(name) for name in ("0", "1", "9", "10")] == [0, 1, 1, 2]
+
+
+def test_a_module_called_twice_ends_with_its_last_call() -> None:
+    found = _layers("twice")
+    assert found.number("b") == 3
+    assert [node.name for node in found.cut("b").joins] == ["conv2d_2"]

@@ -28,7 +28,7 @@ from vfx.models import linear_net, resnet20_bn, resnet20_ln, resnet20_plain, vgg
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
 
-NOISE = 0.01
+NOISE, CONSTANT = 0.01, 1e-6
 
 
 def residual() -> nn.Module:
@@ -134,7 +134,7 @@ PAPERS = [
 ]
 ZOO = [
     Case(tv.resnet18, 64, 64),
-    Case(tv.squeezenet1_0, 64, 64),
+    Case(tv.squeezenet1_0, 64, 256),
     Case(tv.shufflenet_v2_x0_5, 64, 64),
 ]
 
@@ -175,16 +175,17 @@ def _pair(case: Case) -> Pair:
 
 
 def _free(statistics: Statistics, facts: Symmetry, expected: dict[int, np.ndarray], edge: int = 1) -> dict[int, Any]:
-    """Channels that are constant, or (1 % noise) so nearly dead that they do not resemble their own image anywhere."""
-    best = {group.index: np.zeros(group.size) for group in facts.groups}
+    """Channels that are constant in one of the edges at every tap: nothing correlates with a constant."""
+    free = {group.index: np.ones(group.size, bool) for group in facts.groups}
     for tap in statistics.taps:
         image = np.stack([expected[g][tap.digits[:, k]] for k, g in enumerate(tap.groups)], 1)
         row = {tuple(digits): index for index, digits in enumerate(tap.digits.tolist())}
-        own = statistics.features[tap.key].correlation(0, edge).numpy()
-        value = own[np.arange(tap.size), [row[tuple(digits)] for digits in image.tolist()]]
+        first, second = (statistics.features[tap.key].moments[e].std.numpy() for e in (0, edge))
+        moved = second[[row[tuple(digits)] for digits in image.tolist()]]
+        varies = (first > CONSTANT * first.max()) & (moved > CONSTANT * moved.max())
         for column, group in enumerate(tap.groups):
-            np.maximum.at(best[group], tap.digits[:, column], value)
-    return {group: value < 0.5 for group, value in best.items()}
+            free[group][tap.digits[varies, column]] = False
+    return free
 
 
 def _wrong(found: Matching, pair: Pair, silent: dict[int, np.ndarray] | None = None) -> dict[str, int]:

@@ -236,24 +236,37 @@ def test_everything_preserved_is_the_ensemble_of_logits(name: str, match: str | 
 
 
 @pytest.mark.parametrize(
-    ("name", "preserve", "number"),
+    ("name", "preserve", "number", "join"),
     [
-        ("vgg16_bn", "features.0", 1),
-        ("vgg16_bn", "features.7", 3),
-        ("vgg16_bn", "features", 13),
-        ("vgg16_bn", "classifier", 14),
-        ("resnet20_bn", "conv1", 1),
-        ("resnet20_bn", "layer1", 7),
-        ("resnet20_bn", "layer2", 13),
-        ("resnet20_bn", "layer2.0.conv1", 8),
-        ("resnet20_bn", "fc", 20),
+        ("vgg16_bn", "features.0", 1, "preactivation"),
+        ("vgg16_bn", "features.2", 1, "activation"),  # a module without layers: the ReLU behind the first norm
+        ("vgg16_bn", "features.7", 3, "preactivation"),
+        ("vgg16_bn", "features", 13, "activation"),
+        ("vgg16_bn", "classifier", 14, "preactivation"),
+        ("resnet20_bn", "conv1", 1, "preactivation"),
+        ("resnet20_bn", "layer1", 7, "activation"),
+        ("resnet20_bn", "layer2.1", 11, "activation"),
+        ("resnet20_bn", "layer2", 13, "activation"),
+        ("resnet20_bn", "layer2.0.conv1", 8, "preactivation"),
+        ("resnet20_bn", "fc", 20, "preactivation"),
     ],
 )
-def test_a_module_name_is_the_number_of_its_last_layer(name: str, preserve: str, number: int) -> None:
-    _, program = _edges(name)
+def test_everything_up_to_and_including_a_module_stays_separate(
+    name: str, preserve: str, number: int, join: str
+) -> None:
+    models, program = _edges(name)
     assert layers(program).number(preserve) == number
-    with torch.no_grad():
-        assert torch.equal(_pfm(program, preserve)(X), _pfm(program, number)(X))
+    module = _pfm(program, preserve, weights=(0.3, 0.7))
+    expected = by_hand(BUILDS[name][1], models, (0.3, 0.7), number, join, X)
+    close(module(X), expected, TOLERANCE)
+    inside = {key for key in models[0].state_dict() if key.startswith(preserve + ".")}
+    assert {f"branches.{edge}.{key}" for edge in range(2) for key in inside} <= set(module.state_dict())
+
+
+def test_join_activation_keeps_what_follows_a_module_up_to_the_next_layer() -> None:
+    models, program = _edges("resnet20_bn")
+    module = _pfm(program, "layer2.0.conv1", join="activation", weights=(0.3, 0.7))
+    close(module(X), by_hand(resnet_steps, models, (0.3, 0.7), 8, "activation", X), TOLERANCE)
 
 
 # any graph ------------------------------------------------------------------------------------------------------------

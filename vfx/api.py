@@ -152,7 +152,7 @@ def merge(
     normalize = _normalization(normalize, program, data)
     finder = matcher(("activation" if data is not None or statistics else "weight") if match == "auto" else match)
     numbering = number_layers(program)
-    cut = numbering.number(preserve)
+    preserved = numbering.number(preserve)
     if device is not None:
         program = program.to(device)
     with watch("symmetry"):
@@ -174,11 +174,11 @@ def merge(
             )
     _check_statistics(statistics, normalize, needs_features)
     align = Align(finder, statistics=statistics, facts=facts, seed=seed, verify=verify)
-    passes: list[Pass] = [align, DuplicateBranches(cut, alphas, join)]
+    passes: list[Pass] = [align, DuplicateBranches(preserve, alphas, join)]
     passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
     passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
     result = _run(program, passes, watch)
-    return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=cut)
+    return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=preserved)
 
 
 def compile(

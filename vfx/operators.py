@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"}
@@ -12,6 +13,10 @@ LINEARS = {"aten.linear"}
 LAYERS = CONVOLUTIONS | TRANSPOSED | LINEARS
 BATCH_NORMS = {"aten.batch_norm", "aten._native_batch_norm_legit_no_training"}
 NORMS = BATCH_NORMS | {"aten.layer_norm", "aten.group_norm", "aten.instance_norm", "aten.rms_norm"}
+_ELEMENTWISE = """
+    add sub mul div relu relu6 hardtanh clamp leaky_relu elu celu silu gelu mish hardswish hardsigmoid sigmoid tanh
+"""
+ELEMENTWISE = {f"aten.{name}" for name in _ELEMENTWISE.split()}
 DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
 
 
@@ -23,6 +28,12 @@ def operator(node: fx.Node) -> str:
     if packet is not None:
         return str(packet)
     return getattr(node.target, "__name__", str(node.target))
+
+
+def in_place(target: Any) -> Any:
+    """The form of an elementwise ATen overload that writes into its first argument, or None."""
+    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::") + "_", None)
+    return getattr(packet, target._overloadname, None)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -12,15 +12,17 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
+from vfx.operators import ELEMENTWISE, LAYERS, NORMS, in_place, operator
 
 Weights = Mapping[str, Tensor]
+_FRESH = LAYERS | NORMS | ELEMENTWISE  # operators that never return a view of what they read
 
 
 @dataclass(frozen=True)
@@ -174,20 +176,13 @@ class Execution:
 
     def step(self) -> tuple[fx.Node, Any]:
         """Run the next node and free what nobody reads any more."""
-        node, dying = self.plan[self.position]
-        value = self._evaluate(node)
+        node, dying, in_place = self.plan[self.position]
+        value = self._evaluate(node, None if torch.is_grad_enabled() else in_place)
         self.values[node] = value
         for dead in dying:
             del self.values[dead]
         self.position += 1
         return node, value
-
-    def advance(self, stop: fx.Node) -> Any:
-        """Run up to and including ``stop``, whose value is returned."""
-        while True:
-            node, value = self.step()
-            if node is stop:
-                return value
 
     def finish(self) -> Any:
         """Run to the end and return the network's output."""
@@ -199,17 +194,22 @@ class Execution:
         """A live value; weights are looked up when they are read, so a change between two steps takes effect."""
         return self.weights[str(node.target)] if node.op == "get_attr" else self.values[node]
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def _evaluate(self, node: fx.Node, in_place: Any) -> Any:
         if node.op == "placeholder":
             return next(self._inputs)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
         if node.op == "output":
             self.result = args[0]
             return None
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return (in_place or node.target)(*args, **kwargs)
 
 
-Step = tuple[fx.Node, tuple[fx.Node, ...]]
+class Step(NamedTuple):
+    """A node to run, the values that die behind it, and its in-place form where the first of them may be written to."""
+
+    node: fx.Node
+    dying: tuple[fx.Node, ...]
+    in_place: Any
 
 
 def schedule(graph: fx.Graph) -> list[Step]:
@@ -224,4 +224,16 @@ def schedule(graph: fx.Graph) -> list[Step]:
     dying: dict[fx.Node, list[fx.Node]] = {}
     for value, reader in last.items():
         dying.setdefault(reader, []).append(value)
-    return [(node, tuple(dying.get(node, ()))) for node in computed]
+    return [Step(node, tuple(dying.get(node, ())), _in_place(node)) for node in computed]
+
+
+def _in_place(node: fx.Node) -> Any:
+    """The in-place form of an elementwise node whose operand is a fresh tensor that nothing else reads.
+
+    Large fresh tensors cost page faults: ResNets spend a tenth of their time on them.
+    """
+    operand = node.args[0] if node.args else None
+    if operator(node) not in ELEMENTWISE or not isinstance(operand, fx.Node) or operator(operand) not in _FRESH:
+        return None
+    same = operand.meta.get("val") == node.meta.get("val") is not None
+    return in_place(node.target) if same and list(operand.users) == [node] else None

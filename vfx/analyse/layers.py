@@ -50,20 +50,20 @@ class Layers:
         return max((layer.number for layer in self.layers if not layer.shortcut), default=0)
 
     def number(self, preserve: int | str) -> int:
-        """The cut asked for: a number 0…L, or the last layer of a module by name."""
+        """How many layers a cut keeps: a number 0…L, or all those that run up to the end of a module."""
         if isinstance(preserve, str):
-            inside = [x.number for x in self.layers if x.fqn == preserve or x.fqn.startswith(preserve + ".")]
-            if not inside:
-                known = sorted({x.fqn.split(".")[0] for x in self.layers})
-                raise ArgumentError(f"preserve={preserve!r} names no module with layers; there are {', '.join(known)}")
-            return max(inside)
+            before = {node.name for node in _up_to_module(self.program, preserve)}
+            return max((x.number for x in self.layers if x.node in before and not x.shortcut), default=0)
         if isinstance(preserve, bool) or not isinstance(preserve, Integral) or not 0 <= preserve <= len(self):
             raise ArgumentError(f"preserve must be between 0 and {len(self)} (the number of layers), got {preserve}")
         return int(preserve)
 
     def cut(self, preserve: int | str, join: Join = "preactivation") -> Cut:
-        """The values at which edges are joined when the first ``preserve`` layers are kept for each."""
-        return cut(self, self.number(preserve), join)
+        """The values at which edges are joined when the first ``preserve`` layers are kept for each.
+
+        Behind a module the pre-activation join stands at its very end, its own norm and activation included.
+        """
+        return cut(self, preserve, join)
 
     def table(self) -> Table:
         table = Table(title=f"{len(self)} layers")
@@ -161,26 +161,53 @@ def _last_layer(node: fx.Node | None, numbers: dict[fx.Node, int]) -> int:
     return max((numbers[n] for n in ancestors([node]) if n in numbers), default=1)
 
 
-def cut(layers: Layers, number: int, join: Join = "preactivation") -> Cut:
-    """Split the graph behind layer ``number``.
+def cut(layers: Layers, preserve: int | str, join: Join = "preactivation") -> Cut:
+    """Split the graph behind a layer or a module.
 
-    The rest is what depends on a later layer and, if the join stands before norm and activation, on the output of
-    layer ``number`` itself. What depends on no parameter is shared. Every value of the branch that the rest reads is
-    joined: inside a residual stage that is the stream as well as the branch.
+    What depends on no parameter is shared. Every value of the branch that the rest reads is joined: inside a residual
+    stage that is the stream as well as the branch.
     """
     if join not in ("preactivation", "activation"):
         raise ArgumentError(f"join must be 'preactivation' or 'activation', got {join!r}")
-    graph = layers.program.graph
+    number, graph = layers.number(preserve), layers.program.graph
+    if isinstance(preserve, str) and join == "preactivation":
+        kept = _up_to_module(layers.program, preserve)
+    else:
+        kept = set(graph.nodes) - _behind(layers, number, join) if number else set()
+    own = descendants({node for node in graph.nodes if node.op == "get_attr"})
+    branch = {n for n in graph.nodes if n.op == "call_function" and n in own and n in kept}
+    joins = [n for n in graph.nodes if n in branch and any(user not in branch for user in n.users)]
+    return Cut(frozenset(branch), tuple(joins))
+
+
+def _behind(layers: Layers, number: int, join: Join) -> set[fx.Node]:
+    """What depends on a later layer and, if the join stands before norm and activation, on layer ``number`` itself."""
     node_of = {layer.node: layer for layer in layers}
-    numbered = {node: node_of[node.name].number for node in graph.nodes if node.name in node_of}
+    numbered = {node: node_of[node.name].number for node in layers.program.graph.nodes if node.name in node_of}
     later = {node for node, n in numbered.items() if n > number}
     rest = later | descendants(later)
     if join == "preactivation":
         rest |= descendants({node for node, n in numbered.items() if n == number})
-    own = descendants({node for node in graph.nodes if node.op == "get_attr"})
-    branch = {n for n in graph.nodes if n.op == "call_function" and n in own and n not in rest} if number else set()
-    joins = [n for n in graph.nodes if n in branch and any(user not in branch for user in n.users)]
-    return Cut(frozenset(branch), tuple(joins))
+    return rest
+
+
+def _up_to_module(program: Program, name: str) -> set[fx.Node]:
+    """Everything that runs up to the last operator of a module."""
+    nodes = list(program.graph.nodes)
+    owners = [_owners(node) for node in nodes]
+    inside = [i for i, own in enumerate(owners) if any(x == name or x.startswith(name + ".") for x in own)]
+    if not inside:
+        known = sorted({x.split(".")[0] for own in owners for x in own})
+        raise ArgumentError(f"preserve={name!r} names no module that runs; there are {', '.join(known)}")
+    return set(nodes[: inside[-1] + 1])
+
+
+def _owners(node: fx.Node) -> set[str]:
+    """The modules that call an operator or own its weights (a captured GraphModule has no calls of its own)."""
+    if node.op != "call_function":
+        return set()
+    weights = (str(a.target).rpartition(".")[0] for a in node.all_input_nodes if a.op == "get_attr")
+    return {name for name in (str(node.meta.get("module") or ""), *weights) if name}
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:

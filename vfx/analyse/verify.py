@@ -84,7 +84,7 @@ def randomise(program: Program, inputs: list[Any], generator: torch.Generator) -
     }
     execution = Execution(program.graph, weights, inputs)
     while execution.position < len(execution.plan):
-        node = execution.plan[execution.position][0]
+        node = execution.plan[execution.position].node
         if operator(node) in BATCH_NORMS:
             _random_statistics(node, execution, weights, generator)
         execution.step()

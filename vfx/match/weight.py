@@ -61,6 +61,7 @@ class _Descent:
         self.target = {name: target[name].float() for name in scored}
         self.original = {name: other[name].float() for name in scored}
         self.groups_of: dict[str, set[int]] = {}
+        self.stale: set[int] = set()
         self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
         for group in symmetry.groups:
             for member in group.members:
@@ -72,6 +73,7 @@ class _Descent:
         """Permutations, objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps."""
         self.permutations = identity(self.symmetry) if warm else self.symmetry.random(generator)
         self.current = self.symmetry.permute(self.original, {} if warm else self.permutations)
+        self.stale = set(self.permutations)
         settled: set[int] | None = set() if warm else None
         objective, sweep = self._objective(), 0
         for sweep in range(1, MAX_SWEEPS + 1):
@@ -88,11 +90,13 @@ class _Descent:
         return [int(i) for i in generator.permutation(len(self.symmetry.groups))]
 
     def _improve(self, group: Group, settled: set[int] | None) -> None:
-        """The best permutation of one group, all others held."""
+        """The best permutation of one group, all others held; nothing to do if none of its weights changed since."""
         members = [m for m in group.members if m.fqn in self.target]
-        if not members:
+        if not members or group.index not in self.stale:
             return
         gain = self._first_gain(group, members, settled) if settled is not None else self._gain(members, group.size)
+        if settled is None:
+            self.stale.discard(group.index)
         relative, _ = assign(gain)
         if (relative == np.arange(group.size)).all():
             return
@@ -103,6 +107,8 @@ class _Descent:
             return
         self.permutations[group.index] = self.permutations[group.index][relative]
         self.current.update(step)
+        neighbours = set().union(*(self.groups_of[name] for name in names))
+        self.stale |= neighbours if quadratic else neighbours - {group.index}
 
     def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Gain:
         """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""

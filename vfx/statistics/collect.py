@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,13 +138,16 @@ def features(tap: Tap, x: Tensor) -> Tensor:
 
 def fingerprint(program: Program) -> tuple[str, ...]:
     """Digest of the graph and of each edge's weights."""
-    return (digest(program.graph), *(_weights_digest(program.names(), weights) for weights in program.weights))
+    names = program.names()
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        return (digest(program.graph), *pool.map(lambda weights: _weights_digest(names, weights), program.weights))
 
 
 def _weights_digest(names: list[str], weights: Weights) -> str:
-    hasher = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.sha256()  # processors have instructions for it
     for name in names:
         tensor = weights[name].detach().cpu().contiguous()
         hasher.update(name.encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        if tensor.numel():
+            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return hasher.hexdigest()

@@ -31,11 +31,11 @@ def advance_together(
     """Run every batch up to the last reader; each reader gets its node's values as soon as they exist."""
     plan = schedule(program.graph)
     runs = [Execution(program.graph, weights, batch, plan) for batch in batches]
-    last = max((index for index, (node, _) in enumerate(plan) if node in readers), default=-1)
-    for node, _ in track(plan[: last + 1], "calibration", last + 1, progress):
+    last = max((index for index, step in enumerate(plan) if step.node in readers), default=-1)
+    for step in track(plan[: last + 1], "calibration", last + 1, progress):
         values: list[Any] = [run.step()[1] for run in runs]
-        if node in readers:
-            readers[node](values)
+        if step.node in readers:
+            readers[step.node](values)
 
 
 def moments_of(values: list[Tensor], channel: int) -> Moments:
