@@ -65,11 +65,6 @@ def transported(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[nn.Module, 
     return twin.eval(), facts, element
 
 
-def inverse(permutation: Any) -> Any:
-    """The permutation that undoes another."""
-    return np.argsort(permutation)
-
-
 @torch.no_grad()
 def close(actual: Any, expected: Any, tolerance: float) -> None:
     """Equal to ``tolerance`` times the largest expected value."""

@@ -192,7 +192,99 @@ def norm_first(self: Any, h: Tensor) -> Tensor:
     return self.norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def heads_einsum(self: Any, x: Tensor) -> Tensor:
+    q, k = self.a(x).view(-1, 2, 3), self.b(x).view(-1, 2, 3)
+    return self.c(torch.einsum("bhd, bhe -> bde", q, k).flatten(1))
+
+
+def batched_sum(self: Any, x: Tensor) -> Tensor:
+    n = x.shape[0]
+    h = self.a(x).unsqueeze(1)
+    return self.c(torch.baddbmm(self.p.expand(n, 1, 3), h, self.w.expand(n, 6, 3)).flatten(1))
+
+
+def unfolded(self: Any, h: Tensor) -> Tensor:
+    columns = F.unfold(h, 3, padding=1).transpose(1, 2)
+    return self.p(columns).transpose(1, 2).reshape(-1, 5, 6, 6)
+
+
+def written_by_number(self: Any, x: Tensor) -> Tensor:
+    h = self.a(x)
+    h[:, torch.tensor([1, 2])] = h[:, torch.tensor([3, 4])]
+    return self.c(h)
+
+
+def masked_write(self: Any, h: Tensor) -> Tensor:
+    h[h < 0] = 0.25
+    return h
+
+
+def scattered(self: Any, h: Tensor) -> Tensor:
+    return torch.zeros_like(h).scatter_add(3, h.argmax(3, keepdim=True), h.sum(3, keepdim=True))
+
+
+def rotary(self: Any, x: Tensor) -> Tensor:
+    q = self.a(x).view(-1, 3, 4)
+    turned = torch.cat([-q[..., 2:], q[..., :2]], -1)
+    return self.c((q * self.cos + turned * self.sin).flatten(1))
+
+
+def rotary_complex(self: Any, x: Tensor) -> Tensor:
+    q = torch.view_as_complex(self.a(x).view(-1, 3, 2, 2))
+    return self.c(torch.view_as_real(q * torch.view_as_complex(self.turn)).flatten(1))
+
+
+def grouped_queries(self: Any, x: Tensor) -> Tensor:
+    n, tokens, _ = x.shape
+    q = self.q(x).view(n, tokens, 4, 3).transpose(1, 2)
+    k, v = (f(x).view(n, tokens, 2, 3).transpose(1, 2) for f in (self.k, self.v))
+    y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return self.c(y.transpose(1, 2).flatten(2))
+
+
+def biased_attention(self: Any, x: Tensor) -> Tensor:
+    n, tokens, _ = x.shape
+    q, k, v = self.qkv(x).view(n, tokens, 3, 2, 3).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[:, self.places])
+    return self.c(y.transpose(1, 2).flatten(2))
+
+
+def final_states(self: Any, x: Tensor) -> Tensor:
+    return self.c(self.rnn(x)[1].transpose(0, 1).flatten(1))
+
+
+def learned_start(self: Any, x: Tensor) -> Tensor:
+    return self.c(self.rnn(x, self.start.expand(1, x.shape[0], 6).contiguous())[0].mean(1))
+
+
+def stepped(self: Any, x: Tensor) -> Tensor:
+    h, c = self.cell(x)
+    return self.c(self.cell(x, (h, c))[0])
+
+
+def bags(self: Any, x: Tensor) -> Tensor:
+    return self.c(self.table((3 * x.abs()).long().clamp(max=6)))
+
+
+def table_rows(self: Any, x: Tensor) -> Tensor:
+    return self.c(F.relu(self.a(x) + self.table[self.places[:2].reshape(-1)].sum(0)))
+
+
+def distances(self: Any, x: Tensor) -> Tensor:
+    return self.c(torch.cdist(self.a(x).unsqueeze(1), self.p.unsqueeze(0)).flatten(1))
+
+
+def weight_normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(conv(6, 5))
+
+
+def spectral_normed() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(conv(6, 5))
+
+
 V = (VECTOR,)
+SEQUENCE = ((4, 7, 5),)
+UNEVEN = torch.tensor([1, 2, 1, 1, 2, 1])
 
 MICRO = [
     Micro("mlp", mlp, (6, 7), "each hidden layer is free", V),
@@ -522,8 +614,8 @@ MICRO = [
     Micro(
         "tiled",
         vectors(lambda s, x: s.c(s.b(x) + s.a(x).repeat(1, 2)), a=linear(5, 6), b=linear(5, 12), c=linear(12, 2)),
-        (6,),
-        "b's twelve are two copies of a's six",
+        (2, 6),
+        "b's twelve are two copies of a's six; the copies may change places",
         V,
     ),
     Micro(
@@ -532,14 +624,357 @@ MICRO = [
         (4, 6),
         "softmax sees no order",
     ),
+    Micro(
+        "einsum",
+        vectors(lambda s, x: s.c(F.relu(torch.einsum("bi,oi->bo", x, s.w))), w=lambda: parameter(6, 5), c=linear(6, 2)),
+        (6,),
+        "a linear map in letters",
+        V,
+    ),
+    Micro(
+        "einsum_implicit",
+        vectors(
+            lambda s, x: s.c(F.relu(torch.einsum("...i,ij", s.a(x).unsqueeze(1), s.w)).squeeze(1)),
+            a=linear(5, 4),
+            w=lambda: parameter(4, 6),
+            c=linear(6, 2),
+        ),
+        (4, 6),
+        "an ellipsis, and a result that is not written",
+        V,
+    ),
+    Micro(
+        "einsum_diagonal",
+        vectors(
+            lambda s, x: s.c(torch.einsum("bi,ii->bi", s.a(x), s.w)),
+            a=linear(5, 4),
+            w=lambda: parameter(4, 4),
+            c=linear(4, 2),
+        ),
+        (4,),
+        "a letter twice: both axes move as one",
+        V,
+    ),
+    Micro(
+        "einsum_heads",
+        vectors(heads_einsum, a=linear(5, 6), b=linear(5, 6), c=linear(9, 2)),
+        (2, 3, 3),
+        "2 heads, summed over, with an inside for each side",
+        V,
+    ),
+    Micro(
+        "addmm",
+        vectors(
+            lambda s, x: s.c(torch.addmm(s.p, s.a(x), s.w)),
+            a=linear(5, 6),
+            p=lambda: parameter(3),
+            w=lambda: parameter(6, 3),
+            c=linear(3, 2),
+        ),
+        (3, 6),
+        "a linear map with a transposed weight",
+        V,
+    ),
+    Micro(
+        "baddbmm",
+        vectors(
+            batched_sum, a=linear(5, 6), p=lambda: parameter(1, 1, 3), w=lambda: parameter(1, 6, 3), c=linear(3, 2)
+        ),
+        (3, 6),
+        "the same in batches",
+        V,
+    ),
+    Micro(
+        "bilinear_layer",
+        vectors(
+            lambda s, x: s.c(s.m(s.a(x), s.b(x))),
+            a=linear(5, 6),
+            b=linear(5, 4),
+            m=lambda: nn.Bilinear(6, 4, 3),
+            c=linear(3, 2),
+        ),
+        (3, 4, 6),
+        "weight is (out, in, in)",
+        V,
+    ),
+    Micro(
+        "tensordot",
+        vectors(
+            lambda s, x: s.c(torch.tensordot(s.a(x), s.w, dims=([1], [1]))),
+            a=linear(5, 6),
+            w=lambda: parameter(3, 6),
+            c=linear(3, 2),
+        ),
+        (3, 6),
+        "axes paired by number",
+        V,
+    ),
+    Micro(
+        "distances",
+        vectors(distances, a=linear(5, 6), p=lambda: parameter(3, 6), c=linear(3, 2)),
+        (3, 6),
+        "distances to 3 prototypes sum over 6 features",
+        V,
+    ),
+    Micro(
+        "similarity",
+        vectors(
+            lambda s, x: s.c(s.a(x) * F.cosine_similarity(s.a(x), s.b(x), dim=1)[:, None]),
+            a=linear(5, 6),
+            b=linear(5, 6),
+            c=linear(6, 2),
+        ),
+        (6,),
+        "an angle sees no order",
+        V,
+    ),
+    Micro(
+        "unfold",
+        between(unfolded, after=5, p=lambda: nn.Linear(54, 5)),
+        (4, 5, 6),
+        "54 = 6·9, the window's positions pinned",
+    ),
+    Micro(
+        "fold",
+        between(lambda s, h: F.fold(F.unfold(h, 2, stride=2), (6, 6), 2, stride=2)),
+        (4, 6),
+        "written out and put together again",
+    ),
+    Micro("windows", between(lambda s, h: h.unfold(2, 2, 2).amax(-1)), (4, 6), "windows along the height"),
+    Micro(
+        "grid_sample",
+        between(
+            lambda s, h: F.grid_sample(h, s.g.expand(h.shape[0], 3, 3, 2), align_corners=False),
+            g=lambda: torch.rand(1, 3, 3, 2),
+        ),
+        (4, 6),
+        "each channel is read at the same points",
+    ),
+    Micro(
+        "interleaved",
+        vectors(
+            lambda s, x: s.c(s.b(x) + s.a(x).repeat_interleave(2, 1)), a=linear(5, 6), b=linear(5, 12), c=linear(12, 2)
+        ),
+        (2, 6),
+        "12 = 6·2: the copies of all six may change places together",
+        V,
+    ),
+    Micro(
+        "sorted",
+        vectors(lambda s, x: s.c(s.a(x).sort(1)[0]), a=linear(5, 6), c=linear(6, 2)),
+        (6,),
+        "values in order of size do not tell where they stood; what reads them is pinned",
+        V,
+    ),
+    Micro("topk", between(lambda s, h: h - h.topk(2, 1)[0][:, 1:]), (4, 6), "the second largest sees no order"),
+    Micro("topk_indices", between(lambda s, h: h * h.topk(2, 1)[1][:, 1:]), (4,), "the number of a channel is read"),
+    Micro("argsort", between(lambda s, h: h * h.argsort(1)), (4,), "ranks by number"),
+    Micro(
+        "gather",
+        between(lambda s, h: h.gather(3, h.argmax(3, keepdim=True))),
+        (4, 6),
+        "columns are numbered, channels tie",
+    ),
+    Micro(
+        "gather_channels",
+        between(lambda s, h: h.gather(1, h.argmax(1, keepdim=True)), after=1),
+        (4,),
+        "channels are numbered",
+    ),
+    Micro("scatter", between(scattered), (4, 6), "columns are numbered, channels tie"),
+    Micro(
+        "written_by_number",
+        vectors(written_by_number, a=linear(5, 6), c=linear(6, 2)),
+        (2, 2),
+        "{3,4} land on {1,2}; {0,5}",
+        V,
+    ),
+    Micro("masked_write", between(masked_write), (4, 6), "a mask that moves with what it marks"),
+    Micro(
+        "two_indices",
+        between(lambda s, h: h[:, :, torch.tensor([[0], [2]]), torch.tensor([1, 3])]),
+        (4, 6),
+        "pixels are numbered",
+    ),
+    Micro(
+        "table_rows",
+        vectors(
+            table_rows,
+            a=linear(5, 6),
+            table=lambda: parameter(4, 6),
+            places=lambda: torch.tensor([[0], [3], [1]]),
+            c=linear(6, 2),
+        ),
+        (6,),
+        "rows are numbered by a part of a buffer",
+        V,
+    ),
+    Micro(
+        "bags",
+        vectors(bags, table=lambda: nn.EmbeddingBag(7, 6), c=linear(6, 2)),
+        (6,),
+        "features of summed embeddings",
+        V,
+    ),
+    Micro("triangle", between(lambda s, h: h.tril()), (4, 6), "pixels are compared by position"),
+    Micro(
+        "triangular_weight",
+        vectors(
+            lambda s, x: s.d(s.c(F.linear(s.a(x), s.m.tril()))),
+            a=linear(5, 6),
+            m=lambda: parameter(6, 6),
+            c=linear(6, 4),
+            d=linear(4, 2),
+        ),
+        (4,),
+        "features are compared by position",
+        V,
+    ),
+    Micro(
+        "diagonal",
+        vectors(
+            lambda s, x: s.c((s.a(x).unsqueeze(2) * s.b(x).unsqueeze(1)).diagonal(dim1=1, dim2=2)),
+            a=linear(5, 4),
+            b=linear(5, 4),
+            c=linear(4, 2),
+        ),
+        (4,),
+        "what meets on the diagonal is tied",
+        V,
+    ),
+    Micro(
+        "on_diagonal",
+        vectors(
+            lambda s, x: s.c((s.b(x).view(-1, 4, 4) + torch.diag_embed(s.a(x))).flatten(1)),
+            a=linear(5, 4),
+            b=linear(5, 16),
+            c=linear(16, 2),
+        ),
+        (4,),
+        "rows and columns move as one",
+        V,
+    ),
+    Micro(
+        "slice_scatter",
+        between(lambda s, h: torch.slice_scatter(h, s.other(h), 1, 2, 6), other=lambda: conv(6, 4)),
+        (2, 4, 4, 4),
+        "the first two stay, four are replaced by others",
+    ),
+    Micro(
+        "select_scatter",
+        vectors(lambda s, x: s.c(torch.select_scatter(s.a(x), x[:, 0], 1, 3)), a=linear(5, 6), c=linear(6, 2)),
+        (5,),
+        "one of six is replaced by an input",
+        V,
+    ),
+    Micro("roll_computed", between(lambda s, h: h.roll(h.shape[0], 1)), (4,), "rolled by the batch size"),
+    Micro("weight_norm", between(lambda s, h: s.a(h), after=5, a=weight_normed), (4, 5, 6), "a length for each output"),
+    Micro(
+        "spectral_norm",
+        between(lambda s, h: s.a(h), after=5, a=spectral_normed),
+        (4, 5, 6),
+        "singular vectors move with the weight",
+    ),
+    Micro("rms_norm", between(norm_first, norm=lambda: nn.RMSNorm(6)), (4, 6), "a mean square sees no order"),
+    Micro(
+        "rotary",
+        vectors(rotary, a=linear(5, 12), cos=lambda: torch.rand(4), sin=lambda: torch.rand(4), c=linear(12, 2)),
+        (3,),
+        "12 = 3·4: heads are free, frequencies are constants",
+        V,
+    ),
+    Micro(
+        "rotary_complex",
+        vectors(rotary_complex, a=linear(5, 12), turn=lambda: torch.rand(2, 2), c=linear(12, 2)),
+        (3,),
+        "the same with complex numbers",
+        V,
+    ),
+    Micro(
+        "grouped_queries",
+        vectors(grouped_queries, q=linear(5, 12), k=linear(5, 6), v=linear(5, 6), c=linear(12, 2)),
+        (2, 2, 3, 3),
+        "2 heads of keys and values serve 2 queries each; insides of q and k, of v and output; k's bias is harmless: "
+        "it shifts all scores of a query alike",
+        SEQUENCE,
+        harmless=("k.bias[0]:2", "k.bias[0]:3"),
+    ),
+    Micro(
+        "biased_attention",
+        vectors(
+            biased_attention,
+            qkv=linear(5, 18),
+            bias=lambda: parameter(2, 9),
+            places=lambda: torch.arange(49).view(7, 7) % 9,
+            c=linear(6, 2),
+        ),
+        (2, 3, 3),
+        "a bias for each head and pair of tokens; insides of q and k, of v and output",
+        SEQUENCE,
+    ),
+    Micro(
+        "lstm",
+        vectors(lambda s, x: s.c(s.rnn(x)[0].mean(1)), rnn=lambda: nn.LSTM(5, 6, batch_first=True), c=linear(6, 2)),
+        (6,),
+        "four gates, one action",
+        SEQUENCE,
+    ),
+    Micro(
+        "lstm_stack",
+        vectors(
+            lambda s, x: s.c(s.rnn(x)[0].mean(1)),
+            rnn=lambda: nn.LSTM(5, 3, num_layers=2, bidirectional=True, batch_first=True),
+            c=linear(6, 2),
+        ),
+        (3, 3, 3, 3),
+        "two directions in each of two layers",
+        SEQUENCE,
+    ),
+    Micro(
+        "lstm_projected",
+        vectors(
+            lambda s, x: s.c(s.rnn(x)[0].mean(1)),
+            rnn=lambda: nn.LSTM(5, 6, proj_size=3, batch_first=True),
+            c=linear(3, 2),
+        ),
+        (3, 6),
+        "memory, and what is read of it",
+        SEQUENCE,
+    ),
+    Micro(
+        "gru_states",
+        vectors(final_states, rnn=lambda: nn.GRU(5, 4, num_layers=2, batch_first=True), c=linear(8, 2)),
+        (4, 4),
+        "the states of both layers, each with its own action",
+        SEQUENCE,
+    ),
+    Micro(
+        "rnn_started",
+        vectors(
+            learned_start,
+            rnn=lambda: nn.RNN(5, 6, batch_first=True),
+            start=lambda: parameter(1, 1, 6),
+            c=linear(6, 2),
+        ),
+        (6,),
+        "a learned start moves with the features",
+        SEQUENCE,
+    ),
+    Micro(
+        "dynamic_convolution",
+        between(dynamic_convolution, after=5, kernel=lambda: parameter(5, 6, 3, 3)),
+        (4, 5, 6),
+        "groups = batch: a kernel for each sample, all alike here",
+    ),
+    Micro("lstm_cell", vectors(stepped, cell=lambda: nn.LSTMCell(5, 6), c=linear(6, 2)), (6,), "two steps by hand", V),
 ]
 
 REFUSED = [
     Micro(
-        "dynamic_convolution",
-        between(dynamic_convolution, after=5, kernel=lambda: parameter(5, 6, 3, 3)),
+        "uneven_copies",
+        between(lambda s, h: h.repeat_interleave(s.counts, 1, output_size=8), after=8, counts=lambda: UNEVEN),
         (4,),
-        "groups = batch: pinned, not crashed",
-        unknown=("aten.conv2d.default",),
+        "as many copies as a tensor says: pinned, not crashed",
+        unknown=("aten.repeat_interleave.self_Tensor",),
     ),
 ]

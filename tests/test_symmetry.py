@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vfx.analyse.symmetry import Member, Symmetry, symmetry
 from vfx.analyse.verify import preserved, relative_error
 from vfx.capture import capture as trace
+from vfx.errors import ArgumentError
 from vfx.models import MODELS
 
 EXACT, BROKEN = 1e-10, 1e-6
@@ -100,8 +102,7 @@ def test_moving_there_and_back_is_the_identity() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "grouped"))
     weights = groups.program.weights[0]
     there = groups.random(np.random.default_rng(0))
-    back = {index: np.argsort(p) for index, p in there.items()}
-    moved = groups.permute(groups.permute(weights, there), back)
+    moved = groups.permute(groups.permute(weights, there), groups.inverse(there))
     assert all(torch.equal(moved[name], tensor) for name, tensor in weights.items())
 
 
@@ -294,3 +295,36 @@ def test_no_sampled_member_of_a_network_can_be_left_out(name: str) -> None:
     chosen = np.random.default_rng(0).choice(len(members), 12, replace=False)
     errors = {members[i][0]: groups.verify(without=(members[i][1],)) for i in chosen}
     assert min(errors.values()) >= BROKEN, errors
+
+
+def test_the_tie_graph_names_members_blocks_and_pins() -> None:
+    groups = _of(next(micro for micro in MICRO if micro.name == "grouped"))
+    graph = groups.to_networkx()
+    members = [({g.index, m.fqn}, m.dim, m.role) for g in groups.groups for m in g.members]
+    edges = [({u, v}, e["dim"], e["role"]) for u, v, e in graph.edges(data=True) if e["role"] != "inside"]
+    assert len(edges) == len(members)
+    assert all(member in edges for member in members)
+    inner = {(g.index, g.parent) for g in groups.groups if g.parent is not None}
+    assert {frozenset(x) for x in inner} == {
+        frozenset((u, v)) for u, v, e in graph.edges(data=True) if e["role"] == "inside"
+    }
+    assert inner
+    pins = {(name, dim) for name, data in graph.nodes(data=True) for dim in data.get("pinned", {})}
+    assert pins == {(pin.fqn, pin.dim) for pin in groups.pinned}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_tie_graph_is_drawn(suffix: str, tmp_path: Path) -> None:
+    groups = _of(next(micro for micro in MICRO if micro.name == "grouped"))
+    path = groups.draw(tmp_path / f"ties{suffix}")
+    data = path.read_bytes()
+    assert data.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix])
+    if suffix == ".svg":
+        assert all(f"{group.index}: " in data.decode() for group in groups.groups)
+
+
+def test_a_drawing_of_another_kind_is_refused(tmp_path: Path) -> None:
+    groups = _of(next(micro for micro in MICRO if micro.name == "grouped"))
+    with pytest.raises(ArgumentError, match=r"\.png, \.svg, \.pdf"):
+        groups.draw(tmp_path / "ties.jpg")
+    assert not list(tmp_path.iterdir())

@@ -337,12 +337,6 @@ def test_unusable_example_inputs(inputs: Any, message: str) -> None:
         trace(nn.Sequential(nn.Linear(5, 4)), inputs)
 
 
-def test_nested_inputs_are_refused() -> None:
-    model = net(lambda s, x, pair: s.a(x) + pair[0], a=nn.Linear(5, 5))
-    with pytest.raises(CaptureError, match="nested inputs"):
-        trace(model, (torch.randn(2, 5), (torch.randn(2, 5),)))
-
-
 def test_an_exported_program_is_accepted() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU()).eval()
     exported = torch.export.export(model, (torch.randn(2, 5),))

@@ -59,6 +59,8 @@ class Result:
 def trace(models: nn.Module | Sequence[nn.Module], example_inputs: Any, *, dynamic_shapes: Any = "batch") -> Program:
     """Capture one model, or several of one architecture, as a Program with a weight set for each.
 
+    ``example_inputs``: a tensor, a tuple of forward's arguments, or a dict of its keyword arguments; arguments may nest
+    tensors in tuples, lists and dicts, beside constants, which are baked in. All functions here take them so.
     Raises CaptureError, ArchitectureError, WeightError.
     """
     if isinstance(models, nn.Module):
@@ -134,7 +136,8 @@ def merge(
 ) -> Result:
     """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
 
-    ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches (labels are ignored).
+    ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
+    dicts (labels are ignored).
     ``match``: None, "weight", "activation", or a Matcher; "auto" reads activations if there are data or statistics.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
@@ -217,7 +220,7 @@ def repair(
     data = reusable(data)
     target = model.module if isinstance(model, Result) else model
     if example_inputs is None and isinstance(model, Result):
-        example_inputs = model.program.example_inputs
+        example_inputs = model.program.example_call
     with watch("trace"):
         program = trace([target, *references], example_inputs)
     method_ = _normalization(method, program, data)

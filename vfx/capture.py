@@ -8,23 +8,24 @@ symbol. The user's model is never touched: the capture works on a structural cop
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import operator as python_operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
 
-from vfx.errors import ArgumentError, CaptureError
+from vfx.contexts import body_of, is_context
+from vfx.errors import CaptureError
+from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.operators import DROPOUTS, arguments, operator
+from vfx.outputs import plain
 from vfx.program import Program, Value, Weights, digest
+from vfx.signature import Call, Signature, as_call, batched_call, in_order, positional_names, signature_of
 
-DYNAMIC_BATCH = "batch"
 _ALIASES_OF_INPUT = {"aten.detach_", "aten.detach", "aten.alias"}
 _ASSERTIONS = {"aten._assert_async", "aten._assert_scalar", "aten._assert_tensor_metadata", "aten.sym_constrain_range",
                "aten.sym_constrain_range_for_size"}  # fmt: skip
@@ -38,90 +39,48 @@ _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to com
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
     """Capture ``model`` as a Program with one weight set.
 
-    ``example_inputs`` is a tensor or a tuple of forward's positional arguments; the first axis of each tensor is the
-    batch (a batch of one is doubled so that it is not taken for a constant). ``dynamic_shapes`` goes to
-    ``torch.export``; by default the batch axis alone is dynamic, with a minimum of 1.
-    Raises CaptureError if the model cannot be captured.
+    ``example_inputs`` is a tensor, a tuple of forward's positional arguments or a dict of its keyword arguments. They
+    may nest tensors in tuples, lists and dicts; None, bool, int, float and str are constants that the capture bakes in.
+    The first axis of the first tensor is the batch, and so is that of every tensor that has the same size there (a
+    batch of one is doubled so that it is not taken for a constant). ``dynamic_shapes`` goes to ``torch.export``; by
+    default the batch axis alone is dynamic, with a minimum of 1. Outputs that are no tensors (caches) are dropped, with
+    a note. Raises CaptureError if the model cannot be captured, ArgumentError if the inputs do not fit its ``forward``.
     """
     if isinstance(model, ExportedProgram):
-        inputs = as_inputs(example_inputs)
-        _refuse_nested(inputs)
-        return _program(model, inputs, None)
-    inputs = batched_inputs(as_inputs(example_inputs))
-    _refuse_nested(inputs)
-    replica = structural_copy(model).eval()
-    shapes = _batch_shapes(model, inputs) if dynamic_shapes == DYNAMIC_BATCH else dynamic_shapes
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(replica, inputs, strict=False, dynamic_shapes=shapes)
-    except Exception as error:  # torch.export raises many unrelated classes
-        raise CaptureError(_explain(model, inputs, error)) from error
-    return _program(exported, inputs, model)
+        call = as_call(example_inputs)
+        return _program(model, call, signature_of(call, _exported_names(model, call)), None)
+    call = batched_call(in_order(model.forward, as_call(example_inputs), type(model).__name__))
+    signature = signature_of(call, positional_names(model.forward, call))
+    program, notes = exported(model, call, dynamic_shapes)
+    return _program(program, call, signature, model, notes)
 
 
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as the tuple of forward's positional arguments."""
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    if isinstance(example_inputs, (tuple, list)) and example_inputs:
-        return tuple(example_inputs)
-    raise ArgumentError(
-        f"example_inputs must be a tensor or a non-empty tuple of forward's arguments, got {type(example_inputs)}"
-    )
+def _exported_names(exported: ExportedProgram, call: Call) -> list[str] | None:
+    """Names of the positional arguments, where the exported program knows them."""
+    signature = exported.module_call_graph[0].signature if exported.module_call_graph else None
+    names = getattr(signature, "forward_arg_names", None) or []
+    return list(names[: len(call.args)]) if len(names) >= len(call.args) else None
 
 
-def batched_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs whose batch holds at least two samples: a single sample is doubled."""
-    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim > 0), None)
-    if batch is None:
-        raise ArgumentError("example_inputs need at least one tensor with a batch axis")
-    if batch == 0:
-        raise ArgumentError("example_inputs hold an empty batch; give at least one sample")
-    if batch > 1:
-        return inputs
-    return tuple(torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == 1 else x for x in inputs)
-
-
-def structural_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with ``model``."""
-    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    tensors = [*model.parameters(), *model.buffers(), *plain]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    batch = Dim("batch", min=1)
-    size = next(x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim > 0)
-    dynamic = lambda x: isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size  # noqa: E731
-    shapes = tuple({0: batch} if dynamic(x) else None for x in inputs)
-    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    first = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else len(inputs)
-    return shapes if first >= len(inputs) else (*shapes[:first], shapes[first:])  # *args are one nested argument
-
-
-def _explain(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
-    shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
-    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return (
-        f"torch.export could not capture {type(model).__name__} with inputs {shapes}: {type(error).__name__}: {cause} "
-        "Way out: check that the example inputs fit forward(); replace control flow that depends on tensor values "
-        "(torch.cond, or fix it in eval mode); if the model needs a fixed batch or other dynamic axes, pass "
-        "dynamic_shapes=."
-    )
-
-
-def _program(exported: ExportedProgram, inputs: tuple[Any, ...], model: nn.Module | None) -> Program:
-    builder = _Builder(exported, inputs, model)
+def _program(
+    exported: ExportedProgram, call: Call, signature: Signature, model: nn.Module | None, notes: list[str] | None = None
+) -> Program:
+    builder = _Builder(exported, signature)
     graph = builder.build()
     graph, weights = _fold_constants(_functionalise(_own_written(graph)), builder.weights, builder.constants)
+    graph = _without_empty_parts(graph)
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}
+    weights = {name: tensor for name, tensor in weights.items() if name in read or name in exported.state_dict}
     graph.lint()
     return Program(
         graph=graph,
         weights=(weights,),
-        example_inputs=inputs,
+        example_inputs=tuple(call.tensors()),
+        signature=signature,
         module=model,
         buffers=frozenset(set(weights) - builder.parameters),
         aliases=builder.aliases,
+        notes=tuple(notes or builder.dropped),
         origin=digest(graph),
     )
 
@@ -129,15 +88,16 @@ def _program(exported: ExportedProgram, inputs: tuple[Any, ...], model: nn.Modul
 class _Builder:
     """Rebuilds an exported graph with FQN-addressed tensors and the user's inputs and outputs."""
 
-    def __init__(self, exported: ExportedProgram, inputs: tuple[Any, ...], model: nn.Module | None):
+    def __init__(self, exported: ExportedProgram, signature: Signature):
         self.exported = exported
-        self.names = _input_names(model, inputs)
+        self.names = signature.names
+        self.dropped: list[str] = []
         self.weights: dict[str, Tensor] = {}
         self.parameters = set(exported.graph_signature.parameters)
         self.constants: set[str] = set()
         self.aliases: dict[str, str] = {}
         self.graph = fx.Graph()
-        self.mapping: dict[fx.Node, fx.Node] = {}
+        self.mapping: dict[fx.Node, Any] = {}  # a list behind a context that was inlined
         self._owner: dict[Any, str] = {}
         self._collect_state()
 
@@ -163,15 +123,38 @@ class _Builder:
                 self._placeholder(node, specs[node.name], inputs)
             elif node.op == "output":
                 self._output(node)
-            elif node.op == "call_function":
-                self._call(node)
-            elif node.op == "call_module":  # guards that torch.export adds
-                continue
-            elif node.op == "get_attr":
-                self._attribute(node)
+            else:
+                self._inner(node, self.exported.graph_module)
         return self.graph
 
-    def _placeholder(self, node: fx.Node, spec: Any, inputs: Any) -> None:
+    def _inner(self, node: fx.Node, owner: nn.Module) -> None:
+        """A node between inputs and outputs; ``owner`` holds what it reads."""
+        if node.op == "call_function" and is_context(node):
+            self._inline(node, owner)
+        elif node.op == "call_function":
+            self._call(node)
+        elif node.op == "get_attr":
+            self._attribute(node, owner)
+        # call_module: guards that torch.export adds
+
+    def _inline(self, node: fx.Node, owner: nn.Module) -> None:
+        """The body of a context (no_grad, checkpoint) in place of the call of it."""
+        body, operands = body_of(node, owner)
+        values = iter(operands)
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                self.mapping[inner] = self._mapped(next(values))
+            elif inner.op == "output":
+                self.mapping[node] = self._mapped(inner.args[0])
+            else:
+                self._inner(inner, body)
+
+    def _mapped(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, self.mapping.__getitem__)
+
+    def _placeholder(self, node: fx.Node, spec: Any, inputs: Iterator[str]) -> None:
+        if isinstance(spec.arg, ConstantArgument):  # baked in
+            return
         if spec.kind == InputKind.USER_INPUT:
             new = self.graph.placeholder(next(inputs))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
@@ -188,12 +171,14 @@ class _Builder:
             self.constants.add(fqn)
         return self.graph.create_node("get_attr", self.aliases.get(fqn, fqn), name=_identifier(fqn))
 
-    def _attribute(self, node: fx.Node) -> None:
-        value = getattr(self.exported.graph_module, str(node.target), None)
+    def _attribute(self, node: fx.Node, owner: nn.Module) -> None:
+        value = getattr(owner, str(node.target), None)
+        if isinstance(value, fx.GraphModule) and all(is_context(user) for user in node.users):
+            return
         if not isinstance(value, Tensor):
             raise CaptureError(
-                f"node {node.name} holds a nested graph ({node.target}); higher-order operators are not supported: "
-                "remove torch.no_grad()/autocast contexts, torch.cond or scan from forward()"
+                f"node {node.name} holds a nested graph ({node.target}) for {', '.join(map(str, node.users))}; such "
+                "higher-order operators are not supported: remove torch.cond, while_loop or scan from forward()"
             )
         fqn = self._register(str(node.target), value.detach())
         self.constants.add(fqn)
@@ -208,6 +193,9 @@ class _Builder:
         if name in _ALIASES_OF_INPUT:
             self.mapping[node] = self.mapping[node.args[0]]  # type: ignore[index]
             return
+        if node.target is python_operator.getitem and isinstance(self._mapped(node.args[0]), (tuple, list)):
+            self.mapping[node] = self._mapped(node.args[0])[node.args[1]]
+            return
         new = self.graph.node_copy(node, self.mapping.__getitem__)
         if name == "aten.lift_fresh_copy":  # a literal tensor: later in-place operators must not reach the constant
             new.target = torch.ops.aten.clone.default
@@ -217,36 +205,10 @@ class _Builder:
 
     def _output(self, node: fx.Node) -> None:
         spec = self.exported.call_spec.out_spec
-        flat = [self.mapping[x] if isinstance(x, fx.Node) else x for x in node.args[0]]  # type: ignore[union-attr]
+        flat = list(self._mapped(node.args[0]))
         count = len(self.exported.graph_signature.user_outputs)
         nested = torch.utils._pytree.tree_unflatten(flat[len(flat) - count :], spec)
-        self.graph.output(_plain(nested))
-
-
-def _refuse_nested(inputs: tuple[Any, ...]) -> None:
-    nested = [type(x).__name__ for x in inputs if isinstance(x, (tuple, list, dict))]
-    if nested:
-        raise CaptureError(f"nested inputs ({', '.join(nested)}) are not supported; pass tensors to forward()")
-
-
-def _input_names(model: nn.Module | None, inputs: tuple[Any, ...]) -> list[str]:
-    default = [f"input_{index}" if len(inputs) > 1 else "x" for index in range(len(inputs))]
-    if model is None:
-        return default
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
-    return names[: len(inputs)] if len(names) >= len(inputs) else default
-
-
-def _plain(value: Any) -> Any:
-    """Output structure as the containers torch.fx can hold: tuple, list, dict (dataclasses become dicts)."""
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {name: _plain(item) for name, item in zip(value._fields, value) if item is not None}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_plain(item) for item in value)
-    return value
+        self.graph.output(plain(nested, self.dropped))
 
 
 def _identifier(fqn: str) -> str:
@@ -359,6 +321,22 @@ def _fold_constants(
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return graph, weights
+
+
+def _without_empty_parts(graph: fx.Graph) -> fx.Graph:
+    """Concatenations read no empty tensors (a new cache); of one part alone they are that part."""
+    if any(_is_mutable(node) for node in graph.nodes):  # a part must not be written to in place of its copy
+        return graph
+    for node in [n for n in graph.nodes if operator(n) == "aten.cat"]:
+        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in node.args[0]):
+            continue
+        parts = [part for part in node.args[0] if part.meta["val"].shape != (0,)]
+        if len(parts) == 1:
+            node.replace_all_uses_with(parts[0])
+        elif parts:
+            node.args = (parts, *node.args[1:])
+    graph.eliminate_dead_code()
+    return graph
 
 
 def _constant_nodes(graph: fx.Graph, constants: set[str]) -> set[fx.Node]:

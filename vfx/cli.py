@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from vfx.errors import ArgumentError, VfxError
+from vfx.signature import Call
 
 app = typer.Typer(
     help="Merge trained networks of one architecture without retraining.",
@@ -29,10 +30,23 @@ Model = Annotated[
 Arguments = Annotated[
     list[str], typer.Option("--arg", "-a", help="Constructor argument key=value (value in JSON), repeatable.")
 ]
-Inputs = Annotated[list[str], typer.Option("--input", "-i", help="Shape of one sample, e.g. 3x224x224, repeatable.")]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        "-i",
+        help="Shape of one sample, e.g. 3x224x224; name=16:1000 is a keyword argument of integers below 1000 "
+        "(name=16:ones of ones). Repeatable.",
+    ),
+]
 Data = Annotated[
     str | None,
-    typer.Option("--data", "-d", help="Calibration inputs: .npz, .npy, .safetensors or .pt file, or 'digits'."),
+    typer.Option(
+        "--data",
+        "-d",
+        help="Calibration inputs: .npz, .npy, .safetensors or .pt file (arrays by the names of keyword arguments), or "
+        "'digits'.",
+    ),
 ]
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
 Normalize = Annotated[str, typer.Option(help="auto, none, repair, rescale, reset, bias_calibration or bias_removal.")]
@@ -75,11 +89,11 @@ def merge(
     """Merge two or more checkpoints of one architecture into one network."""
     from vfx import api
 
-    edges = _load_all(checkpoints, model, arguments)
+    edges, examples = _load_all(checkpoints, model, arguments), _examples(inputs)
     result = api.merge(
         edges,
-        _examples(inputs),
-        data=_data(data),
+        examples,
+        data=_data(data, examples),
         match=_optional(match),
         normalize=_optional(normalize),
         preserve=int(preserve) if preserve.lstrip("-").isdigit() else preserve,
@@ -112,11 +126,12 @@ def repair(
     from vfx import api
 
     network, *others = _load_all([checkpoint, *references], model, arguments)
+    examples = _examples(inputs)
     result = api.repair(
         network,
         others,
-        _examples(inputs),
-        data=_data(data),
+        examples,
+        data=_data(data, examples),
         method=method,
         match=_optional(match),
         max_samples=max_samples,
@@ -150,6 +165,7 @@ def symmetry(
     inputs: Inputs,
     arguments: Arguments = [],  # noqa: B006
     verify: Annotated[bool, typer.Option(help="Check the groups numerically in float64.")] = True,
+    draw: Annotated[Path | None, typer.Option(help="Picture of the tie graph: .png, .svg or .pdf.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Permutation symmetries: groups, members, pinned axes."""
@@ -159,6 +175,8 @@ def symmetry(
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if verify:
         print(f"verified: relative error {found.verify(seed):.1e} (float64, random group elements)")
+    if draw is not None:
+        print(f"wrote {found.draw(draw)}")
 
 
 @app.command()
@@ -245,26 +263,46 @@ def _load_all(paths: list[Path], model: str, arguments: list[str]) -> list[nn.Mo
     return [load(path, _construct(model, arguments)) for path in paths]
 
 
-def _examples(shapes: list[str]) -> tuple[Tensor, ...]:
-    try:
-        sizes = [tuple(int(size) for size in text.lower().split("x")) for text in shapes]
-    except ValueError as error:
-        raise ArgumentError(f"--input takes the shape of one sample, e.g. 3x32x32, got {shapes}") from error
+def _examples(texts: list[str]) -> Call:
+    """The call of forward that ``--input`` describes, with random values."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, *size, generator=generator) for size in sizes)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        name, separator, rest = text.rpartition("=")
+        if separator:
+            kwargs[name] = _example(rest, generator)
+        else:
+            args.append(_example(text, generator))
+    return Call(tuple(args), kwargs)
 
 
-def _data(source: str | None) -> Any:
-    """Calibration inputs as a tensor, or a one-batch-a-time list of tuples for several inputs."""
+def _example(text: str, generator: torch.Generator) -> Tensor:
+    """Two samples of a shape: normal numbers, integers below a bound (``16:1000``) or ones (``16:ones``)."""
+    shape, _, kind = text.lower().partition(":")
+    try:
+        size = (2, *(int(part) for part in shape.split("x") if shape))
+        if kind == "ones":
+            return torch.ones(size, dtype=torch.long)
+        return torch.randint(int(kind), size, generator=generator) if kind else torch.randn(size, generator=generator)
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            "--input takes the shape of one sample, e.g. 3x32x32, with name= for keyword arguments and :1000 for "
+            f"integers below 1000 (:ones for ones), e.g. input_ids=16:1000; got {text!r}"
+        ) from error
+
+
+def _data(source: str | None, inputs: Call) -> Any:
+    """Calibration inputs: a tensor, or batches by the names of the keyword arguments."""
     if source is None:
         return None
     if source == "digits":
         from vfx.models import digits
 
         return digits()[0]
-    from vfx.statistics.files import read_inputs
+    from vfx.statistics.files import read_batches, read_inputs
 
-    return read_inputs(Path(source))
+    return read_batches(Path(source), list(inputs.kwargs)) if inputs.kwargs else read_inputs(Path(source))
 
 
 def _optional(name: str) -> str | None:

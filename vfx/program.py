@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
 from vfx.operators import ELEMENTWISE, LAYERS, NORMS, in_place, operator
+from vfx.signature import Call, Signature
 
 Weights = Mapping[str, Tensor]
 _FRESH = LAYERS | NORMS | ELEMENTWISE  # operators that never return a view of what they read
@@ -53,6 +54,7 @@ class Goal:
 class Program:
     """A captured network: graph, weight sets by FQN, example inputs and the passes it went through.
 
+    ``example_inputs`` holds one tensor for each placeholder, ``signature`` how forward's arguments become those.
     ``weights[i]`` holds every tensor that edge i's graph reads. ``aliases`` maps the other names of a shared tensor to
     the one the graph uses. ``module`` is the user's model (edge 0), kept to write results back into its class.
     ``private`` names tensors that belong to one edge's branch and are never interpolated. ``goals`` holds the edges'
@@ -63,6 +65,7 @@ class Program:
     graph: fx.Graph
     weights: tuple[Weights, ...]
     example_inputs: tuple[Any, ...]
+    signature: Signature
     module: nn.Module | None = None
     buffers: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -78,16 +81,20 @@ class Program:
         """Whether the graph differs from the one that was captured from the user's class."""
         return digest(self.graph) != self.origin
 
-    def __call__(self, *inputs: Any, edge: int = 0) -> Any:
-        """Run the network of one edge; inputs as for the user's ``forward``."""
-        return run(self.graph, self.weights[edge], self.flatten(inputs))
+    def __call__(self, *inputs: Any, edge: int = 0, **named: Any) -> Any:
+        """Run the network of one edge; inputs as for the user's ``forward``, or one tensor for each placeholder."""
+        return run(self.graph, self.weights[edge], self.flatten(inputs, named))
 
-    def flatten(self, inputs: tuple[Any, ...]) -> list[Any]:
-        """Check the number of inputs against the graph's placeholders."""
-        names = [node.name for node in self.placeholders]
-        if len(inputs) != len(names):
-            raise ArgumentError(f"the network takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
-        return list(inputs)
+    def flatten(self, inputs: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> list[Any]:
+        """One tensor for each placeholder. Raises ArgumentError if the inputs are not those of the capture."""
+        if not named and len(inputs) == len(self.placeholders) and all(isinstance(x, Tensor) for x in inputs):
+            return list(inputs)
+        return self.signature.flatten(inputs, named or {})
+
+    @property
+    def example_call(self) -> Call:
+        """The example inputs as the user's ``forward`` takes them."""
+        return self.signature.call(self.example_inputs)
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -123,15 +130,43 @@ class Program:
         return replace(self, weights=(self.weights[edge],))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Program:
-        """Every weight set and the example inputs on another device, or floating tensors in another dtype."""
+        """Every weight set and the example inputs on another device, or in another floating dtype.
+
+        Casts that the graph holds (a norm computed in float32) go to that dtype as well.
+        """
         move: Callable[[Any], Any] = lambda value: moved(value, device, dtype)  # noqa: E731
         weights = tuple({name: move(tensor) for name, tensor in one.items()} for one in self.weights)
-        return replace(self, weights=weights, example_inputs=tuple(move(x) for x in self.example_inputs))
+        graph = self.graph if dtype is None else in_precision(self.graph, dtype)
+        origin = self.origin if self.structural else digest(graph)
+        inputs = tuple(move(x) for x in self.example_inputs)
+        return replace(self, graph=graph, origin=origin, weights=weights, example_inputs=inputs)
 
 
 def digest(graph: fx.Graph) -> str:
     """A fingerprint of a graph: operators, arguments and node names."""
     return hashlib.blake2b(str(graph).encode(), digest_size=16).hexdigest()
+
+
+def in_precision(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
+    """The graph with its floating casts to ``dtype``; the same object where there are none."""
+    other = lambda value: isinstance(value, torch.dtype) and value.is_floating_point and value != dtype  # noqa: E731
+    if not any(map(other, _literals(graph))):
+        return graph
+    changed, _ = copy_graph(graph)
+    for node in changed.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda value: dtype if other(value) else value
+        )
+    return changed
+
+
+def casts(graph: fx.Graph) -> bool:
+    """Whether the graph names a floating dtype of its own."""
+    return any(isinstance(value, torch.dtype) and value.is_floating_point for value in _literals(graph))
+
+
+def _literals(graph: fx.Graph) -> list[Any]:
+    return [value for node in graph.nodes for value in (*node.args, *node.kwargs.values())]
 
 
 def moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
@@ -201,7 +236,7 @@ class Execution:
         if node.op == "output":
             self.result = args[0]
             return None
-        return (in_place or node.target)(*args, **kwargs)
+        return (in_place or node.target)(*args, **kwargs)  # type: ignore[operator]
 
 
 class Step(NamedTuple):

@@ -19,11 +19,14 @@ result is sound whatever the order.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vfx.analyse.rows import classes, count_rows, distinct, row_ids, unique_rows
 
 Rows = NDArray[np.int64]  # (positions, 1 + digits): column 0 the tag, then element ids, -1 where there is none
 
@@ -47,6 +50,7 @@ class Leaves:
         self.sizes: list[int] = []
         self.bindings: list[Rows | None] = []
         self._is_bound = np.zeros(1, bool)  # by leaf; the last entry answers for "no leaf" (-1)
+        self._owner = np.full(1024, -1, np.int64)  # leaf of each element; the last entry answers for "none" (-1)
         self.version = 0
         self._next_element = 0
         self._next_tag = NO_TAG + 1
@@ -55,6 +59,7 @@ class Leaves:
         self._pin_starts: list[int] = []
         self._pin_ends: list[int] = []
         self._pin_source: dict[int, int] = {}  # joined tag -> its pinned component
+        self._resolved: dict[int, tuple[weakref.ref[Rows], Rows]] = {}
         self.context = ""  # name of the node whose rule is running
 
     # creation -----------------------------------------------------------------------------------------------------
@@ -69,6 +74,10 @@ class Leaves:
         self.bindings.append(None)
         self._is_bound = np.append(self._is_bound[:-1], [False, False])
         self._next_element += size
+        if self._next_element >= len(self._owner):
+            room = np.full(2 * self._next_element - len(self._owner), -1, np.int64)
+            self._owner = np.concatenate([self._owner, room])
+        self._owner[self.starts[leaf] : self._next_element] = leaf
         return np.stack([np.full(size, NO_TAG), self.starts[leaf] + np.arange(size)], axis=1)
 
     def pinned(self, size: int, reason: str) -> Rows:
@@ -95,26 +104,34 @@ class Leaves:
 
     def leaf_of(self, elements: NDArray[np.int64]) -> NDArray[np.int64]:
         """Leaf of each element id, -1 where there is none."""
-        leaves = np.searchsorted(self.starts, elements, side="right") - 1
-        return np.where(elements < 0, -1, leaves)
+        return self._owner[elements]
 
     def elements(self, leaf: int) -> NDArray[np.int64]:
         return self.starts[leaf] + np.arange(self.sizes[leaf])
 
     def free_leaves(self, rows: Rows) -> list[int]:
         """The free leaves that move these (resolved) positions."""
-        leaves = np.unique(self.leaf_of(rows[:, 1:]))
-        return [int(leaf) for leaf in leaves if leaf >= 0]
+        return distinct(self.leaf_of(rows[:, 1:]))
 
     def resolve(self, rows: Rows) -> Rows:
         """The labels with every bound leaf replaced by what it is bound to."""
+        known = self._resolved.get(id(rows))
+        labels = known[1] if known is not None else rows
         while True:
-            leaves = self.leaf_of(rows[:, 1:])
+            leaves = self.leaf_of(labels[:, 1:])
             here = self._is_bound[leaves]
             if not here.any():
-                return self._canonical(rows, leaves)
-            bound = np.unique(leaves[here]).tolist()
-            rows = self._substitute(rows, leaves, bound)
+                break
+            labels = self._substitute(labels, leaves, distinct(leaves[here]))
+        if known is None or labels is not known[1]:
+            labels = self._canonical(labels, leaves)
+            self._remember(rows, labels)
+        return labels
+
+    def _remember(self, rows: Rows, labels: Rows) -> None:
+        """What an array was resolved to last, for as long as it lives: the next time starts from there."""
+        key = id(rows)
+        self._resolved[key] = weakref.ref(rows, lambda _: self._resolved.pop(key, None)), labels
 
     @staticmethod
     def _canonical(rows: Rows, leaves: NDArray[np.int64]) -> Rows:
@@ -150,7 +167,7 @@ class Leaves:
         binding = self.bindings[leaf]
         assert binding is not None
         inner = self.leaf_of(binding[:, 1:])
-        if any(self.bindings[x] is not None for x in np.unique(inner) if x >= 0):
+        if any(self.bindings[x] is not None for x in distinct(inner)):
             binding = self.resolve(binding)
             self.bindings[leaf] = binding
         return binding
@@ -161,14 +178,14 @@ class Leaves:
             return left
         if not left.any():
             return right
-        pairs, inverse = np.unique(np.stack([left, right], axis=1), axis=0, return_inverse=True)
+        pairs, inverse = unique_rows(np.stack([left, right], axis=1))
         joined = np.empty(len(pairs), np.int64)
         for index, (a, b) in enumerate(pairs.tolist()):
             if a == NO_TAG or b == NO_TAG:
                 joined[index] = a or b
                 continue
             joined[index] = self._pairs.get((a, b)) or self._join_pair(a, b)
-        return joined[inverse.reshape(-1)]
+        return joined[inverse]
 
     def _join_pair(self, left: int, right: int) -> int:
         joined = int(self.tags(1)[0])
@@ -204,9 +221,9 @@ class Leaves:
     def pin(self, rows: Rows, reason: str) -> None:
         """No group element may move these positions."""
         digits = self.resolve(rows)[:, 1:]
-        for leaf in np.unique(self.leaf_of(digits)):
-            if leaf >= 0:
-                self._pin_elements(int(leaf), np.unique(digits[self.leaf_of(digits) == leaf]), reason)
+        leaves = self.leaf_of(digits)
+        for leaf in distinct(leaves):
+            self._pin_elements(leaf, np.unique(digits[leaves == leaf]), reason)
 
     def _pin_elements(self, leaf: int, elements: NDArray[np.int64], reason: str) -> None:
         if len(elements) == self.sizes[leaf]:
@@ -235,9 +252,10 @@ class Leaves:
 
     def _same_copies(self, left: Rows, right: Rows) -> bool:
         """Whether equal digits mean equal actions: what is one copy on the left must not be two on the right."""
-        copies = np.concatenate([left[:, :1], self.leaf_of(left[:, 1:])], axis=1)[(left[:, 1:] >= 0).any(axis=1)]
-        pairs = np.concatenate([right[(left[:, 1:] >= 0).any(axis=1), :1], copies], axis=1)
-        return len(np.unique(pairs, axis=0)) == len(np.unique(copies, axis=0))
+        moving = (left[:, 1:] >= 0).any(axis=1)
+        copies = row_ids(np.concatenate([left[:, :1], self.leaf_of(left[:, 1:])], axis=1)[moving])
+        pairs = np.stack([right[moving, 0], copies], axis=1)
+        return not len(copies) or count_rows(pairs) == int(copies.max()) + 1
 
     def _bind_whole(self, left: Rows, right: Rows) -> bool:
         """The usual case: one side is a leaf that nothing constrains yet, each of its elements once."""
@@ -265,11 +283,10 @@ class Leaves:
         """Reconcile the first class of positions whose two labels still differ; False when none can be."""
         leaves = [self.leaf_of(rows[:, 1:]) for rows in (left, right)]
         signature = np.concatenate([left[:, :1], right[:, :1], *leaves], axis=1)
-        inverse = np.unique(signature, axis=0, return_inverse=True)[1].reshape(-1)
-        if inverse.max() >= MAX_CLASSES:
+        found = classes(signature)
+        if len(found) > MAX_CLASSES:
             return False
-        order = np.argsort(inverse, kind="stable")
-        for members in np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1):
+        for members in found:
             version = self.version
             self._reconcile(_digits(left[members]), _digits(right[members]))
             if self.version != version:
@@ -296,10 +313,7 @@ class Leaves:
         while True:
             rows = self.resolve(rows)
             signature = np.concatenate([rows[:, :1], self.leaf_of(rows[:, 1:])], axis=1)
-            inverse = np.unique(signature, axis=0, return_inverse=True)[1].reshape(-1)
-            order = np.argsort(inverse, kind="stable")
-            classes = np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)
-            if not any(self._complete(_digits(rows[members])) for members in classes):
+            if not any(self._complete(_digits(rows[members])) for members in classes(signature)):
                 return
 
     def _complete(self, digits: Rows) -> bool:
@@ -351,7 +365,7 @@ class Leaves:
     def _match_products(self, left: Rows, right: Rows) -> None:
         """Products of the same positions: match, merge or refine one factor."""
         for a, b in np.ndindex(left.shape[1], right.shape[1]):
-            pairs = np.unique(np.stack([left[:, a], right[:, b]], axis=1), axis=0)
+            pairs = unique_rows(np.stack([left[:, a], right[:, b]], axis=1))[0]
             size_a, size_b = len(np.unique(pairs[:, 0])), len(np.unique(pairs[:, 1]))
             if len(pairs) == size_a == size_b and (pairs[:, 0] != pairs[:, 1]).any():
                 self._tie(pairs[:, 0], pairs[:, 1])
@@ -405,10 +419,10 @@ def _digits(rows: Rows) -> Rows:
 def _patterns(digits: Rows, index: int, elements: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each element of one factor, a number for the set of partners it occurs with."""
     others = np.delete(digits, index, axis=1)
-    partner = np.unique(others, axis=0, return_inverse=True)[1].reshape(-1)
+    partner = row_ids(others)
     present = np.zeros((len(elements), int(partner.max()) + 1), bool)
     present[digits[:, index] - elements[0], partner] = True
-    return np.unique(present, axis=0, return_inverse=True)[1].reshape(-1)
+    return np.unique(present, axis=0, return_inverse=True)[1].reshape(-1)  # many columns: rows do not fit a number
 
 
 def _cycles(image: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -429,4 +443,4 @@ def _cycles(image: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
 
 def unique_labels(rows: Rows) -> bool:
     """Whether no two positions carry the same label."""
-    return len(np.unique(rows, axis=0)) == len(rows)
+    return count_rows(rows) == len(rows)

@@ -17,6 +17,7 @@ from vfx.program import Program, Value
 BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product of other sizes
 
 OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
+_DOTS = {"aten.dot", "aten.vdot"}
 
 
 class Inference(Algebra):
@@ -129,7 +130,7 @@ class Inference(Algebra):
     def _attribute(self, node: fx.Node) -> Shape:
         fqn = str(node.target)
         sizes = self.sizes(node)
-        if fqn in self.program.buffers and not all(operator(user) in NORMS for user in self._readers(fqn)):
+        if fqn in self.program.buffers and not all(_is_state(user) for user in self._readers(fqn)):
             return self._buffer(fqn, sizes)
         if fqn not in self.parameters:
             self.parameters[fqn] = tuple(self.fresh(size) for size in sizes)
@@ -137,7 +138,7 @@ class Inference(Algebra):
 
     def _readers(self, fqn: str) -> list[fx.Node]:
         """Every operator that reads a tensor, under whichever node."""
-        return [u for n in self.program.graph.nodes if n.op == "get_attr" and n.target == fqn for u in n.users]
+        return [u for n in self.program.graph.nodes if n.op == "get_attr" and n.target == fqn for u in _uses(n)]
 
     def _buffer(self, fqn: str, sizes: tuple[int, ...]) -> Shape:
         """A constant ties nothing along an axis on which it is uniform (in every edge) and pins every other axis."""
@@ -149,6 +150,20 @@ class Inference(Algebra):
             )
             axes.append(self.fresh(size) if uniform else self.opaque(size, f"buffer {fqn} varies along its axis {dim}"))
         return Shape(tuple(axes))
+
+
+def _uses(node: fx.Node) -> list[fx.Node]:
+    """Operators that read a value, or a copy of it."""
+    return [end for user in node.users for end in (_uses(user) if operator(user) == "aten.clone" else [user])]
+
+
+def _is_state(reader: fx.Node) -> bool:
+    """Whether a buffer read here goes with its module's weights: norm statistics, spectral norm's u and v in u·(Wv)."""
+    if operator(reader) == "aten.mv":
+        return all(operator(user) in _DOTS for user in reader.users)
+    if operator(reader) in _DOTS:
+        return any(operator(operand) == "aten.mv" for operand in reader.all_input_nodes)
+    return operator(reader) in NORMS
 
 
 def _reachable(graph: fx.Graph) -> set[fx.Node]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vfx.analyse.axes import NO_TAG, Leaves, Rows, unique_labels
+from vfx.analyse.rows import row_ids
 
 MAX_ENUMERATED = 1 << 22  # positions: a merged axis longer than this is pinned instead of written out
 
@@ -400,7 +401,7 @@ def _block_order(grids: list[list[Any]], digit: Digit) -> list[int]:
 
 def _occurrence(rows: Rows) -> Rows:
     """How often each label has occurred before."""
-    inverse = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+    inverse = row_ids(rows)
     order = np.argsort(inverse, kind="stable")
     ordered = inverse[order]
     first = np.searchsorted(ordered, ordered, side="left")

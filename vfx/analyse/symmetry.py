@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
+from vfx.analyse import drawing, elements
 from vfx.analyse.axes import Leaves, Rows
+from vfx.analyse.blocks import parents
+from vfx.analyse.elements import Index, Permutations
 from vfx.analyse.infer import BATCH, Inference
+from vfx.analyse.rows import distinct, row_ids, unique_rows
 from vfx.analyse.shapes import Digit, Shape
 from vfx.program import Program, Weights
-
-Index = NDArray[np.int64]
-Permutations = Mapping[int, Index]  # group index -> p: new channel j is old channel p[j]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +43,21 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A free symmetric group: ``size`` channels that may be permuted together wherever its members stand."""
+    """A free symmetric group: ``size`` channels that may be permuted together wherever its members stand.
+
+    With a ``parent`` (a group's index) they may be permuted differently in each of its channels, e.g. in each attention
+    head: ``blocks`` is (outer, inner), the number of such blocks and their size; (1, size) without a parent.
+    """
 
     index: int
     size: int
     members: tuple[Member, ...]
+    parent: int | None = None
+    outer: int = 1
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.outer, self.size
 
     @property
     def name(self) -> str:
@@ -86,28 +99,87 @@ class Symmetry:
 
         return verify(self, seed=seed, without=without)
 
+    def to_networkx(self) -> nx.MultiGraph:
+        """The tie graph: groups, weights, an edge for each member; see ``vfx.analyse.drawing``."""
+        return drawing.to_networkx(self)
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a picture of the tie graph (.png, .svg or .pdf)."""
+        return drawing.draw(self, path)
+
     # the action ---------------------------------------------------------------------------------------------------
 
     def random(self, generator: np.random.Generator) -> dict[int, Index]:
-        """A random group element that moves every group."""
-        return {group.index: _moving(group.size, generator) for group in self.groups}
+        """A random group element that moves every group, in each of its blocks."""
+        return elements.draw(self.groups, generator)
+
+    def identity(self) -> dict[int, Index]:
+        """The group element that moves nothing."""
+        return elements.identity(self.groups)
+
+    def inverse(self, element: Permutations) -> dict[int, Index]:
+        """The group element that undoes another."""
+        return elements.inverse(self.groups, element)
+
+    def compose(self, first: Permutations, then: Permutations) -> dict[int, Index]:
+        """The group element that does ``first``, and ``then`` to its result."""
+        return elements.compose(self.groups, first, then)
 
     def permute(
         self, weights: Weights, permutations: Permutations, without: tuple[Member, ...] = ()
     ) -> dict[str, Tensor]:
         """The weight set moved by a group element; tensors that do not move are shared."""
         skipped = [(m.fqn, m.dim, group.index) for group in self.groups for m in group.members if m in without]
-        moved = dict(weights)
+        axes: dict[str, dict[int, tuple[Rows, Permutations]]] = {}
         for (fqn, dim), labels in self._labels.items():
-            if fqn not in moved:
-                continue
-            left = {group for *axis, group in skipped if axis == [fqn, dim]}
-            chosen = {group: p for group, p in permutations.items() if group not in left} if left else permutations
-            index = self._gather(labels, chosen)
+            if fqn in weights and labels.shape[1] > 1:
+                left = {group for *axis, group in skipped if axis == [fqn, dim]}
+                chosen = {group: p for group, p in permutations.items() if group not in left} if left else permutations
+                axes.setdefault(fqn, {})[dim] = labels, chosen
+        return dict(weights) | {fqn: self._moved(weights[fqn], own) for fqn, own in axes.items()}
+
+    def _moved(self, tensor: Tensor, axes: dict[int, tuple[Rows, Permutations]]) -> Tensor:
+        """A tensor whose axes are permuted; where the blocks stand on another axis, block by block."""
+        found = {dim: self._parent_apart(labels, chosen) for dim, (labels, chosen) in axes.items()}
+        apart = {dim: parent for dim, parent in found.items() if parent is not None}
+        for dim, (labels, chosen) in axes.items():
+            if dim not in apart:
+                index = self._gather(labels, chosen)
+                if index is not None:
+                    tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
+        for dim, parent in apart.items():
+            tensor = self._moved_in_blocks(tensor, dim, *axes[dim], self._blocks_on(axes, dim, parent))
+        return tensor
+
+    def _parent_apart(self, labels: Rows, permutations: Permutations) -> int | None:
+        """The parent of a group on this axis whose channels stand on another axis of the tensor."""
+        here = {group for _, group, _ in self._digits(labels)}
+        outside = {
+            self.groups[g].parent for g in here if (p := permutations.get(g)) is not None and p.ndim == 2
+        } - here  # fmt: skip
+        assert len(outside) <= 1, "blocks of two groups on one axis"
+        return next(iter(outside), None)
+
+    def _blocks_on(self, axes: dict[int, tuple[Rows, Permutations]], dim: int, parent: int) -> tuple[int, Index]:
+        """The axis on which the parent stands, and the block of each position there."""
+        for other, (labels, _) in axes.items():
+            for leaf, group, mask in self._digits(labels) if other != dim else ():
+                if group == parent:
+                    return other, self._channels(labels, leaf, mask)
+        raise AssertionError(f"group {parent} stands on no other axis")
+
+    def _moved_in_blocks(
+        self, tensor: Tensor, dim: int, labels: Rows, permutations: Permutations, blocks: tuple[int, Index]
+    ) -> Tensor:
+        other, block = blocks
+        result = tensor.clone()
+        for value in np.unique(block).tolist():
+            where = torch.from_numpy(np.flatnonzero(block == value)).to(tensor.device)
+            index = self._gather(labels, permutations, value)
             if index is not None:
-                tensor = moved[fqn]
-                moved[fqn] = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
-        return moved
+                part = tensor.index_select(other, where).index_select(dim, torch.from_numpy(index).to(tensor.device))
+                result.index_copy_(other, where, part)
+        return result
 
     def gather(self, node: fx.Node, dim: int, permutations: Permutations) -> Index:
         """Old position of each new position along one axis of an activation."""
@@ -116,22 +188,42 @@ class Symmetry:
         index = self._gather(labels, permutations) if labels is not None else None
         return np.arange(size) if index is None else index
 
-    def _gather(self, labels: Rows, permutations: Permutations) -> Index | None:
-        """new[p] = old[gather[p]]: the label of position p with every digit sent to its old channel."""
+    def _gather(self, labels: Rows, permutations: Permutations, block: int | None = None) -> Index | None:
+        """new[p] = old[gather[p]]: the label of position p with every digit sent to its old channel.
+
+        ``block`` is the parent's channel where that stands on another axis.
+        """
         old = labels.copy()
-        for leaf, group, mask in self._digits(labels):
+        digits = self._digits(labels)
+        for leaf, group, mask in digits:
             permutation = permutations.get(group)
-            if permutation is not None:
-                start = self._leaves.starts[leaf]
-                old[:, 1:][mask] = start + permutation[labels[:, 1:][mask] - start]
+            if permutation is None:
+                continue
+            start = self._leaves.starts[leaf]
+            channel = labels[:, 1:][mask] - start
+            if permutation.ndim == 2:
+                parent = self.groups[group].parent
+                own = next(((x, m) for x, g, m in digits if g == parent), None)
+                outer = block if own is None else self._channels(labels, *own)[np.nonzero(mask)[0]]
+                channel = permutation[outer, channel]
+            else:
+                channel = permutation[channel]
+            old[:, 1:][mask] = start + channel
         if (old == labels).all():
             return None
         return _find(labels, old)
 
+    def _channels(self, labels: Rows, leaf: int, mask: NDArray[np.bool_]) -> Index:
+        """The channel of one leaf at each position."""
+        return np.where(mask, labels[:, 1:], 0).sum(axis=1) - self._leaves.starts[leaf]
+
     def _digits(self, labels: Rows) -> list[tuple[int, int, NDArray[np.bool_]]]:
         leaves = self._leaves.leaf_of(labels[:, 1:])
-        found = [int(leaf) for leaf in np.unique(leaves) if leaf >= 0]
-        return [(leaf, self._group_of_leaf[leaf], leaves == leaf) for leaf in found if leaf in self._group_of_leaf]
+        return [(x, self._group_of_leaf[x], leaves == x) for x in distinct(leaves) if x in self._group_of_leaf]
+
+    def axes_of(self, fqn: str) -> list[tuple[int, Rows]]:
+        """The axes of a parameter, each with the labels along it."""
+        return [(dim, labels) for (name, dim), labels in self._labels.items() if name == fqn]
 
     @property
     def _leaves(self) -> Leaves:
@@ -177,16 +269,16 @@ class Symmetry:
         Positions whose labels differ in the tag alone are copies of one feature.
         """
         leaves = self._leaves.leaf_of(labels[:, 1:])
-        signatures, inverse = np.unique(leaves, axis=0, return_inverse=True)
+        signatures, inverse = unique_rows(leaves)
         found = []
         for index, signature in enumerate(signatures):
             own = [int(leaf) for leaf in signature if leaf >= 0]
             if not own or any(leaf not in self._group_of_leaf for leaf in own):
                 continue
-            where = np.flatnonzero(inverse.reshape(-1) == index)
+            where = np.flatnonzero(inverse == index)
             elements = labels[where][:, 1 : 1 + len(own)]
-            digits, feature = np.unique(elements, axis=0, return_inverse=True)
-            order = np.argsort(feature.reshape(-1), kind="stable")
+            digits, feature = unique_rows(elements)
+            order = np.argsort(feature, kind="stable")
             groups = tuple(self._group_of_leaf[leaf] for leaf in own)
             starts = self._leaves.starts[own]
             found.append((groups, digits - starts, where[order].reshape(len(digits), -1)))
@@ -201,7 +293,8 @@ class Symmetry:
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for group in self.groups:
             members = ", ".join(f"{m.fqn}[{m.dim}] {m.role}{_copies(m)}" for m in group.members)
-            table.add_row(str(group.index), str(group.size), members)
+            size = str(group.size) if group.parent is None else f"{group.outer} × {group.size}"
+            table.add_row(str(group.index), size, members)
         return table
 
     def __str__(self) -> str:
@@ -238,9 +331,9 @@ def symmetry(program: Program) -> Symmetry:
             assert position is not None, f"labels of {fqn}[{dim}] are not closed under their group"
             role = roles.get((fqn, dim, leaf), "elementwise")
             members.setdefault(leaf, []).append(Member(fqn, dim, role, position))
-    groups = tuple(
-        Group(index, leaves.sizes[leaf], tuple(found)) for index, (leaf, found) in enumerate(members.items())
-    )
+    index_of = {leaf: index for index, leaf in enumerate(members)}
+    outer = parents(inference, members)
+    groups = tuple(_group(leaf, tuple(found), leaves, index_of, outer.get(leaf)) for leaf, found in members.items())
     return Symmetry(
         program=program,
         groups=groups,
@@ -248,8 +341,16 @@ def symmetry(program: Program) -> Symmetry:
         unknown_ops={name: tuple(nodes) for name, nodes in inference.unknown.items()},
         _labels=labels,
         _inference=inference,
-        _group_of_leaf={leaf: index for index, leaf in enumerate(members)},
+        _group_of_leaf=index_of,
     )
+
+
+def _group(
+    leaf: int, members: tuple[Member, ...], leaves: Leaves, index_of: Mapping[int, int], outer: int | None
+) -> Group:
+    if outer is None:
+        return Group(index_of[leaf], leaves.sizes[leaf], members)
+    return Group(index_of[leaf], leaves.sizes[leaf], members, index_of[outer], leaves.sizes[outer])
 
 
 def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
@@ -275,14 +376,6 @@ def _pinned(inference: Inference, labels: Mapping[tuple[str, int], Rows]) -> tup
     return tuple(found)
 
 
-def _moving(size: int, generator: np.random.Generator) -> Index:
-    """A random permutation other than the identity."""
-    while True:
-        permutation = generator.permutation(size)
-        if size < 2 or (permutation != np.arange(size)).any():
-            return permutation
-
-
 def _positions(labels: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index | None:
     """Positions of each element of a leaf, copies in the order of what else their labels say."""
     where, column = np.nonzero(mask)
@@ -291,7 +384,7 @@ def _positions(labels: Rows, mask: NDArray[np.bool_], start: int, size: int) -> 
         where, column, element = _first_digit(where, column, element)
     rest = labels[where].copy()
     rest[np.arange(len(where)), 1 + column] = -1
-    copy = np.unique(rest, axis=0, return_inverse=True)[1].reshape(-1)
+    copy = row_ids(rest)
     copies = int(copy.max()) + 1
     if len(where) != size * copies:
         return None
@@ -307,7 +400,7 @@ def _first_digit(where: Index, column: Index, element: Index) -> tuple[Index, In
 
 def _find(labels: Rows, wanted: Rows) -> Index:
     """Position of each wanted label."""
-    key = np.unique(np.concatenate([labels, wanted]), axis=0, return_inverse=True)[1].reshape(-1)
+    key = row_ids(np.concatenate([labels, wanted]))
     position = np.full(int(key.max()) + 1, -1, np.int64)
     position[key[: len(labels)]] = np.arange(len(labels))
     found = position[key[len(labels) :]]

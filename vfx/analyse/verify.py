@@ -7,15 +7,17 @@ depth. The error is relative to how much the output varies over the inputs, so a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from vfx.operators import BATCH_NORMS, operator, weight_name
-from vfx.program import Execution, Program, Weights, run
+from vfx.program import Execution, Program, Weights, copy_graph, run
 
 if TYPE_CHECKING:
     from vfx.analyse.symmetry import Member, Permutations, Symmetry
@@ -28,7 +30,7 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
     ``without`` leaves parameter axes out of the permutation (a negative control: the error must become large).
     """
     generator = torch.Generator().manual_seed(seed)
-    program = symmetry.program.select(0).to("cpu", torch.float64)
+    program = in_double(symmetry.program.select(0))
     inputs = [_random_input(x, generator) for x in program.example_inputs]
     weights = randomise(program, inputs, generator)
     permutations = symmetry.random(np.random.default_rng(seed))
@@ -39,9 +41,21 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
 def preserved(symmetry: Symmetry, weights: Weights, permutations: Permutations, seed: int = 0) -> float:
     """Relative output error of one given permutation on the given weights, in float64 on random inputs."""
     generator = torch.Generator().manual_seed(seed)
-    program = symmetry.program.with_weights([weights]).to("cpu", torch.float64)
+    program = in_double(symmetry.program.with_weights([weights]))
     inputs = [_random_input(x, generator) for x in program.example_inputs]
     return function_error(program, program.weights[0], symmetry.permute(program.weights[0], permutations), inputs)
+
+
+def in_double(program: Program) -> Program:
+    """The network in float64 on the CPU, where its graph names float32 (casts, tensors made on the way) included."""
+    graph, _ = copy_graph(program.graph)
+    for node in graph.nodes:
+        node.args, node.kwargs = (map_aggregate(x, _wider) for x in (node.args, node.kwargs))
+    return replace(program.to("cpu", torch.float64), graph=graph)
+
+
+def _wider(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def function_error(program: Program, before: Weights, after: Weights, inputs: list[Any]) -> float:

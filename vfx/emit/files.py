@@ -20,12 +20,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
-from vfx.capture import as_inputs, batched_inputs, capture
+from vfx.capture import capture
 from vfx.checks import check_finite, check_same_tensors
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import export_onnx
 from vfx.errors import ArgumentError, CheckpointError
+from vfx.exporting import exported
 from vfx.files import write_atomic
+from vfx.signature import Call, as_call, batched_call, in_order
 
 
 def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
@@ -38,7 +40,7 @@ def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
     path = Path(path)
     module = model if isinstance(model, nn.Module) else model.module
     if example_inputs is None and not isinstance(model, nn.Module):
-        example_inputs = model.program.example_inputs
+        example_inputs = model.program.example_call
     writer = _WRITERS.get(path.suffix)
     if writer is None:
         raise ArgumentError(f"cannot export to {path.suffix or 'a file without suffix'}; use {', '.join(_WRITERS)}")
@@ -49,7 +51,7 @@ def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
 
 
 def _write_onnx(module: nn.Module, path: Path, example_inputs: Any) -> None:
-    export_onnx(module, path, _examples(example_inputs, "ONNX"))
+    export_onnx(module, path, _examples(module, example_inputs, "ONNX"))
 
 
 def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> None:
@@ -59,13 +61,9 @@ def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> No
 
 
 def _write_pt2(module: nn.Module, path: Path, example_inputs: Any) -> None:
-    inputs = _examples(example_inputs, ".pt2")
-    batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
-    with torch.no_grad():
-        exported = torch.export.export(module, inputs, strict=False, dynamic_shapes=shapes)
+    program, _ = exported(module, _examples(module, example_inputs, ".pt2"))
     buffer = io.BytesIO()
-    torch.export.save(exported, buffer)
+    torch.export.save(program, buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -120,11 +118,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _read_pt2(path: Path) -> nn.Module:
     try:
-        exported = torch.export.load(path)
+        program = torch.export.load(path)
     except Exception as error:  # the archive reader raises many unrelated classes
         raise CheckpointError(f"{path} is not an exported program: {error}") from error
-    inputs = exported.example_inputs[0] if exported.example_inputs else ()
-    return graph_module(capture(exported, as_inputs(inputs)))
+    args, kwargs = program.example_inputs or ((), {})
+    return graph_module(capture(program, Call(tuple(args), dict(kwargs))))
 
 
 def _read_onnx(path: Path) -> Any:
@@ -147,10 +145,11 @@ _READERS = {
 }
 
 
-def _examples(example_inputs: Any, what: str) -> tuple[Any, ...]:
+def _examples(module: nn.Module, example_inputs: Any, what: str) -> Call:
     if example_inputs is None:
         raise ArgumentError(f"{what} export of a module needs example_inputs")
-    return tuple(x.cpu() if isinstance(x, Tensor) else x for x in batched_inputs(as_inputs(example_inputs)))
+    call = batched_call(in_order(module.forward, as_call(example_inputs), type(module).__name__))
+    return call.map(lambda x: x.cpu() if isinstance(x, Tensor) else x)
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,46 +17,54 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from vfx.analyse.verify import tensors
 from vfx.errors import VerificationError
+from vfx.exporting import exported
 from vfx.files import write_atomic
+from vfx.outputs import named_tensors, plain
+from vfx.signature import Call, batch_size
 
 TOLERANCE = 1e-4  # absolute, and relative to the output's largest value where that exceeds 1
 BATCHES = (1, 7)
 _PROTOBUF_LIMIT = 2**31  # bytes: a larger network cannot be one file
 
 
-def export_onnx(module: nn.Module, path: Path, inputs: tuple[Any, ...], seed: int = 0) -> float:
+def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0) -> float:
     """Write ``module`` with a dynamic batch; returns its largest difference to the module in ONNX Runtime.
 
+    Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns.
     Raises VerificationError, and writes nothing, if ONNX Runtime differs by more than 1e-4 at batch 1 or 7.
     """
     module = module.to("cpu").eval()
-    batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.ndim else None for x in inputs)
     with _quiet(), torch.no_grad():
-        exported = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    assert exported is not None
+        program, _ = exported(module, call)
+        onnx_program = torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=_names(module, call))
+    assert onnx_program is not None
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "draft.onnx"
-        exported.save(str(draft), external_data=False)
+        onnx_program.save(str(draft), external_data=False)
         onnx.checker.check_model(str(draft))
-        worst = _compare(module, draft, inputs, seed)
+        worst = _compare(module, draft, call, seed)
         write_atomic(path, draft.read_bytes())
     return worst
 
 
+def _names(module: nn.Module, call: Call) -> list[str] | None:
+    """Names of the outputs, where forward gives them any."""
+    value = plain(module(*call.args, **call.kwargs))
+    return [re.sub(r"\W+", "_", path).strip("_") for path in named_tensors(value)] if isinstance(value, dict) else None
+
+
 @torch.no_grad()
-def _compare(module: nn.Module, file: Path, inputs: tuple[Any, ...], seed: int) -> float:
+def _compare(module: nn.Module, file: Path, call: Call, seed: int) -> float:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for batch in BATCHES:
-        fresh = [_fresh(x, batch, generator) for x in inputs]
-        expected = tensors(module(*fresh))
-        feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh)}
+        fresh = _fresh(call, batch, generator)
+        expected = named_tensors(module(*fresh.args, **fresh.kwargs)).values()
+        feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh.tensors(), strict=True)}
         for index, (want, got) in enumerate(zip(expected, session.run(None, feeds), strict=True)):
             error = float(np.abs(want.numpy() - got).max() / max(1.0, float(want.abs().max())))
             if not error <= TOLERANCE:
@@ -67,12 +76,18 @@ def _compare(module: nn.Module, file: Path, inputs: tuple[Any, ...], seed: int) 
     return worst
 
 
-def _fresh(x: Any, batch: int, generator: torch.Generator) -> Any:
-    if not isinstance(x, Tensor) or not x.ndim:
-        return x
-    if x.is_floating_point():
-        return torch.randn((batch, *x.shape[1:]), generator=generator).to(x.dtype)
-    return x[torch.randint(len(x), (batch,), generator=generator)]
+def _fresh(call: Call, batch: int, generator: torch.Generator) -> Call:
+    """Random samples in place of the call's batch; integers are drawn from the examples' rows."""
+    size = batch_size(call.tensors())
+
+    def sample(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size:
+            return x
+        if x.is_floating_point():
+            return torch.randn((batch, *x.shape[1:]), generator=generator).to(x.dtype)
+        return x[torch.randint(len(x), (batch,), generator=generator)]
+
+    return call.map(sample)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Activation matching (Li et al. 2015; Git Re-Basin §3.1; *Vanishing Feature* App. F.2).
 
 For each group the Pearson correlation between the features of two edges is summed over the group's taps and maximised
-by one linear assignment. Where two groups share features (groups × channels of a grouped convolution), the first is
-matched on the best order of the second for each pair of its channels; then they are optimised in turn until the sum
-stops growing.
+by one linear assignment; a group with others inside its blocks is matched with them (``vfx.match.units``). Where two
+other groups share features, the first is matched on the best order of the second for each pair of its channels; then
+they are optimised in turn until the sum stops growing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Collection
 
 import numpy as np
 
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.elements import moved
+from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError
-from vfx.match.matcher import Gain, Matching, assign, best_over_blocks, identity
+from vfx.match.matcher import Gain, Matching, assign, best_over_blocks
+from vfx.match.units import Unit, assign_unit, grid, units
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
 from vfx.statistics.taps import Tap
@@ -32,55 +34,90 @@ class ActivationMatching:
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         start = time.perf_counter()
-        results = [self._match(symmetry, statistics, edge) for edge in range(1, program.edges)]
+        results = [_Ascent(symmetry, statistics, edge).run() for edge in range(1, program.edges)]
         return Matching(
-            permutations=(identity(symmetry), *(permutations for permutations, _, _ in results)),
+            permutations=(symmetry.identity(), *(permutations for permutations, _, _ in results)),
             objective=tuple(objective for _, objective, _ in results),
             sweeps=tuple(sweeps for _, _, sweeps in results),
             seconds=time.perf_counter() - start,
         )
 
-    def _match(self, symmetry: Symmetry, statistics: Statistics, edge: int) -> tuple[dict[int, Index], float, int]:
-        found = identity(symmetry)
-        gains = [(tap, statistics.features[tap.key].correlation(0, edge).cpu().numpy()) for tap in statistics.taps]
-        taps_of: dict[int, list[tuple[Tap, Gain]]] = {}
-        for tap, gain in gains:
+
+class _Ascent:
+    """Matches one edge to the first, unit after unit."""
+
+    def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int):
+        self.symmetry = symmetry
+        self.found = symmetry.identity()
+        self.taps_of: dict[int, list[tuple[Tap, Gain]]] = {}
+        for tap in statistics.taps:
+            gain = statistics.features[tap.key].correlation(0, edge).cpu().numpy()
             for group in tap.groups:
-                taps_of.setdefault(group, []).append((tap, gain))
-        coupled = any(len(tap.groups) > 1 for tap in statistics.taps)
-        unmatched = set(taps_of)
+                self.taps_of.setdefault(group, []).append((tap, gain))
+        self.units = [unit for unit in units(symmetry) if unit.groups & set(self.taps_of)]
+        owner = {group: k for k, unit in enumerate(self.units) for group in unit.groups}
+        self.coupled = any(len({owner[g] for g in tap.groups}) > 1 for tap in statistics.taps)
+
+    def run(self) -> tuple[dict[int, Index], float, int]:
+        """Permutations, the sum of correlations reached, and the number of sweeps."""
+        unmatched = {group for unit in self.units for group in unit.groups}
         total, sweeps = -np.inf, 0
-        while sweeps < (MAX_SWEEPS if coupled else 1):
+        while sweeps < (MAX_SWEEPS if self.coupled else 1):
             sweeps += 1
             value = 0.0
-            for group, taps in taps_of.items():
-                unmatched.discard(group)
-                gain = np.sum([marginal(tap, matrix, group, found, unmatched) for tap, matrix in taps], axis=0)
-                found[group], best = assign(gain)
-                value += best
+            for unit in self.units:
+                unmatched -= unit.groups
+                best, own = self._blocks(unit) if unit.inner else self._single(unit.outer, unmatched)
+                self.found |= best
+                value += own
             if value <= total * (1 + 1e-12):
                 break
             total = value
-        return found, float(total), sweeps
+        return self.found, float(total), sweeps
 
+    def _single(self, group: Group, unmatched: Collection[int]) -> tuple[dict[int, Index], float]:
+        gains = [self._marginal(tap, gain, group, unmatched) for tap, gain in self.taps_of[group.index]]
+        permutation, value = assign(np.sum(gains, axis=0))
+        return {group.index: permutation}, value
 
-def marginal(tap: Tap, gain: Gain, group: int, permutations: dict[int, Index], unmatched: Collection[int] = ()) -> Gain:
-    """Gain (size, size) of one group's channels: the tap's other groups stay as they are, or at their best if unknown.
+    def _blocks(self, unit: Unit) -> tuple[dict[int, Index], float]:
+        """What taps of the outer group alone give counts whatever the inner order."""
+        outer = np.zeros((unit.outer.size,) * 2)
+        for tap, gain in self.taps_of.get(unit.outer.index, ()):
+            if not unit.groups & set(tap.groups) - {unit.outer.index}:
+                outer += self._by_channel(tap, gain, [unit.outer])
+        return assign_unit(unit, outer, lambda group, orders: self._inner(unit, group), unit.inner)
 
-    ``unmatched`` groups have no permutation yet: what shares the axis with one counts in its best order.
-    """
-    if len(tap.groups) == 1:
-        return gain
-    column = tap.groups.index(group)
-    size = len(permutations[group])
-    others = np.delete(tap.digits, column, axis=1)
-    combinations, other = np.unique(others, axis=0, return_inverse=True)
-    grid = np.empty((size, len(combinations)), np.int64)  # the feature with channel c and combination o of the others
-    grid[tap.digits[:, column], other.reshape(-1)] = np.arange(tap.size)
-    rest = np.delete(tap.groups, column)
-    if any(g in unmatched for g in rest):
-        return best_over_blocks(gain[grid[:, None, :, None], grid[None, :, None, :]])
-    row = {tuple(digits): index for index, digits in enumerate(combinations.tolist())}
-    moved = np.stack([permutations[g][combinations[:, k]] for k, g in enumerate(rest)], axis=1)
-    image = np.array([row[tuple(digits)] for digits in moved.tolist()])
-    return gain[grid[:, None, :], grid[:, image][None]].sum(-1)
+    def _inner(self, unit: Unit, group: Group) -> Gain:
+        total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
+        for tap, gain in self.taps_of.get(group.index, ()):
+            if unit.outer.index in tap.groups:
+                total += self._by_channel(tap, gain, [unit.outer, group])
+        return total
+
+    def _by_channel(self, tap: Tap, gain: Gain, chosen: list[Group]) -> Gain:
+        """Gain (n…, n…) between channels of the chosen groups: (n, n), or (n, n, size, size) for two."""
+        sizes = [group.size for group in chosen]
+        indices = [group.index for group in chosen]
+        one = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], indices, sizes)
+        other = grid(tap.groups, tap.digits, self._image(tap, keep=indices)[:, None], indices, sizes)
+        if len(chosen) == 1:
+            return gain[one[:, None], other[None]].sum(-1)
+        return gain[one[:, None, :, None], other[None, :, None, :]].sum(-1)
+
+    def _image(self, tap: Tap, keep: Collection[int]) -> Index:
+        """The old feature that each new one comes from, the groups in ``keep`` left as they are."""
+        element = {g: p for g, p in self.found.items() if g not in keep}
+        old = moved(self.symmetry.groups, tap.groups, tap.digits, element)
+        row = {tuple(digits): index for index, digits in enumerate(tap.digits.tolist())}
+        return np.array([row[tuple(digits)] for digits in old.tolist()])
+
+    def _marginal(self, tap: Tap, gain: Gain, group: Group, unmatched: Collection[int]) -> Gain:
+        """Gain (size, size) of one group's channels: the tap's other groups stay as they are, or count in their best
+        order if they have none yet."""
+        if len(tap.groups) == 1:
+            return gain
+        if not set(tap.groups) & set(unmatched):
+            return self._by_channel(tap, gain, [group])
+        features = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], [group.index], [group.size])
+        return best_over_blocks(gain[features[:, None, :, None], features[None, :, None, :]])

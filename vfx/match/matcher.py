@@ -51,7 +51,3 @@ def best_over_blocks(gains: Gain) -> Gain:
     """
     size = len(gains)
     return np.array([[assign(gains[i, j])[1] for j in range(size)] for i in range(size)]).reshape(size, size)
-
-
-def identity(symmetry: Symmetry) -> dict[int, Index]:
-    return {group.index: np.arange(group.size) for group in symmetry.groups}

@@ -1,24 +1,28 @@
 """Weight matching (Git Re-Basin, Ainsworth et al. 2022, algorithm 1).
 
 For group P the gain is A = Σ over its members of ⟨W_0, W_1⟩ contracted over every other axis, W_1 already permuted by
-the other groups; tr(PᵀA) is maximised by a linear assignment, group after group, until a sweep gains nothing. The first
-sweep goes in topological order and counts only members whose other axes are settled already: from a random order alone
-the search gets stuck on residual networks. Where two unsettled groups share an axis (groups × channels of a grouped
-convolution), the first is settled on the best order of the second for each pair of its channels. Later sweeps are in
-random order. A group on both axes of one weight makes the objective quadratic: a step that would lower it is not taken.
-Running statistics never enter the gain.
+the other groups; tr(PᵀA) is maximised by a linear assignment, group after group, until a sweep gains nothing. A group
+with others inside its blocks (heads × dim) is matched with them (``vfx.match.units``). The first sweep goes in
+topological order and counts only members whose other axes are settled already: from a random order alone the search
+gets stuck on residual networks. Where two unsettled groups share an axis, the first is settled on the best order of the
+second for each pair of its channels. Later sweeps are in random order and skip what nothing changed. A group on both
+axes of one weight makes the objective quadratic: a step that would lower it is not taken. Running statistics never
+enter the gain.
 """
 
 from __future__ import annotations
 
 import time
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vfx.analyse.symmetry import Group, Index, Member, Symmetry
-from vfx.match.matcher import Gain, Matching, assign, best_over_blocks, identity
+from vfx.match.blocks import BlockGains
+from vfx.match.matcher import Gain, Matching, assign, best_over_blocks
+from vfx.match.units import Unit, assign_unit, units
 from vfx.program import Program, Weights
 
 MAX_SWEEPS = 100
@@ -45,7 +49,7 @@ class WeightMatching:
             ]
             best.append(max(descents, key=lambda result: result[1]))
         return Matching(
-            permutations=(identity(symmetry), *(result[0] for result in best)),
+            permutations=(symmetry.identity(), *(result[0] for result in best)),
             objective=tuple(result[1] for result in best),
             sweeps=tuple(result[2] for result in best),
             seconds=time.perf_counter() - start,
@@ -56,7 +60,7 @@ class _Descent:
     """One coordinate descent that brings ``other`` to ``target``."""
 
     def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
-        self.symmetry = symmetry
+        self.symmetry, self.units = symmetry, units(symmetry)
         scored = {m.fqn for g in symmetry.groups for m in g.members} - symmetry.program.buffers
         self.target = {name: target[name].float() for name in scored}
         self.original = {name: other[name].float() for name in scored}
@@ -71,44 +75,52 @@ class _Descent:
 
     def run(self, generator: np.random.Generator, warm: bool) -> tuple[dict[int, Index], float, int]:
         """Permutations, objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps."""
-        self.permutations = identity(self.symmetry) if warm else self.symmetry.random(generator)
+        self.permutations = self.symmetry.identity() if warm else self.symmetry.random(generator)
         self.current = self.symmetry.permute(self.original, {} if warm else self.permutations)
         self.stale = set(self.permutations)
         settled: set[int] | None = set() if warm else None
         objective, sweep = self._objective(), 0
         for sweep in range(1, MAX_SWEEPS + 1):
-            order = range(len(self.symmetry.groups)) if warm and sweep == 1 else self._shuffled(generator)
+            order = range(len(self.units)) if warm and sweep == 1 else generator.permutation(len(self.units))
             for index in order:
-                self._improve(self.symmetry.groups[index], settled)
+                self._improve(self.units[index], settled, sweep)
             settled = None
             before, objective = objective, self._objective()
             if sweep > 1 and objective - before <= TOLERANCE * abs(objective):
                 break
         return self.permutations, objective, sweep
 
-    def _shuffled(self, generator: np.random.Generator) -> list[int]:
-        return [int(i) for i in generator.permutation(len(self.symmetry.groups))]
-
-    def _improve(self, group: Group, settled: set[int] | None) -> None:
-        """The best permutation of one group, all others held; nothing to do if none of its weights changed since."""
-        members = [m for m in group.members if m.fqn in self.target]
-        if not members or group.index not in self.stale:
+    def _improve(self, unit: Unit, settled: set[int] | None, sweep: int) -> None:
+        """The best permutation of one unit, all others held; nothing to do if none of its weights changed since."""
+        names = {m.fqn for g in (unit.outer, *unit.inner) for m in g.members if m.fqn in self.target}
+        if not names or not unit.groups & self.stale:
             return
-        gain = self._first_gain(group, members, settled) if settled is not None else self._gain(members, group.size)
+        relative = self._best_in_blocks(unit, names, settled, sweep) if unit.inner else self._best(unit.outer, settled)
         if settled is None:
-            self.stale.discard(group.index)
-        relative, _ = assign(gain)
-        if (relative == np.arange(group.size)).all():
+            self.stale -= unit.groups
+        if all((p == np.arange(p.shape[-1])).all() for p in relative.values()):
             return
-        names = {m.fqn for m in members}
-        step = self.symmetry.permute({name: self.current[name] for name in names}, {group.index: relative})
-        quadratic = len({(m.fqn, m.dim) for m in members}) > len(names)
-        if settled is None and quadratic and self._value(names, step) < self._value(names, self.current):
+        step = self.symmetry.permute({name: self.current[name] for name in names}, relative)
+        quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
+        exact = not quadratic and not unit.inner
+        if settled is None and not exact and self._value(names, step) <= self._value(names, self.current):
             return
-        self.permutations[group.index] = self.permutations[group.index][relative]
+        self.permutations = self.symmetry.compose(self.permutations, relative)
         self.current.update(step)
         neighbours = set().union(*(self.groups_of[name] for name in names))
-        self.stale |= neighbours if quadratic else neighbours - {group.index}
+        self.stale |= neighbours - unit.groups if exact else neighbours
+
+    def _quadratic(self, group: Group) -> bool:
+        """Whether a group stands on two axes of one weight."""
+        axes = {(m.fqn, m.dim) for m in group.members if m.fqn in self.target}
+        return len(axes) > len({fqn for fqn, _ in axes})
+
+    # a group of its own ---------------------------------------------------------------------------------------------
+
+    def _best(self, group: Group, settled: set[int] | None) -> dict[int, Index]:
+        members = [m for m in group.members if m.fqn in self.target]
+        gain = self._first_gain(group, members, settled) if settled is not None else self._gain(members, group.size)
+        return {group.index: assign(gain)[0]}
 
     def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Gain:
         """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""
@@ -139,6 +151,25 @@ class _Descent:
             rows = [_rows(member, weights[member.fqn]).reshape(size, -1) for weights in (self.target, self.current)]
             total += (rows[0] @ rows[1].T).double().cpu().numpy()
         return total
+
+    # a group with others inside its blocks --------------------------------------------------------------------------
+
+    @cached_property
+    def _block_gains(self) -> BlockGains:
+        return BlockGains(self.symmetry)
+
+    def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Index]:
+        """Inner groups take turns in going first: two that share a weight see each other's order."""
+        if settled is not None:
+            names = {n for n in names if self.groups_of[n] - unit.groups <= settled} or names
+            settled |= unit.groups
+        parts = [part for name in sorted(names) for part in self._block_gains.parts(unit, name)]
+        order = unit.inner if sweep % 2 else unit.inner[::-1]
+        arrays = [(part, part.array(self.target), part.array(self.current)) for part in parts]
+        outer = self._block_gains.outer(unit, arrays)
+        return assign_unit(unit, outer, lambda g, orders: self._block_gains.inner(unit, g, orders, arrays), order)[0]
+
+    # values ---------------------------------------------------------------------------------------------------------
 
     def _value(self, names: set[str], weights: Weights) -> float:
         return sum(float(torch.sum(self.target[name].double() * weights[name].double())) for name in names)

@@ -38,6 +38,7 @@ from vfx.models.vgg import (
     vgg19_bn,
     vgg19_ln,
 )
+from vfx.models.vit import ViT, vit_tiny
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg11": vgg11,
@@ -63,6 +64,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_ln": resnet32_ln,
     "resnet32_plain": resnet32_plain,
     "linear_net": linear_net,
+    "vit_tiny": vit_tiny,
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "LinearNet",
     "NormResNet",
     "PlainResNet",
+    "ViT",
     "accuracy",
     "digits",
     "fit",
@@ -100,4 +103,5 @@ __all__ = [
     "vgg19",
     "vgg19_bn",
     "vgg19_ln",
+    "vit_tiny",
 ]

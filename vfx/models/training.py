@@ -26,6 +26,7 @@ def fit(
     seed: int = 0,
     warmup: float = 0.1,
     clip: float = 1.0,
+    adam: bool = False,
     augment: bool = True,
     shift: int = 2,
     flip: bool = False,
@@ -34,15 +35,20 @@ def fit(
 ) -> Model:
     """Train `model` in place by SGD on (N, …) inputs and (N,) class labels and return it in eval mode.
 
-    `warmup` is the share of steps over which the rate rises linearly to `lr`; it then falls linearly to 0. `augment`
-    shifts images (N, C, H, W) by up to ±`shift` pixels and, with `flip`, mirrors them. The order of the data and the
-    augmentation depend on `seed` alone. Raises ValueError on inputs that do not fit, FloatingPointError on divergence.
+    `adam` takes AdamW instead, which transformers need. `warmup` is the share of steps over which the rate rises
+    linearly to `lr`; it then falls linearly to 0. `augment` shifts images (N, C, H, W) by up to ±`shift` pixels and,
+    with `flip`, mirrors them. The order of the data and the augmentation depend on `seed` alone. Raises ValueError on
+    inputs that do not fit, FloatingPointError on divergence.
     """
     _check(inputs, labels, epochs, augment)
     target = torch.device(device) if device is not None else _device(model)
     model.to(target).train()
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    optimizer: torch.optim.Optimizer
+    if adam:
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     steps = epochs * math.ceil(len(inputs) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, warmup))
     with _bar(progress) as bar:

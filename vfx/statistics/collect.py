@@ -72,7 +72,7 @@ def collect(
     collector = _Collector(program, feature_taps(symmetry) if features else [], layers)
     batches = Batches(program, data, max_samples, device)
     for batch in track(batches, "statistics", len(batches), progress):
-        collector.add(batch)
+        collector.add(batch, batches.size(batch))
     return Statistics(
         samples=collector.samples,
         taps=tuple(collector.taps),
@@ -97,9 +97,9 @@ class _Collector:
             self._taps_at.setdefault(tap.node, []).append(tap)
         self._channel = {layer.node: layer.channel for layer in number_layers(program)} if layers else {}
 
-    def add(self, batch: list[Any]) -> None:
+    def add(self, batch: list[Any], samples: int) -> None:
         runs = [Execution(self.program.graph, weights, batch, self.plan) for weights in self.program.weights]
-        self.samples += int(batch[0].shape[0])
+        self.samples += samples
         for _ in self.plan:
             node, values = _step(runs)
             if node.name in self._channel:
@@ -149,5 +149,5 @@ def _weights_digest(names: list[str], weights: Weights) -> str:
         tensor = weights[name].detach().cpu().contiguous()
         hasher.update(name.encode())
         if tensor.numel():
-            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from vfx.errors import ArgumentError, DataError
 from vfx.program import Program
+from vfx.signature import Argument, has_batch
 
 BATCH_SIZE = 128  # for data given as one tensor
 
-Batch = list[Any]
+Batch = list[Tensor]  # one for each placeholder
 
 
 def reusable(data: Any) -> Any:
@@ -24,9 +26,10 @@ def reusable(data: Any) -> Any:
 class Batches:
     """Calibration batches of a Program, checked against its example inputs, on one device.
 
-    ``data`` is a tensor of samples, or an iterable of tensors, of tuples (inputs first, labels behind them) or of dicts
-    (by forward's parameter names). ``max_samples`` cuts it off. An iterator that can be read only once is kept.
-    Raises DataError for an empty loader or a batch that does not fit.
+    ``data`` is a tensor of samples, or an iterable of tensors, of tuples (forward's arguments in order, labels behind
+    them) or of dicts (by forward's parameter names; other keys are labels). Arguments that were captured nested are
+    nested alike. A batch becomes one tensor for each placeholder. ``max_samples`` cuts the data off. An iterator that
+    can be read only once is kept. Raises DataError for an empty loader or a batch that does not fit.
     """
 
     def __init__(self, program: Program, data: Any, max_samples: int | None = None, device: Any = None):
@@ -34,11 +37,17 @@ class Batches:
             raise ArgumentError(f"max_samples must be at least 1, got {max_samples}")
         if isinstance(data, Tensor):
             data = data.split(BATCH_SIZE)
-        if not isinstance(data, Iterable):
+        if not isinstance(data, Iterable) or isinstance(data, Mapping):
             raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
         self._data = reusable(data)
-        self._names = [str(node.target) for node in program.placeholders]
-        self._examples = program.example_inputs
+        self._arguments = program.signature.inputs
+        self._checks = [
+            _Check(str(node.target), example, node.meta["val"].shape, batched)
+            for node, example, batched in zip(
+                program.placeholders, program.example_inputs, has_batch(program.example_inputs)
+            )
+        ]
+        self._first = next((index for index, check in enumerate(self._checks) if check.batched), 0)
         self._limit = max_samples
         self._device = device
 
@@ -46,12 +55,13 @@ class Batches:
         seen = 0
         for raw in self._data:
             batch = self._inputs(raw)
-            size = batch[0].shape[0]
+            size = self.size(batch)
             if self._limit is not None and seen + size > self._limit:
-                batch = [x[: self._limit - seen] if isinstance(x, Tensor) else x for x in batch]
-            seen += batch[0].shape[0]
-            if batch[0].shape[0]:
-                yield [x.to(self._device) if isinstance(x, Tensor) and self._device else x for x in batch]
+                size = self._limit - seen
+                batch = [x[:size] if check.batched else x for check, x in zip(self._checks, batch)]
+            seen += size
+            if size:
+                yield [x.to(self._device) if self._device else x for x in batch]
             if seen == self._limit:
                 break
         if not seen:
@@ -63,35 +73,56 @@ class Batches:
         first = getattr(self._data, "batch_size", None) or (len(self._data[0]) if isinstance(self._data, tuple) else 0)
         return min(count, -(-self._limit // first)) if count and self._limit and first else count
 
+    def size(self, batch: Batch) -> int:
+        """Number of samples in a batch."""
+        return int(batch[self._first].shape[0])
+
     def _inputs(self, raw: Any) -> Batch:
-        if isinstance(raw, Tensor):
-            values: list[Any] = [raw]
-        elif isinstance(raw, dict):
-            missing = [name for name in self._names if name not in raw]
-            if missing:
-                raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(map(str, raw))}")
-            values = [raw[name] for name in self._names]
-        elif isinstance(raw, (tuple, list)):
-            values = list(raw[: len(self._names)])
-        else:
-            raise DataError(f"a batch must be a tensor, a tuple or a dict, got {type(raw).__name__}")
-        self._check(values)
+        values = [x for argument, value in self._given(raw) for x in argument.read(value, DataError)]
+        for check, value in zip(self._checks, values):
+            check(value)
+        sizes = {check.name: int(x.shape[0]) for check, x in zip(self._checks, values) if check.batched}
+        if len(set(sizes.values())) > 1:
+            raise DataError(f"the inputs of a batch differ in their number of samples: {sizes}")
         return values
 
-    def _check(self, values: list[Any]) -> None:
-        if len(values) < len(self._names):
-            raise DataError(f"a batch holds {len(values)} tensors, the network takes {len(self._names)} inputs")
-        for name, value, example in zip(self._names, values, self._examples):
-            if not isinstance(example, Tensor):
-                continue
-            if not isinstance(value, Tensor):
-                raise DataError(f"input {name!r} of a batch is {type(value).__name__}, not a tensor")
-            if value.shape[1:] != example.shape[1:] or value.ndim != example.ndim:
-                raise DataError(
-                    f"input {name!r} of a batch has shape {tuple(value.shape)}, the network was captured with "
-                    f"(batch, {', '.join(map(str, example.shape[1:]))}); resize the data or trace with other inputs"
-                )
-            if value.dtype != example.dtype:
-                raise DataError(f"input {name!r} of a batch is {value.dtype}, the network takes {example.dtype}")
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise DataError(f"input {name!r} of a batch holds NaN or infinite values")
+    def _given(self, raw: Any) -> list[tuple[Argument, Any]]:
+        """Each argument of forward with its value in this batch."""
+        names = [argument.name for argument in self._arguments]
+        if isinstance(raw, Mapping):
+            missing = [name for name in names if name not in raw]
+            if missing:
+                raise DataError(f"a batch lacks {', '.join(missing)}; it has {', '.join(map(str, raw))}")
+            return [(argument, raw[argument.name]) for argument in self._arguments]
+        if not isinstance(raw, (Tensor, tuple, list)):
+            raise DataError(f"a batch must be a tensor, a tuple or a dict, got {type(raw).__name__}")
+        values = [raw] if isinstance(raw, Tensor) else raw
+        if len(values) < len(names):
+            raise DataError(
+                f"a batch holds {len(values)} tensors, the network takes {len(names)} inputs ({', '.join(names)})"
+            )
+        return list(zip(self._arguments, values))
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What a placeholder takes; raises DataError for anything else."""
+
+    name: str
+    example: Tensor
+    shape: tuple[Any, ...]
+    batched: bool
+
+    def __call__(self, value: Tensor) -> None:
+        start = int(self.batched)
+        fixed = [(i, size) for i, size in enumerate(self.shape) if i >= start and isinstance(size, int)]
+        if value.ndim != len(self.shape) or any(value.shape[i] != size for i, size in fixed):
+            sizes = ["batch"] * start + list(map(str, self.shape[start:]))
+            raise DataError(
+                f"input {self.name!r} of a batch has shape {tuple(value.shape)}, the network was captured with "
+                f"({', '.join(sizes)}); resize the data or trace with other inputs"
+            )
+        if value.dtype != self.example.dtype:
+            raise DataError(f"input {self.name!r} of a batch is {value.dtype}, the network takes {self.example.dtype}")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise DataError(f"input {self.name!r} of a batch holds NaN or infinite values")

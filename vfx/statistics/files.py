@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vfx.errors import DataError, VfxError
+from vfx.statistics.data import BATCH_SIZE
 
 _NAMES = ("inputs", "x", "images", "data")
 
@@ -19,8 +20,6 @@ def read_inputs(path: Path) -> Tensor:
 
     Of several arrays the one called inputs, x, images or data is taken. Raises DataError, CheckpointError.
     """
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
     value = _arrays(path)
     if isinstance(value, Tensor):
         return value
@@ -32,9 +31,28 @@ def read_inputs(path: Path) -> Tensor:
     return value[name]
 
 
+def read_batches(path: Path, names: list[str]) -> list[dict[str, Tensor]]:
+    """Batches of the arrays (N, …) in a file that are called like a network's keyword arguments.
+
+    Raises DataError, CheckpointError.
+    """
+    value = _arrays(path)
+    missing = names if isinstance(value, Tensor) else [name for name in names if name not in value]
+    if missing:
+        held = "one array without a name" if isinstance(value, Tensor) else ", ".join(value)
+        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {held}")
+    counts = {name: len(value[name]) for name in names}
+    if len(set(counts.values())) > 1:
+        raise DataError(f"the arrays of {path} differ in their number of samples: {counts}")
+    parts = [value[name].split(BATCH_SIZE) for name in names]
+    return [dict(zip(names, batch)) for batch in zip(*parts)]
+
+
 def _arrays(path: Path) -> Any:
     from vfx.emit.files import load
 
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))

@@ -1,8 +1,8 @@
-"""Where a group's features are read: the values that feed a conv or linear layer.
+"""Where a group's features are read: the values that feed a conv or linear layer, else those that a layer makes.
 
 That is behind the activation function (Git Re-Basin §3.1; *Vanishing Feature* App. F.2). Pools, dropout, views and
 concatenations between the activation and the layer are walked through, so each feature is read once, where it is made.
-A residual stream feeds many layers and so has many taps.
+A residual stream feeds many layers and so has many taps. Queries and keys feed none: they are read where they are made.
 """
 
 from __future__ import annotations
@@ -55,10 +55,25 @@ class Tap:
 def feature_taps(symmetry: Symmetry) -> list[Tap]:
     """Taps of every group, in graph order."""
     sources: dict[fx.Node, None] = {}
-    for node in symmetry.program.graph.nodes:
-        if operator(node) in LAYERS and isinstance(node.args[0], fx.Node):
-            sources.update(dict.fromkeys(_sources(node.args[0], set())))
-    return [tap for node in sources for dim in range(_rank(node)) for tap in axis_taps(symmetry, node, dim)]
+    layers = [node for node in symmetry.program.graph.nodes if operator(node) in LAYERS]
+    for node in layers:
+        value = node.args[0]
+        if isinstance(value, fx.Node):  # heads and their channels only stand side by side in front of the layer
+            sources.update(dict.fromkeys([value] if _has_blocks(symmetry, value) else _sources(value, set())))
+    taps = [tap for node in sources for tap in _node_taps(symmetry, node)]
+    read = {group for tap in taps for group in tap.groups}
+    made = [tap for node in layers for tap in _node_taps(symmetry, node)]
+    return taps + [tap for tap in made if not set(tap.groups) <= read]
+
+
+def _has_blocks(symmetry: Symmetry, node: fx.Node) -> bool:
+    """Whether channels of a group inside blocks are among a value's features."""
+    groups = {g for dim in range(_rank(node)) for g in symmetry.positions(node, dim)}
+    return any(symmetry.groups[g].parent is not None for g in groups)
+
+
+def _node_taps(symmetry: Symmetry, node: fx.Node) -> list[Tap]:
+    return [tap for dim in range(_rank(node)) for tap in axis_taps(symmetry, node, dim)]
 
 
 def _rank(node: fx.Node) -> int:

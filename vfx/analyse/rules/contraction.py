@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Axis, Shape
+from vfx.program import Value
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -15,14 +17,12 @@ if TYPE_CHECKING:
 SLIDES = "a kernel slides over these positions"
 
 
-def convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (N, G·i, …), weight (G·o, i, k…) -> (N, G·o, …)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])
-    if isinstance(a["groups"], fx.Node):  # one kernel for each sample
-        return None
     if a.get("transposed"):
         return transposed_convolution(t, node, a)
-    groups = int(a["groups"])
+    groups = _groups(a["groups"])
     rank = len(w.axes) - 2
     channel = len(x.axes) - rank - 1
     out, inner_in = t.axis(w, 0), t.axis(w, 1)
@@ -35,12 +35,10 @@ def convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return _spatial(t, x, w, channel, out, a, t.sizes(node))
 
 
-def transposed_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def transposed_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (N, G·i, …), weight (G·i, o, k…) -> (N, G·o, …)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])
-    if isinstance(a["groups"], fx.Node):
-        return None
-    groups = int(a["groups"])
+    groups = _groups(a["groups"])
     rank = len(w.axes) - 2
     channel = len(x.axes) - rank - 1
     t.tie(t.axis(x, channel), t.axis(w, 0))
@@ -57,6 +55,13 @@ def transposed_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Sh
         t.pin_dim(w, d - channel + 1, SLIDES)
     spatial = [t.opaque(size, SLIDES) for size in t.sizes(node)[channel + 1 :]]
     return Shape((*x.axes[:channel], out, *spatial))
+
+
+def _groups(value: Any) -> int:
+    """The number of groups; the batch size where each sample has a kernel of its own."""
+    from vfx.analyse.infer import BATCH
+
+    return Value((value.meta["val"],), torch.int64).sizes(BATCH)[0] if isinstance(value, fx.Node) else int(value)
 
 
 def _roles(t: Inference, weight: Any, out_dim: int, in_dim: int, outer: Axis, o: Axis) -> None:
@@ -138,18 +143,35 @@ def embedding(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 def attention(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """q (…, h, L, e), k (…, h, S, e), v (…, h, S, d) -> (…, h, L, d)."""
     q, k, v = (t.shape(a[name]) for name in ("query", "key", "value"))
-    if a.get("enable_gqa"):
-        return None
     rank = len(q.axes)
-    sizes = t.sizes(node)
+    if a.get("enable_gqa"):
+        k, v = (_repeated_heads(t, s, q.axes[rank - 3].size) for s in (k, v))
+    leading = [max(column) for column in zip(*(s.sizes[:-2] for s in (q, k, v)))]
     t.tie(t.axis(q, rank - 1), t.axis(k, rank - 1))
     t.tie(t.axis(k, rank - 2), t.axis(v, rank - 2))
-    heads = t.broadcast([Shape(s.axes[:-2]) for s in (q, k, v)], sizes[:-2])
+    heads = t.broadcast([Shape(s.axes[:-2]) for s in (q, k, v)], leading)
     rows, columns = t.axis(q, rank - 2), t.axis(k, rank - 2)
-    if isinstance(a.get("attn_mask"), fx.Node):
+    mask = a.get("attn_mask") or a.get("attn_bias")
+    if isinstance(mask, fx.Node):
         weights = Shape((*heads.axes, rows, columns))
-        t.broadcast([weights, t.shape(a["attn_mask"])], weights.sizes)
+        t.broadcast([weights, t.shape(mask)], weights.sizes)
     if a.get("is_causal"):
         t.pin(rows, "causal mask")
         t.pin(columns, "causal mask")
     return Shape((*heads.axes, rows, t.axis(v, normal(-1, rank))))
+
+
+def _repeated_heads(t: Inference, x: Shape, heads: int) -> Shape:
+    """Each head of keys or values serves several in a row of queries."""
+    d = len(x.axes) - 3
+    own = t.axis(x, d)
+    copies = t.fresh(heads // own.size)
+    return Shape((*x.axes[:d], Axis((*own.factors, *copies.factors)), *x.axes[d + 1 :]))
+
+
+def fused_attention(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Backends' own forms of attention give statistics beside the result, which only training reads."""
+    if any(user.args[1] != 0 and user.users for user in node.users):
+        return None
+    result = attention(t, node, a)
+    return [result, *[None] * (len(node.meta["val"]) - 1)]

@@ -20,9 +20,10 @@ def pointwise(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.broadcast(t.operands(nested), t.sizes(node))
 
 
-def same(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
-    """The first operand, position by position (copies, casts, dropout)."""
-    return t.operands(list(a.values()))[0]
+def same(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """The first operand, position by position (copies, casts, dropout and its mask)."""
+    x = t.operands(list(a.values()))[0]
+    return [x] * len(node.meta["val"]) if isinstance(node.meta["val"], list) else x
 
 
 def fill(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
@@ -38,6 +39,10 @@ def ordered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
         for dim in range(len(t.shape(a["self"]).axes)):
             t.pin_dim(t.shape(a["self"]), dim, "values depend on the position")
         return t.shape(a["self"])
+    if not operator(node).endswith("_like"):  # a tensor of probabilities or bounds, not one that lends its shape
+        for operand in t.operands(list(a.values())):
+            for dim in range(len(operand.axes)):
+                t.pin_dim(operand, dim, "values depend on the position")
     return Shape(tuple(t.opaque(size, "values depend on the position") for size in t.sizes(node)))
 
 
@@ -70,11 +75,11 @@ def _reads_indices(node: fx.Node) -> bool:
     return any(user.args[1] == names.index("indices") for user in node.users if user.users)
 
 
-def scan(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def scan(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """Cumulative operators see the order of their axis."""
     x = t.shape(a["self"])
     t.pin_dim(x, dims_of(a["dim"], len(x.axes))[0], "cumulative operator")
-    return x
+    return [x, x] if isinstance(node.meta["val"], list) else x
 
 
 def gated_linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import fx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
 
+from vfx.analyse.rules import indexing
 from vfx.analyse.rules.rule import dims_of, normal
-from vfx.analyse.shapes import MAX_ENUMERATED, Axis, Shape
+from vfx.analyse.shapes import MAX_ENUMERATED, Axis, Opaque, Shape
+from vfx.operators import operator
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
 
+MAX_COUNTS = 4
 _LAST = 1 << 62  # torch's "to the end" in slices
 
 
@@ -34,14 +39,19 @@ def permute(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 def transpose(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     order = list(range(len(x.axes)))
-    i, j = normal(a["dim0"], len(order)), normal(a["dim1"], len(order))
+    first, second = ("axis0", "axis1") if "axis0" in a else ("dim0", "dim1")
+    i, j = normal(a[first], len(order)), normal(a[second], len(order))
     order[i], order[j] = order[j], order[i]
     return t.permute(x, order)
 
 
 def reverse_axes(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """t and T turn all axes round, mT and adjoint the last two."""
     x = _first(t, a)
-    return t.permute(x, list(reversed(range(len(x.axes)))))
+    rank = len(x.axes)
+    if operator(node) in ("aten.mT", "aten.adjoint", "aten.mH"):
+        return t.permute(x, (*range(rank - 2), rank - 1, rank - 2))
+    return t.permute(x, list(reversed(range(rank))))
 
 
 def move_axis(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
@@ -79,17 +89,21 @@ def repeat(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
         before = padded.axes[d].size
         if before == 1 and size != 1:
             axes[d] = t.fresh(size)
-        elif before != size:
-            axes[d] = _copies(t, t.axis(padded, d), size)
+        elif before != size:  # copies are alike: they may change places
+            axes[d] = Axis((*t.fresh(size // before).factors, *t.axis(padded, d).factors))
     return Shape(tuple(axes))
 
 
-def _copies(t: Inference, axis: Axis, size: int) -> Axis:
-    """An axis written several times in a row."""
-    if size > MAX_ENUMERATED:
-        t.pin(axis, "a merged axis too long to analyse")
-        return t.opaque(size, "a merged axis too long to analyse")
-    return t.concatenate([axis] * (size // axis.size))
+def repeat_interleave(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """Each position several times in a row; copies of one are alike."""
+    x = t.shape(a["self"])
+    if not isinstance(a["repeats"], int):
+        return None
+    if a["dim"] is None:
+        x = t.view(x, (int(np.prod(x.sizes)),))
+    d = normal(a["dim"] or 0, len(x.axes))
+    longer = Axis((*t.axis(x, d).factors, *t.fresh(a["repeats"]).factors))
+    return Shape((*x.axes[:d], longer, *x.axes[d + 1 :]))
 
 
 def slice_(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
@@ -127,6 +141,33 @@ def split(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     return [t.slice(x, d, slice(int(end) - v.sizes(BATCH)[d], int(end))) for end, v in zip(ends, node.meta["val"])]
 
 
+def meshgrid(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+    """Each tensor varies along its own axis of all results."""
+    from vfx.analyse.infer import BATCH
+
+    sizes = node.meta["val"][0].sizes(BATCH)
+    turned = {0: 1, 1: 0} if a.get("indexing") == "xy" else {}
+    results = []
+    for index, shape in enumerate(t.operands(a["tensors"])):
+        axes = [t.fresh(size) for size in sizes]
+        axes[turned.get(index, index)] = t.axis(shape, 0) if shape.axes else t.fresh(1)
+        results.append(Shape(tuple(axes)))
+    return results
+
+
+def broadcast_tensors(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+    from vfx.analyse.infer import BATCH
+
+    return [t.broadcast([x], value.sizes(BATCH)) for x, value in zip(t.operands(a["tensors"]), node.meta["val"])]
+
+
+def stack_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """hstack and vstack: concatenation of tensors that have at least one or two axes."""
+    rows = operator(node) in ("aten.vstack", "aten.row_stack")
+    shapes = [Shape((t.fresh(1), *s.axes)) if rows and len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
+    return _joined(t, shapes, 0 if rows or len(shapes[0].axes) == 1 else 1, t.sizes(node))
+
+
 def unbind(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
@@ -135,9 +176,16 @@ def unbind(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
 
 def concatenate(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     shapes = [s for s in t.operands(a["tensors"]) if len(s.axes) == len(t.sizes(node))]
-    d = normal(a["dim"], len(shapes[0].axes))
-    joined = t.concatenate([t.axis(s, d) for s in shapes])
-    sizes = t.sizes(node)
+    return _joined(t, shapes, normal(a["dim"], len(shapes[0].axes)), t.sizes(node))
+
+
+def _joined(t: Inference, shapes: list[Shape], d: int, sizes: tuple[int, ...]) -> Shape:
+    parts = [t.axis(s, d) for s in shapes]
+    if all(t.is_opaque(part) or part.size == 1 for part in parts):  # a class token before pixels: not written out
+        reason = next((f.reason for part in parts for f in part.factors if isinstance(f, Opaque)), "side by side")
+        joined = t.opaque(sizes[d], reason)
+    else:
+        joined = t.concatenate(parts)
     others = t.broadcast([Shape(s.axes[:d] + s.axes[d + 1 :]) for s in shapes], sizes[:d] + sizes[d + 1 :])
     return Shape((*others.axes[:d], joined, *others.axes[d:]))
 
@@ -177,10 +225,12 @@ def pad(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape(tuple(axes))
 
 
-def roll(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def roll(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     if any(isinstance(shift, fx.Node) for shift in _listed(a["shifts"])):
-        return None
+        for d in dims_of(a["dims"], len(x.axes)):
+            t.pin_dim(x, d, "rolled by a computed number of positions")
+        return x
     if not a["dims"]:
         flat = t.view(x, (int(np.prod(x.sizes)),))
         return t.view(_rolled(t, flat, [0], a["shifts"]), x.sizes)
@@ -213,29 +263,38 @@ def flip(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 
 
 def gather_constant(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
-    """index and index_select at constant positions of one axis."""
+    """index and index_select: constant positions of one axis are taken, computed ones pin what they number."""
     x = _first(t, a)
     if "dim" in a:
         d, index = normal(a["dim"], len(x.axes)), a["index"]
     else:
         given = [d for d, value in enumerate(a["indices"]) if value is not None]
-        if len(given) != 1:
-            return None
         d, index = given[0], a["indices"][given[0]]
-    value = t.constant(index)
-    if value is None or value.dtype == torch_bool() or x.axes[d].size > 1 << 22:
-        return None
-    taken = t.slice(x, d, value.reshape(-1).cpu().numpy())
-    if value.ndim == 1:
+        if len(given) > 1:
+            return indexing.index(t, x, a["indices"], t.sizes(node))
+    places = _places(t.constant(index))
+    if places is None or x.axes[d].size > MAX_ENUMERATED or t.is_opaque(x.axes[d]):
+        if "dim" in a:
+            return indexing.select_at(t, node, a)
+        return indexing.index(t, x, a["indices"], t.sizes(node))
+    taken = t.slice(x, d, places.reshape(-1))
+    if places.ndim == 1:
         return taken
-    inner = t.view(Shape((t.axis(taken, d),)), tuple(value.shape))
+    inner = t.view(Shape((t.axis(taken, d),)), places.shape)
     return Shape((*taken.axes[:d], *inner.axes, *taken.axes[d + 1 :]))
 
 
-def torch_bool() -> Any:
-    import torch
+def _places(index: Tensor | None) -> NDArray[np.int64] | None:
+    """Constant positions worth telling apart.
 
-    return torch.bool
+    A table read unequally often (relative positions: offsets between two points) is pinned: each count would be a set
+    of its own, and what is read at pairs of positions is pinned by them anyway.
+    """
+    if index is None or index.dtype in (torch.bool, torch.uint8):
+        return None
+    places = index.cpu().numpy()
+    counts = np.unique(np.unique(places, return_counts=True)[1])
+    return None if len(counts) > MAX_COUNTS else places
 
 
 def channel_shuffle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:

@@ -33,10 +33,21 @@ def group_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (N, G·c, …): statistics of each group of channels; groups move whole."""
     x = t.shape(a["input"])
     channel = t.axis(x, 1)
-    groups = int(a["num_groups"])
+    groups = int(a.get("num_groups") or a["group"])
     t.cut_axis(channel, groups, channel.size // groups)
     _tie_parameters(t, a, ("weight", "bias"), [channel])
     return _result(node, x)
+
+
+def weight_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """v scaled to the norm g along ``dim``; norms over the other axes see no order. Roles go on to v."""
+    v, g = t.shape(a["v"]), t.shape(a["g"])
+    result = t.broadcast([Shape(tuple(t.axis(v, d) for d in range(len(v.axes)))), g], v.sizes)
+    for d, axis in enumerate(g.axes):
+        if axis.size > 1:
+            t.role(a["g"], d, "out")
+    result = Shape(result.axes, v.origin)
+    return [result, g] if isinstance(node.meta["val"], list) else result
 
 
 def prelu(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:

@@ -1,0 +1,140 @@
+"""Block axes: where a group may be permuted differently inside each block of another (wreath products).
+
+Inference finds products: heads × dim, groups × channels, with one permutation of dim for all heads. It may differ from
+head to head if every operator treats heads one by one wherever dim is in play. Two conditions, both checked on the
+final labels (``vfx.analyse.rules.spaces`` says what an operator does to its index space):
+
+* in every tensor, each position that has a channel of the inner group has exactly one of the outer group;
+* in every operator, a dimension that holds the inner group stands with one that holds the outer group, in the same
+  tensors, and the operator does not mix the latter's positions while the former's are kept apart.
+
+So q and k share an inner permutation for each head, v and the output projection another; a position bias or scale that
+heads share ties them again, and GroupNorm's groups are blocks of their channels but not the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vfx.analyse.axes import Rows
+from vfx.analyse.infer import Inference
+from vfx.analyse.rows import unique_rows
+from vfx.analyse.rules.spaces import Dim, Spaces, space_of
+from vfx.analyse.shapes import Axis, Digit, Opaque, Shape
+from vfx.operators import arguments
+
+Signature = tuple[int, ...]  # the leaves that move one position
+Piece = frozenset[Signature]  # the signatures along one factor of an axis
+
+
+def parents(inference: Inference, free: Iterable[int]) -> dict[int, int]:
+    """Inner leaf -> the leaf whose elements are its blocks, one level deep."""
+    allowed = _Allowed(inference, frozenset(free)).find()
+    found: dict[int, int] = {}
+    for leaf in sorted(allowed):
+        outer = sorted(parent for parent in allowed[leaf] if parent not in found)
+        if outer and leaf not in found.values():
+            found[leaf] = outer[0]
+    return found
+
+
+class _Allowed:
+    """For each leaf, the leaves that may be its blocks; operators and tensors cross them out."""
+
+    def __init__(self, inference: Inference, free: frozenset[int]):
+        self.t, self.free = inference, free
+        self.allowed: dict[int, frozenset[int]] = {}
+        self._pieces: dict[int, tuple[Rows, Piece]] = {}
+
+    def find(self) -> dict[int, frozenset[int]]:
+        """Only leaves with at least one candidate are listed."""
+        parameters = (Shape(axes) for axes in self.t.parameters.values())
+        for shape in (*parameters, *self._shapes(self.t.shapes.values())):
+            self._tensor(shape)
+        if any(self.allowed.values()):
+            spaces = Spaces(self.t)
+            for node, shape in self.t.shapes.items():
+                if node.op == "call_function" and shape is not None:
+                    self._operator(space_of(spaces, node, arguments(node)), node)
+        return {leaf: outer for leaf, outer in self.allowed.items() if outer}
+
+    def _shapes(self, values: Iterable[object]) -> Iterable[Shape]:
+        for value in values:
+            if isinstance(value, Shape):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from self._shapes(value)
+
+    # tensors ------------------------------------------------------------------------------------------------------
+
+    def _tensor(self, shape: Shape) -> None:
+        pieces = list(self._pieces_of(shape.axes))
+        where: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            for leaf in {leaf for signature in piece for leaf in signature}:
+                where.setdefault(leaf, []).append(piece)
+        for leaf, own in where.items():
+            if self.allowed.get(leaf, True):
+                self._keep(leaf, {h for h, at in where.items() if h != leaf and _accompanies(h, at, leaf, own)})
+
+    def _keep(self, leaf: int, outer: Iterable[int]) -> None:
+        found = frozenset(outer) & self.free if leaf in self.free else frozenset()
+        self.allowed[leaf] = self.allowed.get(leaf, found) & found
+
+    def _pieces_of(self, entries: Iterable[Axis | Digit]) -> Iterable[Piece]:
+        blocks: set[int] = set()
+        for entry in entries:
+            if isinstance(entry, Digit):
+                if id(entry.block) not in blocks:
+                    blocks.add(id(entry.block))
+                    yield self._piece(entry.block.labels)
+                continue
+            yield from (self._piece(factor) for factor in entry.factors if not isinstance(factor, Opaque))
+
+    def _piece(self, labels: Rows) -> Piece:
+        """Signatures of an array of labels; the array is kept, so that its id stays its own."""
+        known = self._pieces.get(id(labels))
+        if known is None:
+            rows = self.t.leaves.resolve(labels.reshape(-1, labels.shape[-1]))
+            leaves, _ = unique_rows(self.t.leaves.leaf_of(rows[:, 1:]))
+            known = labels, frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in leaves.tolist())
+            self._pieces[id(labels)] = known
+        return known[1]
+
+    # operators ----------------------------------------------------------------------------------------------------
+
+    def _operator(self, space: list[Dim] | None, node: object) -> None:
+        if space is None:
+            touched = self._shapes(self.t.shapes[x] for x in (node, *node.all_input_nodes))  # type: ignore[attr-defined]
+            for shape in touched:
+                for leaf in {
+                    leaf for piece in self._pieces_of(shape.axes) for signature in piece for leaf in signature
+                }:
+                    self._keep(leaf, ())
+            return
+        count: dict[int, int] = {}
+        for dim in space:
+            for leaf in dim.leaves:
+                count[leaf] = count.get(leaf, 0) + 1
+        for dim in space:
+            partners = {h for other in space if _together(dim, other) for h in other.leaves if count[h] == 1}
+            for leaf in dim.leaves:
+                if self.allowed.get(leaf):
+                    self._keep(leaf, partners - {leaf})
+
+
+def _together(inner: Dim, outer: Dim) -> bool:
+    """Whether an operator treats positions of ``outer`` one by one wherever it treats ``inner``."""
+    return inner is outer or (inner.tensors <= outer.tensors and (inner.coupled or not outer.coupled))
+
+
+def _accompanies(outer: int, at: list[Piece], inner: int, own: list[Piece]) -> bool:
+    """Whether each position of a tensor that has the inner leaf has the outer one, exactly once."""
+    if len(at) != 1:
+        return False
+    piece = at[0]
+    if any(signature.count(outer) > 1 or signature.count(inner) > 1 for p in (piece, *own) for signature in p):
+        return False
+    if all(outer in signature for signature in piece):
+        return True
+    return all(p is piece for p in own) and all(outer in s for s in piece if inner in s)

@@ -1,0 +1,122 @@
+"""Inner products of weights by blocks: what each pair of heads (or groups) gives, for each pair of inner channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.match.matcher import Gain
+from vfx.match.units import PairOrders, Unit, grid
+from vfx.program import Weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a weight that a unit moves.
+
+    ``places`` are (dim, positions), positions having an axis for each of the unit's groups there and one for all else;
+    ``groups`` are those groups in that order, the outer one among them.
+    """
+
+    fqn: str
+    places: tuple[tuple[int, Index], ...]
+    groups: tuple[int, ...]
+    outer: int
+
+    def array(self, weights: Weights) -> Gain:
+        """(outer, inner groups…, everything else)."""
+        tensor = weights[self.fqn]
+        for dim, positions in self.places:
+            tensor = tensor.index_select(dim, torch.from_numpy(positions.reshape(-1)).to(tensor.device))
+        sizes: list[int] = []
+        front: list[int] = []
+        at = dict(self.places)
+        for dim, size in enumerate(tensor.shape):
+            own = at[dim].shape if dim in at else (size,)
+            front += [len(sizes) + k for k in range(len(own) - 1)]
+            sizes += own
+        array = tensor.reshape(sizes).permute(*front, *(d for d in range(len(sizes)) if d not in front))
+        order = sorted(range(len(self.groups)), key=lambda k: (self.groups[k] != self.outer, self.groups[k]))
+        shape = [array.shape[k] for k in order]
+        return array.permute(*order, *range(len(order), array.ndim)).reshape(*shape, -1).cpu().numpy()
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Inner groups in the order of ``array``'s axes."""
+        return tuple(sorted(g for g in self.groups if g != self.outer))
+
+
+Arrays = Sequence[tuple[Part, Gain, Gain]]  # a part in the first edge and in the other
+
+
+class BlockGains:
+    """Parts of weights by unit, and the gains they add up to."""
+
+    def __init__(self, symmetry: Symmetry):
+        self.symmetry = symmetry
+        self._parts: dict[tuple[int, str], list[Part]] = {}
+
+    def parts(self, unit: Unit, fqn: str) -> list[Part]:
+        """The parts of one weight that hold the unit's outer group."""
+        key = unit.outer.index, fqn
+        if key not in self._parts:
+            self._parts[key] = list(self._find(unit, fqn))
+        return self._parts[key]
+
+    def _find(self, unit: Unit, fqn: str) -> Any:
+        choices = []
+        for dim, labels in self.symmetry.axes_of(fqn):
+            entries = []
+            left = np.ones(len(labels), bool)
+            for groups, digits, position in self.symmetry.features(labels):
+                chosen = [g for g in groups if g in unit.groups]
+                if chosen:
+                    sizes = [self.symmetry.groups[g].size for g in chosen]
+                    entries.append((dim, grid(groups, digits, position, chosen, sizes), tuple(chosen)))
+                    left[position] = False
+            if entries and left.any():
+                entries.append((dim, np.flatnonzero(left), ()))
+            if entries:
+                choices.append(entries)
+        for combination in product(*choices):
+            groups = tuple(g for _, _, own in combination for g in own)
+            if groups.count(unit.outer.index) == 1 and len(set(groups)) == len(groups):
+                places = tuple((dim, positions) for dim, positions, _ in combination)
+                yield Part(fqn, places, groups, unit.outer.index)
+
+    @staticmethod
+    def outer(unit: Unit, arrays: Arrays) -> Gain:
+        """What pairs of blocks give whatever their inner order (n, n)."""
+        total = np.zeros((unit.outer.size, unit.outer.size))
+        for part, one, other in arrays:
+            if not part.inner:
+                total += one @ other.T
+        return total
+
+    @staticmethod
+    def inner(unit: Unit, group: Group, orders: PairOrders, arrays: Arrays) -> Gain:
+        """(n, n, size, size) for one inner group; those in ``orders`` stand in their order for each pair already."""
+        known = [a for a in arrays if group.index in a[0].inner and set(a[0].inner) <= {group.index, *orders}]
+        chosen = known or [a for a in arrays if group.index in a[0].inner]
+        total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
+        for part, one, other in chosen:
+            axis = 1 + part.inner.index(group.index)
+            first = np.moveaxis(one, axis, 1)
+            rest = [g for g in part.inner if g != group.index]
+            if not any(g in orders for g in rest):
+                flat = [np.moveaxis(x, axis, 1).reshape(unit.outer.size, group.size, -1) for x in (one, other)]
+                total += np.einsum("iax,jbx->ijab", *flat, optimize=True)
+                continue
+            for i, j in np.ndindex(*total.shape[:2]):
+                moved = np.moveaxis(other[j], axis - 1, 0)
+                for k, g in enumerate(rest, start=1):
+                    if g in orders:
+                        moved = np.take(moved, orders[g][i, j], axis=k)
+                total[i, j] += first[i].reshape(group.size, -1) @ moved.reshape(group.size, -1).T
+        return total

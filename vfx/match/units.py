@@ -1,0 +1,76 @@
+"""Units of matching: a group with the groups inside its blocks, which can only be matched together.
+
+An inner order is found for each pair of blocks (one of each edge), then the outer assignment on what those give: for
+heads × dim, each head of one network is tried against each of the other in its best inner order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.match.matcher import Gain, assign
+
+PairOrders = dict[int, Index]  # inner group -> its best order for each pair of blocks, (outer, outer, size)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A group and its inner groups, if any."""
+
+    outer: Group
+    inner: tuple[Group, ...] = ()
+
+    @property
+    def groups(self) -> frozenset[int]:
+        return frozenset(group.index for group in (self.outer, *self.inner))
+
+
+def units(symmetry: Symmetry) -> list[Unit]:
+    """Every group in one unit, in the order of the graph."""
+    inner: dict[int, list[Group]] = {}
+    for group in symmetry.groups:
+        if group.parent is not None:
+            inner.setdefault(group.parent, []).append(group)
+    found = [Unit(g, tuple(inner.get(g.index, ()))) for g in symmetry.groups if g.parent is None]
+    return sorted(found, key=lambda unit: min(unit.groups))
+
+
+def assign_unit(
+    unit: Unit, outer: Gain, gain: Callable[[Group, PairOrders], Gain], order: Sequence[Group]
+) -> tuple[dict[int, Index], float]:
+    """The best element of a unit, and its value.
+
+    ``outer`` (n, n) is what pairs of blocks give whatever their inner order; ``gain`` gives (n, n, size, size) for an
+    inner group, those before it in ``order`` being ordered already.
+    """
+    orders: PairOrders = {}
+    total = outer.copy()
+    for group in order:
+        orders[group.index], values = _assign_pairs(gain(group, orders))
+        total += values
+    blocks, value = assign(total)
+    rows = np.arange(len(blocks))
+    return {unit.outer.index: blocks} | {g: pairs[rows, blocks] for g, pairs in orders.items()}, value
+
+
+def _assign_pairs(gains: Gain) -> tuple[Index, Gain]:
+    """The best inner order of each pair of blocks (n, n, size), and what it gives (n, n)."""
+    count, size = len(gains), gains.shape[2]
+    orders, values = np.empty((count, count, size), np.int64), np.empty((count, count))
+    for i, j in np.ndindex(count, count):
+        orders[i, j], values[i, j] = assign(gains[i, j])
+    return orders, values
+
+
+def grid(groups: Sequence[int], digits: Index, position: Index, chosen: Sequence[int], sizes: Sequence[int]) -> Index:
+    """Positions as an array with one axis for each of the ``chosen`` groups, and all else (copies) in the last.
+
+    ``digits`` (n, groups) and ``position`` (n, copies) describe features as ``Symmetry.features`` does.
+    """
+    order = [*(list(groups).index(g) for g in chosen), *(k for k, g in enumerate(groups) if g not in chosen)]
+    rank = np.lexsort(digits[:, order[::-1]].T)
+    return position[rank].reshape(*sizes, -1)
