@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import sympy
@@ -38,6 +38,7 @@ class Value:
         return tuple(size if isinstance(size, int) else int(_substitute(size, batch)) for size in self.shape)
 
 
+@lru_cache(maxsize=4096)
 def _substitute(size: Any, batch: int) -> Any:
     return size.subs(dict.fromkeys(size.free_symbols, batch)) if isinstance(size, sympy.Expr) else size
 

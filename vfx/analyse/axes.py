@@ -150,9 +150,14 @@ class Leaves:
             digits = rows[:, 1 + index : 2 + index]
             for leaf in bound:
                 here = leaves[:, index] == leaf
-                if not here.any():
+                count = np.count_nonzero(here)
+                if not count:
                     continue
                 binding = self._compressed(leaf)
+                if count == len(here):  # the usual case: one leaf throughout
+                    target = binding[rows[:, 1 + index] - self.starts[leaf]]
+                    digits, tag = target[:, 1:], self.join(tag, target[:, 0])
+                    break
                 target = binding[rows[here, 1 + index] - self.starts[leaf]]
                 digits = _widen(digits, target.shape[1] - 1)
                 digits[here] = -1

@@ -378,9 +378,13 @@ def _pinned(inference: Inference, labels: Mapping[tuple[str, int], Rows]) -> tup
 
 def _positions(labels: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index | None:
     """Positions of each element of a leaf, copies in the order of what else their labels say."""
+    if labels.shape == (size, 2) and mask.all():  # the usual case: the axis is the leaf
+        single = np.full((size, 1), -1, np.int64)
+        single[labels[:, 1] - start, 0] = np.arange(size)
+        return single if (single >= 0).all() else None
     where, column = np.nonzero(mask)
     element = labels[where, 1 + column] - start
-    if len(np.unique(where)) != len(where):  # two digits of one leaf on one position (an outer product with itself)
+    if np.bincount(where).max(initial=0) > 1:  # two digits of one leaf on one position (an outer product with itself)
         where, column, element = _first_digit(where, column, element)
     rest = labels[where].copy()
     rest[np.arange(len(where)), 1 + column] = -1
