@@ -134,6 +134,18 @@ def resnext_block() -> nn.Module:
     )
 
 
+def products() -> nn.Module:
+    """Layers written as products with a weight (GPT-2's Conv1D), one with a bias and one without."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(torch.addmm(self.b, x.flatten(1), self.w))
+        return self.fc(torch.tanh(h @ self.v))
+
+    shapes = {"w": (3 * 64, 10), "b": (10,), "v": (10, 8)}
+    parts = {name: nn.Parameter(torch.randn(shape) / shape[0] ** 0.5) for name, shape in shapes.items()}
+    return net(forward, **parts, fc=nn.Linear(8, 4))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, the size of its pictures and how many of them activation matching sees."""
@@ -160,6 +172,7 @@ SMALL = [
     Case(grouped),
     Case(resnext_block),
     Case(_named("attention", Attention), count=64),
+    Case(products, count=64),
     Case(_named("mlp", lambda: linear_net(4, 12, 3 * 64, 5)), count=64),
     Case(_named("residual_mlp", lambda: linear_net(5, 12, 3 * 64, 5, residual=True)), count=64),
 ]
@@ -435,3 +448,34 @@ def test_unknown_matchers_and_missing_data_are_refused() -> None:
 
     with pytest.raises(ArgumentError, match="needs data"):
         compile(models, x[:2], passes=[Align("activation")])
+
+
+@torch.no_grad()
+def test_gpt2_gives_its_permutation_back() -> None:
+    """Heads, their channels, the residual stream and tied embeddings of a tiny GPT-2, by both matchers."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 100, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        noise = 0.3 * torch.randn_like(parameter)
+        parameter.copy_(1 + noise if "ln" in name and "weight" in name else noise)
+    ids = torch.randint(0, 100, (64, 16))
+    program = trace(model, {"input_ids": ids[:2]})
+    facts = symmetry(program)
+    assert sorted(g.blocks for g in facts.groups if g.parent is not None) == [(4, 8)] * 4
+    element = facts.random(np.random.default_rng(0))
+    generator = torch.Generator().manual_seed(1)
+    moved = {
+        name: tensor
+        if name in program.buffers
+        else tensor + NOISE * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in facts.permute(program.weights[0], element).items()
+    }
+    pair = program.with_weights([program.weights[0], moved])
+    statistics = collect(pair, data=[{"input_ids": ids}], progress=False)
+    expected = facts.inverse(element)
+    for finder in (WeightMatching(), ActivationMatching()):
+        found = finder(pair, facts, statistics, 0).permutations[1]
+        assert all((found[group] == expected[group]).all() for group in expected), type(finder).__name__

@@ -24,6 +24,7 @@ _PASSED_NAMES = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
 """
+_PRODUCTS = {"aten.addmm", "aten.mm", "aten.matmul", "aten.baddbmm", "aten.bmm"}
 _PASSED = DROPOUTS | {f"aten.{name}" for name in _PASSED_NAMES.split()}
 
 
@@ -55,15 +56,25 @@ class Tap:
 def feature_taps(symmetry: Symmetry) -> list[Tap]:
     """Taps of every group, in graph order."""
     sources: dict[fx.Node, None] = {}
-    layers = [node for node in symmetry.program.graph.nodes if operator(node) in LAYERS]
-    for node in layers:
-        value = node.args[0]
-        if isinstance(value, fx.Node):  # heads and their channels only stand side by side in front of the layer
-            sources.update(dict.fromkeys([value] if _has_blocks(symmetry, value) else _sources(value, set())))
+    layers = {node: value for node in symmetry.program.graph.nodes if (value := _applied_to(node)) is not None}
+    for value in layers.values():
+        # Heads and their channels only stand side by side in front of the layer.
+        sources.update(dict.fromkeys([value] if _has_blocks(symmetry, value) else _sources(value, set())))
     taps = [tap for node in sources for tap in _node_taps(symmetry, node)]
     read = {group for tap in taps for group in tap.groups}
     made = [tap for node in layers for tap in _node_taps(symmetry, node)]
     return taps + [tap for tap in made if not set(tap.groups) <= read]
+
+
+def _applied_to(node: fx.Node) -> fx.Node | None:
+    """The activation that a layer applies its weight to; a product with a weight is a layer too (GPT-2's Conv1D)."""
+    if operator(node) in LAYERS:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if operator(node) not in _PRODUCTS:
+        return None
+    factors = [a for a in node.args if isinstance(a, fx.Node)][-2:]
+    activations = [a for a in factors if a.op != "get_attr"]
+    return activations[0] if len(activations) == 1 < len(factors) else None
 
 
 def _has_blocks(symmetry: Symmetry, node: fx.Node) -> bool:
