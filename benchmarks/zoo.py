@@ -2,8 +2,9 @@
 
 Every classification, segmentation and video network of torchvision, timm networks of different families, and Hugging
 Face families from tiny configurations, all with random weights and images as small as each network allows. For each one
-line: its groups and channels, how many positions of parameter axes are pinned, operators without a rule, seconds that
-capture and inference took, the largest relative output error in float64 when every group is permuted, and peak memory.
+line: its groups and channels, how many groups lie inside the blocks of another (attention heads, groups of a
+convolution), how many positions of parameter axes are pinned, operators without a rule, seconds that capture and
+inference took, the largest relative output error in float64 when every group is permuted, and peak memory.
 
 The error must stay below 1e-10; what a network itself casts to float32 is computed in float64 for this. Networks of
 more than 400 million parameters give up the memory of their weights (meta): they are captured and analysed, not
@@ -267,6 +268,7 @@ def describe(facts: Symmetry) -> dict[str, Any]:
     return {
         "groups": len(facts.groups),
         "channels": facts.channels,
+        "inside_blocks": sum(group.parent is not None for group in facts.groups),
         "pinned": sum(reasons.values()),
         "reasons": dict(reasons.most_common()),
         "unknown": {name: len(nodes) for name, nodes in facts.unknown_ops.items()},
@@ -282,13 +284,23 @@ def passes(line: dict[str, Any]) -> bool:
 
 # reporting ----------------------------------------------------------------------------------------------------------
 
-HEAD = ["network", "groups / channels", "pinned", "unknown", "capture s", "inference s", "error", "peak MiB"]
+HEAD = [
+    "network",
+    "groups / channels",
+    "in blocks",
+    "pinned",
+    "unknown",
+    "capture s",
+    "inference s",
+    "error",
+    "peak MiB",
+]
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     text = inspect.cleandoc(__doc__ or "").partition("\n\n")[2].rpartition(" Each network")[0]
     good = sum(map(passes, results.values()))
-    lines = ["# Symmetries of public networks", "", text, "", f"{good} of {len(results)} networks pass.", ""]
+    lines = ["# Symmetries of public networks", "", text, "", f"{good} of {len(results)} networks measured pass.", ""]
     for source in SOURCES:
         rows = [_row(key, line) for key, line in results.items() if key.startswith(f"{source}/")]
         if rows:
@@ -305,6 +317,7 @@ def _row(key: str, line: dict[str, Any]) -> list[str]:
     return [
         name,
         f"{line['groups']} / {line['channels']:,}",
+        str(line["inside_blocks"]),
         f"{line['pinned']:,}",
         str(sum(line["unknown"].values())),
         f"{line['capture_seconds']:.1f}",
@@ -325,10 +338,10 @@ def _why(line: dict[str, Any]) -> str:
 def summary(key: str, line: dict[str, Any]) -> str:
     if "failure" in line:
         return f"[red]{key}[/]: {line['failure']}"
-    _, shape, pinned, unknown, capture, inference, error, peak = _row(key, line)
+    _, shape, blocks, pinned, unknown, capture, inference, error, peak = _row(key, line)
     colour = "green" if passes(line) else "red"
     return (
-        f"[{colour}]{key}[/]: {shape}, pinned {pinned}, unknown {unknown}, "
+        f"[{colour}]{key}[/]: {shape}, {blocks} in blocks, pinned {pinned}, unknown {unknown}, "
         f"capture {capture} s, inference {inference} s, error {error}, {peak} MiB"
     )
 
