@@ -220,15 +220,21 @@ def test_the_benchmark_names_every_network_once() -> None:
 
 
 def test_the_benchmark_reports_what_fails() -> None:
-    line = {"groups": 2, "channels": 9, "pinned": 3, "reasons": {}, "unknown": {}, "capture_seconds": 1.0}
-    line |= {"inference_seconds": 0.1, "verify_error": 1e-14, "verify_seconds": 0.1, "peak_mib": 300}
+    line = {"groups": 2, "channels": 9, "inside_blocks": 1, "pinned": 3, "reasons": {}, "unknown": {}}
+    line |= {
+        "capture_seconds": 1.0,
+        "inference_seconds": 0.1,
+        "verify_error": 1e-14,
+        "verify_seconds": 0.1,
+        "peak_mib": 300,
+    }
     broken = line | {"verify_error": 0.1}
     unknown = line | {"unknown": {"aten.fft_fft.default": 2}}
     failed = {"failure": "CaptureError: a reason"}
     results = {"timm/a": line, "timm/b": broken, "timm/c": unknown, "torchvision/d": failed}
     assert [passes(result) for result in results.values()] == [True, False, False, False]
     text = markdown(results)
-    assert "1 of 4 networks pass" in text
+    assert "1 of 4 networks measured pass" in text
     assert "- timm/b: error 1.0e-01" in text
     assert "- timm/c: no rule for aten.fft_fft.default" in text
     assert "- torchvision/d: CaptureError: a reason" in text
