@@ -50,7 +50,7 @@ class Heads(nn.Module):
             scores = self.mix(scores.movedim(1, -1)).movedim(-1, 1)
         if self.kind == "softmax over heads":
             v = v.softmax(1)
-        y = scores.softmax(-1) @ v
+        y = torch.einsum("bhls,bhsd->bhld", scores.softmax(-1), v) if self.kind == "letters" else scores.softmax(-1) @ v
         y = y.mean(1) if self.kind == "averaged heads" else y.transpose(1, 2).flatten(2)
         return self.head((x + self.out(y)).mean(1))
 
@@ -58,8 +58,9 @@ class Heads(nn.Module):
 class GroupedQueries(nn.Module):
     """Six query heads, two key-value heads: heads are (2, 3)."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         self.patch = nn.Conv2d(3, 12, 4, 4)
         self.q, self.k, self.v = nn.Linear(12, 24), nn.Linear(12, 8), nn.Linear(12, 8)
         self.out, self.head = nn.Linear(24, 12), nn.Linear(12, 4)
@@ -68,8 +69,9 @@ class GroupedQueries(nn.Module):
         x = self.patch(x).flatten(2).transpose(1, 2)
         q = self.q(x).unflatten(2, (6, 4)).transpose(1, 2)
         k, v = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.k, self.v))
-        k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if not self.fused:
+            k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.fused).transpose(1, 2).flatten(2)
         return self.head((x + self.out(y)).mean(1))
 
 
@@ -121,10 +123,12 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, int]]]] = {
     "plain": (lambda: Heads("plain"), [(3, 4), (3, 4)]),
     "bias and scale": (lambda: Heads("bias and scale"), [(3, 4), (3, 4)]),
     "talking heads": (lambda: Heads("talking heads"), [(3, 4), (3, 4)]),
+    "letters": (lambda: Heads("letters"), [(3, 4), (3, 4)]),
     "query norm": (lambda: Heads("query norm"), [(3, 4)]),  # one norm for all heads: only v's channels are free
     "averaged heads": (lambda: Heads("averaged heads"), [(3, 4)]),  # v's channels meet in the mean: only q and k's
     "softmax over heads": (lambda: Heads("softmax over heads"), [(3, 4)]),  # the same channel of all heads is compared
     "grouped queries": (GroupedQueries, [(2, 3), (2, 4), (2, 4)]),
+    "grouped queries, fused": (lambda: GroupedQueries(fused=True), [(2, 3), (2, 4), (2, 4)]),
     "grouped convolution": (grouped, [(3, 4), (3, 4)]),
     "resnext": (resnext_block, [(4, 3), (4, 5)]),
     "group norm": (group_norm, [(3, 4)]),

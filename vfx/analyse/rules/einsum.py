@@ -45,11 +45,11 @@ def _roles(t: Inference, operands: Sequence[tuple[Any, Letters]], result: Letter
 
 def einsum(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     tensors = a["tensors"]
-    terms, result = _parse(a["equation"], [len(t.shape(x).axes) for x in tensors])
+    terms, result = parse(a["equation"], [len(t.shape(x).axes) for x in tensors])
     return contract(t, list(zip(tensors, terms)), result)
 
 
-def _parse(equation: str, ranks: list[int]) -> tuple[list[Letters], Letters]:
+def parse(equation: str, ranks: list[int]) -> tuple[list[Letters], Letters]:
     """The letters of each operand and of the result."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")

@@ -95,7 +95,7 @@ def cross_channel_window(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     x = t.operands(list(a.values()))[0]
     value = node.meta["val"]
     sizes = (value[0] if isinstance(value, list) else value).sizes(_batch())
-    spatial = _spatial_rank(node)
+    spatial = spatial_rank(node)
     first = len(x.axes) - spatial
     for d in range(first, len(x.axes)):
         t.pin_dim(x, d, "a window over positions")
@@ -109,7 +109,7 @@ def _batch() -> int:
     return BATCH
 
 
-def _spatial_rank(node: fx.Node) -> int:
+def spatial_rank(node: fx.Node) -> int:
     """Number of windowed axes, from the operator's name (…1d, …2d, …3d)."""
     name = str(node.target)
     return next((rank for rank in (1, 2, 3) if f"{rank}d" in name), 2)

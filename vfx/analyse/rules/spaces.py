@@ -54,8 +54,12 @@ class Spaces:
 
     def parts(self, axis: Axis | Digit, sizes: tuple[int, ...]) -> list[frozenset[int]] | None:
         """The leaves on each factor of an axis; None if it cannot be written out."""
-        rows = self.t.rows(axis) if isinstance(axis, Axis) else None
-        return None if rows is None else self._varying(rows, sizes)
+        if isinstance(axis, Digit):  # one line of its block
+            labels = axis.block.labels
+            rows = labels[tuple(slice(None) if d == axis.position else 0 for d in range(labels.ndim - 1))]
+            return self._varying(rows, sizes)
+        found = self.t.rows(axis)
+        return None if found is None else self._varying(found, sizes)
 
     def _varying(self, labels: Rows, sizes: tuple[int, ...]) -> list[frozenset[int]]:
         """The leaves whose channel varies along each dimension; the array is kept, so that its id stays its own."""
@@ -152,7 +156,7 @@ def windows(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     x = s.shape(node.all_input_nodes[0])
     if x is None:
         return None
-    first = len(x.axes) - elementwise._spatial_rank(node)
+    first = len(x.axes) - elementwise.spatial_rank(node)
     return [s.dim([axis], "xy", d >= first) for d, axis in enumerate(x.axes)]
 
 
@@ -248,7 +252,7 @@ def letters(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     shapes = [s.shape(x) for x in a["tensors"]]
     if any(shape is None for shape in shapes):
         return None
-    terms, result = einsum._parse(a["equation"], [len(shape.axes) for shape in shapes])  # type: ignore[union-attr]
+    terms, result = einsum.parse(a["equation"], [len(shape.axes) for shape in shapes])  # type: ignore[union-attr]
     found = []
     for letter in dict.fromkeys(x for term in terms for x in term):
         axes = [shape.axes[d] for shape, term in zip(shapes, terms) for d, x in enumerate(term) if x == letter]  # type: ignore[union-attr]
