@@ -46,6 +46,7 @@ from vfx.api import symmetry, trace
 from vfx.files import write_atomic
 from vfx.match.activation import ActivationMatching
 from vfx.match.matcher import Matching
+from vfx.match.matcher import Problem as MatchingProblem
 from vfx.match.units import units
 from vfx.match.weight import WeightMatching
 from vfx.operators import BATCH_NORMS, operator, weight_name
@@ -207,7 +208,7 @@ def judge(problem: Problem, matching: Matching, identical: Any) -> dict[str, Any
 
 
 def weight_matching(problem: Problem) -> dict[str, Any]:
-    matching = WeightMatching()(problem.program, problem.facts)
+    matching = WeightMatching()(MatchingProblem(problem.program, problem.facts))
     first, second = problem.program.weights
     scored = {m.fqn for g in problem.facts.groups for m in g.members} - problem.program.buffers
     best = inner(first, problem.facts.permute(second, problem.inverse()), scored)
@@ -223,7 +224,7 @@ def activation_matching(problem: Problem) -> dict[str, Any]:
     start = time.perf_counter()
     statistics = read(problem, problem.program)
     seconds = time.perf_counter() - start
-    matching = ActivationMatching()(problem.program, problem.facts, statistics)
+    matching = ActivationMatching()(MatchingProblem(problem.program, problem.facts, statistics))
     twins: list[Statistics] = []
 
     def identical(group: Group, pairs: Index) -> np.ndarray:

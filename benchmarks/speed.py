@@ -36,6 +36,7 @@ from vfx.api import compile as run_passes
 from vfx.api import merge, symmetry, trace
 from vfx.files import write_atomic
 from vfx.match.activation import ActivationMatching
+from vfx.match.matcher import Problem
 from vfx.models import MODELS
 from vfx.program import Program
 from vfx.statistics.collect import collect
@@ -141,7 +142,7 @@ def statistics_rows(clock: Clock, work: Workload) -> Iterator[Row]:
     bare, measured = clock(lambda: forward(edges, batches), features)
     yield ratio(f"statistics {work.name}", work.target, measured, bare)
     found = features()
-    seconds = clock.once(lambda: ActivationMatching()(program, facts, found))
+    seconds = clock.once(lambda: ActivationMatching()(Problem(program, facts, found)))
     yield Row(f"assignment {work.name}", "s", round(seconds, 3), None)
 
 

@@ -7,17 +7,19 @@ are permuted with the weights: no second pass over the data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Permutations, Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.errors import PassError, VerificationError
 from vfx.match.catalogue import matcher as find_matcher
-from vfx.match.matcher import Matcher, Matching
+from vfx.match.maps import Transport
+from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.program import Goal, Program
 from vfx.rewrite import PRESERVED, Pass, require_edges
 from vfx.statistics.collect import Statistics, collect
@@ -35,38 +37,44 @@ class Align(Pass):
         data: object = None,
         *,
         statistics: Statistics | None = None,
+        weights: float | Sequence[float] | None = None,
         facts: Symmetry | None = None,
         seed: int = 0,
         verify: bool = True,
         progress: bool = True,
     ):
         self.matcher = find_matcher(match)
-        self.data, self.statistics, self.facts = data, statistics, facts
+        self.data, self.statistics, self.weights, self.facts = data, statistics, weights, facts
         self.seed, self.verify, self.progress = seed, verify, progress
         self.matching: Matching | None = None
         self.error = 0.0
 
     def requires(self, program: Program) -> None:
         require_edges(program, single=False, name=self.name)
-        if program.structural:
-            raise PassError("Align acts on the edges' own architecture; run it before passes that change the graph")
+        if program.private:
+            raise PassError("Align acts on the edges' own architecture; run it before DuplicateBranches")
 
     def apply(self, program: Program) -> Program:
         facts = self.facts or symmetry(program)
         statistics = self.statistics
         if statistics is None and self.data is not None:
-            statistics = collect(program, facts, self.data, progress=self.progress)
+            within = self.matcher is not None and "within" in self.matcher.needs
+            statistics = collect(program, facts, self.data, within=within, progress=self.progress)
         if statistics is not None:
             statistics.check(program)
         if self.matcher is None:
             return _with_goals(program, program, facts, statistics, ({},) * program.edges)
-        self.matching = self.matcher(program, facts, statistics, self.seed)
+        shares = tuple(edge_weights(self.weights, program.edges))
+        self.matching = self.matcher(Problem(program, facts, statistics, shares, self.data, self.seed, self.progress))
         permutations = self.matching.permutations
         if self.verify:
             self.error = self._prove(program, facts, permutations)
         weights = [facts.permute(w, p) for w, p in zip(program.weights, permutations)]
         note = f"Align({type(self.matcher).__name__})"
-        return _with_goals(program, program.with_weights(weights, note), facts, statistics, permutations)
+        result = program.with_weights(weights, note)
+        if any(self.matching.maps):
+            result = replace(result, transport=Transport(facts, self.matching.maps))
+        return _with_goals(program, result, facts, statistics, permutations)
 
     def _prove(self, program: Program, facts: Symmetry, permutations: tuple[Permutations, ...]) -> float:
         worst = 0.0
@@ -88,16 +96,28 @@ def _with_goals(
     statistics: Statistics | None,
     permutations: tuple[Permutations, ...],
 ) -> Program:
-    """The edges' layer statistics in the aligned channel order, kept on the result."""
+    """The edges' layer statistics in the aligned channel order, kept on the result.
+
+    Behind a linear map T they are those of T y: mean T μ and variances on the diagonal of T Σ Tᵀ.
+    """
     if statistics is None or not statistics.layers:
         return result
-    goals: Mapping[str, Goal] = statistics.goals()
     nodes = {node.name: node for node in program.graph.nodes}
-    channel = {layer.node: layer.channel for layer in number_layers(program)}
-    moved = {}
-    for name, goal in goals.items():
-        order = [
-            torch.from_numpy(facts.gather(nodes[name], channel[name], p)).to(goal.mean.device) for p in permutations
-        ]
-        moved[name] = Goal(*(torch.stack([row[o] for row, o in zip(x, order)]) for x in (goal.mean, goal.std)))
-    return replace(result, goals=moved)
+    goals = {}
+    for layer in number_layers(program):
+        node, known = nodes[layer.node], statistics.goals().get(layer.node)
+        rows = []
+        for edge, permutation in enumerate(permutations) if known is not None else ():
+            assert known is not None
+            order = torch.from_numpy(facts.gather(node, layer.channel, permutation)).to(known.mean.device)
+            mean, std = known.mean[edge][order], known.std[edge][order]
+            matrix = result.transport.axis(edge, node, layer.channel) if result.transport is not None else None
+            if matrix is not None:
+                matrix = matrix.to(mean.device)
+                spread = statistics.covariances[layer.node][edge][order][:, order]
+                mean = matrix @ mean
+                std = torch.einsum("mc,cd,md->m", matrix, spread, matrix).clamp_min(0).sqrt()
+            rows.append((mean, std))
+        if rows:
+            goals[layer.node] = Goal(*(torch.stack(column) for column in zip(*rows)))
+    return replace(result, goals=goals)

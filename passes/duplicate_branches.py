@@ -3,7 +3,8 @@
 The first l layers are kept for each edge under ``branches.i.<fqn>``; every value that crosses the cut is joined as
 Σ αᵢ vᵢ; the rest stays one network that Interpolate merges. Edges must be aligned first: their permutations are then
 folded into the branches' last layers, and the join is a plain weighted sum. Inside a residual stage the stream crosses
-the cut as well as the branch, and both are joined.
+the cut as well as the branch, and both are joined. Linear maps (ZipIt!, CCA, optimal transport) stand on the join edge:
+in the layer that ends the branch if nothing else reads it, else as a matrix of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, Join, number_layers
+from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
 from vfx.program import Program, Value, copy_node
 from vfx.rewrite import Pass, require_edges
 
@@ -41,8 +43,11 @@ class DuplicateBranches(Pass):
         if not cut.branch:
             return program
         prefixes = _prefixes(program)
-        graph = _Duplicator(program.graph, cut, alphas, prefixes).build()
+        duplicator = _Duplicator(program.graph, cut, alphas, prefixes, program.transport)
+        graph = duplicator.build()
         weights, private = _branch_weights(program, graph, prefixes)
+        weights = [_with_maps(own, duplicator) for own in weights]
+        private |= dict.fromkeys(duplicator.matrices, "")
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
         note = f"DuplicateBranches({layers.number(self.preserve)}/{len(layers)}, {self.join})"
         return program.with_graph(
@@ -51,10 +56,16 @@ class DuplicateBranches(Pass):
 
 
 class _Duplicator:
-    """Copies the graph with the branch repeated for each edge."""
+    """Copies the graph with the branch repeated for each edge.
 
-    def __init__(self, graph: fx.Graph, cut: Cut, alphas: list[float], prefixes: list[str]):
-        self.old, self.cut, self.alphas, self.prefixes = graph, cut, alphas, prefixes
+    ``matrices`` collects the maps on the join edges by the FQN under which the graph reads them, ``mapped`` those that
+    go into a branch's weight or bias.
+    """
+
+    def __init__(self, graph: fx.Graph, cut: Cut, alphas: list[float], prefixes: list[str], transport: Any):
+        self.old, self.cut, self.alphas, self.prefixes, self.transport = graph, cut, alphas, prefixes, transport
+        self.matrices: dict[str, Tensor] = {}
+        self.mapped: dict[str, Tensor] = {}
         self.graph = fx.Graph()
         self.rest: dict[fx.Node, fx.Node] = {}
         self.branches: list[dict[fx.Node, fx.Node]] = [{} for _ in alphas]
@@ -94,16 +105,69 @@ class _Duplicator:
         value = node.meta.get("val")
         if not isinstance(value, Value) or not value.dtype.is_floating_point:
             return copies[0]
+        copies = [self._transported(node, copy, edge) for edge, copy in enumerate(copies)]
         total = self._call(torch.ops.aten.mul.Tensor, (copies[0], self.alphas[0]), value)
         for copy, alpha in zip(copies[1:], self.alphas[1:]):
             total = self._call(torch.ops.aten.add.Tensor, (total, copy), value, {"alpha": alpha})
         total.name = node.name
         return total
 
+    def _transported(self, node: fx.Node, copy: fx.Node, edge: int) -> fx.Node:
+        """A branch's value in the common space, axis by axis."""
+        rank = len(node.meta["val"].shape)
+        for dim in range(rank) if self.transport is not None else ():
+            matrix = self.transport.axis(edge, node, dim)
+            if matrix is None:
+                continue
+            parameters = self._last_parameters(node)
+            if parameters:
+                self.mapped |= {self.prefixes[edge] + name: matrix for name in parameters}
+                continue
+            fqn = f"{self.prefixes[edge]}joins.{node.name}_{dim}"
+            self.matrices[fqn] = matrix
+            copy = self._product(copy, fqn, dim, rank)
+        return copy
+
+    def _last_parameters(self, node: fx.Node) -> list[str]:
+        """Weight and bias of the layer that ends the branch, if nothing else there reads them or its output."""
+        if operator(node) not in LAYERS - TRANSPOSED or any(user in self.cut.branch for user in node.users):
+            return []
+        values = arguments(node)
+        parameters = [values[name] for name in ("weight", "bias") if values[name] is not None]
+        if values.get("groups", 1) != 1 or not all(p.op == "get_attr" and self._read_once(p) for p in parameters):
+            return []
+        return [str(parameter.target) for parameter in parameters]
+
+    def _read_once(self, parameter: fx.Node) -> bool:
+        nodes = [n for n in self.old.nodes if n.op == "get_attr" and n.target == parameter.target]
+        return sum(user in self.cut.branch for n in nodes for user in n.users) == 1
+
+    def _product(self, copy: fx.Node, fqn: str, dim: int, rank: int) -> fx.Node:
+        """The matrix ``fqn`` applied along one axis: y = M x."""
+        value, size = copy.meta["val"], self.matrices[fqn].shape[0]
+        weight = self.graph.create_node("get_attr", fqn, name=fqn.replace(".", "_"))
+        weight.meta = {"val": Value((size, size), value.dtype)}
+        if dim == rank - 1:
+            return self._call(torch.ops.aten.linear.default, (copy, weight), value)
+        shape = [s for d, s in enumerate(value.shape) if d != dim]
+        last = self._call(torch.ops.aten.movedim.int, (copy, dim, -1), Value((*shape, size), value.dtype))
+        mapped = self._call(torch.ops.aten.linear.default, (last, weight), last.meta["val"])
+        return self._call(torch.ops.aten.movedim.int, (mapped, -1, dim), value)
+
     def _call(self, target: Any, args: Any, value: Value, kwargs: Any = None) -> fx.Node:
         new = self.graph.call_function(target, args, kwargs or {})
         new.meta = {"val": value}
         return new
+
+
+def _with_maps(weights: dict[str, Tensor], duplicator: _Duplicator) -> dict[str, Tensor]:
+    """A weight set with the maps of the join edges: y = T (W x + b)."""
+    result = dict(weights)
+    for name, matrix in duplicator.mapped.items():
+        old = weights[name]
+        result[name] = torch.tensordot(matrix.to(old.device), old.double(), 1).to(old.dtype)
+    example = next(t for t in weights.values() if t.is_floating_point())
+    return result | {name: matrix.to(example) for name, matrix in duplicator.matrices.items()}
 
 
 def _prefixes(program: Program) -> list[str]:

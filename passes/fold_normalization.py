@@ -8,30 +8,31 @@ Program's notes. A layer without a bias gets one, and is then no longer of the u
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
-from vfx.normalization import affines
+from vfx.normalization import Affine, affines
 from vfx.operators import BATCH_NORMS, LAYERS, LINEARS, TRANSPOSED, arguments, operator, weight_name
-from vfx.program import Program, Value, copy_graph
+from vfx.program import Program, Value, Weights, copy_graph
 from vfx.rewrite import Pass, require_edges
 
 
 @dataclass(frozen=True)
 class _Foldable:
-    """A layer, the nodes that apply an affine to it (in order), and the affine's scale and shift (C,), if it is one."""
+    """A layer, the nodes that apply an affine to it (in order), and the affine's scale and shift (C,) in a weight set,
+    if it is one."""
 
     layer: fx.Node
     nodes: tuple[fx.Node, ...]
-    scale: Tensor | None
-    shift: Tensor | None
+    affine: Callable[[Weights], tuple[Tensor, Tensor]] | None
 
 
 class FoldNormalization(Pass):
-    """Fold inserted affines, and with ``batch_norm`` every BatchNorm too, into their layers."""
+    """Fold inserted affines, and with ``batch_norm`` every BatchNorm too, into their layers, in every weight set."""
 
     preserves_function = True
 
@@ -39,11 +40,12 @@ class FoldNormalization(Pass):
         self.batch_norm, self.verify = batch_norm, verify
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
+        if program.private or any(True for _ in affines(program)):
+            require_edges(program, single=True, name=self.name)
 
     def apply(self, program: Program) -> Program:
         graph, _ = copy_graph(program.graph)
-        weights = dict(program.weights[0])
+        sets = [dict(weights) for weights in program.weights]
         working = replace(program, graph=graph)
         notes, count = list(program.notes), 0
         for foldable in [*_inserted(working), *(_batch_norms(working) if self.batch_norm else ())]:
@@ -51,40 +53,43 @@ class FoldNormalization(Pass):
             if reason:
                 notes.append(f"not folded: {reason}")
                 continue
-            _fold(graph, foldable, weights)
+            _fold(graph, foldable, sets)
             count += 1
         graph.eliminate_dead_code()
         graph.lint()
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         gone = set(program.names()) - read
-        weights = {name: tensor for name, tensor in weights.items() if name not in gone}
-        return replace(program.with_graph(graph, [weights], f"FoldNormalization({count} layers)"), notes=tuple(notes))
+        sets = [{name: tensor for name, tensor in weights.items() if name not in gone} for weights in sets]
+        return replace(program.with_graph(graph, sets, f"FoldNormalization({count} layers)"), notes=tuple(notes))
 
 
 def _inserted(program: Program) -> Iterator[_Foldable]:
-    weights = program.weights[0]
     for affine in affines(program):
-        scale, shift = weights[affine.scale], weights[affine.shift]
-        yield _Foldable(affine.layer, (affine.multiply, affine.add), scale.reshape(-1), shift.reshape(-1))
+
+        def values(weights: Weights, affine: Affine = affine) -> tuple[Tensor, Tensor]:
+            return weights[affine.scale].reshape(-1), weights[affine.shift].reshape(-1)
+
+        yield _Foldable(affine.layer, (affine.multiply, affine.add), values)
 
 
 def _batch_norms(program: Program) -> Iterator[_Foldable]:
-    weights = program.weights[0]
     for node in program.graph.nodes:
         if operator(node) not in BATCH_NORMS or not isinstance(node.args[0], fx.Node):
             continue
-        a = arguments(node)
-        if not isinstance(a["running_mean"], fx.Node):  # it normalises with the statistics of its batch
-            yield _Foldable(node.args[0], (node,), None, None)
-            continue
-        mean, var = (weights[str(a[name].target)].double() for name in ("running_mean", "running_var"))
-        scale = (var + a["eps"]).rsqrt()
-        if isinstance(a["weight"], fx.Node):
-            scale = scale * weights[str(a["weight"].target)].double()
-        shift = -mean * scale
-        if isinstance(a["bias"], fx.Node):
-            shift = shift + weights[str(a["bias"].target)].double()
-        yield _Foldable(node.args[0], (node,), scale, shift)
+        own = isinstance(arguments(node)["running_mean"], fx.Node)  # else it normalises with its batch's statistics
+        yield _Foldable(node.args[0], (node,), partial(_batch_norm_affine, node) if own else None)
+
+
+def _batch_norm_affine(node: fx.Node, weights: Weights) -> tuple[Tensor, Tensor]:
+    a = arguments(node)
+    mean, var = (weights[str(a[name].target)].double() for name in ("running_mean", "running_var"))
+    scale = (var + a["eps"]).rsqrt()
+    if isinstance(a["weight"], fx.Node):
+        scale = scale * weights[str(a["weight"].target)].double()
+    shift = -mean * scale
+    if isinstance(a["bias"], fx.Node):
+        shift = shift + weights[str(a["bias"].target)].double()
+    return scale, shift
 
 
 def _refusal(foldable: _Foldable) -> str:
@@ -92,7 +97,7 @@ def _refusal(foldable: _Foldable) -> str:
     layer, first = foldable.layer, foldable.nodes[0]
     if operator(layer) not in LAYERS:
         return f"{first.name} follows {layer.name}, which is not a conv or linear layer"
-    if foldable.scale is None:
+    if foldable.affine is None:
         return f"{first.name} has no running statistics"
     if operator(first) in BATCH_NORMS and operator(layer) in LINEARS and len(layer.meta["val"].shape) > 2:
         return f"{first.name} scales another axis than the channels of {layer.name}"
@@ -110,22 +115,19 @@ def _refusal(foldable: _Foldable) -> str:
     return ""
 
 
-def _fold(graph: fx.Graph, foldable: _Foldable, weights: dict[str, Tensor]) -> None:
-    layer = foldable.layer
-    weight = weight_name(layer)
+def _fold(graph: fx.Graph, foldable: _Foldable, sets: list[dict[str, Tensor]]) -> None:
+    layer, weight, bias = foldable.layer, weight_name(foldable.layer), weight_name(foldable.layer, "bias")
     assert weight is not None
-    tensor = weights[weight]
-    assert foldable.scale is not None
-    assert foldable.shift is not None
-    scale, shift = foldable.scale.double(), foldable.shift.double()
-    weights[weight] = _scaled(layer, tensor.double(), scale).to(tensor.dtype)
-    bias = weight_name(layer, "bias")
+    assert foldable.affine is not None
+    name = bias or (weight.removesuffix("weight") + "bias" if weight.endswith("weight") else weight + "_bias")
+    for weights in sets:
+        tensor = weights[weight]
+        scale, shift = (value.double() for value in foldable.affine(weights))
+        weights[weight] = _scaled(layer, tensor.double(), scale).to(tensor.dtype)
+        before = weights[name].double() * scale if bias else 0.0
+        weights[name] = (before + shift).to(tensor.dtype)
     if bias is None:
-        bias = weight.removesuffix("weight") + "bias" if weight.endswith("weight") else weight + "_bias"
-        _add_bias(graph, layer, bias, tensor.dtype, len(scale))
-        weights[bias] = shift.to(tensor.dtype)
-    else:
-        weights[bias] = (weights[bias].double() * scale + shift).to(tensor.dtype)
+        _add_bias(graph, layer, name, sets[0][name].dtype, len(sets[0][name]))
     foldable.nodes[-1].replace_all_uses_with(layer)
     for node in reversed(foldable.nodes):
         graph.erase_node(node)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vfx.alphas import edge_weights
+from vfx.errors import PassError
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass, require_edges
 
@@ -26,6 +27,8 @@ class Interpolate(Pass):
 
     def requires(self, program: Program) -> None:
         require_edges(program, single=False, name=self.name)
+        if program.transport is not None:
+            raise PassError("the matching found linear maps; run Transform before Interpolate")
 
     def apply(self, program: Program) -> Program:
         alphas = edge_weights(self.weights, program.edges)

@@ -18,6 +18,8 @@ _LAZY = {
     "Program": "vfx.program",
     "Pass": "vfx.rewrite",
     "Matcher": "vfx.match.matcher",
+    "Matching": "vfx.match.matcher",
+    "Problem": "vfx.match.matcher",
     "WeightMatching": "vfx.match.weight",
     "ActivationMatching": "vfx.match.activation",
     "Align": "passes.align",
@@ -29,6 +31,7 @@ _LAZY = {
     "Interpolate": "passes.interpolate",
     "RemoveBias": "passes.remove_bias",
     "ResetBatchNorm": "passes.reset_batchnorm",
+    "Transform": "passes.transform",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
 from passes.remove_bias import RemoveBias
 from passes.reset_batchnorm import ResetBatchNorm
+from passes.transform import Transform
 from vfx.alphas import edge_weights
 from vfx.analyse.cost import Profile, cost
 from vfx.analyse.layers import Join, Layers, number_layers
@@ -107,13 +108,18 @@ def collect(
     *,
     data: Any,
     max_samples: int | None = None,
+    within: bool = False,
     device: Any = None,
     progress: bool = True,
 ) -> Statistics:
-    """One pass over ``data`` for all edges; pass the result as ``statistics=`` to any number of merges of them."""
+    """One pass over ``data`` for all edges; pass the result as ``statistics=`` to any number of merges of them.
+
+    ``within`` adds the second moments inside each network, which ZipIt!, CCA and optimal transport read; these methods
+    act on networks whose BatchNorm is folded (``vfx.FoldNormalization(batch_norm=True)``).
+    """
     program = _program(models, example_inputs)
     return collect_statistics(
-        program, symmetry(program), data, max_samples=max_samples, device=device, progress=progress
+        program, symmetry(program), data, max_samples=max_samples, within=within, device=device, progress=progress
     )
 
 
@@ -152,33 +158,48 @@ def merge(
         program = _program(models, example_inputs)
     _check_edges(program)
     alphas = edge_weights(weights, program.edges)
+    if match == "auto":
+        match = "weight" if data is None and statistics is None else "activation"
+    finder = matcher(match)
+    if finder is not None and not finder.exact:
+        program, normalize = _without_batch_norm(program, normalize, verify)
     normalize = _normalization(normalize, program, data)
-    finder = matcher(("activation" if data is not None or statistics else "weight") if match == "auto" else match)
     numbering = number_layers(program)
     preserved = numbering.number(preserve)
     if device is not None:
         program = program.to(device)
     with watch("symmetry"):
         facts = symmetry(program)
-    needs_features = finder is not None and finder.needs_data
-    if statistics is None and (needs_features or normalize in _NEED_GOALS):
-        if data is None:
-            raise ArgumentError("activation matching needs data= or statistics=; match='weight' does without")
+    needs = finder.needs if finder is not None else frozenset()
+    if data is None and ("data" in needs or (statistics is None and needs)):
+        raise ArgumentError(f"match={match!r} needs data= or statistics=; match='weight' does without")
+    if statistics is None and (needs & {"features", "within"} or normalize in _NEED_GOALS):
         with watch("statistics"):
             statistics = collect_statistics(
                 program,
                 facts,
                 data,
                 max_samples=max_samples,
-                features=needs_features,
+                features="features" in needs,
                 layers=normalize in _NEED_GOALS,
+                within="within" in needs,
                 device=device,
                 progress=progress,
             )
-    _check_statistics(statistics, normalize, needs_features)
-    align = Align(finder, statistics=statistics, facts=facts, seed=seed, verify=verify)
+    _check_statistics(statistics, normalize, needs)
+    align = Align(
+        finder,
+        data if "data" in needs else None,
+        statistics=statistics,
+        weights=alphas,
+        facts=facts,
+        seed=seed,
+        verify=verify,
+        progress=progress,
+    )
     passes: list[Pass] = [align, DuplicateBranches(preserve, alphas, join)]
     passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
+    passes += [Transform()] if finder is not None and not finder.exact else []
     passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
     result = _run(program, passes, watch)
     return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=preserved)
@@ -263,11 +284,24 @@ def _normalization(normalize: str | None, program: Program, data: Any) -> str | 
     return normalize
 
 
-def _check_statistics(statistics: Statistics | None, normalize: str | None, features: bool) -> None:
+def _without_batch_norm(program: Program, normalize: str | None, verify: bool) -> tuple[Program, str | None]:
+    """BatchNorm folded into its layers: linear maps must not go through a variance (CCA merging's negative ones).
+
+    What RESET does for a BatchNorm REPAIR then does for the layer it was folded into.
+    """
+    if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
+        return program, normalize
+    folded = FoldNormalization(batch_norm=True, verify=verify)(program)
+    left = any(operator(node) in BATCH_NORMS for node in folded.graph.nodes)
+    return folded, "repair" if normalize == "reset" or (normalize == "auto" and not left) else normalize
+
+
+def _check_statistics(statistics: Statistics | None, normalize: str | None, needs: Collection[str]) -> None:
     if statistics is None:
         return
-    if features and "features" not in statistics.reads:
-        raise ArgumentError("these statistics hold no features for activation matching; collect them again")
+    missing = set(needs) & {"features", "within"} - statistics.reads
+    if missing:
+        raise ArgumentError(f"these statistics hold no {missing.pop()!r}, which the matching needs; collect them again")
     if normalize in _NEED_GOALS and "layers" not in statistics.reads:
         raise ArgumentError(f"these statistics hold no layer statistics for {normalize!r}; collect them again")
 

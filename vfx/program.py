@@ -60,7 +60,8 @@ class Program:
     the one the graph uses. ``module`` is the user's model (edge 0), kept to write results back into its class.
     ``private`` names tensors that belong to one edge's branch and are never interpolated. ``goals`` holds the edges'
     statistics of each layer's output, in the channel order of their weights. ``notes`` is what passes refused, and why.
-    ``layers`` keeps the numbering of a network whose branches were duplicated.
+    ``layers`` keeps the numbering of a network whose branches were duplicated. ``transport`` holds linear maps that are
+    still to be put into the edges' weights (``vfx.match.maps``).
     """
 
     graph: fx.Graph
@@ -74,6 +75,7 @@ class Program:
     goals: Mapping[str, Goal] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     layers: tuple[Any, ...] = ()
+    transport: Any = None
     history: tuple[str, ...] = ()
     origin: str = ""
 

@@ -32,7 +32,8 @@ class Member:
     """One parameter axis that a group moves.
 
     ``position`` has shape (size, copies): the indices along ``dim`` at which each channel of the group stands. ``role``
-    is ``out`` (produces the feature), ``in`` (consumes it) or ``elementwise`` (scales or shifts it).
+    is ``out`` (produces the feature, adds to it), ``in`` (consumes it), ``elementwise`` (scales it, or belongs to a
+    norm) or ``tied`` (both produces and consumes it, as tied embeddings do).
     """
 
     fqn: str
@@ -329,7 +330,7 @@ def symmetry(program: Program) -> Symmetry:
             mask = leaves.leaf_of(rows[:, 1:]) == leaf
             position = _positions(rows, mask, int(leaves.starts[leaf]), leaves.sizes[leaf])
             assert position is not None, f"labels of {fqn}[{dim}] are not closed under their group"
-            role = roles.get((fqn, dim, leaf), "elementwise")
+            role = roles.get((fqn, dim, leaf), "out")
             members.setdefault(leaf, []).append(Member(fqn, dim, role, position))
     index_of = {leaf: index for index, leaf in enumerate(members)}
     outer = parents(inference, members)
@@ -353,6 +354,9 @@ def _group(
     return Group(index_of[leaf], leaves.sizes[leaf], members, index_of[outer], leaves.sizes[outer])
 
 
+_CONFLICTS = ({"out", "in"}, {"tied", "in"}, {"tied", "out"})
+
+
 def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
     """(FQN, dim, leaf) -> role; a factor's own note wins over the whole axis's."""
     roles: dict[tuple[str, int, int], str] = {}
@@ -361,7 +365,8 @@ def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
         if rows is None:
             continue
         for leaf in inference.leaves.free_leaves(inference.leaves.resolve(rows)):
-            roles[fqn, dim, leaf] = role
+            before = roles.get((fqn, dim, leaf), role)
+            roles[fqn, dim, leaf] = "tied" if {before, role} in _CONFLICTS else role
     return roles
 
 

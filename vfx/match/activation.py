@@ -16,9 +16,9 @@ import numpy as np
 from vfx.analyse.elements import moved
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError
-from vfx.match.matcher import Gain, Matching, assign, best_over_blocks
-from vfx.match.units import Unit, assign_unit, grid, units
-from vfx.program import Program
+from vfx.match.grids import grid
+from vfx.match.matcher import Gain, Matching, Problem, assign, best_over_blocks
+from vfx.match.units import Unit, assign_unit, units
 from vfx.statistics.collect import Statistics
 from vfx.statistics.taps import Tap
 
@@ -28,13 +28,15 @@ MAX_SWEEPS = 100
 class ActivationMatching:
     """One assignment per group on the correlations of ``statistics``."""
 
-    needs_data = True
+    needs = frozenset({"features"})
+    exact = True
 
-    def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int = 0) -> Matching:
+    def __call__(self, problem: Problem) -> Matching:
+        symmetry, statistics = problem.symmetry, problem.statistics
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         start = time.perf_counter()
-        results = [_Ascent(symmetry, statistics, edge).run() for edge in range(1, program.edges)]
+        results = [_Ascent(symmetry, statistics, edge).run() for edge in range(1, problem.program.edges)]
         return Matching(
             permutations=(symmetry.identity(), *(permutations for permutations, _, _ in results)),
             objective=tuple(objective for _, objective, _ in results),

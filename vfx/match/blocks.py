@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.match.grids import grid
 from vfx.match.matcher import Gain
-from vfx.match.units import PairOrders, Unit, grid
+from vfx.match.units import PairOrders, Unit
 from vfx.program import Weights
 
 

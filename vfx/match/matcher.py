@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.match.maps import Maps
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
 
@@ -19,10 +20,37 @@ Gain = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What there is to match: a Program's edges, its symmetry, what is known of their activations, and the choices.
+
+    ``weights`` are the edges' shares in the merge (equal if empty); ``data`` is the user's loader, for matchers that
+    run the networks themselves.
+    """
+
+    program: Program
+    symmetry: Symmetry
+    statistics: Statistics | None = None
+    weights: tuple[float, ...] = ()
+    data: Any = None
+    seed: int = 0
+    progress: bool = False
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weight of each edge."""
+        return self.weights or (1 / self.program.edges,) * self.program.edges
+
+
+@dataclass(frozen=True)
 class Matching:
-    """One permutation per group for each edge (the first edge's is the identity), and the objective reached."""
+    """One permutation per group for each edge (the first edge's is the identity), and the objective reached.
+
+    ``maps`` holds what is left to do behind the permutations where the method finds more than a permutation: for each
+    edge a linear map by group, close to the identity.
+    """
 
     permutations: tuple[Permutations, ...]
+    maps: tuple[Maps, ...] = ()
     objective: tuple[float, ...] = ()
     sweeps: tuple[int, ...] = ()
     seconds: float = 0.0
@@ -30,11 +58,17 @@ class Matching:
 
 
 class Matcher(Protocol):
-    """Finds, for each edge, the group element that brings it closest to the first edge."""
+    """Finds, for each edge, what brings it closest to the first edge.
 
-    needs_data: bool
+    ``needs`` names what it reads of the data: "features" (the groups' cross moments between edges), "within" (their
+    second moments inside each edge too), "data" (it runs the networks itself). An ``exact`` matcher finds group
+    elements alone, which keep each edge's function; others find linear maps too.
+    """
 
-    def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int) -> Matching: ...
+    needs: frozenset[str]
+    exact: bool
+
+    def __call__(self, problem: Problem) -> Matching: ...
 
 
 def assign(gain: Tensor | Gain) -> tuple[Index, float]:

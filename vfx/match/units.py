@@ -64,13 +64,3 @@ def _assign_pairs(gains: Gain) -> tuple[Index, Gain]:
     for i, j in np.ndindex(count, count):
         orders[i, j], values[i, j] = assign(gains[i, j])
     return orders, values
-
-
-def grid(groups: Sequence[int], digits: Index, position: Index, chosen: Sequence[int], sizes: Sequence[int]) -> Index:
-    """Positions as an array with one axis for each of the ``chosen`` groups, and all else (copies) in the last.
-
-    ``digits`` (n, groups) and ``position`` (n, copies) describe features as ``Symmetry.features`` does.
-    """
-    order = [*(list(groups).index(g) for g in chosen), *(k for k, g in enumerate(groups) if g not in chosen)]
-    rank = np.lexsort(digits[:, order[::-1]].T)
-    return position[rank].reshape(*sizes, -1)

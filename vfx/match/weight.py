@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vfx.analyse.symmetry import Group, Index, Member, Symmetry
 from vfx.match.blocks import BlockGains
-from vfx.match.matcher import Gain, Matching, assign, best_over_blocks
+from vfx.match.matcher import Gain, Matching, Problem, assign, best_over_blocks
 from vfx.match.units import Unit, assign_unit, units
-from vfx.program import Program, Weights
+from vfx.program import Weights
 
 MAX_SWEEPS = 100
 TOLERANCE = 1e-12
@@ -32,15 +32,17 @@ TOLERANCE = 1e-12
 class WeightMatching:
     """Coordinate descent over groups; ``restarts`` further descents begin from random permutations."""
 
-    needs_data = False
+    needs: frozenset[str] = frozenset()
+    exact = True
 
     def __init__(self, restarts: int = 0):
         self.restarts = restarts
 
     @torch.no_grad()
-    def __call__(self, program: Program, symmetry: Symmetry, statistics: object = None, seed: int = 0) -> Matching:
+    def __call__(self, problem: Problem) -> Matching:
         start = time.perf_counter()
-        generator = np.random.default_rng(seed)
+        program, symmetry = problem.program, problem.symmetry
+        generator = np.random.default_rng(problem.seed)
         best = []
         for weights in program.weights[1:]:
             descents = [

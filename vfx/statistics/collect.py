@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ class Statistics:
     """What one pass over the data saw of every edge.
 
     ``features`` holds, by tap, moments and cross products of the groups' features; ``layers`` the moments of each conv
-    and linear output by node name, one for each edge. Both are in the edges' own channel order; ``reads`` says which of
-    the two were asked for (a network without free channels has no features to read).
+    and linear output by node name, one for each edge, ``covariances`` those outputs' (C, C) covariance in each edge.
+    All are in the edges' own channel order; ``reads`` says what was asked for (a network without free channels has no
+    features to read): "features", "layers", and "within" for second moments inside each edge.
     """
 
     samples: int
@@ -36,6 +37,7 @@ class Statistics:
     layers: Mapping[str, list[Moments]]
     fingerprint: tuple[str, ...]
     reads: frozenset[str] = frozenset({"features", "layers"})
+    covariances: Mapping[str, list[Tensor]] = field(default_factory=dict)
 
     def check(self, program: Program) -> None:
         """Raise DataError unless these statistics belong to exactly this graph and these weights."""
@@ -59,17 +61,19 @@ def collect(
     max_samples: int | None = None,
     features: bool = True,
     layers: bool = True,
+    within: bool = False,
     device: Any = None,
     progress: bool = True,
 ) -> Statistics:
     """Read all edges' activations in one pass over ``data``.
 
     ``features`` asks for the groups' features (activation matching), ``layers`` for the conv and linear outputs
-    (REPAIR, RESCALE). Totals are float64; the result is the same for any partition into batches.
+    (REPAIR, RESCALE), ``within`` for the second moments of both inside each edge (ZipIt!, CCA). Totals are float64; the
+    result is the same for any partition into batches.
     """
     if device is not None:
         program = program.to(device)
-    collector = _Collector(program, feature_taps(symmetry) if features else [], layers)
+    collector = _Collector(program, feature_taps(symmetry) if features else [], layers, within)
     batches = Batches(program, data, max_samples, device)
     for batch in track(batches, "statistics", len(batches), progress):
         collector.add(batch, batches.size(batch))
@@ -79,18 +83,22 @@ def collect(
         features=collector.features,
         layers=collector.layers,
         fingerprint=fingerprint(program),
-        reads=frozenset(name for name, asked in (("features", features), ("layers", layers)) if asked),
+        reads=frozenset(
+            name for name, asked in (("features", features), ("layers", layers), ("within", within)) if asked
+        ),
+        covariances=collector.covariances(),
     )
 
 
 class _Collector:
     """Accumulators of every tap, fed batch by batch."""
 
-    def __init__(self, program: Program, taps: list[Tap], layers: bool):
-        self.program, self.taps, self.samples = program, taps, 0
+    def __init__(self, program: Program, taps: list[Tap], layers: bool, within: bool):
+        self.program, self.taps, self.samples, self.within = program, taps, 0, within
         self.plan = schedule(program.graph)
         self.features: dict[str, CrossMoments] = {}
         self.layers: dict[str, list[Moments]] = {}
+        self._spread: dict[str, CrossMoments] = {}  # the layers' moments with their covariances
         self._workspace = Workspace()
         self._taps_at: dict[str, list[Tap]] = {}
         for tap in taps:
@@ -107,7 +115,19 @@ class _Collector:
             for tap in self._taps_at.get(node.name, ()):
                 self._read_features(tap, values)
 
+    def covariances(self) -> dict[str, list[Tensor]]:
+        """Covariance (C, C) of each layer's output, one for each edge."""
+        edges = range(self.program.edges)
+        return {name: [cross.covariance(i, i) for i in edges] for name, cross in self._spread.items()}
+
     def _read_layer(self, name: str, channel: int, values: list[Tensor]) -> None:
+        if self.within:
+            if name not in self._spread:
+                size, device = values[0].shape[channel], values[0].device
+                self._spread[name] = CrossMoments(len(values), size, device, within=True, between=False)
+                self.layers[name] = self._spread[name].moments
+            self._spread[name].read(values, channel, self._workspace)
+            return
         if name not in self.layers:
             self.layers[name] = [Moments(x.shape[channel], x.device) for x in values]
         for moments, x in zip(self.layers[name], values):
@@ -115,7 +135,7 @@ class _Collector:
 
     def _read_features(self, tap: Tap, values: list[Tensor]) -> None:
         if tap.key not in self.features:
-            self.features[tap.key] = CrossMoments(len(values), tap.size, values[0].device)
+            self.features[tap.key] = CrossMoments(len(values), tap.size, values[0].device, within=self.within)
         if tap.whole:
             self.features[tap.key].read(values, tap.dim, self._workspace)
         else:

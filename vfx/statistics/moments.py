@@ -49,15 +49,17 @@ class Moments:
 class CrossMoments:
     """Moments of N networks' features and the cross products between them.
 
-    ``cross[i, j]`` (i < j) is Σ (x_i − μ_i)(x_j − μ_j)ᵀ over all samples, float64 (C, C).
+    ``cross[i, j]`` is Σ (x_i − μ_i)(x_j − μ_j)ᵀ over all samples, float64 (C, C): for i < j, and for i = j where
+    ``within`` asks for it. ``between=False`` leaves out the pairs of different networks.
     """
 
-    def __init__(self, edges: int, channels: int, device: Any = None):
+    def __init__(self, edges: int, channels: int, device: Any = None, *, within: bool = False, between: bool = True):
         self.moments = [Moments(channels, device) for _ in range(edges)]
         self.cross = {
             (i, j): torch.zeros(channels, channels, dtype=torch.float64, device=device)
             for i in range(edges)
-            for j in range(i + 1, edges)
+            for j in range(i, edges)
+            if (within if i == j else between)
         }
 
     def update(self, features: list[Tensor]) -> None:
@@ -82,6 +84,11 @@ class CrossMoments:
             total += rows[i] @ rows[j].T
             if weight:
                 total.addr_(shifts[i], shifts[j], alpha=weight)
+
+    def covariance(self, i: int, j: int) -> Tensor:
+        """Population covariance (C, C) between the channels of two edges, or of one (where it was asked for)."""
+        total = self.cross[i, j] if i <= j else self.cross[j, i].T
+        return total / max(self.moments[0].count, 1)
 
     def correlation(self, i: int, j: int) -> Tensor:
         """Pearson correlation (C, C) between the channels of edges i < j; 0 where a channel is constant."""

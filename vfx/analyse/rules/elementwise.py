@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
 
 
+_ADDITIVE = {"aten.add", "aten.sub", "aten.rsub", "aten.where", "aten.clone"}
+
+
 def pointwise(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Any number of operands, broadcast against each other."""
     nested = [item for value in a.values() for item in (value if isinstance(value, (list, tuple)) else [value])]
+    if operator(node).removesuffix("_") not in _ADDITIVE:
+        for operand in (item for item in nested if isinstance(item, fx.Node)):
+            for dim in range(len(t.shape(operand).origin) if isinstance(t.shapes.get(operand), Shape) else 0):
+                t.role(operand, dim, "elementwise")
     return t.broadcast(t.operands(nested), t.sizes(node))
 
 

@@ -56,6 +56,7 @@ def prelu(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     weight = t.shape(a["weight"])
     if weight.axes and weight.axes[0].size > 1:
         t.tie(t.axis(x, 1), t.axis(weight, 0))
+        t.role(a["weight"], 0, "elementwise")
     return x
 
 

@@ -1,0 +1,28 @@
+"""Transform: linear maps found by a matching go into the weights behind the preserved layers.
+
+Layers that make a feature become T W, layers that read it W U (ZipIt! §4, CCA merging §3, OT fusion §3). Preserved
+branches are left alone: their maps stand on the join edge (DuplicateBranches), where they are exact; pushed into the
+branch they would also reach the layers that read the feature unmapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vfx.program import Program
+from vfx.rewrite import Pass, require_edges
+
+
+class Transform(Pass):
+    """Put the maps of ``program.transport`` into each edge's weights; nothing to do where there are none."""
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=False, name=self.name)
+
+    def apply(self, program: Program) -> Program:
+        transport = program.transport
+        if transport is None:
+            return program
+        weights = [transport.weights(edge, own, program.private) for edge, own in enumerate(program.weights)]
+        count = len({group for maps in transport.maps for group in maps})
+        return replace(program.with_weights(weights, f"Transform({count} groups)"), transport=None)
