@@ -40,7 +40,7 @@ class FoldNormalization(Pass):
         self.batch_norm, self.verify = batch_norm, verify
 
     def requires(self, program: Program) -> None:
-        if program.private or any(True for _ in affines(program)):
+        if not self.batch_norm:
             require_edges(program, single=True, name=self.name)
 
     def apply(self, program: Program) -> Program:

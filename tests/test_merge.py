@@ -234,7 +234,7 @@ def test_kept_statistics_give_the_same_bits(normalize: str | None) -> None:
 def test_statistics_without_what_is_needed_are_refused() -> None:
     models = edges(concatenated, X)
     layers_only = _run(models, X, data=X, match="weight", normalize="repair").statistics
-    with pytest.raises(ArgumentError, match="no features for activation matching"):
+    with pytest.raises(ArgumentError, match="hold no 'features'"):
         _run(models, X, statistics=layers_only, match="activation")
     features_only = _run(models, X, data=X, match="activation", normalize=None).statistics
     with pytest.raises(ArgumentError, match="no layer statistics"):

