@@ -20,8 +20,6 @@ from __future__ import annotations
 import inspect
 import json
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.memory import peak_memory
 from benchmarks.pairs_report import grid
 from vfx.analyse.elements import moved
 from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
@@ -293,12 +292,6 @@ def measure(case: Case) -> dict[str, Any]:
         "peak_mib_before": before,
         "samples": len(problem.data),
     }
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@ Every classification, segmentation and video network of torchvision, timm networ
 Face families from tiny configurations, all with random weights and images as small as each network allows. For each one
 line: its groups and channels, how many groups lie inside the blocks of another (attention heads, groups of a
 convolution), how many positions of parameter axes are pinned, operators without a rule, seconds that capture and
-inference took, the largest relative output error in float64 when every group is permuted, and peak memory.
+inference took (processor time on one thread), the largest relative output error in float64 when every group is
+permuted, and peak memory.
 
 The error must stay below 1e-10; what a network itself casts to float32 is computed in float64 for this. Networks of
 more than 400 million parameters give up the memory of their weights (meta): they are captured and analysed, not
@@ -33,8 +34,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
+from benchmarks.memory import peak_memory
 from benchmarks.pairs_report import grid
-from benchmarks.recovery import peak_memory
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import trace
 from vfx.files import write_atomic
@@ -255,9 +256,9 @@ def _built(network: Network) -> tuple[nn.Module, bool]:
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     result = run()
-    return result, round(time.perf_counter() - start, 3)
+    return result, round(time.process_time() - start, 3)
 
 
 def describe(facts: Symmetry) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vfx.analyse.symmetry import Permutations, Symmetry
 from vfx.api import symmetry, trace
+from vfx.program import Program
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -71,3 +72,18 @@ def close(actual: Any, expected: Any, tolerance: float) -> None:
     flat = [torch.as_tensor(value) for value in (actual, expected)]
     scale = max(float(flat[1].abs().max()), 1e-30) if flat[1].numel() else 1.0
     torch.testing.assert_close(flat[0], flat[1], rtol=0, atol=tolerance * scale)
+
+
+@torch.no_grad()
+def node_values(program: Program, x: Tensor, edge: int = 0) -> dict[str, Any]:
+    """Every node's value by name: a plain loop over the graph."""
+    found: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = x
+        elif node.op == "get_attr":
+            found[node] = program.weights[edge][node.target]
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+            found[node] = node.target(*args, **kwargs)
+    return {node.name: value for node, value in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, edges, images
+from conftest import close, edges, images, node_values
 from micro_models import conv, net
 from test_matching import concatenated, residual
 from torch import Tensor, fx, nn
@@ -61,21 +61,6 @@ def _merged(program: Program, data: Any = DATA, preserve: int = 0) -> Program:
 
 def _inserted(program: Program, data: Any = DATA) -> Program:
     return InsertNormalization()(_merged(program, data))
-
-
-@torch.no_grad()
-def values(program: Program, x: Tensor, edge: int = 0) -> dict[str, Any]:
-    """Every node's value by name: a plain loop over the graph."""
-    found: dict[fx.Node, Any] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            found[node] = x
-        elif node.op == "get_attr":
-            found[node] = program.weights[edge][node.target]
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
-            found[node] = node.target(*args, **kwargs)
-    return {node.name: value for node, value in found.items()}
 
 
 def _statistics(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -287,7 +272,7 @@ def test_goals_average_deviations_and_not_variances() -> None:
     weights = (0.2, 0.5, 0.3)
     merged = Interpolate(weights)(aligned)
     for node in ("conv2d", "conv2d_1", "linear"):
-        naive = [_statistics(values(program, DATA, edge)[node]) for edge in range(3)]
+        naive = [_statistics(node_values(program, DATA, edge)[node]) for edge in range(3)]
         close(merged.goals[node].mean[0], sum(w * mean for w, (mean, _) in zip(weights, naive)), 1e-12)
         close(merged.goals[node].std[0], sum(w * std for w, (_, std) in zip(weights, naive)), 1e-12)
 
@@ -524,9 +509,11 @@ def test_every_normalised_layer_reaches_its_goal(name: str, kind: str, preserve:
     result = merge(
         program, data=PICTURES.split(5), match=None, weights=ALPHAS, normalize=kind, preserve=preserve, progress=False
     )
-    own = [values(program, PICTURES, edge) for edge in range(2)]
-    after = values(result.program, PICTURES)
-    before = values(merge(program, match=None, weights=ALPHAS, normalize=None, preserve=preserve).program, PICTURES)
+    own = [node_values(program, PICTURES, edge) for edge in range(2)]
+    after = node_values(result.program, PICTURES)
+    before = node_values(
+        merge(program, match=None, weights=ALPHAS, normalize=None, preserve=preserve).program, PICTURES
+    )
     checked, moved = 0, 0
     for layer in layers(program):
         if layer.shortcut or layer.number in (*range(preserve + 1), len(layers(program))):
@@ -604,7 +591,7 @@ def test_one_sweep_over_the_uncorrected_network_would_not_do() -> None:
     """Negative control of the two tests above: moments taken before earlier layers are corrected miss the goals."""
     program = _network("vgg16")
     inserted = _inserted(program, PICTURES)
-    raw = values(inserted, PICTURES)
+    raw = node_values(inserted, PICTURES)
     weights = dict(inserted.weights[0])
     for affine in affines(inserted):
         mean, std = _statistics(raw[affine.layer.name])
@@ -612,8 +599,8 @@ def test_one_sweep_over_the_uncorrected_network_would_not_do() -> None:
         scale = goal.std[0] / std
         weights[affine.scale] = scale.reshape(-1, 1, 1)
         weights[affine.shift] = (goal.mean[0] - mean * scale).reshape(-1, 1, 1)
-    wrong = values(inserted.with_weights([weights]), PICTURES)
-    right = values(CalibrateNormalization("repair", PICTURES, progress=False)(inserted), PICTURES)
+    wrong = node_values(inserted.with_weights([weights]), PICTURES)
+    right = node_values(CalibrateNormalization("repair", PICTURES, progress=False)(inserted), PICTURES)
     last = list(affines(inserted))[-1]
     goal = inserted.goals[last.layer.name].std[0]
     close(_statistics(right[last.add.name])[1], goal, 1e-9)
@@ -675,8 +662,8 @@ def test_a_network_with_batchnorm_is_reset_where_it_has_one(kind: str) -> None:
 def test_a_mixed_network_gets_both() -> None:
     program = _program(residual)
     result = merge(program, data=DATA, match=None, normalize="repair", weights=ALPHAS, progress=False)
-    after = values(result.program, DATA)
-    own = [values(program, DATA, edge) for edge in range(2)]
+    after = node_values(result.program, DATA)
+    own = [node_values(program, DATA, edge) for edge in range(2)]
     normed = next(node for node in program.graph.nodes if "batch_norm" in node.name)
     for layer in layers(program):
         stats = [_statistics(edge[layer.node]) for edge in own]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, edges, images
+from conftest import close, edges, images, node_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro_models import conv, net
@@ -346,3 +346,23 @@ def test_data_that_do_not_fit_are_refused(residual: list[nn.Module]) -> None:
     for data, message in cases:
         with pytest.raises(DataError, match=message):
             collect(program, data=data, progress=False)
+
+
+def test_second_moments_inside_each_edge_equal_numpy() -> None:
+    x = images(23, 8, dtype=torch.float64)
+    program = trace(edges(_residual, x), x[:2])
+    found = collect(program, data=x.split(5), within=True, progress=False)
+    assert found.reads == {"features", "layers", "within"}
+    for edge in range(2):
+        values = node_values(program, x, edge)
+        for name, covariances in found.covariances.items():
+            rows = values[name].movedim(1, 0).flatten(1).numpy()
+            np.testing.assert_allclose(covariances[edge].numpy(), np.cov(rows, bias=True), rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(found.layers[name][edge].std.numpy(), rows.std(1), rtol=1e-10)
+        for tap in found.taps:
+            rows = values[tap.node].movedim(tap.dim, 0).flatten(1).numpy()
+            own = found.features[tap.key].covariance(edge, edge).numpy()
+            np.testing.assert_allclose(own, np.cov(rows, bias=True), rtol=1e-10, atol=1e-12)
+    plain = collect(program, data=x.split(5), progress=False)
+    assert not plain.covariances
+    assert all((0, 0) not in cross.cross for cross in plain.features.values())
