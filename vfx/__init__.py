@@ -15,6 +15,9 @@ _LAZY = {
         ["Result", "collect", "compile", "layers", "merge", "profile", "repair", "symmetry", "trace"], "vfx.api"
     ),
     **dict.fromkeys(["export", "load"], "vfx.emit.files"),
+    "diagnose": "vfx.diagnosis.diagnose",
+    "barrier": "vfx.diagnosis.barrier",
+    "select": "vfx.diagnosis.select",
     "Program": "vfx.program",
     "Pass": "vfx.rewrite",
     "Matcher": "vfx.match.matcher",

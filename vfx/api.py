@@ -30,6 +30,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.capture import capture
 from vfx.checks import check_edges, check_finite, check_same_function
+from vfx.diagnosis.skew import skew_notes
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError, PassError
 from vfx.match.catalogue import matcher
@@ -41,6 +42,7 @@ from vfx.rewrite import Pass
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import reusable
+from vfx.statistics.labels import counted
 
 NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
 _NEED_DATA = ("repair", "rescale", "reset")
@@ -134,6 +136,7 @@ def merge(
     preserve: int | str = 0,
     join: Join = "preactivation",
     statistics: Statistics | None = None,
+    held_out: Any = None,
     max_samples: int | None = None,
     verify: bool = True,
     seed: int = 0,
@@ -149,7 +152,8 @@ def merge(
     ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
     with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
     number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm and activation.
-    ``statistics``: from an earlier merge or ``vfx.collect``. ``verify``: prove f(x) = f_π(x) before use.
+    ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate nothing; the report
+    warns if the merged network's variances do not fit the edges' on them. ``verify``: prove f(x) = f_π(x) before use.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     watch = Stopwatch()
@@ -157,6 +161,7 @@ def merge(
     with watch("trace"):
         program = _program(models, example_inputs)
     _check_edges(program)
+    data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
     if match == "auto":
         match = "weight" if data is None and statistics is None else "activation"
@@ -202,6 +207,7 @@ def merge(
     passes += [Transform()] if finder is not None and not finder.exact else []
     passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
     result = _run(program, passes, watch)
+    result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, progress)))
     return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=preserved)
 
 

@@ -1,0 +1,313 @@
+"""``vfx.barrier``: loss and accuracy along the line between two edges, before and after alignment and normalization.
+
+The barrier of a curve m is max_α [(1 − α) m(f_0) + α m(f_1) − m(f_α)] for accuracy, and the same with the sign turned
+for loss (Frankle et al. 2020; 11 points). Statistics are collected once and the permutations found once; every α and
+every normalization uses them. Without labels the target is the edges' ensemble: accuracy is the agreement with its
+class, loss the cross-entropy against its softmax.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from vfx.analyse.symmetry import Symmetry
+from vfx.api import collect, merge, symmetry, trace
+from vfx.diagnosis.observe import first_output
+from vfx.diagnosis.rows import finite
+from vfx.errors import ArgumentError, DataError
+from vfx.files import write_atomic
+from vfx.match.catalogue import matcher
+from vfx.match.matcher import Matcher, Matching
+from vfx.operators import BATCH_NORMS, operator
+from vfx.program import Program
+from vfx.progress import track
+from vfx.statistics.collect import Statistics
+from vfx.statistics.data import Batches
+from vfx.statistics.labels import batch_labels, in_order
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_GOALS = ("repair", "rescale")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy (share, 0 to 1) and loss (nats) of the merged network at each α, which weighs the second edge."""
+
+    match: str | None
+    normalize: str | None
+    alphas: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    loss: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        matched = "direct" if self.match is None else f"{self.match} matching"
+        return matched if self.normalize is None else f"{matched}, {self.normalize}"
+
+    @property
+    def accuracy_barrier(self) -> float:
+        """max_α [(1 − α) m(f_0) + α m(f_1) − m(f_α)], at least 0 (at the ends)."""
+        return _barrier(self.alphas, self.accuracy, 1.0)
+
+    @property
+    def loss_barrier(self) -> float:
+        """max_α [m(f_α) − (1 − α) m(f_0) − α m(f_1)], at least 0; infinite if a loss is."""
+        return _barrier(self.alphas, self.loss, -1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "match": self.match,
+            "normalize": self.normalize,
+            "alphas": list(self.alphas),
+            "accuracy": [finite(x) for x in self.accuracy],
+            "loss": [finite(x) for x in self.loss],
+            "accuracy_barrier": finite(self.accuracy_barrier),
+            "loss_barrier": finite(self.loss_barrier),
+        }
+
+
+def _barrier(alphas: Sequence[float], values: Sequence[float], sign: float) -> float:
+    gaps = (sign * ((1 - a) * values[0] + a * values[-1] - m) for a, m in zip(alphas, values))
+    return max(0.0, *gaps)
+
+
+@dataclass(frozen=True, eq=False)
+class Barrier:
+    """Curves between two edges; ``target`` says what they are measured against: "labels" or "ensemble"."""
+
+    curves: tuple[Curve, ...]
+    target: str
+    samples: int
+
+    def __iter__(self) -> Iterator[Curve]:
+        return iter(self.curves)
+
+    def curve(self, match: str | None, normalize: str | None) -> Curve:
+        """One curve by how it was made. Raises ArgumentError."""
+        for one in self.curves:
+            if (one.match, one.normalize) == (match, normalize):
+                return one
+        raise ArgumentError(f"no curve {match!r}, {normalize!r}; there are {', '.join(c.name for c in self.curves)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"target": self.target, "samples": self.samples, "curves": [one.to_dict() for one in self.curves]}
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        if path is not None:
+            write_atomic(path, text)
+        return text
+
+    def figure(self) -> Figure:
+        """Accuracy and loss against α, as in the papers' Figure 1."""
+        from vfx.diagnosis.figures import barrier_figure
+
+        return barrier_figure(self)
+
+    def table(self) -> Table:
+        table = Table(title=f"barriers on {self.samples} samples against {_TARGETS[self.target]}")
+        for column in ("curve", "accuracy at the middle", "accuracy barrier", "loss barrier"):
+            table.add_column(column, justify="left" if column == "curve" else "right")
+        for one in self.curves:
+            middle = one.accuracy[len(one.accuracy) // 2]
+            table.add_row(
+                one.name, f"{100 * middle:.2f} %", f"{100 * one.accuracy_barrier:.2f} points", f"{one.loss_barrier:.3f}"
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+_TARGETS = {"labels": "the labels", "ensemble": "the edges' ensemble"}
+
+
+@torch.no_grad()
+def barrier(
+    models: Sequence[nn.Module] | Program,
+    example_inputs: Any = None,
+    *,
+    data: Any,
+    evaluate: Any = None,
+    match: str | Matcher | None = "activation",
+    normalize: Sequence[str | None] | None = None,
+    points: int = 11,
+    before: bool = True,
+    preserve: int | str = 0,
+    statistics: Statistics | None = None,
+    max_samples: int | None = None,
+    device: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Barrier:
+    """Measure accuracy and loss of the merged network at ``points`` values of α from one edge to the other.
+
+    ``data`` calibrates, ``evaluate`` (default: ``data``) is measured on; its batches may end in class labels.
+    ``match`` aligns the second edge; ``before`` adds the curves without alignment. ``normalize``: names as for
+    ``vfx.merge``, default None and RESET with BatchNorm, else None, REPAIR and RESCALE. ``preserve``: layers kept for
+    each edge (PFM). At the ends stand the edges themselves.
+    Raises ArgumentError, DataError and what ``vfx.merge`` raises.
+    """
+    program = models if isinstance(models, Program) else trace(models, example_inputs)
+    program = program if device is None else program.to(device)
+    if program.edges != 2:
+        raise ArgumentError(f"a barrier lies between two edges, got {program.edges}; merge pairs of them")
+    if points < 3:
+        raise ArgumentError(f"points must be at least 3 (both ends and one between), got {points}")
+    data = in_order(data)
+    methods = _methods(program) if normalize is None else list(normalize)
+    known = _known_matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)
+    test = Evaluation(program, in_order(evaluate) if evaluate is not None else data, device)
+    alphas = [index / (points - 1) for index in range(points)]
+    ends = [test(program.select(edge)) for edge in range(2)]
+    todo = [(found, method, alpha) for found in known.matches for method in methods for alpha in alphas[1:-1]]
+    values: dict[tuple[str | None, str | None], list[tuple[float, float]]] = {}
+    for found, method, alpha in track(todo, "barrier", len(todo), progress):
+        merged = merge(
+            program,
+            data=data,
+            match=_Known(found.matching) if found.matching is not None else None,
+            weights=alpha,
+            normalize=method,
+            preserve=preserve,
+            statistics=known.statistics,
+            max_samples=max_samples,
+            verify=(found.name, method) not in values,
+            device=device,
+            progress=False,
+        )
+        values.setdefault((found.name, method), []).append(test(merged.program))
+    curves = []
+    for (name, method), inner in values.items():
+        accuracy, loss = zip(*[ends[0], *inner, ends[1]])
+        curves.append(Curve(name, method, tuple(alphas), accuracy, loss))
+    return Barrier(tuple(curves), test.target, test.samples)
+
+
+@dataclass(frozen=True)
+class _Match:
+    name: str | None
+    matching: Matching | None
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """The alignments to draw curves for, each found once, and the statistics they share."""
+
+    matches: tuple[_Match, ...]
+    statistics: Statistics | None
+
+
+class _Known:
+    """A matcher that gives the permutations found before."""
+
+    needs_data = False
+
+    def __init__(self, matching: Matching):
+        self.matching = matching
+
+    def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int) -> Matching:
+        return self.matching
+
+
+def _known_matches(
+    program: Program,
+    match: str | Matcher | None,
+    before: bool,
+    data: Any,
+    statistics: Statistics | None,
+    methods: Sequence[str | None],
+    limit: int | None,
+    device: Any,
+    seed: int,
+    progress: bool,
+) -> _Matches:
+    finder = matcher(match)
+    needs = (finder is not None and finder.needs_data) or any(name in _GOALS for name in methods)
+    if statistics is None and needs:
+        statistics = collect(program, data=data, max_samples=limit, device=device, progress=progress)
+    found = [_Match(None, None)] if before or finder is None else []
+    if finder is not None:
+        name = match if isinstance(match, str) else type(finder).__name__
+        found.append(_Match(name, finder(program, symmetry(program), statistics, seed)))
+    return _Matches(tuple(found), statistics)
+
+
+def _methods(program: Program) -> list[str | None]:
+    has_norm = any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
+    return [None, "reset"] if has_norm else [None, "repair", "rescale"]
+
+
+class Evaluation:
+    """Accuracy and loss of Programs on one set of batches, against their labels or the ensemble of ``edges``."""
+
+    def __init__(self, edges: Program, data: Any, device: Any = None):
+        self.edges, self.device = edges, device
+        self._data = data.split(512) if isinstance(data, Tensor) else data
+        if not isinstance(self._data, Iterable):
+            raise DataError(f"evaluate must be a tensor or an iterable of batches, got {type(data).__name__}")
+        self._inputs = len(edges.signature.inputs)
+        self._ensemble: list[Tensor] | None = None
+        first = next(iter(self._data), None)
+        size = self._batch(first)[1] if first is not None else 0
+        self.labelled = first is not None and batch_labels(first, self._inputs, size) is not None
+        self.target = "labels" if self.labelled else "ensemble"
+        self.samples = 0
+
+    def __call__(self, program: Program) -> tuple[float, float]:
+        """Accuracy (share) and mean loss of a single-edge Program."""
+        right, loss, samples = 0.0, 0.0, 0
+        for index, raw in enumerate(self._data):
+            batch, size = self._batch(raw)
+            logits = _logits(program(*batch))
+            target = self._target(index, raw, size).to(logits.device)
+            classes = target if target.ndim == 1 else target.argmax(1)
+            right += float((logits.argmax(1) == classes).sum())
+            loss += float(nn.functional.cross_entropy(logits.double(), target, reduction="sum"))
+            samples += size
+        if not samples:
+            raise DataError("evaluate holds no samples; give at least one batch")
+        self.samples = samples
+        return right / samples, loss / samples
+
+    def _batch(self, raw: Any) -> tuple[list[Tensor], int]:
+        batches = Batches(self.edges, [raw], device=self.device)
+        batch = next(iter(batches))
+        return batch, batches.size(batch)
+
+    def _target(self, index: int, raw: Any, size: int) -> Tensor:
+        if self.labelled:
+            labels = batch_labels(raw, self._inputs, size)
+            if labels is None:
+                raise DataError(f"batch {index} of evaluate has no class labels, the first batch has")
+            return labels
+        if self._ensemble is None:
+            self._ensemble = [self._probabilities(other) for other in self._data]
+        return self._ensemble[index]
+
+    def _probabilities(self, raw: Any) -> Tensor:
+        batch, _ = self._batch(raw)
+        found = [_logits(self.edges(*batch, edge=edge)).double().softmax(1) for edge in range(self.edges.edges)]
+        return torch.stack(found).mean(0)
+
+
+def _logits(result: Any) -> Tensor:
+    logits = first_output(result)
+    if logits is None or logits.ndim != 2:
+        shape = None if logits is None else tuple(logits.shape)
+        raise ArgumentError(f"accuracy needs outputs (N, classes), this network gives {shape}")
+    return logits

@@ -1,0 +1,76 @@
+"""A merged network and its edges read in one pass: what ``diagnose`` reports and held-out checks judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vfx.diagnosis.observe import Observer, observe
+from vfx.diagnosis.rows import LayerRow, layer_rows
+from vfx.diagnosis.taps import Key, layer_taps, preserved
+from vfx.errors import ArchitectureError
+from vfx.program import Program
+from vfx.progress import track
+from vfx.statistics.data import Batches
+from vfx.statistics.moments import Moments
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, and the moments of the merged network's and each edge's outputs (None where they are no tensor)."""
+
+    rows: tuple[LayerRow, ...]
+    samples: int
+    outputs: Moments | None
+    edge_outputs: tuple[Moments | None, ...]
+
+
+@torch.no_grad()
+def compare(
+    network: Program,
+    edges: Program,
+    data: Any,
+    *,
+    max_samples: int | None = None,
+    device: Any = None,
+    units: bool = True,
+    progress: bool = True,
+) -> Comparison:
+    """Read ``network`` and every weight set of ``edges`` on ``data``; ``units`` counts those that merging silences.
+
+    Raises ArchitectureError if no layer of one has the name of a layer of the other, DataError.
+    """
+    taps, edge_taps = layer_taps(network), layer_taps(edges)
+    kept = preserved(taps, network)
+    if not set(taps) & set(edge_taps) and not kept & {name for name, _ in edge_taps}:
+        raise ArchitectureError(
+            f"no layer of the merged network has the name of one of its references: {_some(taps)} against "
+            f"{_some(edge_taps)}; diagnose compares networks whose modules have the same names"
+        )
+    own = Observer(network, 0, {key: tap for key, tap in taps.items() if key in edge_taps})
+    others = [Observer(edges, edge, edge_taps) for edge in range(edges.edges)]
+    batches = _Counted(Batches(edges, data, max_samples, device), progress)
+    pairs = observe(own, others, batches)
+    rows = layer_rows(own, others, pairs if units else [], kept)
+    return Comparison(rows, batches.samples, own.outputs, tuple(one.outputs for one in others))
+
+
+class _Counted:
+    """Batches with their sizes, behind a progress bar; knows afterwards how many samples there were."""
+
+    def __init__(self, batches: Batches, progress: bool):
+        self.batches, self.progress, self.samples = batches, progress, 0
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], int]]:
+        for batch in track(self.batches, "diagnosis", len(self.batches), self.progress):
+            size = self.batches.size(batch)
+            self.samples += size
+            yield batch, size
+
+
+def _some(taps: Iterable[Key]) -> str:
+    return ", ".join(name for name, _ in list(taps)[:3]) + " …"

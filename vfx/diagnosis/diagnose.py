@@ -1,0 +1,131 @@
+"""``vfx.diagnose``: a merged network beside its edges, every measure from one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vfx.analyse.verify import preserved as function_change
+from vfx.api import Result, symmetry, trace
+from vfx.diagnosis.compare import compare
+from vfx.diagnosis.diagnosis import Diagnosis, Logits
+from vfx.diagnosis.rows import overall
+from vfx.diagnosis.verdict import judge
+from vfx.errors import ArchitectureError, ArgumentError, VerificationError
+from vfx.match.catalogue import matcher
+from vfx.match.matcher import Matcher, Matching
+from vfx.operators import BATCH_NORMS, operator
+from vfx.program import Program
+from vfx.rewrite import PRESERVED
+from vfx.statistics.collect import collect
+from vfx.statistics.data import reusable
+
+
+@torch.no_grad()
+def diagnose(
+    merged: Result | nn.Module | Program,
+    references: Sequence[nn.Module] | nn.Module | Program,
+    example_inputs: Any = None,
+    *,
+    data: Any,
+    match: str | Matcher | None = "auto",
+    max_samples: int | None = None,
+    device: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Diagnosis:
+    """Find where a merged (or pruned) network lost the features of its ``references``, and what to try.
+
+    ``merged``: a Result, a module or a Program of one weight set. ``references``: the edges, or their Program. Layers
+    are the same if they belong to modules of one name; the layers that PFM preserved are marked, not compared. Only
+    one measure needs the edges' units in the merged network's order (units that an edge activates and merging
+    silences): ``match`` "auto" takes the permutations that a Result was merged with, None takes the references as they
+    are, "weight" or "activation" aligns them to the first. ``data``: batches as for ``merge``; read once.
+    Raises ArgumentError, ArchitectureError, CaptureError, DataError.
+    """
+    data = reusable(data)
+    network, edges = _programs(merged, references, example_inputs)
+    if device is not None:
+        network, edges = network.to(device), edges.to(device)
+    edges, aligned = _align(edges, merged, match, data, max_samples, device, seed, progress)
+    seen = compare(network, edges, data, max_samples=max_samples, device=device, units=aligned, progress=progress)
+    batch_norm = any(operator(node) in BATCH_NORMS for node in network.graph.nodes)
+    return Diagnosis(
+        rows=seen.rows,
+        samples=seen.samples,
+        edges=edges.edges,
+        logits=Logits.of(seen.outputs),
+        edge_logits=tuple(Logits.of(outputs) for outputs in seen.edge_outputs),
+        verdict=judge(seen.rows, batch_norm=batch_norm, outputs=overall(seen.outputs), choices=_choices(merged)),
+        notes=() if aligned else ("the references are not aligned: silenced units are not counted (match=)",),
+    )
+
+
+def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Program, Program]:
+    """The merged network and its edges as Programs over the same inputs."""
+    known = next((p for p in (merged, references) if isinstance(p, Program)), None)
+    if isinstance(merged, Result):
+        known = merged.program
+    if example_inputs is None and known is not None:
+        example_inputs = known.example_call
+    if example_inputs is None:
+        raise ArgumentError("example_inputs are needed to capture a model")
+    network = merged.program if isinstance(merged, Result) else merged
+    network = network if isinstance(network, Program) else trace(network, example_inputs)
+    edges = _edges(references, example_inputs)
+    if network.edges != 1:
+        raise ArgumentError(f"the merged Program holds {network.edges} weight sets; run Interpolate first")
+    if len(network.placeholders) != len(edges.placeholders):
+        raise ArchitectureError(
+            f"the merged network takes {len(network.placeholders)} inputs, its references {len(edges.placeholders)}"
+        )
+    return network, edges
+
+
+def _edges(references: Any, example_inputs: Any) -> Program:
+    if isinstance(references, Program):
+        return references
+    models = [references] if isinstance(references, nn.Module) else list(references)
+    if not models:
+        raise ArgumentError("references are empty; give the edges that were merged")
+    return trace(models if len(models) > 1 else models[0], example_inputs)
+
+
+def _align(
+    edges: Program, merged: Any, match: Any, data: Any, limit: int | None, device: Any, seed: int, progress: bool
+) -> tuple[Program, bool]:
+    """The edges in the merged network's order of units, as far as it is known, and whether it is."""
+    if match == "auto":
+        found = merged.report.matching if isinstance(merged, Result) else None
+        permutations = getattr(found, "permutations", None) if found is not None else None
+        if permutations is None or len(permutations) != edges.edges:
+            return edges, found is None
+        return _permuted(edges, permutations, seed), True
+    finder = matcher(match)
+    if finder is None or edges.edges < 2:
+        return edges, True
+    facts = symmetry(edges)
+    statistics = None
+    if finder.needs_data:
+        statistics = collect(edges, facts, data, max_samples=limit, layers=False, device=device, progress=progress)
+    matching: Matching = finder(edges, facts, statistics, seed)
+    return _permuted(edges, matching.permutations, seed), True
+
+
+def _permuted(edges: Program, permutations: Sequence[Any], seed: int) -> Program:
+    facts = symmetry(edges)
+    for edge, permutation in enumerate(permutations):
+        error = function_change(facts, edges.weights[edge], permutation, seed) if permutation else 0.0
+        if not error <= PRESERVED:
+            raise VerificationError(f"the permutation of reference {edge} changes its function ({error:.1e})")
+    return edges.with_weights([facts.permute(w, p) for w, p in zip(edges.weights, permutations)])
+
+
+def _choices(merged: Any) -> dict[str, Any]:
+    """What a merge has done already, where it is known."""
+    if not isinstance(merged, Result) or "normalize" not in merged.report.choices:
+        return {}
+    return {"normalize": merged.report.choices["normalize"], "aligned": merged.report.matching is not None}
