@@ -44,7 +44,8 @@ def compare(
 
     Raises ArchitectureError if no layer of one has the name of a layer of the other, DataError.
     """
-    taps, edge_taps = layer_taps(network), layer_taps(edges)
+    edge_taps = layer_taps(edges)
+    taps = layer_taps(network, edge_taps)
     kept = preserved(taps, network)
     if not set(taps) & set(edge_taps) and not kept & {name for name, _ in edge_taps}:
         raise ArchitectureError(

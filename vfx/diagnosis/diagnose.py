@@ -60,7 +60,7 @@ def diagnose(
         logits=Logits.of(seen.outputs),
         edge_logits=tuple(Logits.of(outputs) for outputs in seen.edge_outputs),
         verdict=judge(seen.rows, batch_norm=batch_norm, outputs=overall(seen.outputs), choices=_choices(merged)),
-        notes=() if aligned else ("the references are not aligned: silenced units are not counted (match=)",),
+        notes=_notes(merged, match, aligned),
     )
 
 
@@ -122,6 +122,17 @@ def _permuted(edges: Program, permutations: Sequence[Any], seed: int) -> Program
         if not error <= PRESERVED:
             raise VerificationError(f"the permutation of reference {edge} changes its function ({error:.1e})")
     return edges.with_weights([facts.permute(w, p) for w, p in zip(edges.weights, permutations)])
+
+
+def _notes(merged: Any, match: Any, aligned: bool) -> tuple[str, ...]:
+    if not aligned:
+        return ("the references' units do not stand in the merged network's order: silenced units are not counted",)
+    if match == "auto" and not isinstance(merged, Result):
+        return (
+            "silenced units are counted as if the references' units stood in the merged network's order; if they do "
+            "not, match='weight' or match='activation' aligns them",
+        )
+    return ()
 
 
 def _choices(merged: Any) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from vfx.diagnosis.rows import LayerRow, Number
 from vfx.diagnosis.verdict import COLLAPSED, EXPLODED, VANISHED
@@ -98,9 +99,16 @@ def _compare(axis: Axes, chain: Sequence[LayerRow], own: str, others: str, title
 
 
 def _logarithmic(axis: Axes) -> None:
-    """A logarithmic axis, if it has anything positive to show."""
-    if any((line.get_ydata() > 0).any() for line in axis.get_lines() if hasattr(line.get_ydata(), "any")):  # type: ignore[union-attr,operator]
-        axis.set_yscale("log")
+    """A logarithmic axis, if it has anything positive to show; plain numbers where it spans little."""
+    values = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata(), dtype=float).flat]
+    positive = [y for y in values if y > 0 and math.isfinite(y)]
+    if not positive:
+        return
+    axis.set_yscale("log")
+    if max(positive) < 50 * min(positive):
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
 
 
 def _features(diagnosis: Diagnosis) -> Figure:
@@ -182,7 +190,7 @@ def _magnitude(diagnosis: Diagnosis) -> Figure | None:
     if not _line(axis, chain, [row.magnitude_ratio for row in chain], "merged", MERGED):
         return None
     axis.axhline(1, color="0.4", linewidth=0.8)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * max(1.0, *(row.magnitude_ratio or 0.0 for row in chain)))
     axis.set_ylabel("mean |θ| against the edges' average")
     return figure
 

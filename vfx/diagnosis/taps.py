@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torch import fx
 
@@ -54,27 +55,32 @@ class Tap:
         return self.activation if self.activation is not None else self.output
 
 
-def layer_taps(program: Program) -> dict[Key, Tap]:
+def layer_taps(program: Program, like: Mapping[Key, Tap] = MappingProxyType({})) -> dict[Key, Tap]:
     """The taps of a network's layers in execution order, those of preserved branches included under their own names.
 
-    A merged network also has one where the pre-activations of its last preserved layers are joined.
+    A merged network also has one where the pre-activations of its last preserved layers are joined. ``like``: the taps
+    of its edges, which say what is a shortcut where a branch hides it.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     rewritten = {affine.layer: affine.add for affine in affines(program)}
-    known = program.layers or tuple(number_layers(program))
-    places = [(layer, nodes[layer.node]) for layer in known if layer.node in nodes]
+    known = {key: layer for key, layer in _keyed(program, like) if layer.node in nodes}
+    places = [(layer, nodes[layer.node]) for layer in known.values()]
     outputs = {layer.node: _folded(node, layer.channel, rewritten) for layer, node in places}
     owners = _owners(places, outputs)
     taps: dict[Key, Tap] = {}
+    for key, layer in known.items():
+        joined = operator(nodes[layer.node]) not in LAYERS
+        weight = None if joined else weight_name(nodes[layer.node])
+        taps[key] = Tap(layer, outputs[layer.node], owners.get(layer.node), weight, joined)
+    return taps
+
+
+def _keyed(program: Program, like: Mapping[Key, Tap]) -> Iterator[tuple[Key, Layer]]:
     calls: Counter[str] = Counter()
-    for layer in known:
+    for layer in program.layers or number_layers(program):
         key = (layer.fqn, calls[layer.fqn])
         calls[layer.fqn] += 1
-        if layer.node in nodes:
-            joined = operator(nodes[layer.node]) not in LAYERS
-            weight = None if joined else weight_name(nodes[layer.node])
-            taps[key] = Tap(layer, outputs[layer.node], owners.get(layer.node), weight, joined)
-    return taps
+        yield key, replace(layer, shortcut=like[key].layer.shortcut) if key in like else layer
 
 
 def preserved(taps: Mapping[Key, Tap], program: Program) -> set[str]:
