@@ -17,7 +17,7 @@ _LAZY = {
     **dict.fromkeys(["export", "load"], "vfx.emit.files"),
     "diagnose": "vfx.diagnosis.diagnose",
     "barrier": "vfx.diagnosis.barrier",
-    "select": "vfx.diagnosis.select",
+    **dict.fromkeys(["Selection", "select"], "vfx.diagnosis.select"),
     "Program": "vfx.program",
     "Pass": "vfx.rewrite",
     "Matcher": "vfx.match.matcher",
