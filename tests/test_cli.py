@@ -56,6 +56,34 @@ def test_merge_writes_every_format_and_the_report(checkpoints: list[str], tmp_pa
     assert np.abs(got - expected.numpy()).max() <= 1e-4
 
 
+def test_diagnose_and_barrier(checkpoints: list[str], tmp_path: Path) -> None:
+    data = tmp_path / "data.npz"
+    inputs = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    np.savez(data, inputs=inputs.numpy(), labels=np.arange(40) % 10)
+    merged = tmp_path / "merged.pt2"
+    invoke("merge", *checkpoints, *MODEL, "--data", str(data), "--preserve", "3", "-o", str(merged))
+    html, rows, facts = tmp_path / "d.html", tmp_path / "d.csv", tmp_path / "d.json"
+    output = invoke(
+        "diagnose", str(merged), *checkpoints, *MODEL, "--data", str(data), "--html", str(html), "--csv", str(rows),
+        "--json", str(facts),
+    )  # fmt: skip
+    assert "verdict:" in output
+    found = json.loads(facts.read_text())
+    assert [row["state"] for row in found["rows"]] == ["preserved"] * 3 + ["merged"] * 6
+    assert found["samples"] == 40
+    assert html.read_text().count("<svg") == 7
+    assert len(rows.read_text().splitlines()) == 10
+    plot, facts = tmp_path / "b.png", tmp_path / "b.json"
+    output = invoke(
+        "barrier", *checkpoints, *MODEL, "--data", str(data), "--points", "3", "--normalize", "none", "--match",
+        "weight", "--plot", str(plot), "--json", str(facts),
+    )  # fmt: skip
+    curves = json.loads(facts.read_text())
+    assert curves["target"] == "labels"
+    assert [curve["match"] for curve in curves["curves"]] == [None, "weight"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
     data = tmp_path / "calibration.npy"
     np.save(data, np.random.default_rng(0).standard_normal((16, 1, 32, 32)).astype(np.float32))

@@ -141,6 +141,87 @@ def repair(
 
 
 @app.command()
+def diagnose(
+    checkpoint: Annotated[Path, typer.Argument(help="The merged network: a state dict of the model, or .pt2.")],
+    references: Annotated[list[Path], typer.Argument(help="State dicts of the edges.")],
+    model: Model,
+    inputs: Inputs,
+    data: Data,
+    arguments: Arguments = [],  # noqa: B006
+    match: Annotated[str, typer.Option(help="Align the edges first: auto, none, weight or activation.")] = "auto",
+    max_samples: Samples = None,
+    seed: Seed = 0,
+    html: Annotated[Path | None, typer.Option(help="Write one page with figures and table.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    report: Json = None,
+) -> None:
+    """Where a merged network lost its edges' features, and what to try."""
+    from vfx.diagnosis.diagnose import diagnose as run
+
+    whole = checkpoint.suffix == ".pt2"
+    network = _load(checkpoint) if whole else _load_all([checkpoint], model, arguments)[0]
+    examples = _examples(inputs)
+    found = run(
+        network,
+        _load_all(references, model, arguments),
+        examples,
+        data=_data(data, examples),
+        match=_optional(match),
+        max_samples=max_samples,
+        seed=seed,
+    )
+    print(found)
+    for path, write in ((html, found.to_html), (csv, found.to_csv), (report, found.to_json)):
+        if path is not None:
+            write(path)
+            print(f"wrote {path}")
+
+
+@app.command()
+def barrier(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two state dicts.")],
+    model: Model,
+    inputs: Inputs,
+    data: Data,
+    arguments: Arguments = [],  # noqa: B006
+    evaluate: Annotated[
+        str | None, typer.Option(help="What is measured on, with labels if it has any; like --data.")
+    ] = None,
+    match: Annotated[str, typer.Option(help="none, weight or activation.")] = "activation",
+    normalize: Annotated[str | None, typer.Option(help="Methods, e.g. none,repair,rescale.")] = None,
+    points: Annotated[int, typer.Option(help="Values of alpha, both ends among them.")] = 11,
+    max_samples: Samples = None,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves as PNG.")] = None,
+    report: Json = None,
+) -> None:
+    """Accuracy and loss on the line between two networks, before and after alignment and normalization."""
+    from vfx.diagnosis.barrier import barrier as run
+    from vfx.diagnosis.figures import png
+    from vfx.files import write_atomic
+
+    examples = _examples(inputs)
+    found = run(
+        _load_all(checkpoints, model, arguments),
+        examples,
+        data=_data(data, examples),
+        evaluate=_labelled(evaluate or data, examples),
+        match=_optional(match),
+        normalize=[_optional(name) for name in normalize.split(",")] if normalize else None,
+        points=points,
+        max_samples=max_samples,
+        seed=seed,
+    )
+    print(found)
+    if plot is not None:
+        write_atomic(plot, png(found.figure()))
+        print(f"wrote {plot}")
+    if report is not None:
+        found.to_json(report)
+        print(f"wrote {report}")
+
+
+@app.command()
 def profile(
     model: Model,
     inputs: Inputs,
@@ -257,6 +338,12 @@ def _argument(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def _load(path: Path) -> nn.Module:
+    from vfx.emit.files import load
+
+    return load(path)
+
+
 def _load_all(paths: list[Path], model: str, arguments: list[str]) -> list[nn.Module]:
     from vfx.emit.files import load
 
@@ -303,6 +390,19 @@ def _data(source: str | None, inputs: Call) -> Any:
     from vfx.statistics.files import read_batches, read_inputs
 
     return read_batches(Path(source), list(inputs.kwargs)) if inputs.kwargs else read_inputs(Path(source))
+
+
+def _labelled(source: str | None, inputs: Call) -> Any:
+    """Batches with their class labels where the source has them, else as for calibration."""
+    if source == "digits":
+        from vfx.models import digits
+
+        return [tuple(digits()[2:])]
+    if source is None or inputs.kwargs:
+        return _data(source, inputs)
+    from vfx.statistics.files import read_labelled
+
+    return read_labelled(Path(source))
 
 
 def _optional(name: str) -> str | None:

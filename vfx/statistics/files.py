@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vfx.errors import DataError, VfxError
 from vfx.statistics.data import BATCH_SIZE
+from vfx.statistics.labels import NAMES as LABELS
 
 _NAMES = ("inputs", "x", "images", "data")
 
@@ -29,6 +30,20 @@ def read_inputs(path: Path) -> Tensor:
     if name is None:
         raise DataError(f"{path} holds {', '.join(value)}; name the inputs one of {', '.join(_NAMES)}")
     return value[name]
+
+
+def read_labelled(path: Path) -> Tensor | list[tuple[Tensor, Tensor]]:
+    """Batches (inputs, labels) of a file that holds both (labels, label, targets, target or y), else the inputs alone.
+
+    Raises DataError, CheckpointError.
+    """
+    value, inputs = _arrays(path), read_inputs(path)
+    name = None if isinstance(value, Tensor) else next((name for name in LABELS if name in value), None)
+    if name is None:
+        return inputs
+    if len(value[name]) != len(inputs):
+        raise DataError(f"{path} holds {len(inputs)} inputs and {len(value[name])} {name}")
+    return list(zip(inputs.split(BATCH_SIZE), value[name].split(BATCH_SIZE)))
 
 
 def read_batches(path: Path, names: list[str]) -> list[dict[str, Tensor]]:
