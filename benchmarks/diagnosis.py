@@ -29,6 +29,7 @@ import vfx
 from benchmarks.diagnosis_report import draw, markdown
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
 from vfx.files import write_atomic
+from vfx.match.matcher import Matching, Problem
 
 CALIBRATION, DIAGNOSED, BATCH = 2000, 512, 128
 POOL, SHARE, OTHERS = 20_000, 0.05, 1000
@@ -115,7 +116,7 @@ class Subject:
         """Match on one subset; goals and calibration on another."""
         method = "reset" if self.pair.batch_norm else "repair"
         aligned = vfx.Align("activation", statistics=matched)(self.program)
-        found = vfx.ActivationMatching()(self.program, vfx.symmetry(self.program), matched, 0)
+        found = vfx.ActivationMatching()(Problem(self.program, vfx.symmetry(self.program), matched))
         result = vfx.merge(
             self.program,
             data=subset,
@@ -141,12 +142,13 @@ _KEPT = ("feature_ratio", "offset_share", "bound", "variance_ratio", "zero_share
 class _Fixed:
     """A matcher that gives the permutations found on other data."""
 
-    needs_data = False
+    needs: frozenset[str] = frozenset()
+    exact = True
 
-    def __init__(self, matching: Any):
+    def __init__(self, matching: Matching):
         self.matching = matching
 
-    def __call__(self, program: Any, symmetry: Any, statistics: Any, seed: int) -> Any:
+    def __call__(self, problem: Problem) -> Matching:
         return self.matching
 
 

@@ -207,7 +207,7 @@ def merge(
     passes += [Transform()] if finder is not None and not finder.exact else []
     passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
     result = _run(program, passes, watch)
-    result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, progress)))
+    result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, device, progress)))
     return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=preserved)
 
 

@@ -3,7 +3,7 @@
 The barrier of a curve m is max_α [(1 − α) m(f_0) + α m(f_1) − m(f_α)] for accuracy, and the same with the sign turned
 for loss (Frankle et al. 2020; 11 points). Statistics are collected once and the permutations found once; every α and
 every normalization uses them. Without labels the target is the edges' ensemble: accuracy is the agreement with its
-class, loss the cross-entropy against its softmax.
+class, loss the cross-entropy against its softmax. Matchers that find linear maps look again at every α.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, merge, symmetry, trace
 from vfx.diagnosis.observe import first_output
 from vfx.diagnosis.rows import finite
 from vfx.errors import ArgumentError, DataError
 from vfx.files import write_atomic
 from vfx.match.catalogue import matcher
-from vfx.match.matcher import Matcher, Matching
+from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.progress import track
@@ -170,21 +169,21 @@ def barrier(
         raise ArgumentError(f"points must be at least 3 (both ends and one between), got {points}")
     data = in_order(data)
     methods = _methods(program) if normalize is None else list(normalize)
-    known = _known_matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)
+    matches = _matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)
     test = Evaluation(program, in_order(evaluate) if evaluate is not None else data, device)
     alphas = [index / (points - 1) for index in range(points)]
     ends = [test(program.select(edge)) for edge in range(2)]
-    todo = [(found, method, alpha) for found in known.matches for method in methods for alpha in alphas[1:-1]]
+    todo = [(found, method, alpha) for found in matches for method in methods for alpha in alphas[1:-1]]
     values: dict[tuple[str | None, str | None], list[tuple[float, float]]] = {}
     for found, method, alpha in track(todo, "barrier", len(todo), progress):
         merged = merge(
             program,
             data=data,
-            match=_Known(found.matching) if found.matching is not None else None,
+            match=found.matcher,
             weights=alpha,
             normalize=method,
             preserve=preserve,
-            statistics=known.statistics,
+            statistics=found.statistics,
             max_samples=max_samples,
             verify=(found.name, method) not in values,
             device=device,
@@ -200,31 +199,27 @@ def barrier(
 
 @dataclass(frozen=True)
 class _Match:
+    """What the curves of one alignment share: a matcher that need not look again, and statistics."""
+
     name: str | None
-    matching: Matching | None
-
-
-@dataclass(frozen=True)
-class _Matches:
-    """The alignments to draw curves for, each found once, and the statistics they share."""
-
-    matches: tuple[_Match, ...]
+    matcher: Matcher | None
     statistics: Statistics | None
 
 
 class _Known:
     """A matcher that gives the permutations found before."""
 
-    needs_data = False
+    needs: frozenset[str] = frozenset()
+    exact = True
 
     def __init__(self, matching: Matching):
         self.matching = matching
 
-    def __call__(self, program: Program, symmetry: Symmetry, statistics: Statistics | None, seed: int) -> Matching:
+    def __call__(self, problem: Problem) -> Matching:
         return self.matching
 
 
-def _known_matches(
+def _matches(
     program: Program,
     match: str | Matcher | None,
     before: bool,
@@ -235,21 +230,33 @@ def _known_matches(
     device: Any,
     seed: int,
     progress: bool,
-) -> _Matches:
+) -> list[_Match]:
+    """The alignments to draw curves for.
+
+    Linear maps depend on α and act on networks without BatchNorm, so ``merge`` finds them for every point; statistics
+    of a network whose BatchNorm it folds are no use to it.
+    """
     finder = matcher(match)
-    needs = (finder is not None and finder.needs_data) or any(name in _GOALS for name in methods)
-    if statistics is None and needs:
-        statistics = collect(program, data=data, max_samples=limit, device=device, progress=progress)
-    found = [_Match(None, None)] if before or finder is None else []
-    if finder is not None:
-        name = match if isinstance(match, str) else type(finder).__name__
-        found.append(_Match(name, finder(program, symmetry(program), statistics, seed)))
-    return _Matches(tuple(found), statistics)
+    needs = finder.needs if finder is not None else frozenset()
+    if statistics is None and (needs & {"features", "within"} or any(name in _GOALS for name in methods)):
+        within = "within" in needs and not _has_batch_norm(program)
+        statistics = collect(program, data=data, max_samples=limit, within=within, device=device, progress=progress)
+    found = [_Match(None, None, statistics)] if before or finder is None else []
+    if finder is None:
+        return found
+    name = match if isinstance(match, str) else type(finder).__name__
+    if not finder.exact:
+        return [*found, _Match(name, finder, None if _has_batch_norm(program) else statistics)]
+    problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), data, seed, progress)
+    return [*found, _Match(name, _Known(finder(problem)), statistics)]
 
 
 def _methods(program: Program) -> list[str | None]:
-    has_norm = any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
-    return [None, "reset"] if has_norm else [None, "repair", "rescale"]
+    return [None, "reset"] if _has_batch_norm(program) else [None, "repair", "rescale"]
+
+
+def _has_batch_norm(program: Program) -> bool:
+    return any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
 
 
 class Evaluation:

@@ -16,7 +16,7 @@ from vfx.diagnosis.rows import overall
 from vfx.diagnosis.verdict import judge
 from vfx.errors import ArchitectureError, ArgumentError, VerificationError
 from vfx.match.catalogue import matcher
-from vfx.match.matcher import Matcher, Matching
+from vfx.match.matcher import Matcher, Problem
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.rewrite import PRESERVED
@@ -52,16 +52,21 @@ def diagnose(
         network, edges = network.to(device), edges.to(device)
     edges, aligned = _align(edges, merged, match, data, max_samples, device, seed, progress)
     seen = compare(network, edges, data, max_samples=max_samples, device=device, units=aligned, progress=progress)
-    batch_norm = any(operator(node) in BATCH_NORMS for node in network.graph.nodes)
     return Diagnosis(
         rows=seen.rows,
         samples=seen.samples,
         edges=edges.edges,
         logits=Logits.of(seen.outputs),
         edge_logits=tuple(Logits.of(outputs) for outputs in seen.edge_outputs),
-        verdict=judge(seen.rows, batch_norm=batch_norm, outputs=overall(seen.outputs), choices=_choices(merged)),
+        verdict=judge(
+            seen.rows, batch_norm=_batch_norm(network), outputs=overall(seen.outputs), choices=_choices(merged)
+        ),
         notes=_notes(merged, match, aligned),
     )
+
+
+def _batch_norm(program: Program) -> bool:
+    return any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
 
 
 def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Program, Program]:
@@ -100,18 +105,21 @@ def _align(
     """The edges in the merged network's order of units, as far as it is known, and whether it is."""
     if match == "auto":
         found = merged.report.matching if isinstance(merged, Result) else None
-        permutations = getattr(found, "permutations", None) if found is not None else None
-        if permutations is None or len(permutations) != edges.edges:
-            return edges, found is None
-        return _permuted(edges, permutations, seed), True
+        if found is None:
+            return edges, True
+        # linear maps act on folded networks, whose groups may have other numbers
+        if len(found.permutations) != edges.edges or (any(found.maps) and _batch_norm(edges)):
+            return edges, False
+        return _permuted(edges, found.permutations, seed), True
     finder = matcher(match)
     if finder is None or edges.edges < 2:
         return edges, True
     facts = symmetry(edges)
     statistics = None
-    if finder.needs_data:
-        statistics = collect(edges, facts, data, max_samples=limit, layers=False, device=device, progress=progress)
-    matching: Matching = finder(edges, facts, statistics, seed)
+    if finder.needs & {"features", "within"}:
+        options: dict[str, Any] = {"max_samples": limit, "device": device, "progress": progress}
+        statistics = collect(edges, facts, data, layers=False, within="within" in finder.needs, **options)
+    matching = finder(Problem(edges, facts, statistics, (), data, seed, progress))
     return _permuted(edges, matching.permutations, seed), True
 
 

@@ -28,11 +28,14 @@ EXPECTED = 5
 VARIANCE = (0.5, 2.0)
 
 
-def skew_notes(merged: Program, edges: Program, data: Any, held_out: Any = None, progress: bool = True) -> list[str]:
+def skew_notes(
+    merged: Program, edges: Program, data: Any, held_out: Any = None, device: Any = None, progress: bool = True
+) -> list[str]:
     """Warnings for a merge's report: from the labels that passed by in ``data``, and from ``held_out`` batches."""
     found = [class_note(data.counts, _classes(edges)) if isinstance(data, LabelCount) else None]
     if held_out is not None:
-        found.append(variance_note(compare(merged, edges, held_out, units=False, progress=progress).rows))
+        seen = compare(merged, edges, held_out, device=device, units=False, progress=progress)
+        found.append(variance_note(seen.rows))
     return [note for note in found if note is not None]
 
 

@@ -6,7 +6,7 @@ for each sample is a class label, anything else is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -64,8 +64,9 @@ def in_order(data: Any) -> Any:
 
 
 def counted(data: Any, inputs: int) -> Any:
-    """``data`` as a loader that counts class labels; a tensor or None, which hold none, as it is."""
-    return data if data is None or isinstance(data, (Tensor, Mapping)) else LabelCount(data, inputs)
+    """``data`` as a loader that counts class labels; what holds none (a tensor) or is no loader, as it is."""
+    plain = isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable)
+    return data if plain else LabelCount(data, inputs)
 
 
 class LabelCount:
