@@ -322,7 +322,9 @@ def test_integer_inputs_and_windows() -> None:
     ids, mask = torch.randint(0, 11, (10, 6), generator=generator), torch.ones(10, 6, dtype=torch.double)
     torch.manual_seed(0)
     pair = [Tokens().double().eval() for _ in range(2)]
-    found = rows(vfx.diagnose(pair[1], pair, (ids[:2], mask[:2]), data=[(ids, mask)], match=None, progress=False))
+    options: dict[str, Any] = {"data": [(ids, mask)], "match": None, "progress": False}
+    diagnosis = vfx.diagnose(pair[1], pair, (ids[:2], mask[:2]), **options)
+    found = rows(diagnosis)
 
     def feature(model: Any, x: Tensor) -> Tensor:
         return nn.functional.gelu(model.fc(model.embed(x))).flatten(1)
@@ -330,8 +332,15 @@ def test_integer_inputs_and_windows() -> None:
     with torch.no_grad():
         g = [(feature(m, ids) - feature(m, ids[:1])).norm(dim=1).mean().item() for m in pair]
     np.testing.assert_allclose(found["fc"].edge_features, g, rtol=1e-10)
-    # a mask of floats is 0 in the reference input, so the head has no offset that is a number
-    assert found["head"].offset is not None
+    # a mask of floats is 0 in the reference input: f(0) = 0 / 0
+    assert (found["head"].feature, found["head"].offset) == (None, None)
+    assert "reference=" in diagnosis.notes[-1]
+    given = vfx.diagnose(pair[1], pair, (ids[:2], mask[:2]), reference=(ids[3:4], mask[:1]), **options)
+    with torch.no_grad():
+        zero = pair[1](ids[3:4], mask[:1])
+        expected = (pair[1](ids, mask) - zero).norm(dim=1).mean().item(), zero.norm().item()
+    np.testing.assert_allclose((rows(given)["head"].feature, rows(given)["head"].offset), expected, rtol=1e-10)
+    assert given.notes == ()
 
 
 # verdicts -------------------------------------------------------------------------------------------------------------

@@ -37,10 +37,13 @@ def compare(
     *,
     max_samples: int | None = None,
     device: Any = None,
+    reference: list[Tensor] | None = None,
     units: bool = True,
     progress: bool = True,
 ) -> Comparison:
     """Read ``network`` and every weight set of ``edges`` on ``data``; ``units`` counts those that merging silences.
+
+    ``reference`` is the input that stands for 0, one tensor for each placeholder.
 
     Raises ArchitectureError if no layer of one has the name of a layer of the other, DataError.
     """
@@ -52,8 +55,8 @@ def compare(
             f"no layer of the merged network has the name of one of its references: {_some(taps)} against "
             f"{_some(edge_taps)}; diagnose compares networks whose modules have the same names"
         )
-    own = Observer(network, 0, {key: tap for key, tap in taps.items() if key in edge_taps})
-    others = [Observer(edges, edge, edge_taps) for edge in range(edges.edges)]
+    own = Observer(network, 0, {key: tap for key, tap in taps.items() if key in edge_taps}, reference)
+    others = [Observer(edges, edge, edge_taps, reference) for edge in range(edges.edges)]
     batches = _Counted(Batches(edges, data, max_samples, device), progress)
     pairs = observe(own, others, batches)
     rows = layer_rows(own, others, pairs if units else [], kept)

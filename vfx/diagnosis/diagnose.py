@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vfx.analyse.verify import preserved as function_change
 from vfx.api import Result, symmetry, trace
 from vfx.diagnosis.compare import compare
 from vfx.diagnosis.diagnosis import Diagnosis, Logits
-from vfx.diagnosis.rows import overall
+from vfx.diagnosis.rows import LayerRow, overall
 from vfx.diagnosis.verdict import judge
 from vfx.errors import ArchitectureError, ArgumentError, VerificationError
 from vfx.match.catalogue import matcher
@@ -20,6 +20,7 @@ from vfx.match.matcher import Matcher, Problem
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.rewrite import PRESERVED
+from vfx.signature import as_call
 from vfx.statistics.collect import collect
 from vfx.statistics.data import reusable
 
@@ -32,6 +33,7 @@ def diagnose(
     *,
     data: Any,
     match: str | Matcher | None = "auto",
+    reference: Any = None,
     max_samples: int | None = None,
     device: Any = None,
     seed: int = 0,
@@ -44,6 +46,8 @@ def diagnose(
     one measure needs the edges' units in the merged network's order (units that an edge activates and merging
     silences): ``match`` "auto" takes the permutations that a Result was merged with, None takes the references as they
     are, "weight" or "activation" aligns them to the first. ``data``: batches as for ``merge``; read once.
+    ``reference``: the input x₀ of the offset h = f(x₀), like ``example_inputs`` with one sample; by default 0, and the
+    first example where inputs are integers.
     Raises ArgumentError, ArchitectureError, CaptureError, DataError.
     """
     data = reusable(data)
@@ -51,7 +55,16 @@ def diagnose(
     if device is not None:
         network, edges = network.to(device), edges.to(device)
     edges, aligned = _align(edges, merged, match, data, max_samples, device, seed, progress)
-    seen = compare(network, edges, data, max_samples=max_samples, device=device, units=aligned, progress=progress)
+    seen = compare(
+        network,
+        edges,
+        data,
+        max_samples=max_samples,
+        device=device,
+        reference=_reference(edges, reference),
+        units=aligned,
+        progress=progress,
+    )
     return Diagnosis(
         rows=seen.rows,
         samples=seen.samples,
@@ -61,7 +74,7 @@ def diagnose(
         verdict=judge(
             seen.rows, batch_norm=_batch_norm(network), outputs=overall(seen.outputs), choices=_choices(merged)
         ),
-        notes=_notes(merged, match, aligned),
+        notes=(*_notes(merged, match, aligned), *_undefined(seen.rows)),
     )
 
 
@@ -141,6 +154,22 @@ def _notes(merged: Any, match: Any, aligned: bool) -> tuple[str, ...]:
             "not, match='weight' or match='activation' aligns them",
         )
     return ()
+
+
+def _reference(edges: Program, reference: Any) -> list[Tensor] | None:
+    if reference is None:
+        return None
+    call = as_call(reference)
+    return edges.signature.flatten(call.args, call.kwargs)
+
+
+def _undefined(rows: Sequence[LayerRow]) -> tuple[str, ...]:
+    names = [row.layer for row in rows if None in row.edge_offsets or (row.measured and row.offset is None)]
+    if not names:
+        return ()
+    return (
+        f"f(0) is not finite at {', '.join(names[:3])}: no features there; give reference=, an input to compare with",
+    )
 
 
 def _choices(merged: Any) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 For each layer of each network: the moments of its output's channels, the moments and zeros of its activation, and the
 norms of the feature g(x) = f(x) − f(0) and the offset h = f(0) of what it hands on (*Vanishing Feature* §5.1). f(0) is
 run once: floating inputs are 0, and integer inputs (token ids, masks), which have no zero, stay at those of the first
-sample. For each activation: how many units (sample, position and channel) are active in an edge and silent in the
-merged network. Totals are float64 and the same for any partition into batches.
+example; or the caller says what stands for 0. Where f(0) is not finite there is no decomposition.
+
+For each activation: how many units (sample, position and channel) are active in an edge and silent in the merged
+network. Totals are float64 and the same for any partition into batches.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Pair:
 class Observer:
     """One network (the weights of one edge of a Program) with its taps, read batch by batch."""
 
-    def __init__(self, program: Program, edge: int, taps: Mapping[Key, Tap]):
+    def __init__(self, program: Program, edge: int, taps: Mapping[Key, Tap], reference: list[Tensor] | None = None):
         self.graph, self.weights = program.graph, program.weights[edge]
         self.placeholders, self.taps = program.placeholders, taps
         self.plan = schedule(program.graph)
@@ -80,6 +82,7 @@ class Observer:
             for node in {tap.output: None, tap.feature: None}:
                 self._events.setdefault(node, []).append(key)
         self._zeros: dict[tuple[torch.Size, ...], dict[Key, Tensor]] = {}
+        self._given = reference
         self._held = [x[:1] if isinstance(x, Tensor) and x.ndim else x for x in program.example_inputs]
         self._run: _Run | None = None
 
@@ -105,6 +108,8 @@ class Observer:
 
     def _reference(self, batch: list[Tensor]) -> list[Tensor]:
         """The input that stands for 0, with one sample where the graph allows any number."""
+        if self._given is not None:
+            return [x.to(like.device) for x, like in zip(self._given, batch)]
         found = []
         for node, x, held in zip(self.placeholders, batch, self._held):
             dynamic = x.ndim > 0 and not isinstance(node.meta["val"].shape[0], int)
@@ -121,7 +126,7 @@ class Observer:
         for _ in self.plan:
             node, value = execution.step()
             for key in self._events.get(node, ()):
-                if self.taps[key].feature is node:
+                if self.taps[key].feature is node and bool(torch.isfinite(value).all()):
                     values[key] = per_sample(node, value, len(reference[0]) if reference[0].ndim else 1).clone()
         return values
 
@@ -131,7 +136,7 @@ class Observer:
             if seen.output is None:
                 seen.output = Moments(value.shape[tap.layer.channel], value.device)
             seen.output.update(*batch_moments(value, tap.layer.channel))
-        if node is tap.feature:
+        if node is tap.feature and key in run.zeros:
             zero, rows = run.zeros[key], per_sample(node, value, run.samples)
             # a value without a batch axis does not depend on the sample: it counts once for each
             seen.feature_norms += float(_norms(rows - zero).mean()) * run.samples
