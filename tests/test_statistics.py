@@ -21,6 +21,7 @@ from vfx.errors import ArgumentError, DataError
 from vfx.models import resnet20_bn
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
+from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, batch_moments
 
 PRECISION = [(torch.float64, 1e-10), (torch.float32, 1e-6)]
@@ -366,3 +367,23 @@ def test_second_moments_inside_each_edge_equal_numpy() -> None:
     plain = collect(program, data=x.split(5), progress=False)
     assert not plain.covariances
     assert all((0, 0) not in cross.cross for cross in plain.features.values())
+
+
+def test_labels_go_with_their_batches() -> None:
+    x, y = torch.arange(10.0).reshape(10, 1), torch.arange(10)
+    program = trace(nn.Linear(1, 2), x[:2])
+    pairs = list(zip(x.split(4), y.split(4)))
+    for data in (pairs, [{"input": a, "labels": b} for a, b in pairs]):
+        found = list(Batches(program, data, max_samples=6).labelled())
+        assert [(batch[0].flatten().tolist(), labels.tolist()) for batch, labels in found if labels is not None] == [
+            ([0, 1, 2, 3], [0, 1, 2, 3]),
+            ([4, 5], [4, 5]),
+        ]
+    positions = [(a, b[:, None].expand(-1, 3)) for a, b in pairs]
+    assert [tuple(labels.shape) for _, labels in Batches(program, positions).labelled() if labels is not None] == [
+        (4, 3),
+        (4, 3),
+        (2, 3),
+    ]
+    for silent in (x, [(a, b.float() + 0.5) for a, b in pairs], [(a, b[:1]) for a, b in pairs[:2]]):
+        assert [labels for _, labels in Batches(program, silent).labelled() if labels is not None] == []

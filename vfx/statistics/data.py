@@ -12,6 +12,7 @@ from torch import Tensor
 from vfx.errors import ArgumentError, DataError
 from vfx.program import Program
 from vfx.signature import Argument, has_batch
+from vfx.statistics.labels import integer_labels
 
 BATCH_SIZE = 128  # for data given as one tensor
 
@@ -52,16 +53,23 @@ class Batches:
         self._device = device
 
     def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in self.labelled())
+
+    def labelled(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Batches with their integer labels (samples, …) where the data hold some (``vfx.statistics.labels``)."""
         seen = 0
         for raw in self._data:
             batch = self._inputs(raw)
             size = self.size(batch)
+            labels = integer_labels(raw, len(self._arguments), size)
             if self._limit is not None and seen + size > self._limit:
                 size = self._limit - seen
                 batch = [x[:size] if check.batched else x for check, x in zip(self._checks, batch)]
+                labels = labels[:size] if labels is not None else None
             seen += size
             if size:
-                yield [x.to(self._device) if self._device else x for x in batch]
+                to = self._device
+                yield [x.to(to) if to else x for x in batch], labels.to(to) if to and labels is not None else labels
             if seen == self._limit:
                 break
         if not seen:

@@ -21,11 +21,23 @@ NAMES = ("labels", "label", "targets", "target", "y")
 
 def batch_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
     """The class labels (samples,) of one batch as the user's loader gave it, or None if it holds none."""
+    return class_labels(_behind(raw, inputs), samples)
+
+
+def integer_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
+    """The integer labels (samples, …) of one batch, one for each sample or for each of its positions, or None."""
+    found = _behind(raw, inputs)
+    if class_labels(found, samples) is not None or not isinstance(found, Tensor):
+        return class_labels(found, samples)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return found if whole and found.ndim and len(found) == samples else None
+
+
+def _behind(raw: Any, inputs: int) -> Any:
+    """What a batch holds behind the network's inputs."""
     if isinstance(raw, Mapping):
-        found = next((raw[name] for name in NAMES if name in raw), None)
-    else:
-        found = raw[inputs] if isinstance(raw, (tuple, list)) and len(raw) > inputs else None
-    return class_labels(found, samples)
+        return next((raw[name] for name in NAMES if name in raw), None)
+    return raw[inputs] if isinstance(raw, (tuple, list)) and len(raw) > inputs else None
 
 
 def class_labels(value: Any, samples: int) -> Tensor | None:
