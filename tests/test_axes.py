@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vfx.analyse.axes import Leaves, Rows, unique_labels
+from vfx.analyse.axes import Leaves, unique_labels
 from vfx.analyse.shapes import Algebra, Axis, Shape
+from vfx.analyse.store import Rows
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.
 
 def operator(node: fx.Node) -> str:
     """``aten.conv2d`` for any overload of it, the function's name for the rest, "" where nothing is called."""
-    if node.op != "call_function":
-        return ""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is not None:
-        return str(packet)
-    return getattr(node.target, "__name__", str(node.target))
+    return _name(node.target) if node.op == "call_function" else ""
+
+
+@cache
+def _name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
 
 
 def in_place(target: Any) -> Any:
@@ -38,18 +40,19 @@ def in_place(target: Any) -> Any:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an ATen call by name, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    values = defaults(node.target)
+    if values is None:
         return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
-    values: dict[str, Any] = {}
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            values[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            values[argument.name] = node.kwargs[argument.name]
-        else:
-            values[argument.name] = argument.default_value if argument.has_default_value() else None
-    return values
+    return values | dict(zip(values, node.args)) | dict(node.kwargs)
+
+
+@cache
+def defaults(target: Any) -> dict[str, Any] | None:
+    """The default of each argument by name, None where there is none; None for what is no ATen overload."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return None
+    return {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
 
 
 def is_layer(node: fx.Node) -> bool:

@@ -14,17 +14,44 @@ heads share ties them again, and GroupNorm's groups are blocks of their channels
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
-from vfx.analyse.axes import Rows
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
 from vfx.analyse.shapes import Axis, Digit, Opaque, Shape
+from vfx.analyse.store import Rows, Store
 from vfx.operators import arguments
 
 Signature = tuple[int, ...]  # the leaves that move one position
-Piece = frozenset[Signature]  # the signatures along one factor of an axis
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The signatures along one factor of an axis."""
+
+    signatures: frozenset[Signature]
+
+    @cached_property
+    def leaves(self) -> frozenset[int]:
+        return frozenset(leaf for signature in self.signatures for leaf in signature)
+
+    @cached_property
+    def repeated(self) -> frozenset[int]:
+        """Leaves that stand twice on one position."""
+        return frozenset(leaf for s in self.signatures if len(set(s)) < len(s) for leaf in s if s.count(leaf) > 1)
+
+    @cached_property
+    def throughout(self) -> frozenset[int]:
+        """Leaves that every position has, once."""
+        return frozenset.intersection(*map(frozenset, self.signatures)) - self.repeated
+
+    def beside(self, leaf: int) -> frozenset[int]:
+        """Leaves that every position with this one has as well, once."""
+        return frozenset.intersection(*(frozenset(s) for s in self.signatures if leaf in s)) - self.repeated
 
 
 def parents(inference: Inference, free: Iterable[int]) -> dict[int, int]:
@@ -44,7 +71,7 @@ class _Allowed:
     def __init__(self, inference: Inference, free: frozenset[int]):
         self.t, self.free = inference, free
         self.allowed: dict[int, frozenset[int]] = {}
-        self._pieces: dict[int, tuple[Rows, Piece]] = {}
+        self._seen: set[tuple[Piece, ...]] = set()
 
     def find(self) -> dict[int, frozenset[int]]:
         """Only leaves with at least one candidate are listed."""
@@ -68,14 +95,18 @@ class _Allowed:
     # tensors ------------------------------------------------------------------------------------------------------
 
     def _tensor(self, shape: Shape) -> None:
-        pieces = list(self._pieces_of(shape.axes))
-        where: dict[int, list[Piece]] = {}
+        pieces = tuple(self._pieces_of(shape.axes))
+        if pieces in self._seen:
+            return
+        self._seen.add(pieces)
+        count = Counter(leaf for piece in pieces for leaf in piece.leaves)
+        throughout = {h for piece in pieces for h in piece.throughout if count[h] == 1}
         for piece in pieces:
-            for leaf in {leaf for signature in piece for leaf in signature}:
-                where.setdefault(leaf, []).append(piece)
-        for leaf, own in where.items():
-            if self.allowed.get(leaf, True):
-                self._keep(leaf, {h for h, at in where.items() if h != leaf and _accompanies(h, at, leaf, own)})
+            for leaf in piece.leaves:
+                if self.allowed.get(leaf, True):
+                    beside = {h for h in piece.beside(leaf) if count[h] == 1} if count[leaf] == 1 else set()
+                    once = all(leaf not in own.repeated for own in pieces)
+                    self._keep(leaf, (throughout | beside) - {leaf} if once else ())
 
     def _keep(self, leaf: int, outer: Iterable[int]) -> None:
         found = frozenset(outer) & self.free if leaf in self.free else frozenset()
@@ -87,19 +118,12 @@ class _Allowed:
             if isinstance(entry, Digit):
                 if id(entry.block) not in blocks:
                     blocks.add(id(entry.block))
-                    yield self._piece(entry.block.labels)
+                    yield self._piece(entry.block.flat)
                 continue
             yield from (self._piece(factor) for factor in entry.factors if not isinstance(factor, Opaque))
 
-    def _piece(self, labels: Rows) -> Piece:
-        """Signatures of an array of labels; the array is kept, so that its id stays its own."""
-        known = self._pieces.get(id(labels))
-        if known is None:
-            rows = self.t.leaves.resolve(labels.reshape(-1, labels.shape[-1]))
-            leaves, _ = unique_rows(self.t.leaves.leaf_of(rows[:, 1:]))
-            known = labels, frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in leaves.tolist())
-            self._pieces[id(labels)] = known
-        return known[1]
+    def _piece(self, rows: Rows) -> Piece:
+        return self.t.leaves.once(piece_of, self.t.leaves.resolve(rows))
 
     # operators ----------------------------------------------------------------------------------------------------
 
@@ -107,9 +131,7 @@ class _Allowed:
         if space is None:
             touched = self._shapes(self.t.shapes[x] for x in (node, *node.all_input_nodes))  # type: ignore[attr-defined]
             for shape in touched:
-                for leaf in {
-                    leaf for piece in self._pieces_of(shape.axes) for signature in piece for leaf in signature
-                }:
+                for leaf in {leaf for piece in self._pieces_of(shape.axes) for leaf in piece.leaves}:
                     self._keep(leaf, ())
             return
         count: dict[int, int] = {}
@@ -123,18 +145,15 @@ class _Allowed:
                     self._keep(leaf, partners - {leaf})
 
 
+def piece_of(leaves: Store, rows: Rows) -> Piece:
+    """What moves the positions along one array of resolved labels."""
+    if rows.shape[1] == 2:
+        stuck = [()] if (rows[:, 1] < 0).any() else []
+        return Piece(frozenset([*stuck, *((leaf,) for leaf in leaves.free_leaves(rows))]))
+    found, _ = unique_rows(leaves.leaf_of(rows[:, 1:]))
+    return Piece(frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in found.tolist()))
+
+
 def _together(inner: Dim, outer: Dim) -> bool:
     """Whether an operator treats positions of ``outer`` one by one wherever it treats ``inner``."""
     return inner is outer or (inner.tensors <= outer.tensors and (inner.coupled or not outer.coupled))
-
-
-def _accompanies(outer: int, at: list[Piece], inner: int, own: list[Piece]) -> bool:
-    """Whether each position of a tensor that has the inner leaf has the outer one, exactly once."""
-    if len(at) != 1:
-        return False
-    piece = at[0]
-    if any(signature.count(outer) > 1 or signature.count(inner) > 1 for p in (piece, *own) for signature in p):
-        return False
-    if all(outer in signature for signature in piece):
-        return True
-    return all(p is piece for p in own) and all(outer in s for s in piece if inner in s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,7 +139,16 @@ class Inference(Algebra):
 
     def _readers(self, fqn: str) -> list[fx.Node]:
         """Every operator that reads a tensor, under whichever node."""
-        return [u for n in self.program.graph.nodes if n.op == "get_attr" and n.target == fqn for u in _uses(n)]
+        return [user for node in self._reads[fqn] for user in _uses(node)]
+
+    @cached_property
+    def _reads(self) -> dict[str, list[fx.Node]]:
+        """The nodes that stand for each tensor."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr":
+                found.setdefault(str(node.target), []).append(node)
+        return found
 
     def _buffer(self, fqn: str, sizes: tuple[int, ...]) -> Shape:
         """A constant ties nothing along an axis on which it is uniform (in every edge) and pins every other axis."""

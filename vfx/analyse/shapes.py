@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from vfx.analyse.axes import NO_TAG, Leaves, Rows, unique_labels
+from vfx.analyse.axes import Leaves, unique_labels
 from vfx.analyse.rows import row_ids
+from vfx.analyse.store import NO_TAG, Rows, Store
 
 MAX_ENUMERATED = 1 << 22  # positions: a merged axis longer than this is pinned instead of written out
 
@@ -39,9 +41,14 @@ class Axis:
 
     factors: tuple[Factor, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
-        return prod(factor_size(factor) for factor in self.factors)
+        return prod(map(factor_size, self.factors))
+
+    @cached_property
+    def opaque(self) -> bool:
+        """Whether every factor is."""
+        return all(isinstance(factor, Opaque) for factor in self.factors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,11 @@ class Block:
     """Labels of positions indexed by several axes at once: array of shape (sizes…, 1 + digits)."""
 
     labels: Rows
+
+    @cached_property
+    def flat(self) -> Rows:
+        """The labels one after the other, row-major."""
+        return self.labels.reshape(-1, self.labels.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +96,7 @@ class Algebra:
 
     def __init__(self) -> None:
         self.leaves = Leaves()
+        self._forced: dict[Block, list[Axis]] = {}
 
     # axes ---------------------------------------------------------------------------------------------------------
 
@@ -100,7 +113,7 @@ class Algebra:
     @staticmethod
     def is_opaque(axis: Axis | Digit) -> bool:
         """Whether an axis is pinned throughout."""
-        return isinstance(axis, Axis) and all(isinstance(factor, Opaque) for factor in axis.factors)
+        return isinstance(axis, Axis) and axis.opaque
 
     def pin(self, axis: Axis, reason: str) -> None:
         for factor in axis.factors:
@@ -127,16 +140,16 @@ class Algebra:
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Make two axes of equal size carry the same action and return one of them."""
-        for a, b in _aligned(left, right):
-            self._tie_group(a, b)
+        if left is not right:
+            for a, b in _aligned(left, right):
+                self._tie_group(a, b)
         return left
 
     def _tie_group(self, left: Axis, right: Axis) -> None:
-        opaque = [all(isinstance(f, Opaque) for f in axis.factors) for axis in (left, right)]
-        if all(opaque):
+        if left.opaque and right.opaque:
             return
-        if any(opaque):
-            pinned, other = (left, right) if opaque[0] else (right, left)
+        if left.opaque or right.opaque:
+            pinned, other = (left, right) if left.opaque else (right, left)
             reason = pinned.factors[0].reason  # type: ignore[union-attr]
             self.pin(other, reason)
             return
@@ -170,7 +183,7 @@ class Algebra:
         chosen = np.arange(axis.size)[index] if axis.size <= MAX_ENUMERATED else None
         if chosen is not None and len(chosen) == axis.size and (chosen == np.arange(axis.size)).all():
             return axis
-        if all(isinstance(f, Opaque) for f in axis.factors):
+        if axis.opaque:
             size = len(chosen) if chosen is not None else len(range(*index.indices(axis.size)))
             return self.opaque(size, axis.factors[0].reason)  # type: ignore[union-attr]
         rows = self.rows(axis)
@@ -198,39 +211,21 @@ class Algebra:
 
     def force(self, block: Block) -> list[Axis]:
         """Factor a block into independent axes."""
-        independent = self._independent(block.labels)
-        if independent is not None:
-            return independent
-        sizes = block.labels.shape[:-1]
-        axes = [self.fresh(size) for size in sizes]
-        product = self.rows(Axis(tuple(f for axis in axes for f in axis.factors)))
-        assert product is not None
-        self.leaves.unify(product, block.labels.reshape(-1, block.labels.shape[-1]))
+        axes = self._forced.get(block)
+        if axes is None:
+            axes = self._forced[block] = self._independent(block.flat, block.labels.shape[:-1]) or self._factored(block)
         return axes
 
-    def _independent(self, labels: Rows) -> list[Axis] | None:
-        """The axes of a block in which each digit (and the tag) depends on one dimension alone."""
-        sizes = labels.shape[:-1]
-        resolved = self.leaves.resolve(labels.reshape(-1, labels.shape[-1]))
-        resolved = resolved.reshape(*sizes, resolved.shape[1])
-        columns: list[list[Rows]] = [[] for _ in sizes]
-        tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]
-        for index in range(resolved.shape[-1]):
-            column = resolved[..., index]
-            dims = [d for d in range(len(sizes)) if (column != np.take(column, [0], axis=d)).any()]
-            if len(dims) > 1:
-                return None
-            line = column[tuple(slice(None) if [d] == dims else 0 for d in range(len(sizes)))]
-            if index == 0:
-                if dims:
-                    tags[dims[0]] = line
-                elif (column != NO_TAG).any():
-                    tags[0] = np.full(sizes[0], column.flat[0])
-            elif dims:
-                columns[dims[0]].append(line)
-            elif column.flat[0] >= 0:
-                return None
-        return [Axis((np.stack([tag, *cols], axis=1),)) for tag, cols in zip(tags, columns)]
+    def _factored(self, block: Block) -> list[Axis]:
+        axes = [self.fresh(size) for size in block.labels.shape[:-1]]
+        product = self.rows(Axis(tuple(f for axis in axes for f in axis.factors)))
+        assert product is not None
+        self.leaves.unify(product, block.flat)
+        return axes
+
+    def _independent(self, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
+        """The axes of an array of labels in which each digit (and the tag) depends on one dimension alone."""
+        return self.leaves.once(independent, self.leaves.resolve(rows), sizes)
 
     def view(self, shape: Shape, sizes: Sequence[int]) -> Shape:
         """Reshape: regroup factors into axes of the given sizes, row-major."""
@@ -264,11 +259,11 @@ class Algebra:
         if len(dims) == 1:
             return [Axis(tuple(factors))]
         axis = Axis(tuple(factors))
-        if all(isinstance(factor, Opaque) for factor in factors):
+        if axis.opaque:
             return [self.opaque(size, factors[0].reason) for size in dims]  # type: ignore[union-attr]
         rows = self.rows(axis)
         if rows is not None:
-            return self.digits(rows.reshape(*dims, rows.shape[1]))
+            return self.digits(rows, tuple(dims))
         pieces = self._cut_at(factors, dims)
         if pieces is not None:
             return [entry for group, sizes in _regroup(pieces, dims) for entry in self._distribute(group, sizes)]
@@ -301,15 +296,15 @@ class Algebra:
         view = self.view(Shape((axis,)), sizes)
         return [self.axis(view, d) for d in range(len(sizes))]
 
-    def digits(self, labels: Rows) -> list[Axis | Digit]:
-        """One entry for each dimension of an array of labels: independent axes where it is a product already."""
-        if labels.ndim == 2:
-            return [Axis((labels,))]
-        independent = self._independent(labels)
+    def digits(self, rows: Rows, sizes: tuple[int, ...]) -> list[Axis | Digit]:
+        """An axis cut into several, row-major: independent axes where it is a product already, else digits."""
+        if len(sizes) == 1:
+            return [Axis((rows,))]
+        independent = self._independent(rows, sizes)
         if independent is not None:
             return list(independent)
-        block = Block(labels)
-        return [Digit(block, position) for position in range(labels.ndim - 1)]
+        block = Block(rows.reshape(*sizes, rows.shape[1]))
+        return [Digit(block, position) for position in range(len(sizes))]
 
     def permute(self, shape: Shape, order: Sequence[int]) -> Shape:
         origin = shape.origin or (None,) * len(shape.axes)
@@ -335,11 +330,8 @@ class Algebra:
         if labels.shape == entry.block.labels.shape and (labels == entry.block.labels).all():
             return shape
         flat = self._cut(labels.reshape(-1, labels.shape[-1]))
-        labels = flat.reshape(*labels.shape[:-1], flat.shape[1])
         kept = [p for p in range(labels.ndim - 1) if labels.shape[p] != 1]
-        entries = (
-            iter(self.digits(labels.reshape(*(labels.shape[p] for p in kept), flat.shape[1]))) if kept else iter(())
-        )
+        entries = iter(self.digits(flat, tuple(labels.shape[p] for p in kept)) if kept else ())
         new = {p: next(entries) if p in kept else self.fresh(1) for p in range(labels.ndim - 1)}
         for d in where:
             axes[d] = new[shape.axes[d].position]  # type: ignore[union-attr]
@@ -355,7 +347,7 @@ class Algebra:
             digits = [e for g in grids for d in dims if isinstance(e := g[d], Digit)]
             complete = all(len(dims) == digit.block.labels.ndim - 1 for digit in digits)
             if not (whole and complete):
-                grids = [self._forced(grid) for grid in grids]
+                grids = [self._all_forced(grid) for grid in grids]
                 break
         result: list[Axis | Digit] = []
         for d in range(rank):
@@ -369,7 +361,7 @@ class Algebra:
         axes: list[Axis | Digit | None] = [None] * missing + list(shape.axes)
         return [None if a is None or (a.size == 1 and size != 1) else a for a, size in zip(axes, sizes)]
 
-    def _forced(self, grid: list[Axis | Digit | None]) -> list[Axis | Digit | None]:
+    def _all_forced(self, grid: list[Axis | Digit | None]) -> list[Axis | Digit | None]:
         return [self.force(e.block)[e.position] if isinstance(e, Digit) else e for e in grid]
 
     def _tied(self, entries: list[Any], dim: int, grids: list[list[Any]]) -> Axis | Digit:
@@ -383,6 +375,29 @@ class Algebra:
                 b = other.block.labels.transpose(*order[1], other.block.labels.ndim - 1)
                 self.leaves.unify(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
         return first
+
+
+def independent(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
+    """The axes of resolved labels seen as ``sizes``; None if a digit depends on more than one dimension."""
+    labels = rows.reshape(*sizes, rows.shape[1])
+    columns: list[list[Rows]] = [[] for _ in sizes]
+    tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]
+    for index in range(labels.shape[-1]):
+        column = labels[..., index]
+        dims = [d for d in range(len(sizes)) if (column != np.take(column, [0], axis=d)).any()]
+        if len(dims) > 1:
+            return None
+        line = column[tuple(slice(None) if [d] == dims else 0 for d in range(len(sizes)))]
+        if index == 0:
+            if dims:
+                tags[dims[0]] = line
+            elif (column != NO_TAG).any():
+                tags[0] = np.full(sizes[0], column.flat[0])
+        elif dims:
+            columns[dims[0]].append(line)
+        elif column.flat[0] >= 0:
+            return None
+    return [Axis((np.stack([tag, *cols], axis=1),)) for tag, cols in zip(tags, columns)]
 
 
 def _block_dims(grid: Sequence[Any], dim: int) -> tuple[int, ...]:
@@ -443,6 +458,8 @@ def _cut_opaque(group: list[Factor], have: int, want: int) -> Opaque | None:
 
 def _aligned(left: Axis, right: Axis) -> list[tuple[Axis, Axis]]:
     """Matching runs of factors of two axes of equal size."""
+    if len(left.factors) == len(right.factors) == 1:
+        return [(left, right)]
     a = [f for f in left.factors if factor_size(f) != 1]
     b = [f for f in right.factors if factor_size(f) != 1]
     pairs = []

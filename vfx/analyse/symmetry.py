@@ -18,12 +18,14 @@ from rich.table import Table
 from torch import Tensor, fx
 
 from vfx.analyse import drawing, elements
-from vfx.analyse.axes import Leaves, Rows
+from vfx.analyse.axes import Leaves
 from vfx.analyse.blocks import parents
 from vfx.analyse.elements import Index, Permutations
 from vfx.analyse.infer import BATCH, Inference
-from vfx.analyse.rows import distinct, row_ids, unique_rows
+from vfx.analyse.places import find, places
+from vfx.analyse.rows import distinct, unique_rows
 from vfx.analyse.shapes import Digit, Shape
+from vfx.analyse.store import Pin, Rows, Store
 from vfx.program import Program, Weights
 
 
@@ -212,7 +214,7 @@ class Symmetry:
             old[:, 1:][mask] = start + channel
         if (old == labels).all():
             return None
-        return _find(labels, old)
+        return find(labels, old)
 
     def _channels(self, labels: Rows, leaf: int, mask: NDArray[np.bool_]) -> Index:
         """The channel of one leaf at each position."""
@@ -257,12 +259,9 @@ class Symmetry:
         labels = self.labels(node, dim)
         if labels is None:
             return {}
-        found = {}
-        for leaf, group, mask in self._digits(labels):
-            table = _positions(labels, mask, int(self._leaves.starts[leaf]), self._leaves.sizes[leaf])
-            if table is not None:
-                found[group] = table
-        return found
+        tables = self._leaves.once(places, labels)
+        known = ((self._group_of_leaf[leaf], table) for leaf, table in tables.items() if leaf in self._group_of_leaf)
+        return {group: table for group, table in known if table is not None}
 
     def features(self, labels: Rows) -> list[tuple[tuple[int, ...], Index, Index]]:
         """Moving positions of an axis by the groups that move them: groups, digits (n, groups), position (n, copies).
@@ -281,7 +280,7 @@ class Symmetry:
             digits, feature = unique_rows(elements)
             order = np.argsort(feature, kind="stable")
             groups = tuple(self._group_of_leaf[leaf] for leaf in own)
-            starts = self._leaves.starts[own]
+            starts = np.array([self._leaves.starts[leaf] for leaf in own])
             found.append((groups, digits - starts, where[order].reshape(len(digits), -1)))
         return found
 
@@ -326,9 +325,7 @@ def symmetry(program: Program) -> Symmetry:
     roles = _roles(inference)
     members: dict[int, list[Member]] = {}
     for (fqn, dim), rows in labels.items():
-        for leaf in leaves.free_leaves(rows):
-            mask = leaves.leaf_of(rows[:, 1:]) == leaf
-            position = _positions(rows, mask, int(leaves.starts[leaf]), leaves.sizes[leaf])
+        for leaf, position in leaves.once(places, rows).items():
             assert position is not None, f"labels of {fqn}[{dim}] are not closed under their group"
             role = roles.get((fqn, dim, leaf), "out")
             members.setdefault(leaf, []).append(Member(fqn, dim, role, position))
@@ -371,47 +368,16 @@ def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
 
 
 def _pinned(inference: Inference, labels: Mapping[tuple[str, int], Rows]) -> tuple[Pinned, ...]:
-    """Pinned parameter axes, kernel windows and single positions left out."""
-    found = []
-    for (fqn, dim), rows in labels.items():
-        stuck = rows[(rows[:, 1:] < 0).all(axis=1), 0]
-        pins = [pin for tag in stuck.tolist() if (pin := inference.leaves.pin_of(tag)) is not None]
-        for pin, count in Counter(pins).items():
-            found.append(Pinned(fqn, dim, count, pin.reason, pin.node))
-    return tuple(found)
+    """Pinned parameter axes."""
+    return tuple(
+        Pinned(fqn, dim, count, pin.reason, pin.node)
+        for (fqn, dim), rows in labels.items()
+        for pin, count in inference.leaves.once(_pins, rows)
+    )
 
 
-def _positions(labels: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index | None:
-    """Positions of each element of a leaf, copies in the order of what else their labels say."""
-    if labels.shape == (size, 2) and mask.all():  # the usual case: the axis is the leaf
-        single = np.full((size, 1), -1, np.int64)
-        single[labels[:, 1] - start, 0] = np.arange(size)
-        return single if (single >= 0).all() else None
-    where, column = np.nonzero(mask)
-    element = labels[where, 1 + column] - start
-    if np.bincount(where).max(initial=0) > 1:  # two digits of one leaf on one position (an outer product with itself)
-        where, column, element = _first_digit(where, column, element)
-    rest = labels[where].copy()
-    rest[np.arange(len(where)), 1 + column] = -1
-    copy = row_ids(rest)
-    copies = int(copy.max()) + 1
-    if len(where) != size * copies:
-        return None
-    table = np.full((size, copies), -1, np.int64)
-    table[element, copy] = where
-    return table if (table >= 0).all() else None
-
-
-def _first_digit(where: Index, column: Index, element: Index) -> tuple[Index, Index, Index]:
-    keep = np.unique(where, return_index=True)[1]
-    return where[keep], column[keep], element[keep]
-
-
-def _find(labels: Rows, wanted: Rows) -> Index:
-    """Position of each wanted label."""
-    key = row_ids(np.concatenate([labels, wanted]))
-    position = np.full(int(key.max()) + 1, -1, np.int64)
-    position[key[: len(labels)]] = np.arange(len(labels))
-    found = position[key[len(labels) :]]
-    assert (found >= 0).all(), "a label has no image: the axis is not closed under its group"
-    return found
+def _pins(leaves: Store, rows: Rows) -> list[tuple[Pin, int]]:
+    """Why positions of an axis cannot move, with how many they are."""
+    stuck = rows[(rows[:, 1:] < 0).all(axis=1), 0]
+    found = (leaves.pin_of(tag) for tag in stuck.tolist())
+    return list(Counter(pin for pin in found if pin is not None).items())

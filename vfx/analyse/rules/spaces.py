@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import fx
 
-from vfx.analyse.axes import Rows
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import distinct
 from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement, normalization, writes
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Axis, Digit, Opaque, Shape
+from vfx.analyse.store import Rows, Store
 from vfx.operators import operator
 
 
@@ -35,7 +35,6 @@ class Spaces:
 
     def __init__(self, inference: Inference):
         self.t = inference
-        self._parts: dict[tuple[int, tuple[int, ...]], tuple[Rows, list[frozenset[int]]]] = {}
 
     def shape(self, node: Any) -> Shape | None:
         shape = self.t.shapes.get(node) if isinstance(node, fx.Node) else None
@@ -48,9 +47,9 @@ class Spaces:
     def leaves(self, entry: Axis | Digit) -> frozenset[int]:
         """The leaves that stand on an axis, or on its dimension of a block."""
         if isinstance(entry, Digit):
-            return self._varying(entry.block.labels, entry.block.labels.shape[:-1])[entry.position]
+            return self._varying(entry.block.flat, entry.block.labels.shape[:-1])[entry.position]
         factors = (factor for factor in entry.factors if not isinstance(factor, Opaque))
-        return frozenset().union(*(self._varying(rows, rows.shape[:1])[0] for rows in factors))
+        return frozenset().union(*(self.t.leaves.free_leaves(self.t.leaves.resolve(rows)) for rows in factors))
 
     def parts(self, axis: Axis | Digit, sizes: tuple[int, ...]) -> list[frozenset[int]] | None:
         """The leaves on each factor of an axis; None if it cannot be written out."""
@@ -61,15 +60,15 @@ class Spaces:
         found = self.t.rows(axis)
         return None if found is None else self._varying(found, sizes)
 
-    def _varying(self, labels: Rows, sizes: tuple[int, ...]) -> list[frozenset[int]]:
-        """The leaves whose channel varies along each dimension; the array is kept, so that its id stays its own."""
-        key = id(labels), sizes
-        if key not in self._parts:
-            digits = self.t.leaves.resolve(labels.reshape(-1, labels.shape[-1]))[:, 1:].reshape(*sizes, -1)
-            leaves = self.t.leaves.leaf_of(digits)
-            varies = [digits != np.take(digits, [0], axis=position) for position in range(len(sizes))]
-            self._parts[key] = labels, [frozenset(distinct(leaves[v])) for v in varies]
-        return self._parts[key][1]
+    def _varying(self, rows: Rows, sizes: tuple[int, ...]) -> list[frozenset[int]]:
+        return self.t.leaves.once(varying, self.t.leaves.resolve(rows), sizes)
+
+
+def varying(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[frozenset[int]]:
+    """The leaves whose channel varies along each dimension of an axis seen as ``sizes``."""
+    digits = rows[:, 1:].reshape(*sizes, -1)
+    owner = leaves.leaf_of(digits)
+    return [frozenset(distinct(owner[digits != np.take(digits, [0], axis=d)])) for d in range(len(sizes))]
 
 
 Space = Callable[[Spaces, fx.Node, dict[str, Any]], "list[Dim] | None"]

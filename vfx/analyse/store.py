@@ -1,0 +1,271 @@
+"""The store of leaves: labels, tags, bindings, and what an array of labels stands for once its leaves are bound.
+
+Arrays of labels are values and are never written to. Tied axes resolve to one and the same array object: a leaf bound
+as a whole gives way to the array it is bound to, found as in a union-find forest with path compression. So whatever is
+worked out about an array (which leaves it holds, where they stand) is worked out once for all axes tied to it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vfx.analyse.rows import distinct, unique_rows
+
+Rows = NDArray[np.int64]  # (positions, 1 + digits): column 0 the tag, then element ids, -1 where there is none
+
+T = TypeVar("T")
+
+NO_TAG = 0
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Why positions cannot move: the rule's reason and the graph node that asked for it."""
+
+    reason: str
+    node: str
+
+
+class _Entry:
+    """What is known of an array: the leaves it holds, the leaf it is (-1 if it is not one), what it resolves to."""
+
+    __slots__ = ("facts", "leaves", "ref", "target", "version", "whole")
+
+    def __init__(self, ref: weakref.ref[Rows], leaves: Sequence[int], whole: int, target: Rows | None):
+        self.ref, self.leaves, self.whole, self.target = ref, leaves, whole, target
+        self.version = -1  # of the store when the leaves were last seen to be free
+        self.facts: dict[Any, Any] = {}
+
+
+class Store:
+    """Leaves, their bindings and the tags in use."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.sizes: list[int] = []
+        self.bindings: list[Rows | None] = []
+        self._owner = np.full(1024, -1, np.int64)  # leaf of each element; the last entry answers for "none" (-1)
+        self.version = 0
+        self._next_element = 0
+        self._next_tag = NO_TAG + 1
+        self._pairs: dict[tuple[int, int], int] = {}
+        self._pins: list[Pin] = []  # one for each pinned block of tags, ascending
+        self._pin_starts: list[int] = []
+        self._pin_ends: list[int] = []
+        self._pin_source: dict[int, int] = {}  # joined tag -> its pinned component
+        self._entries: dict[int, _Entry] = {}  # by the array's id, for as long as the array lives
+        self.context = ""  # name of the node whose rule is running
+
+    # creation -----------------------------------------------------------------------------------------------------
+
+    def fresh(self, size: int) -> Rows:
+        """A new free leaf; an axis of size 1 has nothing to permute."""
+        if size == 1:
+            return np.full((1, 1), NO_TAG, np.int64)
+        leaf, start = len(self.sizes), self._next_element
+        self.starts.append(start)
+        self.sizes.append(size)
+        self.bindings.append(None)
+        self._next_element += size
+        if self._next_element >= len(self._owner):
+            room = np.full(2 * self._next_element - len(self._owner), -1, np.int64)
+            self._owner = np.concatenate([self._owner, room])
+        self._owner[start : self._next_element] = leaf
+        rows = np.full((size, 2), NO_TAG, np.int64)
+        rows[:, 1] = np.arange(start, self._next_element)
+        self._note(rows, (leaf,), leaf)
+        return rows
+
+    def pinned(self, size: int, reason: str) -> Rows:
+        """``size`` positions that never move."""
+        tags = self.tags(size)
+        self._pins.append(Pin(reason, self.context))
+        self._pin_starts.append(int(tags[0]))
+        self._pin_ends.append(self._next_tag)
+        rows = tags[:, None]
+        self._note(rows, ())
+        return rows
+
+    def tags(self, count: int) -> NDArray[np.int64]:
+        """New tags, all different."""
+        first = self._next_tag
+        self._next_tag += count
+        return np.arange(first, first + count)
+
+    def pin_of(self, tag: int) -> Pin | None:
+        """The reason recorded for a pinned position's tag, if it was pinned."""
+        tag = self._pin_source.get(tag, tag)
+        index = bisect_right(self._pin_starts, tag) - 1
+        return self._pins[index] if index >= 0 and tag < self._pin_ends[index] else None
+
+    # reading ------------------------------------------------------------------------------------------------------
+
+    def leaf_of(self, elements: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Leaf of each element id, -1 where there is none."""
+        return self._owner[elements]
+
+    def elements(self, leaf: int) -> NDArray[np.int64]:
+        return self.starts[leaf] + np.arange(self.sizes[leaf])
+
+    def free_leaves(self, rows: Rows) -> Sequence[int]:
+        """The free leaves that move these (resolved) positions, ascending."""
+        return self._entry(rows).leaves
+
+    def resolve(self, rows: Rows) -> Rows:
+        """The labels with every bound leaf replaced by what it is bound to; tied axes give the same array."""
+        trail = []
+        while True:
+            entry = self._entry(rows)
+            if entry.target is None:
+                if entry.version == self.version or all(self.bindings[leaf] is None for leaf in entry.leaves):
+                    entry.version = self.version
+                    break
+                bound = self.bindings[entry.whole] if entry.whole >= 0 else None
+                entry.target = self._substitute(rows, entry.leaves) if bound is None else bound
+            trail.append(entry)
+            rows = entry.target
+        for entry in trail:
+            entry.target = rows
+        return rows
+
+    def once(self, read: Callable[..., T], rows: Rows, *options: Any) -> T:
+        """``read(store, rows, *options)`` of resolved labels, worked out once for as long as the array lives."""
+        facts = self._entry(rows).facts
+        key = (read, *options)
+        if key not in facts:
+            facts[key] = read(self, rows, *options)
+        return cast(T, facts[key])
+
+    def _entry(self, rows: Rows) -> _Entry:
+        entry = self._entries.get(id(rows))
+        if entry is None:
+            leaves = self.leaf_of(rows[:, 1:])
+            ordered = self._canonical(rows, leaves) if rows.shape[1] > 1 else rows
+            entry = self._note(rows, distinct(leaves), target=None if ordered is rows else ordered)
+        return entry
+
+    def _note(self, rows: Rows, leaves: Sequence[int], whole: int = -1, target: Rows | None = None) -> _Entry:
+        key = id(rows)
+        ref = weakref.ref(rows, lambda _: self._entries.pop(key, None))
+        entry = self._entries[key] = _Entry(ref, leaves, whole, target)
+        return entry
+
+    @staticmethod
+    def _canonical(rows: Rows, leaves: NDArray[np.int64]) -> Rows:
+        """Digits ordered by leaf (one leaf's keep their order), without empty columns; ``rows`` itself where it is so."""
+        digits = rows[:, 1:]
+        if digits.shape[1] > 1:
+            rank = np.where(leaves < 0, np.iinfo(np.int64).max, leaves)
+            if (rank[:, 1:] < rank[:, :-1]).any():
+                order = np.argsort(rank, axis=1, kind="stable")
+                digits = np.take_along_axis(digits, order, axis=1)
+                rows = np.concatenate([rows[:, :1], digits], axis=1)
+        keep = (digits >= 0).any(axis=0)
+        return rows if keep.all() else np.concatenate([rows[:, :1], digits[:, keep]], axis=1)
+
+    def _substitute(self, rows: Rows, leaves: Sequence[int]) -> Rows:
+        """One array with its bound leaves replaced."""
+        owner = self.leaf_of(rows[:, 1:])
+        tag = rows[:, 0]
+        columns = []
+        for index in range(owner.shape[1]):
+            digits = rows[:, 1 + index : 2 + index]
+            for leaf in leaves:
+                here = owner[:, index] == leaf
+                count = np.count_nonzero(here)
+                binding = self.bindings[leaf]
+                if not count or binding is None:
+                    continue
+                binding = self.resolve(binding)
+                if count == len(here):  # the usual case: one leaf throughout
+                    target = binding[rows[:, 1 + index] - self.starts[leaf]]
+                    digits, tag = target[:, 1:], self.join(tag, target[:, 0])
+                    break
+                target = binding[rows[here, 1 + index] - self.starts[leaf]]
+                digits = widen(digits, target.shape[1] - 1)
+                digits[here] = -1
+                digits[here, : target.shape[1] - 1] = target[:, 1:]
+                tag = tag.copy()
+                tag[here] = self.join(tag[here], target[:, 0])
+            columns.append(digits)
+        result = np.concatenate([tag[:, None], *columns], axis=1)
+        return self._canonical(result, self.leaf_of(result[:, 1:]))
+
+    def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+        """One tag for each pair of tags, the same pair always the same tag."""
+        if not right.any():
+            return left
+        if not left.any():
+            return right
+        pairs, inverse = unique_rows(np.stack([left, right], axis=1))
+        joined = np.empty(len(pairs), np.int64)
+        for index, (a, b) in enumerate(pairs.tolist()):
+            if a == NO_TAG or b == NO_TAG:
+                joined[index] = a or b
+                continue
+            joined[index] = self._pairs.get((a, b)) or self._join_pair(a, b)
+        return joined[inverse]
+
+    def _join_pair(self, left: int, right: int) -> int:
+        joined = int(self.tags(1)[0])
+        self._pairs[left, right] = joined
+        for part in (left, right):
+            if self.pin_of(part) is not None:
+                self._pin_source[joined] = self._pin_source.get(part, part)
+        return joined
+
+    # changing -----------------------------------------------------------------------------------------------------
+
+    def bind(self, leaf: int, rows: Rows) -> None:
+        """Replace a free leaf by labels, one for each of its elements."""
+        assert self.bindings[leaf] is None
+        assert len(rows) == self.sizes[leaf]
+        self.bindings[leaf] = rows
+        self.version += 1
+
+    def split(self, leaf: int, parts: NDArray[np.int64]) -> None:
+        """Replace a leaf by one new leaf for each set of elements with the same value of ``parts``."""
+        rows = np.full((self.sizes[leaf], 2), -1, np.int64)
+        labels = np.unique(parts)
+        tags = self.tags(len(labels))
+        for label, tag in zip(labels, tags):
+            here = parts == label
+            count = int(here.sum())
+            new = self.fresh(count)
+            rows[here, 0] = tag if count > 1 else self.pinned(1, "used apart from every other channel")[0]
+            rows[here, 1 : new.shape[1]] = new[:, 1:]
+        self.bind(leaf, rows)
+
+    def pin(self, rows: Rows, reason: str) -> None:
+        """No group element may move these positions."""
+        digits = self.resolve(rows)[:, 1:]
+        leaves = self.leaf_of(digits)
+        for leaf in distinct(leaves):
+            self._pin_elements(leaf, np.unique(digits[leaves == leaf]), reason)
+
+    def _pin_elements(self, leaf: int, elements: NDArray[np.int64], reason: str) -> None:
+        if len(elements) == self.sizes[leaf]:
+            self.bind(leaf, self.pinned(self.sizes[leaf], reason))
+            return
+        inside = np.isin(self.elements(leaf), elements)
+        self.split(leaf, inside.astype(np.int64))
+        self.pin(self.elements_as_rows(elements), reason)
+
+    @staticmethod
+    def elements_as_rows(elements: NDArray[np.int64]) -> Rows:
+        return np.stack([np.full(len(elements), NO_TAG), elements], axis=1)
+
+
+def widen(digits: Rows, width: int) -> Rows:
+    """A copy with at least ``width`` columns."""
+    extra = width - digits.shape[1]
+    if extra <= 0:
+        return digits.copy()
+    return np.concatenate([digits, np.full((len(digits), extra), -1, np.int64)], axis=1)
