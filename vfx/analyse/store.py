@@ -159,7 +159,7 @@ class Store:
 
     @staticmethod
     def _canonical(rows: Rows, leaves: NDArray[np.int64]) -> Rows:
-        """Digits ordered by leaf (one leaf's keep their order), without empty columns; ``rows`` itself where it is so."""
+        """Digits ordered by leaf (one leaf's keep their order), without empty columns; maybe ``rows`` itself."""
         digits = rows[:, 1:]
         if digits.shape[1] > 1:
             rank = np.where(leaves < 0, np.iinfo(np.int64).max, leaves)
