@@ -22,6 +22,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vfx.analyse.places import places
 from vfx.analyse.rows import classes, count_rows, row_ids, unique_rows
 from vfx.analyse.store import NO_TAG, Rows, Store, widen
 
@@ -37,7 +38,7 @@ class Leaves(Store):
         """Make two axes of equal length carry the same action."""
         while True:
             left, right = self.resolve(left), self.resolve(right)
-            if left is right:
+            if self.same(left, right):
                 return
             if self._bind_whole(left, right) or self._bind_whole(right, left):
                 continue
@@ -112,6 +113,8 @@ class Leaves(Store):
         """Shrink the group until it maps this set of labels onto itself."""
         while True:
             rows = self.resolve(rows)
+            if rows.shape[1] == 2 and all(found is not None for found in self.once(places, rows).values()):
+                return
             signature = np.concatenate([rows[:, :1], self.leaf_of(rows[:, 1:])], axis=1)
             if not any(self._complete(_digits(rows[members])) for members in classes(signature)):
                 return

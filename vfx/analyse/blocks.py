@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import unique_rows
@@ -71,7 +72,7 @@ class _Allowed:
     def __init__(self, inference: Inference, free: frozenset[int]):
         self.t, self.free = inference, free
         self.allowed: dict[int, frozenset[int]] = {}
-        self._seen: set[tuple[Piece, ...]] = set()
+        self._seen: set[tuple[Any, ...]] = set()  # axes, and pieces
 
     def find(self) -> dict[int, frozenset[int]]:
         """Only leaves with at least one candidate are listed."""
@@ -95,8 +96,9 @@ class _Allowed:
     # tensors ------------------------------------------------------------------------------------------------------
 
     def _tensor(self, shape: Shape) -> None:
-        pieces = tuple(self._pieces_of(shape.axes))
-        if pieces in self._seen:
+        pieces = tuple(self._pieces_of(shape.axes)) if shape.axes not in self._seen else ()
+        self._seen.add(shape.axes)
+        if not pieces or pieces in self._seen:
             return
         self._seen.add(pieces)
         count = Counter(leaf for piece in pieces for leaf in piece.leaves)

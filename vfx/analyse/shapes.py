@@ -140,7 +140,7 @@ class Algebra:
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Make two axes of equal size carry the same action and return one of them."""
-        if left is not right:
+        if left is not right and not (left.opaque and right.opaque):
             for a, b in _aligned(left, right):
                 self._tie_group(a, b)
         return left
@@ -384,7 +384,7 @@ def independent(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[Axis]
     tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]
     for index in range(labels.shape[-1]):
         column = labels[..., index]
-        dims = [d for d in range(len(sizes)) if (column != np.take(column, [0], axis=d)).any()]
+        dims = [d for d in range(len(sizes)) if (column != column[(slice(None),) * d + (slice(1),)]).any()]
         if len(dims) > 1:
             return None
         line = column[tuple(slice(None) if [d] == dims else 0 for d in range(len(sizes)))]

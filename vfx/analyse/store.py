@@ -143,6 +143,14 @@ class Store:
             facts[key] = read(self, rows, *options)
         return cast(T, facts[key])
 
+    def same(self, left: Rows, right: Rows) -> bool:
+        """Whether two resolved axes are labelled alike; if so, they are one array from now on."""
+        if left is not right:
+            if left.shape != right.shape or not (left == right).all():
+                return False
+            self._entry(right).target = left
+        return True
+
     def _entry(self, rows: Rows) -> _Entry:
         entry = self._entries.get(id(rows))
         if entry is None:
@@ -204,14 +212,15 @@ class Store:
             return left
         if not left.any():
             return right
+        if (left == left[0]).all() and (right == right[0]).all():  # the usual case: one copy throughout
+            return np.full(len(left), self._joined(int(left[0]), int(right[0])))
         pairs, inverse = unique_rows(np.stack([left, right], axis=1))
-        joined = np.empty(len(pairs), np.int64)
-        for index, (a, b) in enumerate(pairs.tolist()):
-            if a == NO_TAG or b == NO_TAG:
-                joined[index] = a or b
-                continue
-            joined[index] = self._pairs.get((a, b)) or self._join_pair(a, b)
-        return joined[inverse]
+        return np.array([self._joined(a, b) for a, b in pairs.tolist()])[inverse]
+
+    def _joined(self, left: int, right: int) -> int:
+        if left == NO_TAG or right == NO_TAG:
+            return left or right
+        return self._pairs.get((left, right)) or self._join_pair(left, right)
 
     def _join_pair(self, left: int, right: int) -> int:
         joined = int(self.tags(1)[0])
