@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vfx.analyse.axes import Leaves, unique_labels
-from vfx.analyse.shapes import Algebra, Axis, Shape
+from vfx.analyse.shapes import Algebra, Shape
 from vfx.analyse.store import Rows
+from vfx.analyse.terms import Axis
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -23,8 +23,9 @@ from typing import Any
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
-from vfx.analyse.shapes import Axis, Digit, Opaque, Shape
+from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
+from vfx.analyse.terms import Axis, Opaque
 from vfx.operators import arguments
 
 Signature = tuple[int, ...]  # the leaves that move one position

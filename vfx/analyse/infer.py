@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.rules import HARMLESS, TABLE
-from vfx.analyse.shapes import Algebra, Axis, Shape
+from vfx.analyse.shapes import Algebra, Shape
+from vfx.analyse.terms import Axis
 from vfx.operators import NORMS, arguments, operator
 from vfx.program import Program, Value
 

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from vfx.analyse.rules.rule import normal
-from vfx.analyse.shapes import Axis, Shape
+from vfx.analyse.shapes import Shape
+from vfx.analyse.terms import Axis
 from vfx.program import Value
 
 if TYPE_CHECKING:

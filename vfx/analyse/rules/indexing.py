@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from vfx.analyse.rules.rule import normal
-from vfx.analyse.shapes import Axis, Digit, Shape
+from vfx.analyse.shapes import Digit, Shape
+from vfx.analyse.terms import Axis
 from vfx.operators import operator
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from vfx.analyse.rules import indexing
 from vfx.analyse.rules.rule import dims_of, normal
-from vfx.analyse.shapes import MAX_ENUMERATED, Axis, Opaque, Shape
+from vfx.analyse.shapes import Shape
+from vfx.analyse.terms import MAX_ENUMERATED, Axis, Opaque
 from vfx.operators import operator
 
 if TYPE_CHECKING:

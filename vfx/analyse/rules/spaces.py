@@ -17,8 +17,9 @@ from vfx.analyse.infer import Inference
 from vfx.analyse.rows import distinct
 from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement, normalization, writes
 from vfx.analyse.rules.rule import dims_of, normal
-from vfx.analyse.shapes import Axis, Digit, Opaque, Shape
+from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
+from vfx.analyse.terms import Axis, Opaque
 from vfx.operators import operator
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from vfx.analyse.rules.rule import normal
-from vfx.analyse.shapes import Axis, Shape
+from vfx.analyse.shapes import Shape
+from vfx.analyse.terms import Axis
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference

@@ -9,7 +9,8 @@ from torch import fx
 
 from vfx.analyse.rules import elementwise
 from vfx.analyse.rules.rule import normal
-from vfx.analyse.shapes import MAX_ENUMERATED, Shape
+from vfx.analyse.shapes import Shape
+from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.operators import operator
 
 if TYPE_CHECKING:
