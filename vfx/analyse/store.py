@@ -168,6 +168,8 @@ class Store:
     @staticmethod
     def _canonical(rows: Rows, leaves: NDArray[np.int64]) -> Rows:
         """Digits ordered by leaf (one leaf's keep their order), without empty columns; maybe ``rows`` itself."""
+        if (leaves >= 0).all() and (leaves[:, 1:] >= leaves[:, :-1]).all():  # the usual case
+            return rows
         digits = rows[:, 1:]
         if digits.shape[1] > 1:
             rank = np.where(leaves < 0, np.iinfo(np.int64).max, leaves)
@@ -180,18 +182,17 @@ class Store:
 
     def _substitute(self, rows: Rows, leaves: Sequence[int]) -> Rows:
         """One array with its bound leaves replaced."""
+        bound = {leaf: self.resolve(own) for leaf in leaves if (own := self.bindings[leaf]) is not None}
         owner = self.leaf_of(rows[:, 1:])
         tag = rows[:, 0]
         columns = []
         for index in range(owner.shape[1]):
             digits = rows[:, 1 + index : 2 + index]
-            for leaf in leaves:
+            for leaf, binding in bound.items():
                 here = owner[:, index] == leaf
                 count = np.count_nonzero(here)
-                binding = self.bindings[leaf]
-                if not count or binding is None:
+                if not count:
                     continue
-                binding = self.resolve(binding)
                 if count == len(here):  # the usual case: one leaf throughout
                     target = binding[rows[:, 1 + index] - self.starts[leaf]]
                     digits, tag = target[:, 1:], self.join(tag, target[:, 0])
@@ -204,7 +205,10 @@ class Store:
                 tag[here] = self.join(tag[here], target[:, 0])
             columns.append(digits)
         result = np.concatenate([tag[:, None], *columns], axis=1)
-        return self._canonical(result, self.leaf_of(result[:, 1:]))
+        owner = self.leaf_of(result[:, 1:])
+        result = self._canonical(result, owner)
+        self._note(result, distinct(owner))
+        return result
 
     def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
         """One tag for each pair of tags, the same pair always the same tag."""
