@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vfx.analyse.axes import Leaves, unique_labels
+from vfx.analyse.places import places
 from vfx.analyse.shapes import Algebra, Shape
-from vfx.analyse.store import Rows
+from vfx.analyse.store import Rows, Store
 from vfx.analyse.terms import Axis
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
@@ -178,6 +181,65 @@ def test_one_position_used_apart_is_pinned_with_a_reason() -> None:
     pin = t.leaves.pin_of(int(rows[2, 0]))
     assert pin is not None
     assert pin.reason == "used apart from every other channel"
+
+
+# sharing --------------------------------------------------------------------------------------------------------------
+
+
+def test_tied_axes_are_one_array() -> None:
+    t = Algebra()
+    axes = [t.fresh(6) for _ in range(4)]
+    for left, right in pairwise(axes):
+        t.tie(left, right)
+    shared = {id(t.leaves.resolve(_rows(t, axis))) for axis in axes}
+    assert len(shared) == 1
+    t.tie(axes[2], t.concatenate([t.fresh(2), t.fresh(4)]))
+    assert len({id(t.leaves.resolve(_rows(t, axis))) for axis in axes}) == 1
+    assert id(t.leaves.resolve(_rows(t, axes[0]))) not in shared
+    assert t.leaves.resolve(_rows(t, t.fresh(6))) is not t.leaves.resolve(_rows(t, axes[0]))
+
+
+def test_axes_found_alike_become_one_array() -> None:
+    t = Algebra()
+    a = t.fresh(6)
+    left, right = (_rows(t, t.take(a, np.arange(6)[::-1].copy())) for _ in range(2))
+    assert t.leaves.resolve(left) is not t.leaves.resolve(right)
+    t.leaves.unify(left, right)
+    assert t.leaves.resolve(left) is t.leaves.resolve(right)
+    assert not t.leaves.same(t.leaves.resolve(left), t.leaves.resolve(_rows(t, a)))
+
+
+def test_what_is_read_of_labels_is_read_once_while_they_live() -> None:
+    leaves, reads = Leaves(), []
+
+    def size(store: Store, rows: Rows) -> int:
+        reads.append(rows.shape)
+        return len(rows)
+
+    rows = leaves.fresh(3)
+    assert [leaves.once(size, rows) for _ in range(3)] == [3, 3, 3]
+    assert reads == [(3, 2)]
+    before = len(leaves._entries)
+    del rows
+    assert len(leaves._entries) == before - 1
+    assert leaves.once(size, leaves.fresh(5)) == 5
+
+
+def test_places_are_copies_by_channel() -> None:
+    t = Algebra()
+    a, b = t.fresh(3), t.fresh(2)
+    rows = t.leaves.resolve(_rows(t, t.concatenate([a, b, t.take(a, np.array([2, 0, 1]))])))
+    first, second = (places(t.leaves, rows)[t.leaves.free_leaves(_rows(t, axis))[0]] for axis in (a, b))
+    assert first is not None
+    assert second is not None
+    assert first.tolist() == [[0, 6], [1, 7], [2, 5]]
+    assert second.tolist() == [[3], [4]]
+    assert next(iter(places(t.leaves, rows[:-1]).values())) is None  # not closed: a copy of one channel is missing
+    product = _rows(t, Axis((*a.factors, *b.factors)))
+    assert [table.tolist() for table in places(t.leaves, product).values() if table is not None] == [
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 2, 4], [1, 3, 5]],
+    ]
 
 
 # views ----------------------------------------------------------------------------------------------------------------
