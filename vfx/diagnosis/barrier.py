@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vfx.api import collect, merge, symmetry, trace
-from vfx.diagnosis.observe import first_output
+from vfx.diagnosis.observe import class_axis, first_output
 from vfx.diagnosis.rows import finite
 from vfx.errors import ArgumentError, DataError
 from vfx.files import write_atomic
@@ -31,7 +31,7 @@ from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.collect import Statistics
 from vfx.statistics.data import Batches
-from vfx.statistics.labels import batch_labels, in_order
+from vfx.statistics.labels import in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,61 +260,59 @@ def _has_batch_norm(program: Program) -> bool:
 
 
 class Evaluation:
-    """Accuracy and loss of Programs on one set of batches, against their labels or the ensemble of ``edges``."""
+    """Accuracy and loss of Programs on one set of batches, against their labels or the ensemble of ``edges``.
+
+    Outputs are (N, C), sequences (N, T, C) or maps (N, C, …), labels (N,) or one for each position; negative labels
+    (padding) do not count.
+    """
 
     def __init__(self, edges: Program, data: Any, device: Any = None):
-        self.edges, self.device = edges, device
-        self._data = data.split(512) if isinstance(data, Tensor) else data
-        if not isinstance(self._data, Iterable):
-            raise DataError(f"evaluate must be a tensor or an iterable of batches, got {type(data).__name__}")
-        self._inputs = len(edges.signature.inputs)
-        self._ensemble: list[Tensor] | None = None
-        first = next(iter(self._data), None)
-        size = self._batch(first)[1] if first is not None else 0
-        self.labelled = first is not None and batch_labels(first, self._inputs, size) is not None
+        self.edges, self.batches = edges, Batches(edges, data, device=device)
+        self.labelled = next(iter(self.batches.labelled()))[1] is not None
         self.target = "labels" if self.labelled else "ensemble"
         self.samples = 0
+        self._ensemble: list[Tensor] | None = None
 
     def __call__(self, program: Program) -> tuple[float, float]:
         """Accuracy (share) and mean loss of a single-edge Program."""
-        right, loss, samples = 0.0, 0.0, 0
-        for index, raw in enumerate(self._data):
-            batch, size = self._batch(raw)
+        right, loss, count, samples = 0.0, 0.0, 0, 0
+        for index, (batch, labels) in enumerate(self.batches.labelled()):
             logits = _logits(program(*batch))
-            target = self._target(index, raw, size).to(logits.device)
-            classes = target if target.ndim == 1 else target.argmax(1)
-            right += float((logits.argmax(1) == classes).sum())
-            loss += float(nn.functional.cross_entropy(logits.double(), target, reduction="sum"))
-            samples += size
-        if not samples:
-            raise DataError("evaluate holds no samples; give at least one batch")
+            target = self._target(index, labels, logits)
+            classes = target if self.labelled else target.argmax(1)
+            counted = classes >= 0
+            right += float(((logits.argmax(1) == classes) & counted).sum())
+            target = target.masked_fill(~counted, _PADDING) if self.labelled else target
+            loss += float(nn.functional.cross_entropy(logits.double(), target, reduction="sum", ignore_index=_PADDING))
+            count += int(counted.sum())
+            samples += self.batches.size(batch)
         self.samples = samples
-        return right / samples, loss / samples
+        return right / max(count, 1), loss / max(count, 1)
 
-    def _batch(self, raw: Any) -> tuple[list[Tensor], int]:
-        batches = Batches(self.edges, [raw], device=self.device)
-        batch = next(iter(batches))
-        return batch, batches.size(batch)
+    def _target(self, index: int, labels: Tensor | None, logits: Tensor) -> Tensor:
+        """Labels (N, …), or the ensemble's probabilities (N, C, …)."""
+        if not self.labelled:
+            if self._ensemble is None:
+                self._ensemble = [self._probabilities(batch) for batch in self.batches]
+            return self._ensemble[index].to(logits.device)
+        shape = (len(logits), *logits.shape[2:])
+        if labels is None or labels.shape != shape:
+            found = "no class labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise DataError(f"batch {index} of evaluate has {found}; the outputs take one class for each of {shape}")
+        return labels.to(logits.device).long()
 
-    def _target(self, index: int, raw: Any, size: int) -> Tensor:
-        if self.labelled:
-            labels = batch_labels(raw, self._inputs, size)
-            if labels is None:
-                raise DataError(f"batch {index} of evaluate has no class labels, the first batch has")
-            return labels
-        if self._ensemble is None:
-            self._ensemble = [self._probabilities(other) for other in self._data]
-        return self._ensemble[index]
+    def _probabilities(self, batch: list[Tensor]) -> Tensor:
+        outputs = (_logits(self.edges(*batch, edge=edge)) for edge in range(self.edges.edges))
+        return torch.stack([logits.double().softmax(1) for logits in outputs]).mean(0)
 
-    def _probabilities(self, raw: Any) -> Tensor:
-        batch, _ = self._batch(raw)
-        found = [_logits(self.edges(*batch, edge=edge)).double().softmax(1) for edge in range(self.edges.edges)]
-        return torch.stack(found).mean(0)
+
+_PADDING = -100
 
 
 def _logits(result: Any) -> Tensor:
+    """A network's first floating output with its classes on axis 1."""
     logits = first_output(result)
-    if logits is None or logits.ndim != 2:
+    if logits is None or logits.ndim < 2:
         shape = None if logits is None else tuple(logits.shape)
-        raise ArgumentError(f"accuracy needs outputs (N, classes), this network gives {shape}")
-    return logits
+        raise ArgumentError(f"accuracy needs outputs with classes, (N, C) or (N, T, C), this network gives {shape}")
+    return logits.movedim(class_axis(logits), 1)
