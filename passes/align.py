@@ -58,8 +58,15 @@ class Align(Pass):
         facts = self.facts or symmetry(program)
         statistics = self.statistics
         if statistics is None and self.data is not None:
-            within = self.matcher is not None and "within" in self.matcher.needs
-            statistics = collect(program, facts, self.data, within=within, progress=self.progress)
+            needs = self.matcher.needs if self.matcher is not None else {"features"}
+            statistics = collect(
+                program,
+                facts,
+                self.data,
+                features="data" not in needs or "features" in needs,
+                within="within" in needs,
+                progress=self.progress,
+            )
         if statistics is not None:
             statistics.check(program)
         if self.matcher is None:

@@ -316,14 +316,14 @@ def test_weight_matching_never_loses_ground(case: Case, monkeypatch: pytest.Monk
     program = trace(edges(case.build, x), x[:2])
     facts = symmetry(program)
     values: list[float] = []
-    improve = weight_module._Descent._improve
+    improve = weight_module.Descent._improve
 
-    def watched(self: weight_module._Descent, unit: object, settled: object, sweep: int) -> None:
+    def watched(self: weight_module.Descent, unit: object, settled: object, sweep: int) -> None:
         improve(self, unit, settled, sweep)  # type: ignore[arg-type]
         if settled is None:
             values.append(self._objective())
 
-    monkeypatch.setattr(weight_module._Descent, "_improve", watched)
+    monkeypatch.setattr(weight_module.Descent, "_improve", watched)
     found = WeightMatching()(Problem(program, facts))
     assert len(values) >= len(units(facts))
     steps = np.diff(values)

@@ -41,7 +41,7 @@ from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
-from vfx.statistics.data import reusable
+from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import counted
 
 NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
@@ -146,8 +146,9 @@ def merge(
     """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
 
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
-    dicts (labels are ignored).
-    ``match``: None, "weight", "activation", or a Matcher; "auto" reads activations if there are data or statistics.
+    dicts (labels are ignored, but for "ste").
+    ``match``: None, "weight", "activation", "c2m3", "iterated", "ste" or a Matcher; "auto" reads activations if there
+    are data or statistics.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
     with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
@@ -194,7 +195,7 @@ def merge(
     _check_statistics(statistics, normalize, needs)
     align = Align(
         finder,
-        data if "data" in needs else None,
+        Batches(program, data, max_samples, device) if "data" in needs else None,
         statistics=statistics,
         weights=alphas,
         facts=facts,

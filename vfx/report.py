@@ -65,6 +65,7 @@ class Report:
             "params_ratio": self.params_ratio,
             "flops_ratio": self.flops_ratio,
             "match_objective": list(matching.objective) if matching else None,
+            "match_attempts": [list(values) for values in matching.attempts] if matching else None,
             "match_sweeps": list(matching.sweeps) if matching else None,
             "verify_error": self.verify_error,
             "own_class": self.own_class,

@@ -14,7 +14,7 @@ from collections.abc import Collection
 import numpy as np
 
 from vfx.analyse.elements import moved
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
 from vfx.errors import ArgumentError
 from vfx.match.grids import grid
 from vfx.match.matcher import Gain, Matching, Problem, assign, best_over_blocks
@@ -36,7 +36,7 @@ class ActivationMatching:
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         start = time.perf_counter()
-        results = [_Ascent(symmetry, statistics, edge).run() for edge in range(1, problem.program.edges)]
+        results = [Ascent(symmetry, statistics, edge).run() for edge in range(1, problem.program.edges)]
         return Matching(
             permutations=(symmetry.identity(), *(permutations for permutations, _, _ in results)),
             objective=tuple(objective for _, objective, _ in results),
@@ -45,15 +45,17 @@ class ActivationMatching:
         )
 
 
-class _Ascent:
+class Ascent:
     """Matches one edge to the first, unit after unit."""
 
     def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int):
         self.symmetry = symmetry
         self.found = symmetry.identity()
+        self.gains: list[tuple[Tap, Gain]] = []
         self.taps_of: dict[int, list[tuple[Tap, Gain]]] = {}
         for tap in statistics.taps:
             gain = statistics.features[tap.key].correlation(0, edge).cpu().numpy()
+            self.gains.append((tap, gain))
             for group in tap.groups:
                 self.taps_of.setdefault(group, []).append((tap, gain))
         self.units = [unit for unit in units(symmetry) if unit.groups & set(self.taps_of)]
@@ -76,6 +78,12 @@ class _Ascent:
                 break
             total = value
         return self.found, float(total), sweeps
+
+    def value(self, element: Permutations) -> float:
+        """Sum of correlations over all taps, each once, under a given group element."""
+        self.found = dict(element)
+        images = ((gain, self._image(tap, keep=())) for tap, gain in self.gains)
+        return float(sum(gain[np.arange(len(image)), image].sum() for gain, image in images))
 
     def _single(self, group: Group, unmatched: Collection[int]) -> tuple[dict[int, Index], float]:
         gains = [self._marginal(tap, gain, group, unmatched) for tap, gain in self.taps_of[group.index]]

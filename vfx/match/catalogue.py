@@ -6,12 +6,18 @@ from collections.abc import Callable
 
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
+from vfx.match.c2m3 import C2M3
+from vfx.match.iterated import IteratedMatching
 from vfx.match.matcher import Matcher
+from vfx.match.straight_through import StraightThrough
 from vfx.match.weight import WeightMatching
 
 MATCHERS: dict[str, Callable[[], Matcher]] = {
     "weight": WeightMatching,
     "activation": ActivationMatching,
+    "c2m3": C2M3,
+    "iterated": IteratedMatching,
+    "ste": StraightThrough,
 }
 
 

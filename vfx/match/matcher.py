@@ -46,7 +46,9 @@ class Matching:
     """One permutation per group for each edge (the first edge's is the identity), and the objective reached.
 
     ``maps`` holds what is left to do behind the permutations where the method finds more than a permutation: for each
-    edge a linear map by group, close to the identity.
+    edge a linear map by group, close to the identity. ``objective`` is one figure for each edge but the first, or one
+    for all where they are matched together; ``attempts`` holds the same for each start (``restarts``) or iteration, of
+    which the best was kept.
     """
 
     permutations: tuple[Permutations, ...]
@@ -55,6 +57,7 @@ class Matching:
     sweeps: tuple[int, ...] = ()
     seconds: float = 0.0
     details: Mapping[str, float] = field(default_factory=dict)
+    attempts: tuple[tuple[float, ...], ...] = ()
 
 
 class Matcher(Protocol):

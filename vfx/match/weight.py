@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.symmetry import Group, Index, Member, Symmetry
+from vfx.analyse.symmetry import Group, Index, Member, Permutations, Symmetry
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, Matching, Problem, assign, best_over_blocks
 from vfx.match.units import Unit, assign_unit, units
@@ -40,25 +40,25 @@ class WeightMatching:
 
     @torch.no_grad()
     def __call__(self, problem: Problem) -> Matching:
-        start = time.perf_counter()
+        begin = time.perf_counter()
         program, symmetry = problem.program, problem.symmetry
         generator = np.random.default_rng(problem.seed)
-        best = []
+        best, attempts = [], []
         for weights in program.weights[1:]:
-            descents = [
-                _Descent(symmetry, program.weights[0], weights).run(generator, warm=attempt == 0)
-                for attempt in range(1 + self.restarts)
-            ]
+            starts = (None if attempt == 0 else symmetry.random(generator) for attempt in range(1 + self.restarts))
+            descents = [Descent(symmetry, program.weights[0], weights).run(generator, start=first) for first in starts]
+            attempts.append(tuple(objective for _, objective, _ in descents))
             best.append(max(descents, key=lambda result: result[1]))
         return Matching(
             permutations=(symmetry.identity(), *(result[0] for result in best)),
             objective=tuple(result[1] for result in best),
             sweeps=tuple(result[2] for result in best),
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - begin,
+            attempts=tuple(zip(*attempts)),
         )
 
 
-class _Descent:
+class Descent:
     """One coordinate descent that brings ``other`` to ``target``."""
 
     def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
@@ -75,10 +75,17 @@ class _Descent:
                 where = (group.index, set(member.position.reshape(-1).tolist()))
                 self.on_axis.setdefault((member.fqn, member.dim), []).append(where)
 
-    def run(self, generator: np.random.Generator, warm: bool) -> tuple[dict[int, Index], float, int]:
-        """Permutations, objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps."""
-        self.permutations = self.symmetry.identity() if warm else self.symmetry.random(generator)
-        self.current = self.symmetry.permute(self.original, {} if warm else self.permutations)
+    def run(
+        self, generator: np.random.Generator, start: Permutations | None = None
+    ) -> tuple[dict[int, Index], float, int]:
+        """Permutations, objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps.
+
+        From ``start`` on every step raises the objective; without one the first sweep goes in topological order.
+        """
+        warm = start is None
+        self.permutations = self.symmetry.identity() if start is None else dict(start)
+        moved = self.symmetry.permute(self.original, {} if start is None else start)
+        self.current = {name: tensor.clone() for name, tensor in moved.items()}
         self.stale = set(self.permutations)
         settled: set[int] | None = set() if warm else None
         objective, sweep = self._objective(), 0
@@ -108,7 +115,8 @@ class _Descent:
         if settled is None and not exact and self._value(names, step) <= self._value(names, self.current):
             return
         self.permutations = self.symmetry.compose(self.permutations, relative)
-        self.current.update(step)
+        for name, tensor in step.items():  # in place: long-lived tensors between short-lived ones fragment the heap
+            self.current[name].copy_(tensor)
         neighbours = set().union(*(self.groups_of[name] for name in names))
         self.stale |= neighbours - unit.groups if exact else neighbours
 
@@ -151,7 +159,7 @@ class _Descent:
         total = np.zeros((size, size))
         for member in members:
             rows = [_rows(member, weights[member.fqn]).reshape(size, -1) for weights in (self.target, self.current)]
-            total += (rows[0] @ rows[1].T).double().cpu().numpy()
+            total += (rows[0] @ rows[1].T).cpu().numpy()
         return total
 
     # a group with others inside its blocks --------------------------------------------------------------------------
@@ -174,7 +182,7 @@ class _Descent:
     # values ---------------------------------------------------------------------------------------------------------
 
     def _value(self, names: set[str], weights: Weights) -> float:
-        return sum(float(torch.sum(self.target[name].double() * weights[name].double())) for name in names)
+        return sum(inner_product(self.target[name], weights[name]) for name in names)
 
     def _objective(self) -> float:
         return self._value(set(self.target), self.current)
@@ -182,5 +190,16 @@ class _Descent:
 
 def _rows(member: Member, tensor: Tensor) -> Tensor:
     """A weight's slices at the member's positions, channel after channel."""
-    index = torch.from_numpy(member.position.reshape(-1)).to(tensor.device)
-    return tensor.movedim(member.dim, 0)[index]
+    front, where = tensor.movedim(member.dim, 0), member.position.reshape(-1)
+    if len(where) == len(front) and (where == np.arange(len(front))).all():
+        return front
+    return front[torch.from_numpy(where).to(tensor.device)]
+
+
+CHUNK = 1 << 18  # elements that are widened at a time
+
+
+def inner_product(x: Tensor, y: Tensor) -> float:
+    """Σ x y in float64, without float64 copies of large tensors."""
+    pairs = zip(x.reshape(-1).split(CHUNK), y.reshape(-1).split(CHUNK))
+    return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)

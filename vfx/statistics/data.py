@@ -36,6 +36,8 @@ class Batches:
     def __init__(self, program: Program, data: Any, max_samples: int | None = None, device: Any = None):
         if max_samples is not None and max_samples < 1:
             raise ArgumentError(f"max_samples must be at least 1, got {max_samples}")
+        if isinstance(data, Batches):  # those of another Program that takes the same inputs
+            data, max_samples, device = data._given_as(max_samples, device)
         if isinstance(data, Tensor):
             data = data.split(BATCH_SIZE)
         if not isinstance(data, Iterable) or isinstance(data, Mapping):
@@ -51,6 +53,10 @@ class Batches:
         self._first = next((index for index, check in enumerate(self._checks) if check.batched), 0)
         self._limit = max_samples
         self._device = device
+
+    def _given_as(self, max_samples: int | None, device: Any) -> tuple[Any, int | None, Any]:
+        limit, own = self._limit, self._device
+        return self._data, limit if max_samples is None else max_samples, own if device is None else device
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch for batch, _ in self.labelled())

@@ -1,0 +1,248 @@
+"""C²M³: N edges matched together, cycle consistent by construction (Crisostomi et al. 2024, §3, algorithm 1).
+
+Every edge p has one group element P_p into a common space, the universe. The objective is weight matching's, summed
+over all pairs, F = Σ_{p<q} Σ ⟨P_p W_p, P_q W_q⟩ over the parameters that groups move, each moved on all its axes
+(P_out W P_inᵀ). It is maximised over doubly stochastic matrices (``vfx.match.relaxation``) by Frank-Wolfe:
+
+1. the gradient at P_p is that of ⟨P_p W_p, Σ_{q≠p} P_q W_q⟩, each weight counting for all the groups on it;
+2. the vertex that maximises it is a linear assignment for each unit of groups, for all edges at once;
+3. the step t ∈ [0, 1] is exact: a weight moved by (1 − t) P + t S is a polynomial in t of as many degrees as groups act
+   on it (two for most), so F is one of twice that degree, whose coefficients are inner products;
+4. when no step gains any more, the nearest vertex is taken (linear assignment), and coordinate descent over edges and
+   units goes on from there: each step is kept only if it raises F (not in the paper, which stops at the vertex).
+
+The paper starts at identities, a start that depends on how each edge happens to be ordered. The default start is that
+of ``initial="matched"``: pairwise weight matching to the first edge, drawn half-way to the mean of all permutations, so
+that permuting an edge beforehand changes nothing. ``restarts`` begin from random elements. The result is given in
+the first edge's frame, its own element undone: averaging there or in the universe is the same function.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.polynomial import Polynomial
+from torch import Tensor
+
+from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.errors import ArgumentError
+from vfx.match.matcher import Gain, Matching, Problem
+from vfx.match.relaxation import Piece, Point, barycentre, best_vertex, blend, pieces, vertex
+from vfx.match.universe import cycle_error, pair_objective, scored_names, to_first
+from vfx.match.weight import CHUNK, Descent, inner_product
+from vfx.program import Weights
+from vfx.progress import track
+
+Elements = list[Permutations]
+
+
+class C2M3:
+    """Frank-Wolfe on all edges' permutations at once, then coordinate descent; see the module's text."""
+
+    needs: frozenset[str] = frozenset()
+    exact = True
+
+    def __init__(
+        self,
+        iterations: int = 100,
+        tolerance: float = 1e-7,
+        restarts: int = 0,
+        initial: Literal["matched", "identity"] = "matched",
+        softness: float = 0.5,
+        polish: bool = True,
+    ):
+        if initial not in ("matched", "identity"):
+            raise ArgumentError(f"initial must be 'matched' or 'identity', got {initial!r}")
+        if iterations < 0 or restarts < 0 or not 0 <= softness < 1:
+            raise ArgumentError("iterations and restarts must be at least 0, softness in [0, 1)")
+        self.iterations, self.tolerance, self.restarts = iterations, tolerance, restarts
+        self.initial, self.softness, self.polish = initial, softness, polish
+
+    @torch.no_grad()
+    def __call__(self, problem: Problem) -> Matching:
+        begin = time.perf_counter()
+        symmetry, generator = problem.symmetry, np.random.default_rng(problem.seed)
+        objective = JointObjective(symmetry, problem.program.weights)
+        runs = [self._run(objective, attempt, generator, problem.progress) for attempt in range(1 + self.restarts)]
+        best = max(runs, key=lambda run: run.value)
+        assert cycle_error(symmetry, best.elements) == 0
+        return Matching(
+            permutations=to_first(symmetry, best.elements),
+            objective=(best.value,),
+            sweeps=(best.steps,),
+            seconds=time.perf_counter() - begin,
+            details={"frank_wolfe_objective": best.rounded, "left_out": float(len(objective.left_out))},
+            attempts=tuple((run.value,) for run in runs),
+        )
+
+    def _run(self, objective: JointObjective, attempt: int, generator: np.random.Generator, progress: bool) -> _Run:
+        start = self._start(objective, attempt, generator)
+        points, steps = frank_wolfe(objective, start, self.iterations, self.tolerance, progress)
+        elements: Elements = [best_vertex(objective.symmetry, point) for point in points]
+        rounded = objective.discrete(elements)
+        if self.polish:
+            elements = descend(objective, elements, generator)
+        return _Run(elements, objective.discrete(elements), rounded, steps)
+
+    def _start(self, objective: JointObjective, attempt: int, generator: np.random.Generator) -> list[Point]:
+        symmetry, edges = objective.symmetry, len(objective.weights)
+        if attempt:
+            elements: Elements = [symmetry.random(generator) for _ in range(edges)]
+        elif self.initial == "identity":
+            elements = [symmetry.identity()] * edges
+        else:
+            first = objective.weights[0]
+            elements = [symmetry.identity()]
+            elements += [Descent(symmetry, first, other).run(generator)[0] for other in objective.weights[1:]]
+        points = [objective.vertex(element) for element in elements]
+        if attempt or self.initial == "identity":
+            return points
+        return [blend(point, objective.centre(), self.softness) for point in points]
+
+
+class _Run(NamedTuple):
+    """Elements into the universe, their objective, the objective before coordinate descent, Frank-Wolfe steps."""
+
+    elements: Elements
+    value: float
+    rounded: float
+    steps: int
+
+
+class JointObjective:
+    """F = Σ_{p<q} Σ ⟨P_p W_p, P_q W_q⟩ of relaxed elements, its gradient, and F along a segment.
+
+    Works in float64 where a weight is float64, else in float32; sums are float64. Parameters whose action is no product
+    of matrices (``left_out``) count in the discrete objective alone.
+    """
+
+    def __init__(self, symmetry: Symmetry, weights: Sequence[Weights]):
+        self.symmetry = symmetry
+        names = scored_names(symmetry)
+        wide = any(weights[0][name].dtype == torch.float64 for name in names)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.weights = [{name: w[name].to(self.dtype) for name in names} for w in weights]
+        self.device = next((w.device for w in self.weights[0].values()), torch.device("cpu"))
+        self.pieces, self.left_out = pieces(symmetry)
+
+    def vertex(self, element: Permutations) -> Point:
+        return vertex(self.symmetry, element, self.dtype, self.device)
+
+    def centre(self) -> Point:
+        return barycentre(self.symmetry, self.dtype, self.device)
+
+    def discrete(self, elements: Sequence[Permutations]) -> float:
+        """F of group elements, over every parameter they move."""
+        return pair_objective(self.symmetry, self.weights, elements)
+
+    def value_and_gradient(self, points: Sequence[Point]) -> tuple[float, list[Point]]:
+        """F, and its gradient by every matrix of every edge."""
+        leaves = [{g: m.detach().clone().requires_grad_() for g, m in point.items()} for point in points]
+        total = 0.0
+        for piece in self.pieces:
+            with torch.enable_grad():
+                moved = [piece.move(x, point) for x, point in zip(self._read(piece), leaves)]
+            whole = torch.stack([m.detach() for m in moved]).sum(0)
+            for own in moved:
+                others = whole - own.detach()  # what F is linear in, but for this edge's own matrices
+                total += 0.5 * inner_product(own.detach(), others)
+                own.backward(others)
+        zero = torch.zeros_like
+        return total, [{g: zero(m) if m.grad is None else m.grad for g, m in leaf.items()} for leaf in leaves]
+
+    def along(self, points: Sequence[Point], vertices: Sequence[Point]) -> Polynomial:
+        """F((1 − t) · points + t · vertices) as a polynomial in t."""
+        coefficients = np.zeros(1 + 2 * max((piece.degree for piece in self.pieces), default=0))
+        for piece in self.pieces:
+            own = _pair_coefficients(piece, self._read(piece), points, vertices)
+            for a, b in np.ndindex(own.shape):
+                coefficients[a + b] += own[a, b]
+        return Polynomial(coefficients)
+
+    def _read(self, piece: Piece) -> list[Tensor]:
+        return [piece.read(w[piece.fqn], self.dtype) for w in self.weights]
+
+
+def _pair_coefficients(
+    piece: Piece, values: Sequence[Tensor], points: Sequence[Point], vertices: Sequence[Point]
+) -> Gain:
+    """Σ_{p<q} ⟨a-th coefficient of edge p's moved piece, b-th of edge q's⟩ (degree + 1, degree + 1), symmetrised.
+
+    A polynomial's coefficients are linear in its values at as many points as it has coefficients.
+    """
+    nodes = np.linspace(0, 1, piece.degree + 1)
+    own = {g for action in piece.actions for g in (action.group, *(g for g, _ in action.inner))}
+    rows = [
+        piece.move(x, {g: torch.lerp(point[g], target[g], float(t)) for g in own}).reshape(-1)
+        for x, point, target in zip(values, points, vertices)
+        for t in nodes
+    ]
+    gram = _gram(torch.stack(rows)).reshape(len(values), len(nodes), len(values), len(nodes))
+    pairs = gram.sum((0, 2)) - np.einsum("papb->ab", gram)
+    inverse = np.linalg.inv(np.vander(nodes, increasing=True))
+    return 0.5 * inverse @ pairs @ inverse.T
+
+
+def _gram(rows: Tensor) -> Gain:
+    """Inner products of rows, summed in float64."""
+    blocks = (block @ block.T for block in rows.split(CHUNK, 1))
+    return sum((block.double() for block in blocks), start=rows.new_zeros((), dtype=torch.float64)).cpu().numpy()
+
+
+def best_step(polynomial: Polynomial) -> tuple[float, float]:
+    """The t in [0, 1] where a polynomial is largest, and its value there."""
+    roots = polynomial.deriv().roots() if polynomial.degree() > 1 else np.empty(0)
+    inside = [float(r.real) for r in np.atleast_1d(roots) if abs(r.imag) < 1e-6 and 0 < r.real < 1]
+    values = {t: float(polynomial(t)) for t in (0.0, 1.0, *inside)}
+    step = max(values, key=lambda t: values[t])
+    return step, values[step]
+
+
+def frank_wolfe(
+    objective: JointObjective, points: list[Point], iterations: int, tolerance: float, progress: bool = True
+) -> tuple[list[Point], int]:
+    """Points reached from ``points``, F never falling, and the number of steps taken.
+
+    Ends at a stationary point (the Frank-Wolfe gap is at most ``tolerance`` times F) or with a step that gains less.
+    """
+    for step in track(range(iterations), "Frank-Wolfe", iterations, progress):
+        value, gradients = objective.value_and_gradient(points)
+        targets = [objective.vertex(best_vertex(objective.symmetry, gradient)) for gradient in gradients]
+        gap = sum(inner_product(gradient[g], target[g] - point[g])
+                  for gradient, target, point in zip(gradients, targets, points) for g in point)  # fmt: skip
+        share, reached = best_step(objective.along(points, targets))
+        if gap <= tolerance * abs(value) or reached - value <= tolerance * abs(value):
+            return points, step
+        points = [blend(point, target, share) for point, target in zip(points, targets)]
+    return points, iterations
+
+
+def descend(objective: JointObjective, elements: Elements, generator: np.random.Generator) -> Elements:
+    """Coordinate descent over edges: each is matched to the sum of the others, from where it stands, until F stays."""
+    symmetry, weights = objective.symmetry, objective.weights
+    if len(weights) == 2:  # the first edge's move would undo the second's
+        target = symmetry.permute(weights[0], elements[0])
+        return [elements[0], Descent(symmetry, target, weights[1]).run(generator, elements[1])[0]]
+    value = objective.discrete(elements)
+    while True:
+        found = list(elements)
+        for edge in generator.permutation(len(weights)):
+            target = _sum_of_others(symmetry, weights, found, int(edge))
+            found[edge] = Descent(symmetry, target, weights[edge]).run(generator, found[edge])[0]
+        after = objective.discrete(found)
+        if after <= value * (1 + 1e-12) if value > 0 else after <= value:
+            return elements
+        elements, value = found, after
+
+
+def _sum_of_others(symmetry: Symmetry, weights: Sequence[Weights], elements: Elements, edge: int) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for other, (w, element) in enumerate(zip(weights, elements)):
+        if other != edge:
+            moved = symmetry.permute(w, element)
+            total = {name: total[name] + moved[name] for name in moved} if total else moved
+    return total

@@ -1,0 +1,217 @@
+"""Group elements relaxed to doubly stochastic matrices, and their action on weights.
+
+A group of n channels has a matrix P (n, n), P[i, j] = 1 where new channel i is old channel j. A group inside the blocks
+of another, whose matrix is O (n, n), has Y (n, n, s, s): Y[i, j] is O[i, j] times a doubly stochastic matrix, which is
+the convex hull of the wreath product. Each matrix acts on the axes (or the digits of an axis) where its group stands;
+of several inner groups on one weight each acts with its own Y, all on the same pair of blocks. On permutations this is
+``Symmetry.permute``; in between it is a polynomial in the matrices, of as many factors as a weight has groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.match.matcher import Gain
+from vfx.match.units import Unit, assign_unit, units
+from vfx.match.universe import scored_names
+
+Point = dict[int, Tensor]  # a relaxed element: group index -> its matrix
+
+
+class Action(NamedTuple):
+    """One unit's action on a piece: the outer group's axis, and the inner groups with theirs."""
+
+    group: int
+    axis: int
+    inner: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def factors(self) -> int:
+        return max(len(self.inner), 1)
+
+
+class _Entry(NamedTuple):
+    """Positions along one axis of a weight that the same groups move: (channels of each group…, copies)."""
+
+    dim: int
+    position: Index
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a weight on whose every position the same groups act."""
+
+    fqn: str
+    places: tuple[tuple[int, Tensor], ...]
+    shape: tuple[int, ...]
+    actions: tuple[Action, ...]
+
+    @property
+    def degree(self) -> int:
+        """Degree of the moved piece as a polynomial in the matrices."""
+        return sum(action.factors for action in self.actions)
+
+    def read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The piece of a weight, one axis for each digit of each axis."""
+        for dim, index in self.places:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+        return tensor.reshape(self.shape).to(dtype)
+
+    def move(self, x: Tensor, point: Point) -> Tensor:
+        """The piece moved by a relaxed element; differentiable in its matrices."""
+        for action in self.actions:
+            x = _blocks(x, action, point) if action.inner else _matrix(x, point[action.group], action.axis)
+        return x
+
+
+def _matrix(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """P along one axis."""
+    front = x.movedim(axis, 0)
+    return (matrix @ front.reshape(len(front), -1)).reshape(front.shape).movedim(0, axis)
+
+
+def _blocks(x: Tensor, action: Action, point: Point) -> Tensor:
+    """Σ_j over old blocks of what the inner groups' matrices Y[i, j] make of them, one inner group after the other."""
+    axes = [chr(ord("A") + k) for k in range(x.ndim)]
+    old, new, channel = axes[action.axis], "z", "y"
+    *first, (last, at) = action.inner
+    for index, (group, axis) in enumerate(first):  # the new blocks i stand on an axis of their own behind all others
+        source = axes + [new] * bool(index)
+        target = [channel if k == axis else name for k, name in enumerate(axes)] + [new]
+        x = torch.einsum(f"{new}{old}{channel}{axes[axis]},{''.join(source)}->{''.join(target)}", point[group], x)
+    source = axes + [new] * bool(first)
+    target = [{action.axis: new, at: channel}.get(k, name) for k, name in enumerate(axes)]
+    return torch.einsum(f"{new}{old}{channel}{axes[at]},{''.join(source)}->{''.join(target)}", point[last], x)
+
+
+# pieces of weights ----------------------------------------------------------------------------------------------------
+
+
+def pieces(symmetry: Symmetry) -> tuple[list[Piece], list[str]]:
+    """The pieces of every parameter that groups move, and the parameters whose action is not a product of matrices."""
+    found: list[Piece] = []
+    left: list[str] = []
+    for fqn in scored_names(symmetry):
+        own = _pieces_of(symmetry, fqn)
+        if own is None:
+            left.append(fqn)
+        else:
+            found += own
+    return found, left
+
+
+def _pieces_of(symmetry: Symmetry, fqn: str) -> list[Piece] | None:
+    shape = symmetry.program.weights[0][fqn].shape
+    axes = [_entries(symmetry, dim, labels) for dim, labels in symmetry.axes_of(fqn)]
+    if any(entries is None for entries in axes):
+        return None
+    found = []
+    for combination in product(*(entries for entries in axes if entries)):
+        if not any(entry.groups for entry in combination):
+            continue
+        piece = _piece(symmetry, fqn, shape, combination)
+        if piece is None:
+            return None
+        found.append(piece)
+    return found
+
+
+def _entries(symmetry: Symmetry, dim: int, labels: Index) -> list[_Entry] | None:
+    """An axis by the groups that move its positions; empty where nothing moves, None where it is not a full grid."""
+    found, left = [], np.ones(len(labels), bool)
+    for groups, digits, position in symmetry.features(labels):
+        sizes = [symmetry.groups[g].size for g in groups]
+        if len(digits) != np.prod(sizes):
+            return None
+        rank = np.lexsort(digits.T[::-1])
+        found.append(_Entry(dim, position[rank].reshape(*sizes, -1), groups))
+        left[position] = False
+    if found and left.any():
+        found.append(_Entry(dim, np.flatnonzero(left), ()))
+    return found
+
+
+def _piece(symmetry: Symmetry, fqn: str, shape: Sequence[int], entries: Sequence[_Entry]) -> Piece | None:
+    at = {entry.dim: entry for entry in entries}
+    sizes: list[int] = []
+    stands: list[tuple[int, int, int]] = []  # group, dimension of the weight, axis of the piece
+    for dim, size in enumerate(shape):
+        stands += [(g, dim, len(sizes) + k) for k, g in enumerate(at[dim].groups)] if dim in at else []
+        sizes += at[dim].position.shape if dim in at else (size,)
+    actions = _actions(symmetry, stands)
+    order = {entry.dim: entry.position.reshape(-1) for entry in entries}
+    moved = {dim: own for dim, own in order.items() if len(own) != shape[dim] or (own != np.arange(len(own))).any()}
+    places = tuple((dim, torch.from_numpy(own)) for dim, own in moved.items())
+    return None if actions is None else Piece(fqn, places, tuple(sizes), actions)
+
+
+def _actions(symmetry: Symmetry, stands: Sequence[tuple[int, int, int]]) -> tuple[Action, ...] | None:
+    """Each inner group acts with the outer one on its own dimension, or else with the one on another."""
+    outer = {(g, axis): (dim, []) for g, dim, axis in stands if symmetry.groups[g].parent is None}  # type: ignore[var-annotated]
+    for group, dim, axis in stands:
+        parent = symmetry.groups[group].parent
+        if parent is None:
+            continue
+        homes = sorted((own_dim != dim, key) for key, (own_dim, _) in outer.items() if key[0] == parent)
+        if not homes:
+            return None
+        outer[homes[0][1]][1].append((group, axis))
+    return tuple(Action(g, axis, tuple(inner)) for (g, axis), (_, inner) in outer.items())
+
+
+# points ---------------------------------------------------------------------------------------------------------------
+
+
+def vertex(symmetry: Symmetry, element: Permutations, dtype: torch.dtype, device: torch.device) -> Point:
+    """The matrices of a group element."""
+    point = {}
+    for group in symmetry.groups:
+        own = torch.from_numpy(np.asarray(element[group.index])).to(device)
+        if group.parent is None:
+            point[group.index] = torch.nn.functional.one_hot(own, group.size).to(dtype)
+        else:
+            outer = torch.from_numpy(np.asarray(element[group.parent])).to(device)
+            matrix = torch.zeros(len(outer), len(outer), group.size, group.size, dtype=dtype, device=device)
+            rows = own if own.ndim == 2 else own.expand(len(outer), -1)
+            matrix[torch.arange(len(outer), device=device), outer] = torch.nn.functional.one_hot(rows, group.size).to(
+                dtype
+            )
+            point[group.index] = matrix
+    return point
+
+
+def barycentre(symmetry: Symmetry, dtype: torch.dtype, device: torch.device) -> Point:
+    """The mean of all group elements."""
+    return {
+        g.index: torch.full((g.outer, g.outer, g.size, g.size), 1 / (g.outer * g.size), dtype=dtype, device=device)
+        if g.parent is not None
+        else torch.full((g.size, g.size), 1 / g.size, dtype=dtype, device=device)
+        for g in symmetry.groups
+    }
+
+
+def blend(one: Point, other: Point, share: float) -> Point:
+    """(1 − share) · one + share · other."""
+    return {g: torch.lerp(matrix, other[g], share) for g, matrix in one.items()}
+
+
+def best_vertex(symmetry: Symmetry, gain: Point) -> dict[int, Index]:
+    """The group element whose matrices have the largest inner product with ``gain``: one exact assignment per unit."""
+    element: dict[int, Index] = {}
+    arrays: dict[int, Gain] = {g: matrix.detach().double().cpu().numpy() for g, matrix in gain.items()}
+    for unit in units(symmetry):
+        element |= _best(unit, arrays)
+    return element
+
+
+def _best(unit: Unit, arrays: dict[int, Gain]) -> dict[int, Index]:
+    return assign_unit(unit, arrays[unit.outer.index], lambda group, _: arrays[group.index], unit.inner)[0]

@@ -1,0 +1,63 @@
+"""Many edges in one space: every edge has one group element that takes it to a common space, the *universe*.
+
+The element that takes edge j to edge i is P_ij = P_i⁻¹ P_j: there is one for each pair, and they are cycle consistent,
+P_ij P_jk = P_ik, since P_j cancels (C²M³, Crisostomi et al. 2024, §3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.program import Weights
+
+
+def pairwise(symmetry: Symmetry, elements: Sequence[Permutations], i: int, j: int) -> dict[int, Index]:
+    """The group element that takes edge j to edge i, both being taken to the universe by their ``elements``."""
+    return symmetry.compose(elements[j], symmetry.inverse(elements[i]))
+
+
+def to_first(symmetry: Symmetry, elements: Sequence[Permutations]) -> tuple[dict[int, Index], ...]:
+    """The same alignment in the first edge's frame: its own element becomes the identity."""
+    return tuple(pairwise(symmetry, elements, 0, j) for j in range(len(elements)))
+
+
+def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
+    """Channels in which P_ij P_jk differs from P_ik, over all i, j, k."""
+    count, edges = 0, range(len(elements))
+    between = {(i, j): pairwise(symmetry, elements, i, j) for i in edges for j in edges}
+    for i in edges:
+        for j in edges:
+            for k in edges:
+                around = symmetry.compose(between[j, k], between[i, j])
+                count += sum(int((around[g] != own).sum()) for g, own in between[i, k].items())
+    return count
+
+
+def mean_weights(weights: Sequence[Weights], shares: Sequence[float]) -> dict[str, Tensor]:
+    """Σ shares_i weights_i of aligned weight sets, fresh tensors; integer tensors come from the first."""
+    return {
+        name: sum((share * w[name] for share, w in zip(shares, weights)), start=torch.zeros_like(tensor))
+        if tensor.is_floating_point() or tensor.is_complex()
+        else tensor
+        for name, tensor in weights[0].items()
+    }
+
+
+def scored_names(symmetry: Symmetry) -> list[str]:
+    """Parameters that a group moves: running statistics and other buffers never enter an objective on weights."""
+    names = dict.fromkeys(m.fqn for group in symmetry.groups for m in group.members)
+    return [name for name in names if name not in symmetry.program.buffers]
+
+
+def pair_objective(symmetry: Symmetry, weights: Sequence[Weights], elements: Sequence[Permutations]) -> float:
+    """Σ_{p<q} Σ ⟨P_p W_p, P_q W_q⟩ over the parameters that groups move, in float64."""
+    total = 0.0
+    for name in scored_names(symmetry):
+        moved = [symmetry.permute({name: w[name]}, e)[name].double() for w, e in zip(weights, elements)]
+        whole = torch.stack(moved).sum(0)
+        total += 0.5 * sum(float((m * (whole - m)).sum()) for m in moved)
+    return total
