@@ -131,6 +131,7 @@ def merge(
     *,
     data: Any = None,
     match: str | Matcher | None = "auto",
+    restarts: int = 0,
     weights: float | Sequence[float] | None = None,
     normalize: str | None = "auto",
     preserve: int | str = 0,
@@ -148,7 +149,8 @@ def merge(
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
     dicts (labels are ignored, but for "ste").
     ``match``: None, "weight", "activation", "c2m3", "iterated", "ste" or a Matcher; "auto" reads activations if there
-    are data or statistics.
+    are data or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which
+    the best by the method's own objective is kept.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
     with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
@@ -166,7 +168,7 @@ def merge(
     alphas = edge_weights(weights, program.edges)
     if match == "auto":
         match = "weight" if data is None and statistics is None else "activation"
-    finder = matcher(match)
+    finder = matcher(match, restarts)
     if finder is not None and not finder.exact:
         program, normalize = _without_batch_norm(program, normalize, verify)
     normalize = _normalization(normalize, program, data)

@@ -50,7 +50,7 @@ Data = Annotated[
 ]
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
 Normalize = Annotated[str, typer.Option(help="auto, none, repair, rescale, reset, bias_calibration or bias_removal.")]
-Match = Annotated[str, typer.Option(help="auto, none, weight or activation.")]
+Match = Annotated[str, typer.Option(help="auto, none, weight, activation, c2m3, iterated or ste.")]
 Samples = Annotated[int | None, typer.Option(help="Use at most this many calibration samples.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
@@ -75,6 +75,7 @@ def merge(
     arguments: Arguments = [],  # noqa: B006
     data: Data = None,
     match: Match = "auto",
+    restarts: Annotated[int, typer.Option(help="Further runs of weight, c2m3 or ste from random permutations.")] = 0,
     normalize: Normalize = "auto",
     preserve: Annotated[str, typer.Option(help="First layers kept for each edge: a number, or a module's name.")] = "0",
     join: Annotated[str, typer.Option(help="preactivation or activation.")] = "preactivation",
@@ -95,6 +96,7 @@ def merge(
         examples,
         data=_data(data, examples),
         match=_optional(match),
+        restarts=restarts,
         normalize=_optional(normalize),
         preserve=int(preserve) if preserve.lstrip("-").isdigit() else preserve,
         join=join,  # type: ignore[arg-type]

@@ -20,11 +20,19 @@ MATCHERS: dict[str, Callable[[], Matcher]] = {
     "ste": StraightThrough,
 }
 
+RESTARTED: dict[str, Callable[..., Matcher]] = {"weight": WeightMatching, "c2m3": C2M3, "ste": StraightThrough}
 
-def matcher(match: str | Matcher | None) -> Matcher | None:
-    """A matcher by name; a Matcher or None is returned as it is."""
+
+def matcher(match: str | Matcher | None, restarts: int = 0) -> Matcher | None:
+    """A matcher by name; a Matcher or None is returned as it is.
+
+    ``restarts`` further runs from random permutations, the best by the method's own objective, where it has such runs.
+    """
+    if restarts and (not isinstance(match, str) or (match in MATCHERS and match not in RESTARTED)):
+        name = match if isinstance(match, str) else type(match).__name__
+        raise ArgumentError(f"restarts={restarts}: {name} takes none here; {', '.join(RESTARTED)} do (by name)")
     if not isinstance(match, str):
         return match
     if match not in MATCHERS:
         raise ArgumentError(f"match={match!r} is unknown; choose one of {', '.join(MATCHERS)}, None or a Matcher")
-    return MATCHERS[match]()
+    return RESTARTED[match](restarts=restarts) if restarts else MATCHERS[match]()
