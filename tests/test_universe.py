@@ -625,6 +625,27 @@ def test_a_matcher_gets_the_batches_with_their_labels(as_dict: bool) -> None:
     assert all(labels is None for _, labels in matcher.seen)
 
 
+def fixed() -> nn.Module:
+    return net(lambda self, x: self.fc(x.flatten(1)), fc=nn.Linear(3 * 64, 4))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_without_symmetry_is_merged_as_it_is(method: str) -> None:
+    x = images(32, 8, dtype=DOUBLE)
+    program, facts = problem(fixed, 2)
+    assert facts.groups == ()
+    close(merged_function(program, facts, METHODS[method](), x), (program(x, edge=0) + program(x, edge=1)) / 2, 1e-12)
+
+
+def test_frank_wolfe_may_start_at_the_identity_as_in_the_paper() -> None:
+    program, facts = problem(residual)
+    found = C2M3(initial="identity", iterations=3)(Problem(program, facts))
+    assert found.objective[0] > pair_objective(facts, program.weights, [facts.identity()] * 3)
+    assert found.objective[0] == pytest.approx(pair_objective(facts, program.weights, found.permutations), rel=1e-9), (
+        "the first edge's frame changes nothing"
+    )
+
+
 def test_wrong_options_of_the_methods_are_refused() -> None:
     for wrong in ({"initial": "zero"}, {"softness": 1.0}, {"restarts": -1}):
         with pytest.raises(ArgumentError):

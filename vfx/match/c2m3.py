@@ -49,7 +49,7 @@ class C2M3:
     def __init__(
         self,
         iterations: int = 100,
-        tolerance: float = 1e-7,
+        tolerance: float = 1e-5,
         restarts: int = 0,
         initial: Literal["matched", "identity"] = "matched",
         softness: float = 0.5,

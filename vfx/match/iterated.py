@@ -64,11 +64,11 @@ class IteratedMatching:
             raise ArgumentError("iterated matching runs the networks: give data= (statistics do not do)")
         begin = time.perf_counter()
         elements: Sequence[Permutations] = ActivationMatching()(problem).permutations
-        best, kept, values = float("-inf"), elements, []
+        best, kept, values = 0.0, elements, []
         for _ in range(self.iterations + 1):
             ascents = self._against_merged(problem, elements)
             values.append(sum(ascent.value(own) for ascent, own in zip(ascents, elements)))
-            if values[-1] <= best + TOLERANCE * abs(best):
+            if len(values) > 1 and values[-1] <= best + TOLERANCE * abs(best):
                 break
             best, kept = values[-1], elements
             elements = [ascent.run()[0] for ascent in ascents]

@@ -95,11 +95,13 @@ class StraightThrough:
     def _run(
         self, task: Midpoint, elements: list[Permutations], generator: np.random.Generator, progress: bool
     ) -> _Run:
+        if not task.names:  # nothing can be permuted
+            return _Run(elements, loss := task.loss_of(elements), loss, 0)
         copies = [{n: task.first[n].detach().clone() for n in task.names} for _ in elements]
         adam = torch.optim.Adam([t for copy in copies for t in copy.values()], self.lr)
         best = initial = task.loss_of(elements)
         kept, measured, steps = elements, elements, 0
-        batches = len(list(task.batches)) * self.epochs
+        batches = sum(1 for _ in task.batches) * self.epochs
         total = batches if self.steps is None else min(batches, self.steps)
         epochs = track(range(self.epochs), "straight-through", self.epochs, progress)
         for _ in epochs:

@@ -26,14 +26,18 @@ def to_first(symmetry: Symmetry, elements: Sequence[Permutations]) -> tuple[dict
 
 
 def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
-    """Channels in which P_ij P_jk differs from P_ik, over all i, j, k."""
+    """Channels in which P_i0 P_0k differs from P_ik, over all i and k; none means that every cycle closes.
+
+    With i = k it says P_i0 P_0i = 1, so P_ij P_jk = P_i0 (P_0j P_j0) P_0k = P_i0 P_0k = P_ik.
+    """
     count, edges = 0, range(len(elements))
-    between = {(i, j): pairwise(symmetry, elements, i, j) for i in edges for j in edges}
+    to_zero, from_zero = ([pairwise(symmetry, elements, *pair) for pair in pairs]
+                          for pairs in ([(0, k) for k in edges], [(i, 0) for i in edges]))  # fmt: skip
     for i in edges:
-        for j in edges:
-            for k in edges:
-                around = symmetry.compose(between[j, k], between[i, j])
-                count += sum(int((around[g] != own).sum()) for g, own in between[i, k].items())
+        for k in edges:
+            around = symmetry.compose(to_zero[k], from_zero[i])
+            straight = pairwise(symmetry, elements, i, k)
+            count += sum(int((around[g] != own).sum()) for g, own in straight.items())
     return count
 
 
