@@ -46,9 +46,12 @@ class ActivationMatching:
 
 
 class Ascent:
-    """Matches one edge to the first, unit after unit."""
+    """Matches one edge to the first, unit after unit.
 
-    def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int):
+    ``only`` restricts it to units that hold one of these groups; the others stay as they are.
+    """
+
+    def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int, only: Collection[int] | None = None):
         self.symmetry = symmetry
         self.found = symmetry.identity()
         self.gains: list[tuple[Tap, Gain]] = []
@@ -58,9 +61,10 @@ class Ascent:
             self.gains.append((tap, gain))
             for group in tap.groups:
                 self.taps_of.setdefault(group, []).append((tap, gain))
-        self.units = [unit for unit in units(symmetry) if unit.groups & set(self.taps_of)]
+        tapped = [unit for unit in units(symmetry) if unit.groups & set(self.taps_of)]
+        self.units = [unit for unit in tapped if only is None or unit.groups & set(only)]
         owner = {group: k for k, unit in enumerate(self.units) for group in unit.groups}
-        self.coupled = any(len({owner[g] for g in tap.groups}) > 1 for tap in statistics.taps)
+        self.coupled = any(len({owner[g] for g in tap.groups if g in owner}) > 1 for tap in statistics.taps)
 
     def run(self) -> tuple[dict[int, Index], float, int]:
         """Permutations, the sum of correlations reached, and the number of sweeps."""
