@@ -7,10 +7,12 @@ from collections.abc import Callable
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3
+from vfx.match.cca import CCAMerging
 from vfx.match.iterated import IteratedMatching
 from vfx.match.matcher import Matcher
 from vfx.match.straight_through import StraightThrough
 from vfx.match.weight import WeightMatching
+from vfx.match.zipit import ZipIt
 
 MATCHERS: dict[str, Callable[[], Matcher]] = {
     "weight": WeightMatching,
@@ -18,6 +20,8 @@ MATCHERS: dict[str, Callable[[], Matcher]] = {
     "c2m3": C2M3,
     "iterated": IteratedMatching,
     "ste": StraightThrough,
+    "zipit": ZipIt,
+    "cca": CCAMerging,
 }
 
 RESTARTED: dict[str, Callable[..., Matcher]] = {"weight": WeightMatching, "c2m3": C2M3, "ste": StraightThrough}

@@ -86,9 +86,9 @@ class Features:
         result = torch.empty((self.edges,) * 2 + (self.size,) * 2, dtype=torch.float64)
         for i in range(self.edges):
             for j in range(i, self.edges):
-                result[i, j] = moments.covariance(i, j).cpu()[rows[i]][:, rows[j]]
-                if i < j:
-                    result[j, i] = result[i, j].T
+                own = moments.covariance(i, j).cpu()[rows[i]][:, rows[j]]
+                result[i, j] = (own + own.T) / 2 if i == j else own  # symmetric to the last bit
+                result[j, i] = result[i, j].T.clone()
         return result
 
     def _correlated(self, moments: CrossMoments, rows: tuple[Tensor, ...]) -> Tensor:
@@ -96,8 +96,8 @@ class Features:
         constant = torch.stack([m.constant.cpu()[r] for m, r in zip(moments.moments, rows)]) | (std == 0)
         inverse = torch.where(constant, 0.0, 1 / torch.where(constant, 1.0, std))
         result = self._pairs(moments, rows)
-        result *= inverse[:, None, :, None]
-        result *= inverse[None, :, None, :]
+        for i, j in np.ndindex(*result.shape[:2]):
+            result[i, j] *= torch.outer(inverse[i], inverse[j])
         return result
 
     @staticmethod
