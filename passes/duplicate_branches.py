@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, Join, number_layers
+from vfx.duplication import own_weights, prefixes, product, weighted_sum
 from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
 from vfx.program import Program, Value, copy_node
 from vfx.rewrite import Pass, require_edges
@@ -42,10 +43,10 @@ class DuplicateBranches(Pass):
         cut = layers.cut(self.preserve, self.join)
         if not cut.branch:
             return program
-        prefixes = _prefixes(program)
-        duplicator = _Duplicator(program.graph, cut, alphas, prefixes, program.transport)
+        names = prefixes(program, "branches")
+        duplicator = _Duplicator(program.graph, cut, alphas, names, program.transport)
         graph = duplicator.build()
-        weights, private = _branch_weights(program, graph, prefixes)
+        weights, private = own_weights(program, graph, names)
         weights = [_with_maps(own, duplicator) for own in weights]
         private |= dict.fromkeys(duplicator.matrices, "")
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
@@ -106,9 +107,7 @@ class _Duplicator:
         if not isinstance(value, Value) or not value.dtype.is_floating_point:
             return copies[0]
         copies = [self._transported(node, copy, edge) for edge, copy in enumerate(copies)]
-        total = self._call(torch.ops.aten.mul.Tensor, (copies[0], self.alphas[0]), value)
-        for copy, alpha in zip(copies[1:], self.alphas[1:]):
-            total = self._call(torch.ops.aten.add.Tensor, (total, copy), value, {"alpha": alpha})
+        total = weighted_sum(self.graph, copies, self.alphas, value)
         total.name = node.name
         return total
 
@@ -125,7 +124,7 @@ class _Duplicator:
                 continue
             fqn = f"{self.prefixes[edge]}joins.{node.name}_{dim}"
             self.matrices[fqn] = matrix
-            copy = self._product(copy, fqn, dim, rank)
+            copy = product(self.graph, copy, copy.meta["val"], fqn, dim)
         return copy
 
     def _last_parameters(self, node: fx.Node) -> list[str]:
@@ -142,23 +141,6 @@ class _Duplicator:
         nodes = [n for n in self.old.nodes if n.op == "get_attr" and n.target == parameter.target]
         return sum(user in self.cut.branch for n in nodes for user in n.users) == 1
 
-    def _product(self, copy: fx.Node, fqn: str, dim: int, rank: int) -> fx.Node:
-        """The matrix ``fqn`` applied along one axis: y = M x."""
-        value, size = copy.meta["val"], self.matrices[fqn].shape[0]
-        weight = self.graph.create_node("get_attr", fqn, name=fqn.replace(".", "_"))
-        weight.meta = {"val": Value((size, size), value.dtype)}
-        if dim == rank - 1:
-            return self._call(torch.ops.aten.linear.default, (copy, weight), value)
-        shape = [s for d, s in enumerate(value.shape) if d != dim]
-        last = self._call(torch.ops.aten.movedim.int, (copy, dim, -1), Value((*shape, size), value.dtype))
-        mapped = self._call(torch.ops.aten.linear.default, (last, weight), last.meta["val"])
-        return self._call(torch.ops.aten.movedim.int, (mapped, -1, dim), value)
-
-    def _call(self, target: Any, args: Any, value: Value, kwargs: Any = None) -> fx.Node:
-        new = self.graph.call_function(target, args, kwargs or {})
-        new.meta = {"val": value}
-        return new
-
 
 def _with_maps(weights: dict[str, Tensor], duplicator: _Duplicator) -> dict[str, Tensor]:
     """A weight set with the maps of the join edges: y = T (W x + b)."""
@@ -168,32 +150,3 @@ def _with_maps(weights: dict[str, Tensor], duplicator: _Duplicator) -> dict[str,
         result[name] = torch.tensordot(matrix.to(old.device), old.double(), 1).to(old.dtype)
     example = next(t for t in weights.values() if t.is_floating_point())
     return result | {name: matrix.to(example) for name, matrix in duplicator.matrices.items()}
-
-
-def _prefixes(program: Program) -> list[str]:
-    """``branches.i.``, or ``branches_2.i.`` and so on where the edges have branches themselves."""
-    taken = {name.split(".")[0] for name in program.weights[0]}
-    names = ("branches", *(f"branches_{index}" for index in range(2, len(taken) + 3)))
-    root = next(name for name in names if name not in taken)
-    return [f"{root}.{edge}." for edge in range(program.edges)]
-
-
-def _branch_weights(
-    program: Program, graph: fx.Graph, prefixes: list[str]
-) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
-    """The edges' weights with, in every set, each edge's own branch; and the branches' names with the old ones."""
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    kept = read | (set(program.weights[0]) - set(program.names()))
-    private: dict[str, Tensor] = {}
-    old: dict[str, str] = {}
-    for prefix, weights in zip(prefixes, program.weights):
-        own = {name for name in weights if prefix + name in read}
-        for name in own | _counters(own, weights):
-            private[prefix + name], old[prefix + name] = weights[name], name
-    return [{name: t for name, t in weights.items() if name in kept} | private for weights in program.weights], old
-
-
-def _counters(names: set[str], weights: Any) -> set[str]:
-    """``num_batches_tracked`` of the branches' norms: no node reads it, training mode counts in it."""
-    norms = {name.rpartition(".")[0] for name in names if name.endswith("running_mean")}
-    return {name for name in (f"{norm}.num_batches_tracked" for norm in norms) if name in weights}

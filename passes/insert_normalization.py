@@ -50,7 +50,7 @@ class InsertNormalization(Pass):
         layers = list(number_layers(program))
         if self.layers is not None:
             return [layer for layer in layers if layer.fqn in self.layers]
-        last = max((layer.number for layer in layers), default=0)
+        last = max((layer.number for layer in program.layers or layers), default=0)
         return [layer for layer in layers if not layer.shortcut and layer.number != last]
 
 

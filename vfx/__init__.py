@@ -35,6 +35,7 @@ _LAZY = {
     "CalibrateBias": "passes.calibrate_bias",
     "CalibrateNormalization": "passes.calibrate_normalization",
     "DuplicateBranches": "passes.duplicate_branches",
+    "DuplicateHeads": "passes.duplicate_heads",
     "FoldNormalization": "passes.fold_normalization",
     "InsertNormalization": "passes.insert_normalization",
     "Interpolate": "passes.interpolate",

@@ -17,6 +17,7 @@ from passes.align import Align
 from passes.calibrate_bias import CalibrateBias
 from passes.calibrate_normalization import CalibrateNormalization
 from passes.duplicate_branches import DuplicateBranches
+from passes.duplicate_heads import DuplicateHeads, HeadOutput
 from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
@@ -29,7 +30,7 @@ from vfx.analyse.layers import Join, Layers, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.capture import capture
-from vfx.checks import check_edges, check_finite, check_same_function
+from vfx.checks import check_edges, check_finite, check_heads, check_same_function
 from vfx.diagnosis.skew import skew_notes
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError, PassError
@@ -59,19 +60,28 @@ class Result:
     statistics: Statistics | None = None
 
 
-def trace(models: nn.Module | Sequence[nn.Module], example_inputs: Any, *, dynamic_shapes: Any = "batch") -> Program:
+def trace(
+    models: nn.Module | Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    heads: int | str = 0,
+    dynamic_shapes: Any = "batch",
+) -> Program:
     """Capture one model, or several of one architecture, as a Program with a weight set for each.
 
     ``example_inputs``: a tensor, a tuple of forward's arguments, or a dict of its keyword arguments; arguments may nest
     tensors in tuples, lists and dicts, beside constants, which are baked in. All functions here take them so.
+    ``heads``: the last layers, in which the models' tensors may differ in shape (other numbers of classes).
     Raises CaptureError, ArchitectureError, WeightError.
     """
     if isinstance(models, nn.Module):
         check_finite(models.state_dict(), "the model")
         return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
-    check_edges(models)
+    check_edges(models, shapes=not heads)
     program = capture(models[0], example_inputs, dynamic_shapes=dynamic_shapes)
     program = program.with_weights([program.weights[0], *(_weights_of(program, model) for model in models[1:])])
+    if heads:
+        check_heads(program, number_layers(program).heads(heads).branch)
     check_same_function(program, models)
     return program
 
@@ -136,6 +146,8 @@ def merge(
     normalize: str | None = "auto",
     preserve: int | str = 0,
     join: Join = "preactivation",
+    heads: int | str = 0,
+    head_output: HeadOutput = "list",
     statistics: Statistics | None = None,
     held_out: Any = None,
     max_samples: int | None = None,
@@ -148,21 +160,24 @@ def merge(
 
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
     dicts (labels are ignored, but for "ste").
-    ``match``: None, "weight", "activation", "c2m3", "iterated", "ste" or a Matcher; "auto" reads activations if there
-    are data or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which
-    the best by the method's own objective is kept.
+    ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are data
+    or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best
+    by the method's own objective is kept.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
     with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
     number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm and activation.
-    ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate nothing; the report
-    warns if the merged network's variances do not fit the edges' on them. ``verify``: prove f(x) = f_π(x) before use.
+    ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
+    may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
+    averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
+    nothing; the report warns if the merged network's variances do not fit the edges' on them. ``verify``: prove
+    f(x) = f_π(x) before use.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     watch = Stopwatch()
     data = reusable(data)
     with watch("trace"):
-        program = _program(models, example_inputs)
+        program = _program(models, example_inputs, heads)
     _check_edges(program)
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
@@ -205,7 +220,7 @@ def merge(
         verify=verify,
         progress=progress,
     )
-    passes: list[Pass] = [align, DuplicateBranches(preserve, alphas, join)]
+    passes: list[Pass] = [align, DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
     passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
     passes += [Transform()] if finder is not None and not finder.exact else []
     passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
@@ -265,12 +280,14 @@ def repair(
     return _result(result, program, watch, align, normalize=method_)
 
 
-def _program(models: Any, example_inputs: Any) -> Program:
+def _program(models: Any, example_inputs: Any, heads: int | str = 0) -> Program:
     if isinstance(models, Program):
         return models
     if example_inputs is None:
         raise ArgumentError("example_inputs are needed to capture a model")
-    return trace(models, example_inputs)
+    return (
+        trace(models, example_inputs) if isinstance(models, nn.Module) else trace(models, example_inputs, heads=heads)
+    )
 
 
 def _check_edges(program: Program) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from vfx.errors import ArchitectureError, ArgumentError, WeightError
 from vfx.exporting import structural_copy
@@ -15,27 +15,32 @@ from vfx.rewrite import outputs_error
 SAME_NETWORK = 1e-4  # relative output difference between an edge's own class and the graph it shares with the others
 
 
-def check_edges(models: Sequence[nn.Module]) -> None:
-    """Raise unless there are two or more distinct models whose tensors agree in name, shape and dtype."""
+def check_edges(models: Sequence[nn.Module], shapes: bool = True) -> None:
+    """Raise unless there are two or more distinct models whose tensors agree in name, shape and dtype.
+
+    ``shapes=False`` lets shapes differ, as those of heads may (``check_heads``).
+    """
     if len(models) < 2:
         raise ArgumentError(f"merging needs at least two models, got {len(models)}")
     states = [model.state_dict() for model in models]
     for edge, state in enumerate(states[1:], start=1):
-        check_same_tensors(states[0], state, "edge 0", f"edge {edge}")
+        check_same_tensors(states[0], state, "edge 0", f"edge {edge}", shapes)
     for edge, state in enumerate(states):
         check_finite(state, f"edge {edge}")
 
 
-def check_same_tensors(first: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str, other_name: str) -> None:
+def check_same_tensors(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str, other_name: str, shapes: bool = True
+) -> None:
     """Raise ArchitectureError that names the first key on which two state dicts differ."""
     way_out = "edges must share one architecture; build both with the same constructor arguments"
     for key in first:
         if key not in other:
             raise ArchitectureError(f"{other_name} lacks {key!r}, which {name} has; {way_out}")
-        if first[key].shape != other[key].shape:
+        if shapes and first[key].shape != other[key].shape:
             raise ArchitectureError(
                 f"{key!r} has shape {tuple(first[key].shape)} in {name} and {tuple(other[key].shape)} in "
-                f"{other_name}; {way_out}"
+                f"{other_name}; {way_out}, or keep the layers that differ as heads if they are the last ones"
             )
         if first[key].dtype != other[key].dtype:
             raise ArchitectureError(
@@ -52,6 +57,19 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise WeightError(f"{count} of {tensor.numel()} values of {key!r} in {name} are NaN or infinite")
+
+
+def check_heads(program: Program, heads: Collection[fx.Node]) -> None:
+    """Raise ArchitectureError unless the edges' tensors agree in shape wherever the rest of the network reads them."""
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and set(n.users) - set(heads)}
+    for edge, weights in enumerate(program.weights[1:], start=1):
+        for name in sorted(read):
+            if weights[name].shape != program.weights[0][name].shape:
+                raise ArchitectureError(
+                    f"{name!r} has shape {tuple(program.weights[0][name].shape)} in edge 0 and "
+                    f"{tuple(weights[name].shape)} in edge {edge}, and stands in front of the heads; keep more layers "
+                    "as heads"
+                )
 
 
 @torch.no_grad()
@@ -75,6 +93,7 @@ def _gap(program: Program, edge: int, model: nn.Module) -> float:
     call = program.example_call.map(lambda x: x.clone() if isinstance(x, Tensor) else x)
     try:
         own = structural_copy(model).eval()(*call.args, **call.kwargs)
+        shared = program(*program.example_inputs, edge=edge)
     except (RuntimeError, TypeError, ValueError):
         return float("inf")
-    return outputs_error(own, program(*program.example_inputs, edge=edge), blind=True)
+    return outputs_error(own, shared, blind=True)

@@ -79,6 +79,8 @@ def merge(
     normalize: Normalize = "auto",
     preserve: Annotated[str, typer.Option(help="First layers kept for each edge: a number, or a module's name.")] = "0",
     join: Annotated[str, typer.Option(help="preactivation or activation.")] = "preactivation",
+    heads: Annotated[str, typer.Option(help="Last layers kept for each edge: a number, or a module's name.")] = "0",
+    head_output: Annotated[str, typer.Option(help="Outputs of the heads: list, cat or mean.")] = "list",
     weights: Annotated[str | None, typer.Option(help="One weight for each edge, e.g. 0.3,0.7.")] = None,
     max_samples: Samples = None,
     verify: Annotated[bool, typer.Option(help="Prove that each permutation preserves the function.")] = True,
@@ -98,8 +100,10 @@ def merge(
         match=_optional(match),
         restarts=restarts,
         normalize=_optional(normalize),
-        preserve=int(preserve) if preserve.lstrip("-").isdigit() else preserve,
+        preserve=_cut(preserve),
         join=join,  # type: ignore[arg-type]
+        heads=_cut(heads),
+        head_output=head_output,  # type: ignore[arg-type]
         weights=_floats(weights),
         max_samples=max_samples,
         verify=verify,
@@ -313,6 +317,11 @@ def _finish(result: Any, out: list[Path] | None, report: Path | None) -> None:
         print(f"wrote {write(result, path)}")
     if report is not None:
         write_atomic(report, result.report.to_json().encode())
+
+
+def _cut(text: str) -> int | str:
+    """A number of layers, or a module's name."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _construct(model: str, arguments: list[str]) -> nn.Module:

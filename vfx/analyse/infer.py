@@ -135,8 +135,13 @@ class Inference(Algebra):
         if fqn in self.program.buffers and not all(_is_state(user) for user in self._readers(fqn)):
             return self._buffer(fqn, sizes)
         if fqn not in self.parameters:
-            self.parameters[fqn] = tuple(self.fresh(size) for size in sizes)
+            self.parameters[fqn] = tuple(self._axis(fqn, dim, size) for dim, size in enumerate(sizes))
         return Shape(self.parameters[fqn], tuple((fqn, dim) for dim in range(len(sizes))))
+
+    def _axis(self, fqn: str, dim: int, size: int) -> Axis:
+        """Free unless the edges differ in size here, as the heads of networks with other classes do."""
+        same = all(weights[fqn].shape[dim] == size for weights in self.program.weights if fqn in weights)
+        return self.fresh(size) if same else self.opaque(size, "the edges differ in size")
 
     def _readers(self, fqn: str) -> list[fx.Node]:
         """Every operator that reads a tensor, under whichever node."""

@@ -6,6 +6,7 @@ meet. A shortcut is a projection whose output meets, in an add, a path with more
 
 from __future__ import annotations
 
+import operator as python_operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
@@ -64,6 +65,10 @@ class Layers:
         Behind a module the pre-activation join stands at its very end, its own norm and activation included.
         """
         return cut(self, preserve, join)
+
+    def heads(self, keep: int | str) -> Cut:
+        """The last ``keep`` layers and all that depends on them, or a module and all behind it; see ``heads``."""
+        return heads(self, keep)
 
     def table(self) -> Table:
         table = Table(title=f"{len(self)} layers")
@@ -180,6 +185,38 @@ def cut(layers: Layers, preserve: int | str, join: Join = "preactivation") -> Cu
     return Cut(frozenset(branch), tuple(joins))
 
 
+def heads(layers: Layers, keep: int | str) -> Cut:
+    """Split the graph in front of the last ``keep`` layers, or of a module; ``joins`` are the values that they read.
+
+    Norms and activation functions in front of the first layer stay in front of the cut.
+    """
+    graph = layers.program.graph
+    total = max((layer.number for layer in layers.program.layers or layers), default=0)
+    if isinstance(keep, str):
+        first = _inside(graph, keep, "heads")
+        kept, overlap = set(first) | descendants(first), False
+    else:
+        if isinstance(keep, bool) or not isinstance(keep, Integral) or not 0 <= keep < total:
+            raise ArgumentError(f"heads must be between 0 and {total - 1} (one layer at least is merged), got {keep}")
+        kept = _behind(layers, total - int(keep), "activation") if keep else set()
+        here = {layer.node for layer in layers}
+        overlap = any(x.number > total - keep and x.node not in here for x in layers.program.layers)
+    kept = {n for n in kept if n.op == "call_function" and not _unpacks(n, kept)}
+    if overlap or any(_reads_private(layers.program, node) for node in kept):
+        raise ArgumentError("preserve and heads overlap: no layer is left to merge between them")
+    sources = [a for n in graph.nodes if n in kept for a in n.all_input_nodes if a not in kept and a.op != "get_attr"]
+    return Cut(frozenset(kept), tuple(dict.fromkeys(sources)))
+
+
+def _unpacks(node: fx.Node, kept: set[fx.Node]) -> bool:
+    """Whether a node takes an item of what several values share in front of the cut: the item itself crosses it."""
+    return node.target is python_operator.getitem and node.args[0] not in kept
+
+
+def _reads_private(program: Program, node: fx.Node) -> bool:
+    return any(a.op == "get_attr" and a.target in program.private for a in node.all_input_nodes)
+
+
 def _behind(layers: Layers, number: int, join: Join) -> set[fx.Node]:
     """What depends on a later layer and, if the join stands before norm and activation, on layer ``number`` itself."""
     node_of = {layer.node: layer for layer in layers}
@@ -194,12 +231,17 @@ def _behind(layers: Layers, number: int, join: Join) -> set[fx.Node]:
 def _up_to_module(program: Program, name: str) -> set[fx.Node]:
     """Everything that runs up to the last operator of a module."""
     nodes = list(program.graph.nodes)
-    owners = [_owners(node) for node in nodes]
-    inside = [i for i, own in enumerate(owners) if any(x == name or x.startswith(name + ".") for x in own)]
+    return set(nodes[: nodes.index(_inside(program.graph, name, "preserve")[-1]) + 1])
+
+
+def _inside(graph: fx.Graph, name: str, option: str) -> list[fx.Node]:
+    """The operators of a module."""
+    owners = {node: _owners(node) for node in graph.nodes}
+    inside = [node for node, own in owners.items() if any(x == name or x.startswith(name + ".") for x in own)]
     if not inside:
-        known = sorted({x.split(".")[0] for own in owners for x in own})
-        raise ArgumentError(f"preserve={name!r} names no module that runs; there are {', '.join(known)}")
-    return set(nodes[: inside[-1] + 1])
+        known = sorted({x.split(".")[0] for own in owners.values() for x in own})
+        raise ArgumentError(f"{option}={name!r} names no module that runs; there are {', '.join(known)}")
+    return inside
 
 
 def _owners(node: fx.Node) -> set[str]:

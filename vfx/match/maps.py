@@ -60,8 +60,11 @@ class Transport:
                 result[member.fqn] = apply_along(result[member.fqn], member.dim, where, matrix)
         return result
 
-    def axis(self, edge: int, node: fx.Node, dim: int) -> Tensor | None:
-        """The matrix (size, size) that maps one axis of an activation; None where nothing acts on it."""
+    def axis(self, edge: int, node: fx.Node, dim: int, back: bool = False) -> Tensor | None:
+        """The matrix (size, size) that maps one axis of an activation, ``back`` from the common space.
+
+        None where nothing acts on it.
+        """
         labels = self.symmetry.labels(node, dim)
         matrix = None
         for index, own in self.maps[edge].items() if labels is not None else ():
@@ -69,7 +72,7 @@ class Transport:
             where = places(self.symmetry, labels, self.symmetry.groups[index])
             if where is not None:
                 matrix = torch.eye(len(labels), dtype=torch.float64) if matrix is None else matrix
-                matrix = apply_along(matrix, 0, where, own.merge)
+                matrix = apply_along(matrix, 0, where, own.unmerge if back else own.merge)
         return matrix
 
 

@@ -121,6 +121,8 @@ class _Collector:
         return {name: [cross.covariance(i, i) for i in edges] for name, cross in self._spread.items()}
 
     def _read_layer(self, name: str, channel: int, values: list[Tensor]) -> None:
+        if len({x.shape[channel] for x in values}) > 1:  # heads of networks with other classes: never merged
+            return
         if self.within:
             if name not in self._spread:
                 size, device = values[0].shape[channel], values[0].device
