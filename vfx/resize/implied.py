@@ -1,0 +1,66 @@
+"""Views that operators take of their operands without a node of their own; they tie slots like any other view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from vfx.analyse.axes import Rows
+from vfx.analyse.rules.recurrent import GATES
+from vfx.analyse.rules.rule import normal
+from vfx.analyse.shapes import Block, Shape
+from vfx.analyse.symmetry import Symmetry
+from vfx.operators import arguments, operator
+
+_SHUFFLES = ("aten.channel_shuffle", "aten.native_channel_shuffle")
+_SORTS = ("aten.sort", "aten.argsort", "aten.msort")
+_RECURRENT = {f"aten.{name}" for name in GATES}
+
+
+def implied_blocks(facts: Symmetry) -> Iterator[Block]:
+    """Labels of all such views."""
+    for node, shape in facts._inference.shapes.items():
+        name = operator(node)
+        if name in _SHUFFLES and isinstance(shape, Shape):
+            rows = facts.labels(node.all_input_nodes[0], 1)
+            if rows is not None:
+                yield Block(rows.reshape(int(arguments(node)["groups"]), -1, rows.shape[1]))
+        elif name in _RECURRENT:
+            yield from map(_stacked, _cells(facts, arguments(node)))
+
+
+def whole_axes(facts: Symmetry) -> Iterator[Rows]:
+    """Labels of axes that cannot lose positions, though they may be permuted: what is sorted is as long as before."""
+    for node in facts._inference.shapes:
+        if operator(node) in _SORTS:
+            x = node.all_input_nodes[0]
+            rows = facts.labels(x, normal(int(arguments(node).get("dim", 0)), len(x.meta["val"].shape)))
+            if rows is not None:
+                yield rows
+
+
+def _cells(facts: Symmetry, a: dict[str, Any]) -> Iterable[list[Rows]]:
+    """The features of all cells of a recurrent call, which are of one size; with projections their memories, too."""
+    count = (2 if a["bidirectional"] else 1) * a["num_layers"]
+    per_cell = len(a["params"]) // count
+    cells = [a["params"][k * per_cell : (k + 1) * per_cell] for k in range(count)]
+    found = [[cell[1] for cell in cells]]
+    if per_cell > 2 + 2 * a["has_biases"]:
+        found.append([cell[-1] for cell in cells])
+    labels = [[facts.labels(parameter, 1) for parameter in column] for column in found]
+    return [[rows for rows in column if rows is not None] for column in labels]
+
+
+def _stacked(rows: list[Rows]) -> Block:
+    width = max(one.shape[1] for one in rows)
+    wide = [np.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1) for one in rows]
+    return Block(np.stack(wide))
+
+
+def recurrent_width(a: dict[str, Any]) -> tuple[fx.Node, fx.Node]:
+    """Parameters of a recurrent call whose second axes are the features and the memory of a cell."""
+    projected = len(a["params"]) > (2 + 2 * a["has_biases"]) * (2 if a["bidirectional"] else 1) * a["num_layers"]
+    return a["params"][1], a["params"][-1] if projected else a["params"][1]

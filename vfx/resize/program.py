@@ -1,0 +1,254 @@
+"""A Program resized along its symmetry groups: new weights, new graph, sizes that were baked in worked out anew.
+
+The new graph is run once without data (``meta`` tensors), at the example's batch size and at another: every value must
+have the shape that the axis terms foretell. Reductions and norms over channels run over those that are there, attention
+keeps the scale of the original network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from vfx.analyse.layers import number_layers
+from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.errors import ArgumentError, PassError
+from vfx.operators import arguments, operator, weight_name
+from vfx.program import Execution, Goal, Program, Value, Weights, copy_graph
+from vfx.resize.layout import Layout
+from vfx.resize.operators import Rewriter
+from vfx.resize.slots import Slots
+from vfx.resize.weights import Gather, Kept
+
+
+@dataclass(frozen=True, eq=False)
+class Resized:
+    """The resized ``program``, and where its channels come from (``gather`` of each edge)."""
+
+    program: Program
+    layout: Layout
+    gathers: tuple[Gather, ...]
+
+    def gather(self, node: fx.Node, dim: int, edge: int = 0) -> Index:
+        """Old position of each new position along one axis of an activation (a node of the old graph)."""
+        return _along(self.layout, self.gathers[edge], node, dim)
+
+
+def resize(program: Program, facts: Symmetry, kept: Kept | Sequence[Kept], *, slots: Slots | None = None) -> Resized:
+    """Keep, reorder, repeat channels: new channel j of group g is old channel ``kept[g][j]``; groups left out stay.
+
+    ``kept`` is one choice for all edges, or one for each, of equal lengths. ``kept[g]`` has shape (n,), n ≥ 1; for a
+    group inside blocks (blocks, n) is allowed, row b for new block b (old block ``kept[parent][b]``).
+    Raises ArgumentError for indices out of range, PassError where the sizes do not fit together or an operator cannot
+    be resized.
+    """
+    choices = [kept] * program.edges if isinstance(kept, Mapping) else list(kept)
+    choices = [_checked(facts, choice) for choice in choices]
+    sizes = {g: p.shape[-1] for g, p in choices[0].items()}
+    if len(choices) != program.edges or any({g: p.shape[-1] for g, p in c.items()} != sizes for c in choices):
+        raise ArgumentError("one choice of channels is needed for each edge, all of the same sizes")
+    slots = slots or Slots(facts)
+    layout = Layout(facts, slots.multiplicity(slots.units(sizes)))
+    gathers = tuple(Gather(facts, layout, choice) for choice in choices)
+    graph, made = _graph(program, facts, layout)
+    weights = [_weights(program, edge, gather) | made for edge, gather in enumerate(gathers)]
+    note = f"Resize({sum(sizes[g.index] != g.size for g in facts.groups)} groups)"
+    changes = {
+        "goals": _goals(program, facts, layout, gathers),
+        "buffers": program.buffers | made.keys(),
+        "origin": "resized",
+    }
+    result = program.with_graph(graph, weights, note, **changes)
+    check_shapes(result)
+    return Resized(result, layout, gathers)
+
+
+def _checked(facts: Symmetry, kept: Kept) -> dict[int, Index]:
+    """One choice of channels with every group in it."""
+    found: dict[int, Index] = {}
+    for group in facts.groups:
+        chosen = np.asarray(kept.get(group.index, np.arange(group.size)), np.int64)
+        if chosen.ndim not in ((1,) if group.parent is None else (1, 2)) or not chosen.shape[-1]:
+            raise ArgumentError(f"{group.name}: channels to keep must be one list of at least one, got {chosen.shape}")
+        if chosen.min() < 0 or chosen.max() >= group.size:
+            raise ArgumentError(f"{group.name}: channels to keep lie outside 0…{group.size - 1}")
+        found[group.index] = chosen
+    for group in facts.groups:
+        _check_blocks(group, found)
+    return found
+
+
+def _check_blocks(group: Group, found: Mapping[int, Index]) -> None:
+    if group.parent is not None and found[group.index].ndim == 2:
+        blocks = len(found[group.parent])
+        if len(found[group.index]) != blocks:
+            raise ArgumentError(f"{group.name}: {len(found[group.index])} rows of channels for {blocks} blocks")
+
+
+# graph ----------------------------------------------------------------------------------------------------------------
+
+
+def _graph(program: Program, facts: Symmetry, layout: Layout) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph with new sizes, and the tensors that it reads beside the parameters."""
+    graph, mapping = copy_graph(program.graph)
+    nodes = _same_nodes(program.graph, facts.program.graph)
+    rewriter = Rewriter(layout, facts._inference.constant)
+    made: dict[str, Tensor] = {}
+    for node in program.graph.nodes:
+        old, new = nodes[node], mapping[node]
+        if old not in facts._inference.used:
+            continue
+        new.meta = {**new.meta, "val": layout.value(node.meta.get("val"), layout.shapes.get(old))}
+        try:
+            rewriter.rewrite(old, new)
+        except PassError as error:
+            raise PassError(f"cannot resize {operator(old)} (node {old.name}): {error}") from error
+    _constants(program, facts, layout, mapping, nodes, made)
+    made |= rewriter.constants
+    for node in [n for n in graph.nodes if n.op == "get_attr" and "val" not in n.meta]:
+        node.meta["val"] = Value(tuple(made[str(node.target)].shape), made[str(node.target)].dtype)
+    _drop_unread(graph, {mapping[node] for node in program.graph.nodes if nodes[node] not in facts._inference.used})
+    graph.lint()
+    return graph, made
+
+
+def _same_nodes(graph: fx.Graph, analysed: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node with the one of the same name that was analysed."""
+    if graph is analysed:
+        return {node: node for node in graph.nodes}
+    by_name = {node.name: node for node in analysed.nodes}
+    if by_name.keys() != {node.name for node in graph.nodes}:
+        raise ArgumentError("these symmetries belong to another graph; infer them again")
+    return {node: by_name[node.name] for node in graph.nodes}
+
+
+def _constants(
+    program: Program, facts: Symmetry, layout: Layout, mapping: Any, nodes: Any, made: dict[str, Tensor]
+) -> None:
+    """Buffers that are no norm's statistics are uniform along what changes; uses may come to differ in size."""
+    for node in program.graph.nodes:
+        fqn, shape = str(node.target), layout.shape(nodes[node])
+        if node.op != "get_attr" or fqn in facts._inference.parameters or shape is None:
+            continue
+        if not any(map(layout.changed, shape.axes)):
+            continue
+        tensor = program.weights[0][fqn]
+        for dim, entry in enumerate(shape.axes):
+            if layout.changed(entry):
+                index = torch.from_numpy(layout.positions(entry)).to(tensor.device)
+                tensor = tensor.index_select(dim, index)
+        name = f"resized.{node.name}"
+        made[name] = tensor
+        mapping[node].target = name
+
+
+def _drop_unread(graph: fx.Graph, dead: set[fx.Node]) -> None:
+    """Values that nothing reads were not analysed: they would run at sizes that do not fit."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or (node in dead and node.op != "placeholder")):
+            graph.erase_node(node)
+
+
+# weights --------------------------------------------------------------------------------------------------------------
+
+
+def _weights(program: Program, edge: int, gather: Gather) -> dict[str, Tensor]:
+    own = dict(program.weights[edge])
+    for fqn in gather.facts._inference.parameters:
+        own[fqn] = gather.tensor(fqn, own[fqn])
+    for node in program.graph.nodes:
+        if operator(node) in ("aten._weight_norm", "aten._weight_norm_interface"):
+            own |= _weight_norm(node, program.weights[edge], own, gather)
+    return own
+
+
+def _weight_norm(node: fx.Node, old: Weights, own: Weights, gather: Gather) -> dict[str, Tensor]:
+    """v·g/‖v‖ keeps the factor g/‖v‖ that it had with all inputs: g shrinks as much as ‖v‖."""
+    a = arguments(node)
+    name, gain = weight_name(node, "v"), weight_name(node, "g")
+    if name is None or gain is None:
+        raise PassError(f"cannot resize {operator(node)} (node {node.name}): it reads a computed weight")
+    dims = [d for d in range(old[name].ndim) if d != a["dim"]]
+    before, after = (torch.linalg.vector_norm(x[name], dim=dims, keepdim=True) for x in (old, own))
+    before = gather.tensor(gain, before)
+    return {gain: own[gain] * torch.where(before > 0, after / before, 1.0)}
+
+
+def _goals(program: Program, facts: Symmetry, layout: Layout, gathers: Sequence[Gather]) -> dict[str, Goal]:
+    """Statistics of the channels that are kept."""
+    if not program.goals:
+        return {}
+    nodes = {node.name: node for node in facts.program.graph.nodes}
+    channel = {layer.node: layer.channel for layer in number_layers(program)}
+    found = {}
+    for name, goal in program.goals.items():
+        rows = len(goal.mean)
+        order = [_along(layout, gathers[min(e, len(gathers) - 1)], nodes[name], channel[name]) for e in range(rows)]
+        index = [torch.from_numpy(o).to(goal.mean.device) for o in order]
+        found[name] = Goal(*(torch.stack([row[o] for row, o in zip(x, index)]) for x in (goal.mean, goal.std)))
+    return found
+
+
+def _along(layout: Layout, gather: Gather, node: fx.Node, dim: int) -> Index:
+    """Old position of each new position along one axis of an activation."""
+    shape = layout.shape(node)
+    assert shape is not None
+    labels = gather.facts.labels(node, dim)
+    return layout.positions(shape.axes[dim]) if labels is None else gather.index(labels)
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_shapes(program: Program) -> None:
+    """Run a Program without data at two batch sizes; raise PassError where a value has not its foretold shape."""
+    program = replace(program, graph=_on_meta(program.graph))
+    weights = {name: tensor.to("meta") for name, tensor in program.weights[0].items()}
+    sizes = [value.meta["val"].shape for value in program.placeholders]
+    symbolic = any(not isinstance(size, int) for shape in sizes for size in shape)
+    own = [tuple(x.shape) for x in program.example_inputs]
+    shapes = [own]
+    if symbolic:
+        shapes.append([node.meta["val"].sizes(7) for node in program.placeholders])
+    for given in shapes:
+        inputs = [torch.empty(s, dtype=x.dtype, device="meta") for s, x in zip(given, program.example_inputs)]
+        _check_run(program, weights, inputs)
+
+
+def _on_meta(graph: fx.Graph) -> fx.Graph:
+    """A copy that makes its tensors without data."""
+    copied, _ = copy_graph(graph)
+    for node in copied.nodes:
+        move = lambda value: torch.device("meta") if isinstance(value, torch.device) else value  # noqa: E731
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), move)
+    return copied
+
+
+def _check_run(program: Program, weights: dict[str, Tensor], inputs: list[Any]) -> None:
+    execution = Execution(program.graph, weights, inputs)
+    batch = next((x.shape[0] for x in inputs if x.ndim), 1)
+    for step in execution.plan:
+        try:
+            node, value = execution.step()
+        except NotImplementedError:  # an operator that needs data
+            return
+        except (RuntimeError, ValueError, IndexError) as error:
+            node = step.node
+            raise PassError(f"{operator(node)} (node {node.name}) does not run at its new size: {error}") from error
+        foretold = node.meta.get("val")
+        if isinstance(value, Tensor) and isinstance(foretold, Value):
+            _check_value(node, tuple(value.shape), foretold, batch)
+
+
+def _check_value(node: fx.Node, shape: tuple[int, ...], foretold: Value, batch: int) -> None:
+    if len({s for size in foretold.shape if not isinstance(size, int) for s in size.free_symbols}) > 1:
+        return
+    sizes = foretold.sizes(batch)
+    if shape != sizes:
+        raise PassError(f"{operator(node)} (node {node.name}) gives {shape} at its new size, not {sizes}")
