@@ -12,7 +12,19 @@ __version__ = "0.1.0"
 
 _LAZY = {
     **dict.fromkeys(
-        ["Result", "collect", "compile", "layers", "merge", "profile", "repair", "symmetry", "trace"], "vfx.api"
+        [
+            "Result",
+            "collect",
+            "compile",
+            "layers",
+            "merge",
+            "profile",
+            "prune_structured",
+            "repair",
+            "symmetry",
+            "trace",
+        ],
+        "vfx.api",
     ),
     **dict.fromkeys(["export", "load"], "vfx.emit.files"),
     "diagnose": "vfx.diagnosis.diagnose",
@@ -36,10 +48,12 @@ _LAZY = {
     "CalibrateNormalization": "passes.calibrate_normalization",
     "DuplicateBranches": "passes.duplicate_branches",
     "DuplicateHeads": "passes.duplicate_heads",
+    "FoldChannels": "passes.fold_channels",
     "FoldNormalization": "passes.fold_normalization",
     "InsertNormalization": "passes.insert_normalization",
     "Interpolate": "passes.interpolate",
     "RemoveBias": "passes.remove_bias",
+    "RemoveChannels": "passes.remove_channels",
     "ResetBatchNorm": "passes.reset_batchnorm",
     "Transform": "passes.transform",
 }

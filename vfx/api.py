@@ -18,10 +18,12 @@ from passes.calibrate_bias import CalibrateBias
 from passes.calibrate_normalization import CalibrateNormalization
 from passes.duplicate_branches import DuplicateBranches
 from passes.duplicate_heads import DuplicateHeads, HeadOutput
+from passes.fold_channels import FoldChannels
 from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
 from passes.remove_bias import RemoveBias
+from passes.remove_channels import RemoveChannels
 from passes.reset_batchnorm import ResetBatchNorm
 from passes.transform import Transform
 from vfx.alphas import edge_weights
@@ -38,6 +40,8 @@ from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
+from vfx.pruning.channel_report import ChannelReport, widths
+from vfx.pruning.groups import Loss, Scores
 from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
 from vfx.statistics.collect import Statistics
@@ -56,7 +60,7 @@ class Result:
 
     module: nn.Module
     program: Program
-    report: Report
+    report: Any  # Report, or ChannelReport
     statistics: Statistics | None = None
 
 
@@ -280,6 +284,95 @@ def repair(
     return _result(result, program, watch, align, normalize=method_)
 
 
+def prune_structured(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    *,
+    sparsity: float,
+    method: str = "remove",
+    score: str | Scores = "magnitude",
+    allocation: str = "uniform",
+    budget: str = "channels",
+    round_to: int = 1,
+    units: str = "channels",
+    protect: Sequence[str] = (),
+    compensate: bool = False,
+    data: Any = None,
+    loss: Loss | None = None,
+    max_samples: int | None = None,
+    repair_samples: int = 64,
+    normalize: str | None = "auto",
+    verify: bool = True,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Remove whole channels, heads or groups along the symmetry groups: a smaller network of any architecture.
+
+    ``sparsity``: the share of the ``budget`` ("channels" of each group, "params", "flops", "latency") that goes.
+    ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
+    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group. ``allocation``: "uniform" or "global".
+    ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
+    "both". ``protect``: FQNs whose groups stay whole. ``compensate``: fold removed channels into kept ones by least
+    squares on ``data``. ``normalize``: None, "repair", "rescale", "reset" towards the statistics of the channels kept
+    (or merged) on ``repair_samples`` samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data.
+    Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
+    """
+    watch = Stopwatch()
+    if method not in ("remove", "fold"):
+        raise ArgumentError(f"method={method!r} is unknown; choose 'remove' or 'fold'")
+    data = reusable(data)
+    with watch("trace"):
+        program = _program(model, example_inputs)
+    if device is not None:
+        program = program.to(device)
+    normalize = _pruned_normalization(normalize, program, data)
+    with watch("symmetry"):
+        facts = symmetry(program)
+    shape: dict[str, Any] = {"allocation": allocation, "budget": budget, "round_to": round_to, "units": units}
+    shape |= {"protect": protect, "facts": facts, "verify": verify, "seed": seed}
+    reading: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    one: RemoveChannels | FoldChannels
+    if method == "fold":
+        one = FoldChannels(sparsity, repair=normalize is None, **shape)
+    else:
+        one = RemoveChannels(sparsity, score, data=data, compensate=compensate, loss=loss, **shape, **reading)
+    goals = {}
+    if normalize in _NEED_GOALS:
+        with watch("statistics"):
+            found = collect_statistics(
+                program, facts, data, **reading | {"max_samples": repair_samples}, features=False
+            )
+            goals = found.goals()
+    passes = [one, *_normalizing(normalize, data, repair_samples, device, verify, progress)]
+    result = _run(replace(program, goals=goals), passes, watch)
+    with watch("emit"):
+        module, reason = emit(result)
+    report = ChannelReport(
+        widths=widths(facts, one.sizes),
+        passes=result.history,
+        notes=result.notes,
+        profile=cost(result),
+        dense_profile=cost(program),
+        class_reason=reason,
+        error=one.error if verify else None,
+        seconds=watch.seconds,
+        choices={"method": method, "sparsity": sparsity, "budget": budget, "allocation": allocation}
+        | {"score": score if isinstance(score, str) else "given", "normalize": normalize},
+    )
+    return Result(module, result, report)
+
+
+def _pruned_normalization(normalize: str | None, program: Program, data: Any) -> str | None:
+    """The repair to run on a pruned network; its goal is one network, so REPAIR needs no care for what is averaged."""
+    found = _normalization(normalize, program, data)
+    if normalize == "auto" and found == "rescale":
+        return "repair"
+    if found is not None and found not in _NEED_DATA:
+        raise ArgumentError(f"normalize={normalize!r}: prune takes 'auto', {', '.join(map(repr, _NEED_DATA))} or None")
+    return found
+
+
 def _program(models: Any, example_inputs: Any, heads: int | str = 0) -> Program:
     if isinstance(models, Program):
         return models
@@ -381,4 +474,15 @@ def _result(
     return Result(module, result, report, statistics)
 
 
-__all__ = ["Result", "collect", "compile", "layers", "merge", "profile", "repair", "symmetry", "trace"]
+__all__ = [
+    "Result",
+    "collect",
+    "compile",
+    "layers",
+    "merge",
+    "profile",
+    "prune_structured",
+    "repair",
+    "symmetry",
+    "trace",
+]

@@ -108,13 +108,14 @@ class Layout:
         labels = self.leaves.resolve(block.labels.reshape(-1, block.labels.shape[-1]))
         labels = labels.reshape(*sizes, labels.shape[-1])
         times = self.times[labels[..., 1:]].prod(axis=-1)
-        fullest = np.unravel_index(int(times.argmax()), sizes)
-        lines, product, most = [], np.ones(sizes, np.int64), int(times.max())
+        least = int(times[times > 0].min())
+        kept = np.unravel_index(int((times == least).argmax()), sizes)
+        lines, product = [], np.ones(sizes, np.int64)
         for dim in range(len(sizes)):
-            at: Any = (*fullest[:dim], slice(None), *fullest[dim + 1 :])
-            lines.append(self._line(labels[at]).position)
+            at: Any = (*kept[:dim], slice(None), *kept[dim + 1 :])
+            lines.append(self._line(_varying(labels[at])).position)
             product = product * times[at].reshape([-1 if d == dim else 1 for d in range(len(sizes))])
-        if not (product == times * most ** (len(sizes) - 1)).all():
+        if not (product == times * least ** (len(sizes) - 1)).all():
             names = self._standing(labels)
             raise PassError(f"a view with axes {sizes} would be left ragged: {names} stand side by side")
         return lines
@@ -153,6 +154,11 @@ class Layout:
         """New shape of a node's value."""
         value = self.value(node.meta["val"], self.shapes.get(node))
         return value.sizes(batch) if isinstance(value, Value) else ()
+
+
+def _varying(line: Rows) -> Rows:
+    """Labels along one axis of a view without the digits that stay the same: they do not grow here."""
+    return np.where((line == line[:1]).all(axis=0) & (np.arange(line.shape[1]) > 0), -1, line)
 
 
 def _repeated(position: Index, clone: Index, digits: Rows, element: int, times: int) -> tuple[Index, Index]:

@@ -39,11 +39,20 @@ class Resized:
         return _along(self.layout, self.gathers[edge], node, dim)
 
 
-def resize(program: Program, facts: Symmetry, kept: Kept | Sequence[Kept], *, slots: Slots | None = None) -> Resized:
+def resize(
+    program: Program,
+    facts: Symmetry,
+    kept: Kept | Sequence[Kept],
+    *,
+    slots: Slots | None = None,
+    note: str = "",
+    check: bool = True,
+) -> Resized:
     """Keep, reorder, repeat channels: new channel j of group g is old channel ``kept[g][j]``; groups left out stay.
 
     ``kept`` is one choice for all edges, or one for each, of equal lengths. ``kept[g]`` has shape (n,), n ≥ 1; for a
-    group inside blocks (blocks, n) is allowed, row b for new block b (old block ``kept[parent][b]``).
+    group inside blocks (blocks, n) is allowed, row b for new block b (old block ``kept[parent][b]``). ``note`` is what
+    the result's history says, ``check`` whether the new graph is run without data.
     Raises ArgumentError for indices out of range, PassError where the sizes do not fit together or an operator cannot
     be resized.
     """
@@ -57,14 +66,15 @@ def resize(program: Program, facts: Symmetry, kept: Kept | Sequence[Kept], *, sl
     gathers = tuple(Gather(facts, layout, choice) for choice in choices)
     graph, made = _graph(program, facts, layout)
     weights = [_weights(program, edge, gather) | made for edge, gather in enumerate(gathers)]
-    note = f"Resize({sum(sizes[g.index] != g.size for g in facts.groups)} groups)"
+    note = note or f"Resize({sum(sizes[g.index] != g.size for g in facts.groups)} groups)"
     changes = {
         "goals": _goals(program, facts, layout, gathers),
         "buffers": program.buffers | made.keys(),
         "origin": "resized",
     }
     result = program.with_graph(graph, weights, note, **changes)
-    check_shapes(result)
+    if check:
+        check_shapes(result)
     return Resized(result, layout, gathers)
 
 

@@ -148,7 +148,7 @@ class Slots:
         goal = np.array([wanted[group] for group in groups])
         if len(bundles) == 1:
             count, rest = divmod(int(goal[0]), int(share[0, 0]))
-            if rest == 0 and (share[:, 0] * count == goal).all():
+            if bundles[0].fixed or (rest == 0 and (share[:, 0] * count == goal).all()):
                 return [self._checked(bundles[0], count)]
         elif (units := _whole(share, goal, bundles)) is not None:
             return [self._checked(bundle, count) for bundle, count in zip(bundles, units)]

@@ -1,0 +1,90 @@
+"""FoldChannels: channels are merged instead of removed (model folding, Wang et al., ICLR 2025).
+
+Each group's channels are clustered by k-means and every cluster becomes one channel (``vfx.pruning.clusters``); without
+data the variances of merged channels are approximated from the correlation of their filters. Goals for a later REPAIR
+are the means of the clusters' statistics. Groups inside blocks and their blocks (heads × dim) are not alike enough to
+be averaged channel by channel: of them the strongest are kept, as ``RemoveChannels`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.errors import VerificationError
+from vfx.program import Program
+from vfx.pruning.choice import choose_sizes
+from vfx.pruning.clusters import Clusters, channel_vectors, cluster, merged, merged_goals, pairs, scaled_rows
+from vfx.pruning.groups import channel_scores
+from vfx.pruning.widths import Widths, strongest
+from vfx.resize import Slots, resize
+from vfx.resize.masked import masked_error
+from vfx.resize.weights import Kept
+from vfx.rewrite import PRESERVED, Pass, require_edges
+
+
+class FoldChannels(Pass):
+    """Merge the channels of each group into ``1 - sparsity`` as many; options as for ``RemoveChannels``.
+
+    ``repair`` approximates the variances of merged channels without data. After it ran, ``sizes``, ``kept``,
+    ``clusters`` by group index and ``error`` (of the proof) say what was done.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        allocation: str = "uniform",
+        budget: str = "channels",
+        round_to: int = 1,
+        units: str = "channels",
+        protect: Collection[str] = (),
+        repair: bool = True,
+        facts: Symmetry | None = None,
+        verify: bool = True,
+        seed: int = 0,
+    ):
+        self.widths = Widths(allocation, round_to, tuple(protect), units)
+        self.sparsity, self.budget, self.repair, self.facts = sparsity, budget, repair, facts
+        self.verify, self.seed = verify, seed
+        self.sizes: dict[int, int] = {}
+        self.kept: Kept = {}
+        self.clusters: dict[int, Clusters] = {}
+        self.error = 0.0
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=True, name=self.name)
+
+    def apply(self, program: Program) -> Program:
+        facts = self.facts or symmetry(program)
+        slots = Slots(facts)
+        scores = channel_scores(program, facts)
+        self.sizes = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
+        found = pairs(program)
+        weights = scaled_rows(program.weights[0], found)
+        outer = {group.parent for group in facts.groups}
+        plain = [g for g in facts.groups if g.parent is None and g.index not in outer and self.sizes[g.index] < g.size]
+        self.clusters = {
+            g.index: cluster(channel_vectors(g, weights, found, program.buffers), self.sizes[g.index], self.seed)
+            for g in plain
+        }
+        self.kept = strongest(facts, scores, self.sizes) | {g: c.kept for g, c in self.clusters.items()}
+        folded = replace(
+            program.with_weights([merged(facts, weights, found, self.clusters, self.repair)]),
+            goals=merged_goals(program, facts, self.clusters),
+        )
+        rest = [g.name for g in facts.groups if g not in plain and self.sizes[g.index] < g.size]
+        notes = (f"folding: of {len(rest)} groups with blocks channels are removed: {', '.join(rest)}",) if rest else ()
+        small = resize(folded, facts, self.kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
+        if self.verify:
+            self._prove(folded, facts, small.program, small.layout)
+        return replace(small.program, notes=(*program.notes, *notes))
+
+    def _prove(self, folded: Program, facts: Symmetry, small: Program, layout: object) -> None:
+        self.error = masked_error(folded, facts, small, layout, self.kept, self.seed)  # type: ignore[arg-type]
+        if not self.error <= PRESERVED:
+            raise VerificationError(
+                f"the smaller network differs from the masked one by {self.error:.1e} (relative, float64); a rule of "
+                "vfx.resize must be wrong: please report the architecture"
+            )

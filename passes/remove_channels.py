@@ -1,0 +1,118 @@
+"""RemoveChannels: whole channels, heads and groups go, and what is left is a smaller network.
+
+Channels are scored over all members of their symmetry group (``vfx.pruning.groups``), widths follow from a fraction or
+a budget (``vfx.pruning.widths``), and the Program is resized along the groups (``vfx.resize``). The smaller network is
+proved to compute what the full one computes with the removed features at zero. With ``compensate`` the weights that
+read removed features are first folded into those that read kept ones (``vfx.pruning.compensate``). Goals for a later
+REPAIR are the statistics of the kept channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.errors import ArgumentError, VerificationError
+from vfx.program import Program
+from vfx.pruning.choice import choose_sizes
+from vfx.pruning.compensate import compensated
+from vfx.pruning.groups import Loss, Scores, channel_scores
+from vfx.pruning.second_moments import SecondMoments, second_moments
+from vfx.pruning.widths import Widths, strongest
+from vfx.resize import Slots, resize
+from vfx.resize.masked import masked_error
+from vfx.resize.weights import Kept
+from vfx.rewrite import PRESERVED, Pass, require_edges
+
+
+class RemoveChannels(Pass):
+    """Remove ``sparsity`` of the channels of each group (or of the ``budget``), those with the lowest ``score``.
+
+    ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index. ``allocation``:
+    "uniform" or "global". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency".
+    ``units``: inside heads and groups remove "channels", whole "blocks", or "both". ``protect``: FQNs of modules or
+    parameters. ``data`` feeds the scores that need it and ``compensate``. After it ran, ``sizes``, ``kept`` and
+    ``error`` (of the proof) say what was done.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        score: str | Scores = "magnitude",
+        *,
+        allocation: str = "uniform",
+        budget: str = "channels",
+        round_to: int = 1,
+        units: str = "channels",
+        protect: Collection[str] = (),
+        data: Any = None,
+        compensate: bool = False,
+        loss: Loss | None = None,
+        facts: Symmetry | None = None,
+        max_samples: int | None = None,
+        device: Any = None,
+        verify: bool = True,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        if compensate and data is None:
+            raise ArgumentError("compensate=True predicts removed features from data; give data=")
+        self.widths = Widths(allocation, round_to, tuple(protect), units)
+        self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
+        self.compensate, self.loss, self.facts, self.max_samples = compensate, loss, facts, max_samples
+        self.device, self.verify, self.seed, self.progress = device, verify, seed, progress
+        self.sizes: dict[int, int] = {}
+        self.kept: Kept = {}
+        self.error = 0.0
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=True, name=self.name)
+
+    def apply(self, program: Program) -> Program:
+        facts = self.facts or symmetry(program)
+        slots = Slots(facts)
+        moments = self._moments(program, facts)
+        scores = self.score if not isinstance(self.score, str) else self._scores(program, facts, moments)
+        comparable = self.score == "taylor"
+        self.sizes = choose_sizes(
+            program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=comparable
+        )
+        self.kept = strongest(facts, scores, self.sizes)
+        if self.compensate and moments is not None:
+            program = program.with_weights([compensated(facts, program.weights[0], self.kept, moments)])
+        found = resize(program, facts, self.kept, slots=slots, note=self._note(facts))
+        if self.verify:
+            self.error = masked_error(program, facts, found.program, found.layout, self.kept, self.seed)
+            if not self.error <= PRESERVED:
+                raise VerificationError(
+                    f"the smaller network differs from the masked one by {self.error:.1e} (relative, float64); a rule "
+                    "of vfx.resize must be wrong: please report the architecture"
+                )
+        return found.program
+
+    def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
+        if self.data is None or not (self.compensate or self.score == "activation"):
+            return None
+        options: dict[str, Any] = {"max_samples": self.max_samples, "device": self.device, "progress": self.progress}
+        return second_moments(program, facts, self.data, **options)
+
+    def _scores(self, program: Program, facts: Symmetry, moments: SecondMoments | None) -> Scores:
+        return channel_scores(
+            program,
+            facts,
+            str(self.score),
+            data=self.data,
+            moments=moments,
+            loss=self.loss,
+            max_samples=self.max_samples,
+            seed=self.seed,
+        )
+
+    def _note(self, facts: Symmetry) -> str:
+        groups = {g.index: g for g in facts.groups}
+        before = sum(g.outer * g.size for g in groups.values())
+        after = sum(
+            (self.sizes[g.parent] if g.parent is not None else 1) * self.sizes[g.index] for g in groups.values()
+        )
+        return f"RemoveChannels({before - after:,} of {before:,})"

@@ -1,0 +1,1 @@
+"""One-shot pruning: which weights, how much they matter, which of them go."""

@@ -1,0 +1,76 @@
+"""Which widths a smaller network gets: the budget, measured on the resized network itself."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from vfx.analyse.cost import cost
+from vfx.analyse.symmetry import Symmetry
+from vfx.emit.module import graph_module
+from vfx.errors import ArgumentError
+from vfx.program import Program
+from vfx.pruning.groups import Scores
+from vfx.pruning.widths import BUDGETS, Widths, by_mean, within
+from vfx.resize import Slots, resize
+
+REPEATS = 7  # timed runs of a network, of which the median counts
+
+
+def choose_sizes(
+    program: Program,
+    facts: Symmetry,
+    slots: Slots,
+    scores: Scores,
+    widths: Widths,
+    sparsity: float,
+    budget: str = "channels",
+    *,
+    comparable: bool = False,
+) -> dict[int, int]:
+    """Channels that each group keeps so that ``sparsity`` of the budget is saved.
+
+    ``comparable`` scores are compared between groups as they are. Raises ArgumentError for a budget that is unknown.
+    """
+    if budget not in BUDGETS:
+        raise ArgumentError(f"budget={budget!r}: choose one of {', '.join(BUDGETS)}")
+    if not 0 <= sparsity < 1:
+        raise ArgumentError(f"sparsity must lie in [0, 1), got {sparsity}")
+    widths.check(facts)
+    ranked = scores if comparable else by_mean(scores)
+    at = lambda ratio: widths.at(facts, slots, ranked, ratio)  # noqa: E731
+    if budget == "channels":
+        return slots.sizes(at(sparsity))
+    measure = _measure(program, facts, slots, budget)
+    whole = measure([bundle.units for bundle in slots.bundles])
+    return slots.sizes(within(whole * (1 - sparsity), measure, at))
+
+
+def _measure(program: Program, facts: Symmetry, slots: Slots, budget: str) -> Callable[[list[int]], float]:
+    """Parameters, FLOPs or seconds of the network with these units."""
+    light = program if budget == "latency" else program.to("meta")
+
+    def measure(units: list[int]) -> float:
+        kept = {group: np.arange(size) for group, size in slots.sizes(units).items()}
+        small = resize(light, facts, kept, slots=slots, check=False).program
+        return seconds(small) if budget == "latency" else float(getattr(cost(small), budget))
+
+    return measure
+
+
+@torch.no_grad()
+def seconds(program: Program) -> float:
+    """Median time of a forward pass on the example inputs."""
+    module, times = graph_module(program), []
+    call = program.example_call
+    for _ in range(REPEATS + 2):
+        start = time.perf_counter()
+        module(*call.args, **call.kwargs)
+        if program.example_inputs and program.example_inputs[0].is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])

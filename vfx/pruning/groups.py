@@ -1,0 +1,173 @@
+"""Scores of whole channels, heads and groups, aggregated over all members of a symmetry group.
+
+===========  =======================================================================================================
+l1           Σ |w| over every weight of every member
+l2           √Σ w² over the same (``magnitude`` is another name for it)
+taylor       mean over batches of (Σ g·w)², g the gradient of the loss (Molchanov et al. 2019, eq. 8, by groups)
+activation   √E[x²] · ‖w‖: the feature's root mean square times the norm of the weights that read it
+random       uniform numbers
+===========  =======================================================================================================
+
+A group inside blocks is scored in each block: arrays of shape (blocks, size), (size,) otherwise. Norm statistics and
+other buffers are no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vfx.analyse.symmetry import Group, Symmetry
+from vfx.errors import ArgumentError
+from vfx.outputs import named_tensors
+from vfx.program import Program, run
+from vfx.pruning.second_moments import SecondMoments
+from vfx.statistics.data import Batches
+
+Scores = Mapping[int, NDArray[np.float64]]  # by group index
+Loss = Callable[[Any, Any], Tensor]  # of the network's output and what a batch holds behind the inputs (or None)
+METHODS = ("magnitude", "l1", "l2", "taylor", "activation", "random")
+NEED_DATA = ("taylor", "activation")
+
+
+def channel_scores(
+    program: Program,
+    facts: Symmetry,
+    method: str = "l2",
+    *,
+    data: Any = None,
+    moments: SecondMoments | None = None,
+    loss: Loss | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> dict[int, NDArray[np.float64]]:
+    """The score of every channel of every group. Raises ArgumentError for an unknown method or missing data."""
+    if method not in METHODS:
+        raise ArgumentError(f"score={method!r} is unknown for channels; choose one of {', '.join(METHODS)}")
+    if method in NEED_DATA and data is None and moments is None:
+        raise ArgumentError(f"score={method!r} reads data; give data=")
+    if method == "random":
+        generator = np.random.default_rng(seed)
+        return {g.index: generator.random(_shape(g)) for g in facts.groups}
+    if method == "taylor":
+        return _taylor(program, facts, data, loss or own_loss, max_samples)
+    weights = {name: program.weights[0][name].detach().double() for name in _names(program, facts)}
+    if method == "l1":
+        return _summed(facts, {name: w.abs() for name, w in weights.items()})
+    squares = {name: w.square() for name, w in weights.items()}
+    if method != "activation":
+        return {g: np.sqrt(s) for g, s in _summed(facts, squares).items()}
+    assert moments is not None
+    readers = _summed(facts, squares, roles=("in",))
+    return {g: np.sqrt(s * moments.squares(facts.groups[g])) for g, s in readers.items()}
+
+
+def _shape(group: Group) -> tuple[int, ...]:
+    return (group.size,) if group.parent is None else group.blocks
+
+
+def _names(program: Program, facts: Symmetry) -> list[str]:
+    """Floating parameters that some group moves."""
+    names = dict.fromkeys(m.fqn for g in facts.groups for m in g.members)
+    return [n for n in names if n not in program.buffers and program.weights[0][n].is_floating_point()]
+
+
+def _summed(
+    facts: Symmetry, values: Mapping[str, Tensor], roles: tuple[str, ...] = ("out", "in", "elementwise")
+) -> dict[int, NDArray[np.float64]]:
+    """For each channel the sum of ``values`` over all else, over every member with one of these roles."""
+    found = {g.index: np.zeros(_shape(g)) for g in facts.groups}
+    for group in facts.groups:
+        for member in group.members:
+            if member.fqn in values and member.role in roles:
+                found[group.index] += channel_sums(facts, group, member.fqn, member.dim, values[member.fqn])
+    return found
+
+
+def channel_sums(facts: Symmetry, group: Group, fqn: str, dim: int, values: Tensor) -> NDArray[np.float64]:
+    """A tensor summed over everything but the channels that stand on its axis ``dim``: (size,) or (blocks, size)."""
+    where, channel = _places(facts, fqn, dim, group.index)
+    if group.parent is None:
+        line = _kept_dims(values, (dim,))[where]
+        return _binned(channel, line, (group.size,))
+    parents = {d: _places(facts, fqn, d, group.parent) for d, _ in facts.axes_of(fqn)}
+    own = dict(zip(*(x.tolist() for x in parents[dim])))
+    if own:  # the blocks stand on the same axis
+        block = np.array([own[place] for place in where.tolist()])
+        line = _kept_dims(values, (dim,))[where]
+        return _binned(block * group.size + channel, line, group.blocks)
+    other = next(d for d, (places, _) in parents.items() if len(places))
+    rows, block = parents[other]
+    plane = _kept_dims(values, (other, dim))[np.ix_(rows, where)]
+    return _binned((block[:, None] * group.size + channel).reshape(-1), plane.reshape(-1), group.blocks)
+
+
+def _binned(index: NDArray[np.int64], values: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Values summed by index."""
+    return np.bincount(index, values, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
+
+
+def _places(facts: Symmetry, fqn: str, dim: int, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of an axis at which a group stands, and its channel there."""
+    labels = facts._labels[fqn, dim]
+    leaves = facts._leaves.leaf_of(labels[:, 1:])
+    leaf = next(leaf for leaf, index in facts._group_of_leaf.items() if index == group)
+    where, column = np.nonzero(leaves == leaf)
+    return where, labels[where, 1 + column] - facts._leaves.starts[leaf]
+
+
+def _kept_dims(values: Tensor, dims: tuple[int, ...]) -> NDArray[np.float64]:
+    """Summed over all axes but ``dims``, which come out in this order."""
+    rest = [d for d in range(values.ndim) if d not in dims]
+    summed = values.sum(rest) if rest else values
+    return (summed if list(dims) == sorted(dims) else summed.T).cpu().numpy()
+
+
+# gradients ------------------------------------------------------------------------------------------------------------
+
+
+def own_loss(output: Any, labels: Any) -> Tensor:
+    """Cross-entropy of the first output with the batch's labels, or the network's own answers where it has none."""
+    logits = next(iter(named_tensors(output).values()))
+    classes = logits.flatten(0, -2) if logits.ndim != 2 else logits
+    known = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.numel() == len(classes)
+    target = labels.reshape(-1).to(classes.device) if known else classes.argmax(1).detach()
+    return F.cross_entropy(classes, target)
+
+
+def _taylor(program: Program, facts: Symmetry, data: Any, loss: Loss, max_samples: int | None) -> Any:
+    names = _names(program, facts)
+    total = {g.index: np.zeros(_shape(g)) for g in facts.groups}
+    count = 0
+    for inputs, labels in labelled(program, data, max_samples):
+        weights = dict(program.weights[0])
+        leaves = {name: weights[name].detach().clone().requires_grad_() for name in names}
+        with torch.enable_grad():
+            value = loss(run(program.graph, weights | leaves, inputs), labels)
+            gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        products = {n: (g * leaves[n]).detach().double() for n, g in zip(names, gradients) if g is not None}
+        for group, score in _summed(facts, products).items():
+            total[group] += score**2
+        count += 1
+    return {group: score / max(count, 1) for group, score in total.items()}
+
+
+def labelled(program: Program, data: Any, max_samples: int | None) -> Iterator[tuple[list[Tensor], Any]]:
+    """Batches of inputs, each with what stands behind them (labels), or None."""
+    raw = data.split(128) if isinstance(data, Tensor) else data
+    width, seen = len(program.signature.inputs), 0
+    for one in raw:
+        behind = one[width] if isinstance(one, (tuple, list)) and len(one) > width else None
+        left = None if max_samples is None else max_samples - seen
+        if left == 0:
+            return
+        for inputs in (batches := Batches(program, [one], left)):
+            size = batches.size(inputs)
+            seen += size
+            yield inputs, behind[:size] if isinstance(behind, Tensor) else None

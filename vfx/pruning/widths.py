@@ -1,0 +1,154 @@
+"""How many channels each group keeps: a fraction everywhere or the best overall, within a budget.
+
+``uniform`` keeps one fraction of every group; ``global`` removes the channels with the lowest scores wherever they are,
+scores divided by their group's mean (Taylor scores are comparable as they are). The fraction is that of channels, or
+the smallest that reaches a budget in parameters, FLOPs or seconds, found by bisection on the resized network itself.
+Groups tied by a view go together (``vfx.resize.slots``). Every group keeps at least one channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.errors import ArgumentError
+from vfx.pruning.groups import Scores
+from vfx.resize.slots import Bundle, Slots
+
+ALLOCATIONS = ("uniform", "global")
+BUDGETS = ("channels", "params", "flops", "latency")
+UNITS = ("channels", "blocks", "both")
+STEPS = 12  # of the bisection: a budget is met to 1/4096 of the channels
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What may be removed and in what steps.
+
+    ``protect``: FQNs of parameters or modules whose groups stay whole. ``round_to``: kept widths are multiples of this
+    where a group has as many. ``units``: of groups inside blocks (heads × dim, groups × channels) remove "channels" in
+    each block, whole "blocks", or "both". ``allocation``: "uniform" or "global".
+    """
+
+    allocation: str = "uniform"
+    round_to: int = 1
+    protect: tuple[str, ...] = ()
+    units: str = "channels"
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ALLOCATIONS:
+            raise ArgumentError(f"allocation={self.allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
+        if self.units not in UNITS:
+            raise ArgumentError(f"units={self.units!r}: choose one of {', '.join(UNITS)}")
+        if self.round_to < 1:
+            raise ArgumentError(f"round_to must be at least 1, got {self.round_to}")
+
+    # which ----------------------------------------------------------------------------------------------------------
+
+    def free(self, facts: Symmetry, bundle: Bundle) -> bool:
+        """Whether units of a bundle may be removed."""
+        return not bundle.fixed and not any(self._held(facts, facts.groups[g]) for g in bundle.groups)
+
+    def _held(self, facts: Symmetry, group: Group) -> bool:
+        outer = any(other.parent == group.index for other in facts.groups)
+        if (outer and self.units == "channels") or (group.parent is not None and self.units == "blocks"):
+            return True
+        return any(f"{m.fqn}.".startswith(f"{name}.") for m in group.members for name in self.protect)
+
+    def check(self, facts: Symmetry) -> None:
+        """Raise ArgumentError for a protected name that no group has."""
+        names = {m.fqn for g in facts.groups for m in g.members} | set(facts.program.names())
+        for name in self.protect:
+            if not any(f"{fqn}.".startswith(f"{name}.") for fqn in names):
+                raise ArgumentError(f"protect={name!r} names no parameter or module of this network")
+
+    # how many -------------------------------------------------------------------------------------------------------
+
+    def at(self, facts: Symmetry, slots: Slots, scores: Scores, ratio: float) -> list[int]:
+        """Units of each bundle that are kept when ``ratio`` of the channels goes."""
+        if self.allocation == "uniform":
+            wanted = [b.units * (1 - ratio) for b in slots.bundles]
+        else:
+            wanted = self._best(facts, slots, scores, ratio)
+        return [
+            self._rounded(facts, bundle, count) if self.free(facts, bundle) else bundle.units
+            for bundle, count in zip(slots.bundles, wanted)
+        ]
+
+    def _rounded(self, facts: Symmetry, bundle: Bundle, count: float) -> int:
+        outer = any(other.parent == g for other in facts.groups for g in bundle.groups)
+        step = 1 if outer or bundle.units < self.round_to else self.round_to
+        return min(bundle.units, max(step, int(np.floor(count / step + 0.5)) * step))
+
+    def _best(self, facts: Symmetry, slots: Slots, scores: Scores, ratio: float) -> list[float]:
+        """Lowest scores first, over all bundles, until ``ratio`` of the channels that may go are gone."""
+        free = [k for k, bundle in enumerate(slots.bundles) if self.free(facts, bundle)]
+        if not free:
+            return [float(bundle.units) for bundle in slots.bundles]
+        parts = [_unit_scores(facts, slots.bundles[k], scores)[: slots.bundles[k].units - 1] for k in free]
+        owner = np.repeat(free, [len(part) for part in parts])
+        weight = np.array([_channels(facts, slots.bundles[k]) for k in owner], float)
+        order = np.argsort(np.concatenate(parts), kind="stable")
+        whole = sum(_channels(facts, slots.bundles[k]) * slots.bundles[k].units for k in free)
+        gone = owner[order][np.cumsum(weight[order]) <= ratio * whole + 1e-9]
+        removed = np.bincount(gone, minlength=len(slots.bundles))
+        return [float(bundle.units - count) for bundle, count in zip(slots.bundles, removed)]
+
+
+def _channels(facts: Symmetry, bundle: Bundle) -> int:
+    """Channels of one unit, in all its blocks."""
+    return sum(share * facts.groups[g].outer for g, share in zip(bundle.groups, bundle.share))
+
+
+def _unit_scores(facts: Symmetry, bundle: Bundle, scores: Scores) -> NDArray[np.float64]:
+    """Ascending scores of a bundle's units: of each group the channels that would go next."""
+    total = np.zeros(bundle.units)
+    for index in bundle.groups:
+        rows = np.sort(np.atleast_2d(scores[index]), axis=1).mean(axis=0)  # next channel of every block
+        total += rows[(np.arange(bundle.units) * len(rows)) // bundle.units]
+    return total / len(bundle.groups)
+
+
+def by_mean(scores: Scores) -> dict[int, NDArray[np.float64]]:
+    """Scores of each group divided by their mean, so that groups can be compared."""
+    return {g: s / s.mean() if s.mean() > 0 else s for g, s in scores.items()}
+
+
+def within(budget: float, cost: Callable[[list[int]], float], at: Callable[[float], list[int]]) -> list[int]:
+    """Units at the smallest ratio whose cost is no more than ``budget``; those of the largest ratio if none is."""
+    known: dict[tuple[int, ...], float] = {}
+
+    def affordable(ratio: float) -> bool:
+        units = tuple(at(ratio))
+        if units not in known:
+            known[units] = cost(list(units))
+        return known[units] <= budget
+
+    low, high = 0.0, 1.0
+    if affordable(low):
+        return at(low)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if affordable(middle) else (middle, high)
+    return at(high)
+
+
+def strongest(facts: Symmetry, scores: Scores, sizes: Mapping[int, int]) -> dict[int, Index]:
+    """The channels with the highest scores, in their old order; for groups inside blocks those of each kept block."""
+    kept: dict[int, Index] = {}
+    for group in sorted(facts.groups, key=lambda group: group.parent is not None):
+        count, own = sizes[group.index], np.asarray(scores[group.index])
+        if group.parent is None:
+            kept[group.index] = _top(own, count)
+        else:
+            kept[group.index] = np.stack([_top(own[block], count) for block in kept[group.parent].tolist()])
+    return kept
+
+
+def _top(scores: NDArray[np.float64], count: int) -> Index:
+    """Indices of the ``count`` highest scores, ascending; ties go to the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
