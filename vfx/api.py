@@ -297,6 +297,7 @@ def prune_structured(
     units: str = "channels",
     protect: Sequence[str] = (),
     compensate: bool = False,
+    repair: bool = True,
     data: Any = None,
     loss: Loss | None = None,
     max_samples: int | None = None,
@@ -314,8 +315,9 @@ def prune_structured(
     "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group. ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
     "both". ``protect``: FQNs whose groups stay whole. ``compensate``: fold removed channels into kept ones by least
-    squares on ``data``. ``normalize``: None, "repair", "rescale", "reset" towards the statistics of the channels kept
-    (or merged) on ``repair_samples`` samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data.
+    squares on ``data``. ``repair``: approximate the variances of folded channels without data. ``normalize``: None,
+    "repair", "rescale", "reset" towards the statistics of the channels kept (or merged) on ``repair_samples`` samples;
+    "auto" is RESET with BatchNorm, else REPAIR, and None without data.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     watch = Stopwatch()
@@ -334,7 +336,7 @@ def prune_structured(
     reading: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     one: RemoveChannels | FoldChannels
     if method == "fold":
-        one = FoldChannels(sparsity, repair=normalize is None, **shape)
+        one = FoldChannels(sparsity, repair=repair, **shape)
     else:
         one = RemoveChannels(sparsity, score, data=data, compensate=compensate, loss=loss, **shape, **reading)
     goals = {}

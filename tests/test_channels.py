@@ -1,0 +1,376 @@
+"""Scores, widths and budgets of whole channels; removal, compensation and folding against literal formulas."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as zoo
+from conftest import close, images, lively
+from micro_models import conv
+from sklearn.cluster import KMeans
+from test_zoo import swin, vit
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from passes.fold_channels import FoldChannels
+from passes.remove_channels import RemoveChannels
+from vfx.analyse.cost import cost
+from vfx.analyse.symmetry import symmetry
+from vfx.api import prune_structured, trace
+from vfx.emit.files import export
+from vfx.errors import ArgumentError, DataError
+from vfx.program import Goal, Program
+from vfx.pruning.groups import channel_scores
+from vfx.pruning.second_moments import second_moments
+from vfx.pruning.widths import Widths, by_mean
+from vfx.resize import Slots, resize
+
+EXACT, BROKEN = 1e-9, 1e-3
+
+
+def _mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+
+
+def _vectors(count: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _convolutional(normed: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d if normed else lambda width: nn.Identity()
+    layers = [conv(3, 8, bias=not normed), norm(8), nn.ReLU(), conv(8, 8, bias=not normed), norm(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)).double()
+    return lively(model, images(8, 8, dtype=torch.float64))
+
+
+# scores ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "power"), [("l1", 1), ("l2", 2), ("magnitude", 2)])
+def test_norms_over_all_members(method: str, power: int) -> None:
+    model = _mlp()
+    program = trace(model, _vectors())
+    first = channel_scores(program, symmetry(program), method)[0]
+    w, b, v = model[0].weight, model[0].bias, model[2].weight
+    wanted = [(w[c].abs() ** power).sum() + b[c].abs() ** power + (v[:, c].abs() ** power).sum() for c in range(8)]
+    close(torch.from_numpy(first), torch.stack(wanted).detach() ** (1 / power), EXACT)
+
+
+def test_flattened_channels_and_running_statistics() -> None:
+    model = _convolutional()
+    program = trace(model, images(2, 8, dtype=torch.float64))
+    second = channel_scores(program, symmetry(program), "l2")[1]
+    w, norm, v = model[3].weight, model[4], model[8].weight.view(4, 8, 4)
+    wanted = [w[c].square().sum() + norm.weight[c] ** 2 + norm.bias[c] ** 2 + v[:, c].square().sum() for c in range(8)]
+    close(torch.from_numpy(second), torch.stack(wanted).detach().sqrt(), EXACT)
+
+
+def test_groups_of_a_convolution_are_scored_block_by_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 6), conv(6, 8, groups=2), nn.Flatten(), nn.Linear(128, 2)).double().eval()
+    program = trace(model, images(2, 4, dtype=torch.float64))
+    facts = symmetry(program)
+    scores = channel_scores(program, facts, "l1")
+    (inner,) = [g for g in facts.groups if g.parent is not None and g.size == 3]
+    w, b, v = model[0].weight, model[0].bias, model[1].weight  # v: (2 × 4, 3, 3, 3)
+    for block, channel in np.ndindex(2, 3):
+        c = 3 * block + channel
+        wanted = w[c].abs().sum() + b[c].abs() + v[4 * block : 4 * block + 4, channel].abs().sum()
+        close(torch.tensor(scores[inner.index][block, channel]), wanted.detach(), EXACT)
+
+
+def test_taylor_is_the_squared_gradient_times_weight() -> None:
+    model, x = _mlp(), _vectors(6)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    program = trace(model, x)
+    score = channel_scores(program, symmetry(program), "taylor", data=[(x[:4], labels[:4]), (x[4:], labels[4:])])[0]
+    total = torch.zeros(8, dtype=torch.float64)
+    for part, target in ((x[:4], labels[:4]), (x[4:], labels[4:])):
+        model.zero_grad()
+        F.cross_entropy(model(part), target).backward()
+        w, b, v = model[0].weight, model[0].bias, model[2].weight
+        product = (w * w.grad).sum(1) + b * b.grad + (v * v.grad).sum(0)
+        total += product.detach() ** 2 / 2
+    close(torch.from_numpy(score), total, EXACT)
+
+
+def test_activation_is_the_features_size_times_its_readers() -> None:
+    model, x = _mlp(), _vectors(9)
+    program = trace(model, x[:2])
+    facts = symmetry(program)
+    moments = second_moments(program, facts, x.split(4), progress=False)
+    score = channel_scores(program, facts, "activation", moments=moments)[0]
+    with torch.no_grad():
+        features = model[:2](x)
+        close(moments.matrix[(0,)], features.T @ features / 9, 1e-6)
+        close(torch.from_numpy(score), features.square().mean(0).sqrt() * model[2].weight.norm(dim=0), 1e-6)
+
+
+def test_random_scores_follow_the_seed() -> None:
+    program = trace(_mlp(), _vectors())
+    facts = symmetry(program)
+    one, same, other = (channel_scores(program, facts, "random", seed=seed)[0] for seed in (1, 1, 2))
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+# widths ---------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(widths: Widths, ratio: float, scores: Any = None) -> list[int]:
+    program = trace(_mlp(), _vectors())
+    facts = symmetry(program)
+    slots = Slots(facts)
+    found = slots.sizes(widths.at(facts, slots, by_mean(scores or channel_scores(program, facts)), ratio))
+    return [found[g] for g in sorted(found)]
+
+
+@pytest.mark.parametrize(
+    ("widths", "ratio", "sizes"),
+    [
+        (Widths(), 0.0, [8, 6]),
+        (Widths(), 0.5, [4, 3]),
+        (Widths(), 0.99, [1, 1]),
+        (Widths(round_to=4), 0.5, [4, 4]),
+        (Widths(round_to=7), 0.5, [7, 3]),
+        (Widths(protect=("2",)), 0.5, [8, 6]),
+        (Widths(protect=("0.bias",)), 0.5, [8, 3]),
+    ],
+)
+def test_uniform_widths(widths: Widths, ratio: float, sizes: list[int]) -> None:
+    assert _sizes(widths, ratio) == sizes
+
+
+def test_global_widths_take_the_lowest_scores_first() -> None:
+    scores = {0: np.array([9, 9, 9, 9, 9, 9, 9, 1.0]), 1: np.array([1, 1, 1, 1, 9.0, 9])}
+    assert _sizes(Widths("global"), 5 / 14, scores) == [7, 2]
+    assert _sizes(Widths("global"), 0.99, scores) == [1, 1]
+
+
+@pytest.mark.parametrize("budget", ["params", "flops"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_budgets_are_met_and_not_overdone(budget: str, allocation: str) -> None:
+    program = trace(_convolutional(), images(2, 8, dtype=torch.float64))
+    facts = symmetry(program)
+    one = RemoveChannels(0.4, allocation=allocation, budget=budget, facts=facts)
+    saved = getattr(cost(one(program)), budget)
+    whole = getattr(cost(program), budget)
+    assert saved <= 0.6 * whole
+    grown = {g.index: min(one.sizes[g.index] + 1, g.size) for g in facts.groups}
+    larger = resize(program, facts, {g: np.arange(size) for g, size in grown.items()}).program
+    assert getattr(cost(larger), budget) > 0.6 * whole
+
+
+@pytest.mark.parametrize(("units", "heads", "inner"), [("channels", 3, 8), ("blocks", 2, 16), ("both", 2, 8)])
+def test_heads_and_their_insides(units: str, heads: int, inner: int) -> None:
+    torch.manual_seed(0)
+    program = trace(vit(), images(2, 32))
+    one = RemoveChannels(0.5, units=units)
+    one(program)
+    assert one.error <= EXACT
+    for group in symmetry(program).groups:
+        if group.parent is not None:
+            assert (one.sizes[group.parent], one.sizes[group.index]) == (heads, inner)
+
+
+# removal --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_weakest_go_and_the_rest_stay_in_order() -> None:
+    model = _mlp()
+    program = trace(model, _vectors())
+    one = RemoveChannels(0.5)
+    small = one(program)
+    scores = channel_scores(program, symmetry(program))[0]
+    strongest = np.sort(np.argsort(scores)[4:])
+    assert one.kept[0].tolist() == strongest.tolist()
+    close(small.weights[0]["0.weight"], model[0].weight.detach()[strongest], 0.0)
+
+
+def test_compensation_is_the_least_squares_fit() -> None:
+    model, x = _mlp(), _vectors(200)
+    program = trace(model, x[:2])
+    one = RemoveChannels(0.5, data=x, compensate=True, protect=("4.weight",), progress=False)
+    small = one(program)
+    with torch.no_grad():
+        features, kept = model[:2](x), torch.from_numpy(one.kept[0])
+        target = features @ model[2].weight.T
+        weight = small.weights[0]["2.weight"]
+        plain, best = (features[:, kept] @ w.T - target for w in (model[2].weight[:, kept], weight))
+        exact = torch.linalg.lstsq(features[:, kept], target).solution.T
+    close(weight, exact, 1e-2)
+    assert best.square().mean() < 0.5 * plain.square().mean()
+
+
+def test_compensation_in_heads_and_flattened_maps_helps() -> None:
+    torch.manual_seed(0)
+    x = images(64, 8, dtype=torch.float64)
+    model = _convolutional(normed=False)
+    errors = []
+    for compensate in (False, True):
+        result = prune_structured(
+            model, x[:2], sparsity=0.25, data=x, compensate=compensate, normalize=None, progress=False
+        )
+        with torch.no_grad():
+            errors.append(float((result.module(x) - model(x)).square().mean()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize(("normed", "name"), [(True, "ResetBatchNorm"), (False, "CalibrateNormalization(repair)")])
+def test_the_statistics_of_kept_channels_are_repaired(normed: bool, name: str) -> None:
+    model, x = _convolutional(normed), images(16, 8, dtype=torch.float64)
+    result = prune_structured(model, x[:2], sparsity=0.5, data=x, progress=False)
+    assert any(note.startswith(name) for note in result.report.passes)
+    if not normed:
+        kept = [int(i) for i in _kept(model, x)]
+        with torch.no_grad():
+            wanted = model[0](x).mean((0, 2, 3))[kept]
+            weight, bias = result.module.state_dict()["0.weight"], result.module.state_dict()["0.bias"]
+            close(F.conv2d(x, weight, bias, padding=1).mean((0, 2, 3)), wanted, 1e-6)
+
+
+def _kept(model: nn.Module, x: Tensor) -> Any:
+    one = RemoveChannels(0.5)
+    one(trace(model, x[:2]))
+    return one.kept[0]
+
+
+# folding --------------------------------------------------------------------------------------------------------------
+
+
+def _doubled(program: Program) -> Program:
+    """Each channel of the first groups twice, the copies sharing what they send on: the same function."""
+    facts = symmetry(program)
+    kept = {g.index: np.repeat(np.arange(g.size), 2) for g in facts.groups}
+    grown = resize(program, facts, kept).program
+    weights = dict(grown.weights[0])
+    for fqn in {m.fqn for g in facts.groups for m in g.members if m.role == "in"}:
+        weights[fqn] = weights[fqn] / 2
+    return grown.with_weights([weights])
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_folding_copies_gives_the_network_back(normed: bool) -> None:
+    x = images(4, 8, dtype=torch.float64)
+    program = trace(_convolutional(normed), x)
+    double = _doubled(program)
+    close(double(x), program(x), EXACT)
+    one = FoldChannels(0.5)
+    small = one(double)
+    assert one.error <= EXACT
+    assert cost(small).params == cost(program).params
+    close(small(x), program(x), 1e-6)
+    removed = RemoveChannels(0.5, "random")(double)
+    assert float((removed(x) - program(x)).detach().abs().max()) > BROKEN
+
+
+def test_folding_is_k_means_merged_by_role() -> None:
+    model = _mlp()
+    program = trace(model, _vectors())
+    small = FoldChannels(0.5, protect=("4.weight",), repair=False)(program)
+    w, b, v = (t.detach() for t in (model[0].weight, model[0].bias, model[2].weight))
+    points = torch.cat([w, b[:, None]], 1).float().numpy()
+    label = KMeans(4, n_init=4, random_state=0).fit_predict(points)
+    order = sorted(range(4), key=lambda c: int(np.flatnonzero(label == c)[0]))
+    rows = [torch.from_numpy(label == c) for c in order]
+    close(small.weights[0]["0.weight"], torch.stack([w[r].mean(0) for r in rows]), EXACT)
+    close(small.weights[0]["0.bias"], torch.stack([b[r].mean() for r in rows]), EXACT)
+    close(small.weights[0]["2.weight"], torch.stack([v[:, r].sum(1) for r in rows], 1), EXACT)
+
+
+def test_the_variances_of_merged_channels_are_right_for_white_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3)).double()
+    x = torch.randn(20_000, 40, dtype=torch.float64)
+    model = lively(model, x)
+    with torch.no_grad():
+        small = FoldChannels(0.5)(trace(model, x[:2])).weights[0]
+        rows = x @ small["0.weight"].T
+    close(small["1.running_var"], rows.var(0), 0.05)
+    raw = FoldChannels(0.5, repair=False)(trace(model, x[:2])).weights[0]["1.running_var"]
+    assert float((raw - rows.var(0)).abs().max() / rows.var(0).max()) > 0.1
+
+
+def test_goals_of_merged_channels_are_the_means_of_their_clusters() -> None:
+    program = trace(_convolutional(False), images(2, 8, dtype=torch.float64))
+    node = next(n.name for n in program.graph.nodes if n.name.startswith("conv"))
+    goal = Goal(torch.arange(8.0)[None].double(), 1 + torch.arange(8.0)[None].double())
+    one = FoldChannels(0.5)
+    found = one(replace(program, goals={node: goal})).goals[node]
+    clusters = one.clusters[0]
+    wanted = [np.flatnonzero(clusters.label == clusters.label[c]).mean() for c in clusters.kept]
+    close(found.mean[0], torch.tensor(wanted, dtype=torch.float64), EXACT)
+    close(found.std[0], 1 + torch.tensor(wanted, dtype=torch.float64), EXACT)
+
+
+def test_blocks_are_removed_not_folded_and_said_so() -> None:
+    torch.manual_seed(0)
+    result = prune_structured(swin(), images(2, 32), sparsity=0.5, method="fold", progress=False)
+    assert result.report.error <= EXACT
+    assert any("groups with blocks" in note for note in result.report.notes)
+
+
+# the whole way --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("build", [zoo.resnet18, vit], ids=["resnet18", "vit"])
+def test_smaller_networks_are_modules_that_export(build: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = prune_structured(model, images(2, 32), sparsity=0.5, round_to=4, progress=False)
+    for batch in (1, 5):
+        assert result.module(images(batch, 32)).shape[0] == batch
+    assert copy.deepcopy(result.module)(images(1, 32)).isfinite().all()
+    assert result.report.params_ratio < 0.5
+    assert result.report.error is not None
+    assert "parameters" in str(result.report)
+    assert sum(w["after"] for w in result.report.to_dict()["groups"]) > 0
+    export(result, tmp_path / "small.onnx")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_latency_is_a_budget() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise([32, 2048, 2048, 2048, 8])))
+    result = prune_structured(model, torch.randn(16, 32), sparsity=0.5, budget="latency", progress=False)
+    assert result.report.flops_ratio < 0.9
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": 0.5, "score": "wanda"}, "unknown for channels"),
+        ({"sparsity": 0.5, "score": "taylor"}, "data"),
+        ({"sparsity": 0.5, "compensate": True}, "data"),
+        ({"sparsity": 0.5, "budget": "energy"}, "budget"),
+        ({"sparsity": 0.5, "allocation": "layer"}, "allocation"),
+        ({"sparsity": 0.5, "units": "rows"}, "units"),
+        ({"sparsity": 0.5, "method": "melt"}, "method"),
+        ({"sparsity": 0.5, "round_to": 0}, "round_to"),
+        ({"sparsity": 0.5, "protect": ("nothing",)}, "protect"),
+        ({"sparsity": 0.5, "normalize": "bias_removal"}, "normalize"),
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ArgumentError, match=cause):
+        prune_structured(_mlp(), _vectors(), progress=False, **options)
+
+
+def test_empty_data() -> None:
+    with pytest.raises(DataError):
+        prune_structured(_mlp(), _vectors(), sparsity=0.5, data=[], progress=False)
