@@ -87,7 +87,9 @@ def pairs(program: Program) -> list[Pair]:
             continue
         names = {key: weight_name(users[0], key) for key in ("weight", "bias", "running_mean", "running_var")}
         mean, var = names["running_mean"], names["running_var"]
-        if mean is None or var is None or reads.count(mean) != 1 or "transpose" in operator(node):
+        if mean is None or var is None or "transpose" in operator(node):
+            continue
+        if any(reads.count(name) != 1 for name in names.values() if name is not None):
             continue
         eps = float(arguments(users[0])["eps"])
         found.append(Pair(weight, weight_name(node, "bias"), names["weight"], names["bias"], mean, var, eps))

@@ -132,6 +132,8 @@ class Slots:
 
     def _clusters(self) -> list[list[int]]:
         """Bundles that share groups."""
+        if not self.bundles:
+            return []
         edges = [(k, group) for k, bundle in enumerate(self.bundles) for group in bundle.groups]
         size, offset = len(self.bundles), len(self.bundles)
         total = offset + len(self.facts.groups)
