@@ -17,8 +17,9 @@ from torch import fx
 from vfx.analyse.axes import Rows
 from vfx.analyse.infer import BATCH
 from vfx.analyse.rows import distinct
-from vfx.analyse.shapes import MAX_ENUMERATED, Axis, Block, Digit, Opaque, Shape, factor_size
+from vfx.analyse.shapes import Axis, Block, Digit, Opaque, Shape, factor_size
 from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.errors import PassError
 from vfx.program import Value
 
