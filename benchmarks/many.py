@@ -1,9 +1,9 @@
 """Two, three and five edges merged into one: matching methods × normalization on scikit-learn's digits.
 
 VGG16 ×0.25 and ResNet20-BN ×0.5 are trained here from different seeds and kept in ``--cache``; the first N of them are
-merged with equal weights. Matching and normalization read the training images; accuracy is over the 500 test images.
-Results go to ``benchmarks/results``: many.json, many.md. Cells already in many.json are kept (``--again`` measures them
-anew).
+merged with equal weights. Matching and normalization read the first 512 training images; accuracy is over the 500 test
+images. Results go to ``benchmarks/results``: many.json, many.md. Cells already in many.json are kept (``--again``
+measures them anew).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vfx.match.universe import pair_objective
 from vfx.models import MODELS, accuracy, digits, fit, predict
 
 COUNTS = (2, 3, 5)
-BATCH = 128
+BATCH, CALIBRATION = 128, 512
 MATCHES = (None, "weight", "activation", "c2m3", "iterated", "ste")
 TITLES = {None: "none", "reset": "RESET", "rescale": "RESCALE", "repair": "REPAIR"}
 console = Console(stderr=True)
@@ -84,7 +84,7 @@ class Subject:
     """The first N edges of a network as one Program, with their statistics; each method matches them once."""
 
     def __init__(self, edges: Sequence[nn.Module], data: Sequence[Tensor]):
-        train, labels, self.images, self.labels = data
+        train, labels, self.images, self.labels = data[0][:CALIBRATION], data[1][:CALIBRATION], *data[2:]
         self.program = trace(list(edges), train[:2])
         self.facts = symmetry(self.program)
         self.batches = list(zip(train.split(BATCH), labels.split(BATCH)))
