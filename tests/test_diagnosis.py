@@ -72,13 +72,18 @@ def pair() -> list[nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def merged(pair: list[nn.Module]) -> vfx.Result:
-    return vfx.merge(pair, X[:2], data=BATCHES, match="activation", normalize=None, progress=False)
+def program(pair: list[nn.Module]) -> vfx.Program:
+    return vfx.trace(pair, X[:2])
 
 
 @pytest.fixture(scope="module")
-def diagnosis(merged: vfx.Result, pair: list[nn.Module]) -> Any:
-    return vfx.diagnose(merged, pair, data=BATCHES, progress=False)
+def merged(program: vfx.Program) -> vfx.Result:
+    return vfx.merge(program, data=BATCHES, match="activation", normalize=None, progress=False)
+
+
+@pytest.fixture(scope="module")
+def diagnosis(merged: vfx.Result, program: vfx.Program) -> Any:
+    return vfx.diagnose(merged, program, data=BATCHES, progress=False)
 
 
 def rows(diagnosis: Any) -> dict[str, Any]:
@@ -90,9 +95,8 @@ def values(model: Any, x: Tensor) -> dict[str, list[np.ndarray]]:
     return {name: [v.numpy() for v in found] for name, found in model.read(x).items()}
 
 
-def aligned(merged: vfx.Result, pair: list[nn.Module]) -> list[nn.Module]:
+def aligned(merged: vfx.Result, pair: list[nn.Module], program: vfx.Program) -> list[nn.Module]:
     """The edges in the merged network's order, in their own class."""
-    program = vfx.trace(pair, X[:2])
     facts = vfx.symmetry(program)
     found = []
     for edge, permutation in enumerate(merged.report.matching.permutations):  # type: ignore[union-attr]
@@ -169,7 +173,7 @@ def test_variance_magnitude_and_statistics(diagnosis: Any, merged: vfx.Result, p
 
 
 def test_silenced_units_are_counted_in_the_aligned_order(
-    diagnosis: Any, merged: vfx.Result, pair: list[nn.Module]
+    diagnosis: Any, merged: vfx.Result, pair: list[nn.Module], program: vfx.Program
 ) -> None:
     def literal(models: list[nn.Module], name: str) -> float:
         own = values(merged.module, X)[name][1] == 0
@@ -180,9 +184,9 @@ def test_silenced_units_are_counted_in_the_aligned_order(
         return float(np.mean(shares))
 
     for name in ("conv1", "conv2", "conv3", "fc1"):
-        assert rows(diagnosis)[name].silenced == pytest.approx(literal(aligned(merged, pair), name), rel=1e-12)
+        assert rows(diagnosis)[name].silenced == pytest.approx(literal(aligned(merged, pair, program), name), rel=1e-12)
     assert rows(diagnosis)["conv2"].silenced != pytest.approx(literal(pair, "conv2"), rel=1e-3)
-    twice = vfx.diagnose(merged, aligned(merged, pair), data=BATCHES, match=None, progress=False)
+    twice = vfx.diagnose(merged, aligned(merged, pair, program), data=BATCHES, match=None, progress=False)
     assert rows(twice)["conv2"].silenced == pytest.approx(rows(diagnosis)["conv2"].silenced, rel=1e-12)
 
 
@@ -194,19 +198,18 @@ def test_logits(diagnosis: Any, merged: vfx.Result, pair: list[nn.Module]) -> No
         np.testing.assert_allclose((logits.mean, logits.std), (outputs.mean(), outputs.std()), rtol=1e-10)
 
 
-def test_any_partition_into_batches_gives_the_same(merged: vfx.Result, pair: list[nn.Module], diagnosis: Any) -> None:
-    whole = vfx.diagnose(merged, pair, data=[X], progress=False)
+def test_any_partition_into_batches_gives_the_same(merged: vfx.Result, program: vfx.Program, diagnosis: Any) -> None:
+    whole = vfx.diagnose(merged, program, data=[X], progress=False)
     for one, other in zip(whole.records(), diagnosis.records()):
         for name, value in one.items():
             assert value == (pytest.approx(other[name], rel=1e-10) if isinstance(value, float) else other[name])
-    few = vfx.diagnose(merged, pair, data=BATCHES, max_samples=9, progress=False)
+    few = vfx.diagnose(merged, program, data=BATCHES, max_samples=9, progress=False)
     assert few.samples == 9
 
 
-def test_folding_changes_no_measure(pair: list[nn.Module]) -> None:
-    program = vfx.compile(
-        pair,
-        X[:2],
+def test_folding_changes_no_measure(program: vfx.Program) -> None:
+    unfolded = vfx.compile(
+        program,
         passes=[
             vfx.Align("activation", BATCHES, progress=False),
             vfx.Interpolate(0.5),
@@ -214,29 +217,31 @@ def test_folding_changes_no_measure(pair: list[nn.Module]) -> None:
             vfx.CalibrateNormalization("repair", BATCHES, progress=False),
         ],
     ).program
-    folded = vfx.FoldNormalization(batch_norm=True)(program)
-    one, other = (vfx.diagnose(p, pair, X[:2], data=BATCHES, match=None, progress=False) for p in (program, folded))
+    folded = vfx.FoldNormalization(batch_norm=True)(unfolded)
+    one, other = (vfx.diagnose(p, program, data=BATCHES, match=None, progress=False) for p in (unfolded, folded))
     assert rows(one)["conv1"].variance_ratio is not None
     for name in ("feature", "offset", "variance_ratio", "zero_share", "silenced", "smoothed_bound"):
         np.testing.assert_allclose(*(np.array(d[name], dtype=float) for d in (one, other)), rtol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("preserve", [1, 2, 4])
-def test_preserved_layers_are_marked_and_the_rest_compared(pair: list[nn.Module], preserve: int) -> None:
-    result = vfx.merge(pair, X[:2], data=BATCHES, normalize=None, preserve=preserve, progress=False)
-    found = rows(vfx.diagnose(result, pair, data=BATCHES, progress=False))
+def test_preserved_layers_are_marked_and_the_rest_compared(
+    pair: list[nn.Module], program: vfx.Program, preserve: int
+) -> None:
+    result = vfx.merge(program, data=BATCHES, normalize=None, preserve=preserve, progress=False)
+    found = rows(vfx.diagnose(result, program, data=BATCHES, progress=False))
     chain = [row for row in found.values() if not row.shortcut]
     states = [row.state for row in chain]
     assert states == ["preserved"] * (preserve - 1) + ["joined"] + ["merged"] * (5 - preserve)
     assert all(row.feature is None and row.bound is not None for row in chain if row.state == "preserved")
-    captured = rows(vfx.diagnose(result.module, pair, X[:2], data=BATCHES, progress=False))
+    captured = rows(vfx.diagnose(result.module, program, data=BATCHES, progress=False))
     for name, row in captured.items():
         if row.state == "merged":
             assert row.feature_ratio == pytest.approx(found[name].feature_ratio, rel=1e-10)
         else:
             assert row.state == "preserved"
     with torch.no_grad():
-        joined = [values(edge, X)[chain[preserve - 1].layer][0] for edge in aligned(result, pair)]
+        joined = [values(edge, X)[chain[preserve - 1].layer][0] for edge in aligned(result, pair, program)]
     middle = (joined[0] + joined[1]) / 2
     variance = float(middle.var(tuple(d for d in range(middle.ndim) if d != 1)).sum())
     if preserve != 1:  # the BatchNorm behind the first layer is merged
@@ -255,7 +260,7 @@ def test_three_edges_and_one_reference(pair: list[nn.Module]) -> None:
     assert alone.verdict.healthy
 
 
-def test_dead_layers_give_no_nan(pair: list[nn.Module]) -> None:
+def test_dead_layers_give_no_nan(pair: list[nn.Module], program: vfx.Program) -> None:
     dead = [copy.deepcopy(edge) for edge in pair]
     for edge in dead:
         nn.init.zeros_(edge.conv3.weight)
@@ -268,7 +273,7 @@ def test_dead_layers_give_no_nan(pair: list[nn.Module]) -> None:
     assert "NaN" not in found.to_json()
     assert "nan" not in found.to_csv()
     assert found.figures()
-    alive = vfx.diagnose(dead[0], pair, X[:2], data=BATCHES, progress=False)
+    alive = vfx.diagnose(dead[0], program, data=BATCHES, progress=False)
     assert rows(alive)["conv3"].feature_ratio == 0.0
     assert alive.verdict.kind == "features vanish"
     assert ratio(0.0, [0.0, 0.0]) is None
@@ -276,12 +281,12 @@ def test_dead_layers_give_no_nan(pair: list[nn.Module]) -> None:
     assert ratio(float("inf"), [1.0]) is None
 
 
-def test_layers_of_other_networks_are_refused(pair: list[nn.Module]) -> None:
+def test_layers_of_other_networks_are_refused(pair: list[nn.Module], program: vfx.Program) -> None:
     other = linear_net(3, 4, 108, 5).double()
     with pytest.raises(ArchitectureError, match="conv1"):
-        vfx.diagnose(other, pair, X[:2], data=BATCHES, progress=False)
+        vfx.diagnose(other, program, data=BATCHES, progress=False)
     with pytest.raises(ArgumentError, match="Interpolate"):
-        vfx.diagnose(vfx.trace(pair, X[:2]), pair, data=BATCHES, progress=False)
+        vfx.diagnose(program, program, data=BATCHES, progress=False)
     with pytest.raises(ArgumentError, match="references are empty"):
         vfx.diagnose(pair[0], [], X[:2], data=BATCHES, progress=False)
 
@@ -454,16 +459,16 @@ def test_values_that_are_not_finite(deep: Any) -> None:
     json.loads(found.to_json())
 
 
-def test_remedies_leave_out_what_was_done(pair: list[nn.Module], merged: vfx.Result) -> None:
-    unaligned = vfx.merge(pair, X[:2], match=None, normalize=None)
-    weak = vfx.merge([copy.deepcopy(pair[0]), pair[1]], X[:2], data=BATCHES, normalize="reset", progress=False)
+def test_remedies_leave_out_what_was_done(program: vfx.Program) -> None:
+    unaligned = vfx.merge(program, match=None, normalize=None)
+    weak = vfx.merge(program, data=BATCHES, normalize="reset", progress=False)
     for result in (unaligned, weak):
         with torch.no_grad():
             result.program.weights[0]["fc2.weight"].mul_(1e-3)
-    first = vfx.diagnose(unaligned, pair, data=BATCHES, progress=False).verdict
+    first = vfx.diagnose(unaligned, program, data=BATCHES, progress=False).verdict
     assert any("match=" in remedy for remedy in first.remedies)
     assert any("reset" in remedy for remedy in first.remedies)
-    second = vfx.diagnose(weak, pair, data=BATCHES, progress=False).verdict
+    second = vfx.diagnose(weak, program, data=BATCHES, progress=False).verdict
     assert not any("match=" in remedy or "reset" in remedy for remedy in second.remedies)
 
 
@@ -543,19 +548,19 @@ def test_class_notes_follow_the_stated_rule() -> None:
     assert class_note(large) is None  # significant, but slight
 
 
-def test_merge_warns_of_skewed_calibration_data(pair: list[nn.Module]) -> None:
+def test_merge_warns_of_skewed_calibration_data(program: vfx.Program) -> None:
     labels = torch.arange(23) % 5
     even = [(x, y) for x, y in zip(BATCHES, labels.split(8))]
     skewed = [(X, torch.zeros(23, dtype=torch.long)), (X, torch.ones(23, dtype=torch.long))]
-    notes = vfx.merge(pair, X[:2], data=[*even, *even], progress=False).report.notes
+    notes = vfx.merge(program, data=[*even, *even], progress=False).report.notes
     assert not any("skewed" in note for note in notes)
-    notes = vfx.merge(pair, X[:2], data=skewed, progress=False).report.notes
+    notes = vfx.merge(program, data=skewed, progress=False).report.notes
     assert any("3 of 5 classes are empty" in note for note in notes)
 
 
-def test_merge_checks_variances_on_held_out_batches(pair: list[nn.Module]) -> None:
-    fair = vfx.merge(pair, X[:2], data=[X[:16]], normalize="reset", held_out=[X[16:]], progress=False)
+def test_merge_checks_variances_on_held_out_batches(program: vfx.Program) -> None:
+    fair = vfx.merge(program, data=[X[:16]], normalize="reset", held_out=[X[16:]], progress=False)
     assert not any("held-out" in note for note in fair.report.notes)
-    skewed = vfx.merge(pair, X[:2], data=[X[:16] / 10], normalize="reset", held_out=[X[16:]], progress=False)
+    skewed = vfx.merge(program, data=[X[:16] / 10], normalize="reset", held_out=[X[16:]], progress=False)
     assert any("held-out" in note for note in skewed.report.notes)
     assert variance_note(()) is None

@@ -187,7 +187,8 @@ def observe(
                 if active is None:
                     del running[index]
                 for key, mask in (active or {}).items():
-                    waiting.setdefault(key, {})[index] = mask
+                    if key in merged.taps:
+                        waiting.setdefault(key, {})[index] = mask
             for key in [key for key, masks in waiting.items() if len(masks) == len(observers)]:
                 _compare(key, waiting.pop(key), pairs)
     return pairs
