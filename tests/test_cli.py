@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from vfx import cli, demo
 from vfx.emit.files import load
+from vfx.errors import ArgumentError, DataError
 from vfx.models import vgg11_bn
 
 MODEL = ["-m", "vfx.models:vgg11_bn", "-a", "width=0.125", "-a", "in_channels=1", "-i", "1x32x32"]
@@ -138,3 +139,36 @@ def test_demo_prints_the_table_and_reuses_its_edges(
     demo.run(tmp_path, width=0.05, epochs=1)
     assert "training VGG16" not in capsys.readouterr().out
     assert json.loads((tmp_path / "table.json").read_text()) == first
+
+
+def test_prune_reads_labels_and_writes_the_result(checkpoints: list[str], tmp_path: Path) -> None:
+    data, report = tmp_path / "calibration.npz", tmp_path / "p.json"
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((24, 1, 32, 32)).astype(np.float32)
+    np.savez(data, inputs=inputs, labels=generator.integers(0, 10, 24))
+    safetensors = tmp_path / "p.safetensors"
+    output = invoke(
+        "prune", checkpoints[0], *MODEL, "-s", "features.*=0.75", "-s", "classifier.0=0.5", "--score", "woodfisher",
+        "--score-arg", "block=500", "--scope", "layer", "--data", str(data), "--max-samples", "8", "--masks",
+        "parametrize", "-o", str(safetensors), "--json", str(report),
+    )  # fmt: skip
+    assert "MaskWeights(woodfisher, layer" in output
+    facts = json.loads(report.read_text())
+    assert facts["normalize"] == "reset"
+    shares = {layer["name"]: layer["sparsity"] for layer in facts["layers"]}
+    assert shares.pop("classifier.0.weight") == 0.5
+    assert set(shares.values()) == {0.75}
+    pruned = load(safetensors)
+    assert {name: float((pruned[name] == 0).double().mean()) for name in shares} == shares
+
+
+def test_prune_takes_one_share_and_says_what_is_wrong(checkpoints: list[str], tmp_path: Path) -> None:
+    assert "sparsity" in invoke("prune", checkpoints[0], *MODEL, "-s", "0.5", "--protect", "first", "--protect", "head")
+    data = tmp_path / "calibration.npz"
+    np.savez(data, inputs=np.zeros((4, 1, 32, 32), np.float32), labels=np.zeros(3))
+    with pytest.raises(DataError, match="4 inputs and 3 labels"):
+        invoke("prune", checkpoints[0], *MODEL, "-s", "0.5", "--score", "wanda", "--data", str(data))
+    with pytest.raises(ArgumentError, match=r"glob=0\.9"):
+        invoke("prune", checkpoints[0], *MODEL, "-s", "a=b")
+    with pytest.raises(ArgumentError, match="--score-arg 'block'"):
+        invoke("prune", checkpoints[0], *MODEL, "-s", "0.5", "--score-arg", "block")

@@ -22,6 +22,7 @@ from vfx.models import resnet20_bn
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches
+from vfx.statistics.labels import tensor_labels
 from vfx.statistics.moments import CrossMoments, Moments, batch_moments
 
 PRECISION = [(torch.float64, 1e-10), (torch.float32, 1e-6)]
@@ -387,3 +388,33 @@ def test_labels_go_with_their_batches() -> None:
     ]
     for silent in (x, [(a, b.float() + 0.5) for a, b in pairs], [(a, b[:1]) for a, b in pairs[:2]]):
         assert [labels for _, labels in Batches(program, silent).labelled() if labels is not None] == []
+
+
+def test_labels_of_any_dtype_stand_behind_the_inputs() -> None:
+    x, y = torch.randn(10, 3), torch.arange(10) + 0.5
+    program = trace(nn.Linear(3, 2), x[:2])
+
+    def read(data: list[object], limit: int | None = None) -> list[Tensor | None]:
+        return [labels for _, labels in Batches(program, data, limit).labelled(tensor_labels)]
+
+    for data in (
+        [(x[:4], y[:4]), (x[4:], y[4:], "more")],
+        [{"input": x, "labels": y}],
+        [{"other": x, "input": x, "y": y}],
+    ):
+        for limit in (10, 7):
+            assert torch.cat([labels for labels in read(data, limit) if labels is not None]).equal(y[:limit])
+    assert read([x]) == [None]
+    assert read([(x,)]) == [None]
+    assert read([{"input": x, "weights": y}]) == [None]
+    for wrong in (y[:4], 3, ["a"] * 10):
+        with pytest.raises(DataError, match="a tensor of as many"):
+            read([(x, wrong)])
+
+
+def test_held_batches_are_those_that_a_loader_gave_once() -> None:
+    x = torch.randn(10, 3)
+    program = trace(nn.Linear(3, 2), x[:2])
+    held = Batches(program, iter([x[:4], x[4:8], x[8:]]), 6).held()
+    assert [len(batch) for batch in held] == [4, 4]
+    assert torch.cat([batch[0] for batch in Batches(program, held, 6)]).equal(x[:6])

@@ -22,6 +22,7 @@ from passes.fold_channels import FoldChannels
 from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
+from passes.mask_weights import MaskWeights
 from passes.remove_bias import RemoveBias
 from passes.remove_channels import RemoveChannels
 from passes.reset_batchnorm import ResetBatchNorm
@@ -42,6 +43,10 @@ from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Loss, Scores
+from vfx.pruning.masks import KEEP, parametrize_masks, semi_structured
+from vfx.pruning.report import Moved, PruneReport, layer_rows, moved_statistics, output_moments
+from vfx.pruning.scores.score import Score
+from vfx.pruning.selection import Sparsity
 from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
 from vfx.statistics.collect import Statistics
@@ -60,7 +65,7 @@ class Result:
 
     module: nn.Module
     program: Program
-    report: Any  # Report, or ChannelReport
+    report: Any  # Report, PruneReport, ChannelReport
     statistics: Statistics | None = None
 
 
@@ -365,6 +370,86 @@ def prune_structured(
     return Result(module, result, report)
 
 
+def prune(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    *,
+    sparsity: Sparsity = None,
+    score: str | Score = "magnitude",
+    scope: str = "auto",
+    data: Any = None,
+    max_samples: int | None = None,
+    repair_samples: int = 64,
+    protect: str | Sequence[str] = "auto",
+    normalize: str | None = "auto",
+    steps: int = 1,
+    schedule: str = "cubic",
+    masks: str = "permanent",
+    verify: bool = True,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Set the weights that a trained network needs least to zero and repair its statistics, without training.
+
+    ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
+    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", or a Score. ``scope``: "global", "layer", "row",
+    a pattern such as "2:4", or "auto" (rows for Wanda, else global). ``data``: batches as for ``merge``; labels behind
+    the inputs serve the gradients. ``max_samples`` bounds what the score reads, ``repair_samples`` what the repair
+    reads. ``protect``: layers left alone: globs, "first", "head"; "auto" is the head for Wanda. ``normalize``: None,
+    "repair", "rescale", "reset", towards the unpruned network's statistics; "auto" is RESET with BatchNorm, else
+    REPAIR, and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
+    "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA.
+    *Vanishing Feature* §5.5, App. A.7.
+    Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
+    """
+    watch = Stopwatch()
+    if masks not in KEEP:
+        raise ArgumentError(f"masks={masks!r} is unknown; choose one of {', '.join(KEEP)}")
+    data = reusable(data)
+    mask = MaskWeights(
+        score,
+        sparsity,
+        scope,
+        data=data,
+        max_samples=max_samples,
+        protect=protect,
+        steps=steps,
+        schedule=schedule,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    with watch("trace"):
+        program = _program(model, example_inputs)
+    normalize = _pruned_normalization(normalize, program, data)
+    if device is not None:
+        program = program.to(device)
+    result, before, after = _run(program, [mask], watch), None, None
+    if normalize is not None:
+        options: dict[str, Any] = {"verify": verify, "device": device, "progress": progress}
+        result, before, after = _repaired(program, result, normalize, data, repair_samples, watch, **options)
+    with watch("emit"):
+        module, reason = emit(result)
+    notes = result.notes
+    if masks == "parametrize":
+        parametrize_masks(module, mask.masks)
+    elif masks == "semi_structured":
+        notes = (*notes, *semi_structured(module, mask.masks))
+    rows = layer_rows(program, result, mask.masks, before, after)
+    report = PruneReport(
+        layers=rows,
+        passes=result.history,
+        notes=notes,
+        profile=cost(program),
+        own_class=not reason,
+        class_reason=reason,
+        seconds=watch.seconds,
+        choices={"score": mask.score.name, "scope": mask.selection.scope, "normalize": normalize, "masks": masks},
+    )
+    return Result(module, result, report)
+
+
 def _pruned_normalization(normalize: str | None, program: Program, data: Any) -> str | None:
     """The repair to run on a pruned network; its goal is one network, so REPAIR needs no care for what is averaged."""
     found = _normalization(normalize, program, data)
@@ -373,6 +458,24 @@ def _pruned_normalization(normalize: str | None, program: Program, data: Any) ->
     if found is not None and found not in _NEED_DATA:
         raise ArgumentError(f"normalize={normalize!r}: prune takes 'auto', {', '.join(map(repr, _NEED_DATA))} or None")
     return found
+
+
+def _repaired(
+    dense: Program, pruned: Program, method: str, data: Any, samples: int, watch: Stopwatch, **options: Any
+) -> tuple[Program, Moved, Moved]:
+    """The pruned network with its statistics brought to the dense one's, and how far they were off before and after."""
+    held = Batches(dense, data, samples).held()  # the same samples each time, shuffled or not
+    batches = Batches(dense, held, samples, options["device"])
+    with watch("statistics"):
+        collecting = {"features": False, "device": options["device"], "progress": options["progress"]}
+        goals = collect_statistics(dense, None, held, max_samples=samples, **collecting).goals()
+        reference = output_moments(dense, batches)
+        before = moved_statistics(pruned, reference, batches)
+    passes = _normalizing(method, held, samples, options["device"], options["verify"], options["progress"])
+    result = _run(replace(pruned, goals=goals), passes, watch)
+    with watch("statistics"):
+        after = moved_statistics(result, reference, batches)
+    return result, before, after
 
 
 def _program(models: Any, example_inputs: Any, heads: int | str = 0) -> Program:
@@ -483,6 +586,7 @@ __all__ = [
     "layers",
     "merge",
     "profile",
+    "prune",
     "prune_structured",
     "repair",
     "symmetry",

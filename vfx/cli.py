@@ -17,7 +17,7 @@ from vfx.errors import ArgumentError, VfxError
 from vfx.signature import Call
 
 app = typer.Typer(
-    help="Merge trained networks of one architecture without retraining.",
+    help="Merge and prune trained networks without retraining.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -228,6 +228,63 @@ def barrier(
 
 
 @app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")],
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option("--sparsity", "-s", help="Share of the weights that go, or glob=share for layers; repeatable."),
+    ] = None,
+    score: Annotated[str, typer.Option(help="magnitude, random, fisher, woodfisher, wanda or gradient.")] = "magnitude",
+    score_arguments: Annotated[
+        list[str], typer.Option("--score-arg", help="Option of the score, e.g. block=1000; repeatable.")
+    ] = [],  # noqa: B006
+    scope: Annotated[str, typer.Option(help="auto, global, layer, row, or a pattern such as 2:4.")] = "auto",
+    data: Data = None,
+    max_samples: Samples = None,
+    repair_samples: Annotated[int, typer.Option(help="Samples that the repair reads.")] = 64,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Layers left alone: auto, none, first, head or a glob; repeatable.")
+    ] = None,
+    normalize: Annotated[str, typer.Option(help="auto, none, repair, rescale or reset.")] = "auto",
+    steps: Annotated[int, typer.Option(help="One-shot steps, scores taken anew in each.")] = 1,
+    schedule: Annotated[str, typer.Option(help="How the sparsity grows with the steps: cubic or linear.")] = "cubic",
+    masks: Annotated[str, typer.Option(help="permanent, parametrize or semi_structured (2:4 on CUDA).")] = "permanent",
+    verify: Annotated[bool, typer.Option(help="Check that folding the repair preserves the function.")] = True,
+    seed: Seed = 0,
+    device: Device = None,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Prune a trained network in one shot and repair its statistics."""
+    from vfx import api
+    from vfx.pruning.scores.catalogue import score_named
+
+    (network,), examples = _load_all([checkpoint], model, arguments), _examples(inputs)
+    result = api.prune(
+        network,
+        examples,
+        sparsity=_sparsity(sparsity),
+        score=score_named(score, **dict(_argument(text, "--score-arg") for text in score_arguments)),
+        scope=scope,
+        data=_labelled(data, examples, train=True),
+        max_samples=max_samples,
+        repair_samples=repair_samples,
+        protect="auto" if protect in (None, [], ["auto"]) else [name for name in protect or () if name != "none"],
+        normalize=_optional(normalize),
+        steps=steps,
+        schedule=schedule,
+        masks=masks,
+        verify=verify,
+        seed=seed,
+        device=device,
+    )
+    _finish(result, out, report)
+
+
+@app.command()
 def profile(
     model: Model,
     inputs: Inputs,
@@ -339,10 +396,10 @@ def _construct(model: str, arguments: list[str]) -> nn.Module:
     return network
 
 
-def _argument(text: str) -> tuple[str, Any]:
+def _argument(text: str, option: str = "--arg") -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
-        raise ArgumentError(f"--arg {text!r} must be key=value")
+        raise ArgumentError(f"{option} {text!r} must be key=value")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:
@@ -403,17 +460,30 @@ def _data(source: str | None, inputs: Call) -> Any:
     return read_batches(Path(source), list(inputs.kwargs)) if inputs.kwargs else read_inputs(Path(source))
 
 
-def _labelled(source: str | None, inputs: Call) -> Any:
+def _labelled(source: str | None, inputs: Call, train: bool = False) -> Any:
     """Batches with their class labels where the source has them, else as for calibration."""
     if source == "digits":
         from vfx.models import digits
 
-        return [tuple(digits()[2:])]
+        return [tuple(digits()[:2] if train else digits()[2:])]
     if source is None or inputs.kwargs:
         return _data(source, inputs)
     from vfx.statistics.files import read_labelled
 
     return read_labelled(Path(source))
+
+
+def _sparsity(texts: list[str] | None) -> float | dict[str, float] | None:
+    """One share, or a share for each glob."""
+    if not texts:
+        return None
+    try:
+        pairs = [text.rpartition("=") for text in texts]
+        if len(texts) == 1 and not pairs[0][1]:
+            return float(texts[0])
+        return {pattern or "*": float(share) for pattern, _, share in pairs}
+    except ValueError as error:
+        raise ArgumentError(f"--sparsity takes 0.9, or glob=0.9 for layers; got {', '.join(texts)}") from error
 
 
 def _optional(name: str) -> str | None:

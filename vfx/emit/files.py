@@ -27,6 +27,7 @@ from vfx.emit.onnx import export_onnx
 from vfx.errors import ArgumentError, CheckpointError
 from vfx.exporting import exported
 from vfx.files import write_atomic
+from vfx.pruning.masks import make_permanent
 from vfx.signature import Call, as_call, batched_call, in_order
 
 
@@ -34,7 +35,7 @@ def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
     """Write a merged network (a Result or a module with example inputs) in the format of ``path``'s suffix.
 
     ``.onnx`` is compared with the module in ONNX Runtime at two batch sizes first. ``.safetensors`` holds the state
-    dict of a network of the user's own class; a GraphModule goes to ``.pt2``.
+    dict of a network of the user's own class; a GraphModule goes to ``.pt2``. Masks of ``vfx.prune`` become zeros.
     Raises ArgumentError, VerificationError; no partial file is left.
     """
     path = Path(path)
@@ -46,7 +47,7 @@ def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
         raise ArgumentError(f"cannot export to {path.suffix or 'a file without suffix'}; use {', '.join(_WRITERS)}")
     if not path.parent.is_dir():
         raise ArgumentError(f"the folder {path.parent} does not exist")
-    writer(copy.deepcopy(module).cpu().eval(), path, example_inputs)
+    writer(make_permanent(copy.deepcopy(module)).cpu().eval(), path, example_inputs)
     return path
 
 

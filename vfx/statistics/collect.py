@@ -55,7 +55,7 @@ class Statistics:
 @torch.no_grad()
 def collect(
     program: Program,
-    symmetry: Symmetry,
+    symmetry: Symmetry | None,
     data: Any,
     *,
     max_samples: int | None = None,
@@ -68,12 +68,12 @@ def collect(
     """Read all edges' activations in one pass over ``data``.
 
     ``features`` asks for the groups' features (activation matching), ``layers`` for the conv and linear outputs
-    (REPAIR, RESCALE), ``within`` for the second moments of both inside each edge (ZipIt!, CCA). Totals are float64; the
-    result is the same for any partition into batches.
+    (REPAIR, RESCALE; they need no symmetry), ``within`` for the second moments of both inside each edge (ZipIt!, CCA).
+    Totals are float64; the result is the same for any partition into batches.
     """
     if device is not None:
         program = program.to(device)
-    collector = _Collector(program, feature_taps(symmetry) if features else [], layers, within)
+    collector = _Collector(program, feature_taps(symmetry) if features and symmetry else [], layers, within)
     batches = Batches(program, data, max_samples, device)
     for batch in track(batches, "statistics", len(batches), progress):
         collector.add(batch, batches.size(batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from vfx.statistics.labels import integer_labels
 BATCH_SIZE = 128  # for data given as one tensor
 
 Batch = list[Tensor]  # one for each placeholder
+Labels = Callable[[Any, int, int], Tensor | None]  # of a raw batch, by its inputs and samples
 
 
 def reusable(data: Any) -> Any:
@@ -59,23 +60,32 @@ class Batches:
         return self._data, limit if max_samples is None else max_samples, own if device is None else device
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _ in self.labelled())
+        return (batch for _, _, batch in self._read())
 
-    def labelled(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        """Batches with their integer labels (samples, …) where the data hold some (``vfx.statistics.labels``)."""
+    def labelled(self, kind: Labels = integer_labels) -> Iterator[tuple[Batch, Tensor | None]]:
+        """Batches with their labels (samples, …) where the data hold some (``vfx.statistics.labels``)."""
+        for raw, samples, batch in self._read():
+            labels = kind(raw, len(self._arguments), samples)
+            if labels is not None:
+                labels = labels[: self.size(batch)].to(self._device)
+            yield batch, labels
+
+    def held(self) -> list[Any]:
+        """The raw batches up to the limit, to be read again in the same order (a loader may shuffle)."""
+        return [raw for raw, _, _ in self._read()]
+
+    def _read(self) -> Iterator[tuple[Any, int, Batch]]:
+        """Each raw batch with its samples and its inputs, which are cut off at the limit."""
         seen = 0
         for raw in self._data:
             batch = self._inputs(raw)
-            size = self.size(batch)
-            labels = integer_labels(raw, len(self._arguments), size)
+            samples = size = self.size(batch)
             if self._limit is not None and seen + size > self._limit:
                 size = self._limit - seen
                 batch = [x[:size] if check.batched else x for check, x in zip(self._checks, batch)]
-                labels = labels[:size] if labels is not None else None
             seen += size
             if size:
-                to = self._device
-                yield [x.to(to) if to else x for x in batch], labels.to(to) if to and labels is not None else labels
+                yield raw, samples, [x.to(self._device) if self._device else x for x in batch]
             if seen == self._limit:
                 break
         if not seen:

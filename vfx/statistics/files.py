@@ -47,7 +47,7 @@ def read_labelled(path: Path) -> Tensor | list[tuple[Tensor, Tensor]]:
 
 
 def read_batches(path: Path, names: list[str]) -> list[dict[str, Tensor]]:
-    """Batches of the arrays (N, …) in a file that are called like a network's keyword arguments.
+    """Batches of the arrays (N, …) in a file that are called like a network's keyword arguments, with their labels.
 
     Raises DataError, CheckpointError.
     """
@@ -56,6 +56,7 @@ def read_batches(path: Path, names: list[str]) -> list[dict[str, Tensor]]:
     if missing:
         held = "one array without a name" if isinstance(value, Tensor) else ", ".join(value)
         raise DataError(f"{path} lacks {', '.join(missing)}; it holds {held}")
+    names = [*names, *(name for name in LABELS if name in value and name not in names)]
     counts = {name: len(value[name]) for name in names}
     if len(set(counts.values())) > 1:
         raise DataError(f"the arrays of {path} differ in their number of samples: {counts}")

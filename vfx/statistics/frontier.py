@@ -6,7 +6,7 @@ values in every batch, may change weights that later nodes read, and the batches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from vfx.program import Execution, Program, schedule
 from vfx.progress import track
-from vfx.statistics.data import Batches
+from vfx.statistics.data import Batch
 from vfx.statistics.moments import Moments, batch_moments
 
 Reader = Callable[[list[Tensor]], None]
@@ -24,7 +24,7 @@ Reader = Callable[[list[Tensor]], None]
 def advance_together(
     program: Program,
     weights: dict[str, Tensor],
-    batches: Batches,
+    batches: Iterable[Batch],
     readers: Mapping[fx.Node, Reader],
     progress: bool = True,
 ) -> None:

@@ -33,6 +33,18 @@ def integer_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
     return found if whole and found.ndim and len(found) == samples else None
 
 
+def tensor_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
+    """The labels (samples, …) of one batch whatever their dtype, or None if it holds none; a loss knows what they are.
+
+    Raises DataError for labels that are no tensor of as many.
+    """
+    found = _behind(raw, inputs)
+    if found is not None and (not isinstance(found, Tensor) or not found.ndim or len(found) != samples):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise DataError(f"the labels of a batch of {samples} samples must be a tensor of as many, got {shape}")
+    return found
+
+
 def _behind(raw: Any, inputs: int) -> Any:
     """What a batch holds behind the network's inputs."""
     if isinstance(raw, Mapping):

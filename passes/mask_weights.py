@@ -1,0 +1,117 @@
+"""MaskWeights: one-shot pruning of single weights (*Vanishing Feature* §5.5, App. A.7).
+
+Every convolution and linear weight is scored, the lowest scores of each selection scope are set to zero, and the
+weights that stay are updated where the score says how (WoodFisher). In several steps the sparsity grows along a
+schedule, the scores are taken anew on what is left, and what went stays away. The graph does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vfx.checks import check_finite
+from vfx.errors import ArgumentError, PassError
+from vfx.program import Program
+from vfx.pruning.scores.catalogue import score_named
+from vfx.pruning.scores.score import Pruned, Score, Subject, Values
+from vfx.pruning.selection import Schedule, Sparsity, selection
+from vfx.pruning.targets import Target, find_targets, unprotected
+from vfx.rewrite import Pass, require_edges
+from vfx.statistics.data import reusable
+
+Budgets = list[tuple[tuple[Target, ...], float]]
+
+
+class MaskWeights(Pass):
+    """Set the weights that ``score`` needs least to zero; ``masks`` (True: stays, by FQN) holds the last result's.
+
+    ``scope``: "global", "layer", "row", "N:M", or "auto" (the score's own). ``sparsity``: a share in [0, 1), or a dict
+    of globs of layers; what no glob matches is kept. ``protect``: globs, "first", "head"; "auto" is the score's own.
+    Raises ArgumentError, WeightError, DataError, PassError.
+    """
+
+    def __init__(
+        self,
+        score: str | Score = "magnitude",
+        sparsity: Sparsity = None,
+        scope: str = "auto",
+        *,
+        data: Any = None,
+        max_samples: int | None = None,
+        protect: str | Sequence[str] = "auto",
+        steps: int = 1,
+        schedule: str = "cubic",
+        seed: int = 0,
+        device: Any = None,
+        progress: bool = True,
+    ):
+        self.score = score_named(score)
+        self.selection = selection(self.score.scope if scope == "auto" else scope, sparsity)
+        self.score.check(self.selection)
+        self.schedule = Schedule(steps, schedule)  # type: ignore[arg-type]
+        if self.selection.pattern and steps > 1:
+            raise ArgumentError(f"scope={scope!r} has no sparsity to grow in {steps} steps; leave steps out")
+        if self.score.needs_data and data is None:
+            raise ArgumentError(f"score={self.score.name!r} runs the network on data; give data=")
+        self.protect = self.score.protect if protect == "auto" else (protect,) if isinstance(protect, str) else protect
+        self.data, self.max_samples, self.seed = reusable(data), max_samples, seed
+        self.device, self.progress = device, progress
+        self.masks: dict[str, Tensor] = {}
+        self.budgets: Budgets = []
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=True, name=self.name)
+        check_finite(program.weights[0], "the network")
+
+    def apply(self, program: Program) -> Program:
+        found, notes = find_targets(program)
+        self.budgets = self.selection.budgets(unprotected(found, self.protect))
+        targets = tuple(target for own, _ in self.budgets for target in own)
+        self.masks = {}
+        working = program
+        for share in self.schedule.shares():
+            pruned = self._step(working, targets, share)
+            self.masks = pruned.masks
+            working = working.with_weights([{**working.weights[0], **pruned.weights}])
+        result = program.with_weights(working.weights, self._history())
+        return replace(result, notes=(*program.notes, *notes))
+
+    def ensures(self, program: Program, result: Program) -> None:
+        """Raise unless exactly what was asked for is zero and nothing else than the targets changed."""
+        super().ensures(program, result)
+        before, after = program.weights[0], result.weights[0]
+        gone = sum(int((~mask).sum()) for mask in self.masks.values())
+        if gone != (asked := self.selection.expected(self.budgets)):
+            raise PassError(f"{self.name} removed {gone} weights, {asked} were asked for")
+        for name, tensor in after.items():
+            if name not in self.masks and tensor is not before[name]:
+                raise PassError(f"{self.name} changed {name}, which it does not prune")
+            if name in self.masks and tensor[~self.masks[name]].any():
+                raise PassError(f"{self.name} left weights of {name} that its mask removes")
+        check_finite({name: after[name] for name in self.masks}, "the pruned network")
+
+    @torch.no_grad()
+    def _step(self, program: Program, targets: tuple[Target, ...], share: float) -> Pruned:
+        subject = Subject(
+            program, targets, self.data, self.max_samples, self.seed, self.device, self.progress, self.masks
+        )
+        return self.score.prune(subject, lambda scores: self._select(scores, share))
+
+    def _select(self, scores: Values, share: float) -> dict[str, Tensor]:
+        """Masks for the scored weights; what an earlier step removed goes first."""
+        ranked = {
+            name: values.masked_fill(~self.masks[name], -torch.inf) if name in self.masks else values
+            for name, values in scores.items()
+        }
+        return self.selection.masks(self.budgets, ranked, share)
+
+    def _history(self) -> str:
+        total = sum(target.numel for targets, _ in self.budgets for target in targets)
+        share = self.selection.expected(self.budgets) / max(total, 1)
+        steps = f", {self.schedule.steps} steps" if self.schedule.steps > 1 else ""
+        return f"MaskWeights({self.score.name}, {self.selection.scope}, {share:.2%}{steps})"

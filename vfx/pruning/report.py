@@ -1,0 +1,215 @@
+"""What a pruning did, layer by layer and in all, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+
+from vfx.analyse.cost import Profile, cost
+from vfx.analyse.layers import number_layers
+from vfx.operators import BATCH_NORMS, operator
+from vfx.program import Program
+from vfx.pruning.targets import Target, find_targets
+from vfx.statistics.data import Batches
+from vfx.statistics.frontier import Reader, advance_together, moments_of
+from vfx.statistics.moments import Moments
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One weight: how much of it is left, its FLOPs, and its output's statistics against the unpruned network's.
+
+    ``variance`` is Σ variances over the channels, as a multiple of the unpruned network's; ``shift`` is the distance of
+    the means in units of its standard deviations, ‖μ − μ₀‖/‖σ₀‖; each before and after the repair, behind the layer's
+    norm where it has one. None where nothing was repaired.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    protected: bool
+    params: int
+    nonzeros: int
+    flops_before: int
+    flops_after: int
+    variance_before: float | None = None
+    variance_after: float | None = None
+    shift_before: float | None = None
+    shift_after: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nonzeros / max(self.params, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PruneReport:
+    """Layers, totals, passes, what was refused, and the class of the result.
+
+    ``params`` and ``flops`` are those of the unpruned network; ``nonzeros`` counts the parameters without the zeros of
+    prunable weights, ``flops_after`` the FLOPs without the products with them (a dense kernel still computes them).
+    """
+
+    layers: tuple[LayerRow, ...]
+    passes: tuple[str, ...]
+    notes: tuple[str, ...]
+    profile: Profile
+    own_class: bool
+    class_reason: str
+    seconds: Mapping[str, float]
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def params(self) -> int:
+        return self.profile.params
+
+    @property
+    def flops(self) -> int:
+        return self.profile.flops
+
+    @property
+    def flops_after(self) -> int:
+        return self.flops - sum(row.flops_before - row.flops_after for row in self.layers)
+
+    @property
+    def nonzeros(self) -> int:
+        return self.params - sum(row.params - row.nonzeros for row in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the weights that were not protected."""
+        rows = [row for row in self.layers if not row.protected]
+        return 1 - sum(row.nonzeros for row in rows) / max(sum(row.params for row in rows), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.choices,
+            "sparsity_reached": self.sparsity,
+            "params": self.params,
+            "nonzeros": self.nonzeros,
+            "flops": self.flops,
+            "flops_after": self.flops_after,
+            "layers": [{**asdict(row), "sparsity": row.sparsity} for row in self.layers],
+            "passes": list(self.passes),
+            "notes": list(self.notes),
+            "own_class": self.own_class,
+            "class_reason": self.class_reason,
+            "seconds": dict(self.seconds),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        console = Console(width=120, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self._layer_table())
+            console.print(self._summary())
+        return capture.get()
+
+    def _layer_table(self) -> Table:
+        repaired = any(row.variance_after is not None for row in self.layers)
+        table = Table(title="pruned layers")
+        table.add_column("weight", overflow="fold")
+        for column in ("shape", "sparsity", "nonzeros", "FLOPs", *(("variance", "mean shift") if repaired else ())):
+            table.add_column(column, justify="right")
+        for row in self.layers:
+            flops = f"{row.flops_before:,} → {row.flops_after:,}"
+            moved = [
+                _arrow(row.variance_before, row.variance_after),
+                _arrow(row.shift_before, row.shift_after),
+            ]
+            cells = [row.name, "×".join(map(str, row.shape)), f"{row.sparsity:.2%}", f"{row.nonzeros:,}", flops]
+            table.add_row(*cells, *(moved if repaired else ()))
+        return table
+
+    def _summary(self) -> Table:
+        table = Table(show_header=False)
+        table.add_row("passes", " → ".join(self.passes))
+        table.add_row("sparsity", f"{self.sparsity:.4%} of the weights that were not protected")
+        table.add_row("parameters", f"{self.params:,}, {self.nonzeros:,} of them not zero")
+        table.add_row("FLOPs", f"{self.flops:,} → {self.flops_after:,} without products with zero")
+        table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
+        for note in self.notes:
+            table.add_row("note", note)
+        table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))
+        return table
+
+
+def _arrow(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f"{before:.3f} → {after:.3f}"
+
+
+Moved = Mapping[str, tuple[float | None, float | None]]  # variance and shift by layer node
+
+
+def layer_rows(
+    dense: Program, pruned: Program, chosen: Iterable[str], before: Moved | None = None, after: Moved | None = None
+) -> tuple[LayerRow, ...]:
+    """A row for each prunable weight; ``before`` and ``after`` are ``moved_statistics`` around the repair."""
+    targets, _ = find_targets(dense)
+    pruning = set(chosen)
+    profile = {row.name: row for row in cost(dense).rows}
+    return tuple(_row(target, pruned, target.name not in pruning, profile, before, after) for target in targets)
+
+
+def _row(
+    target: Target, pruned: Program, protected: bool, profile: Mapping[str, Any], before: Moved | None, after: Any
+) -> LayerRow:
+    nonzeros = int(torch.count_nonzero(pruned.weights[0][target.name]))
+    calls = [profile[node.name] for node in target.nodes]
+    flops, macs = sum(row.flops for row in calls), sum(row.macs for row in calls)
+    left = flops - round(macs * (1 - nonzeros / max(target.numel, 1)))
+    node = target.nodes[0].name
+    first, last = ((found or {}).get(node, (None, None)) for found in (before, after))
+    return LayerRow(
+        target.name, target.shape, protected, target.numel, nonzeros, flops, left, first[0], last[0], first[1], last[1]
+    )
+
+
+def moved_statistics(network: Program, goals: Mapping[str, Moments], batches: Batches) -> Moved:
+    """Variance ratio and mean shift of each layer's output against ``goals`` (another network's)."""
+    found = output_moments(network, batches)
+    return {name: _compared(found[name], goal) for name, goal in goals.items() if name in found}
+
+
+def output_moments(network: Program, batches: Batches) -> dict[str, Moments]:
+    """Moments of every layer's output, behind its norm or inserted affine where it has one, by the layer's node."""
+    nodes = {node.name: node for node in network.graph.nodes}
+    channels = {layer.node: layer.channel for layer in number_layers(network)}
+    found: dict[str, Moments] = {}
+    readers: dict[fx.Node, Reader] = {}
+    for name, channel in channels.items():
+        node = _normalized(nodes[name])
+        channel = 1 if operator(node) in BATCH_NORMS else channel
+
+        def read(values: list[Tensor], name: str = name, channel: int = channel) -> None:
+            found[name] = moments_of(values, channel)
+
+        readers[node] = read
+    advance_together(network, dict(network.weights[0]), batches, readers, progress=False)
+    return found
+
+
+def _normalized(node: fx.Node) -> fx.Node:
+    """The value that the network goes on with: the norm's or the inserted affine's where it alone reads the layer."""
+    readers = list(node.users)
+    if len(readers) == 1 and operator(readers[0]) in BATCH_NORMS:
+        return readers[0]
+    shifted = next((user for reader in readers for user in reader.users if user.name == f"{node.name}_shifted"), None)
+    return shifted if shifted is not None and len(readers) == 1 else node
+
+
+def _compared(found: Moments, goal: Moments) -> tuple[float | None, float | None]:
+    scale = float(goal.std.square().sum())
+    if not scale:
+        return None, None
+    shift = float(torch.linalg.vector_norm(found.mean - goal.mean))
+    return float(found.std.square().sum()) / scale, shift / math.sqrt(scale)

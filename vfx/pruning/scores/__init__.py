@@ -1,0 +1,1 @@
+"""How much each weight matters: one score a file, one line each in the catalogue."""
