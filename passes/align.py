@@ -16,7 +16,7 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Permutations, Symmetry, symmetry
 from vfx.analyse.verify import preserved
-from vfx.errors import PassError, VerificationError
+from vfx.errors import ArgumentError, PassError, VerificationError
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.maps import Transport
 from vfx.match.matcher import Matcher, Matching, Problem
@@ -64,7 +64,7 @@ class Align(Pass):
                 facts,
                 self.data,
                 features="data" not in needs or "features" in needs,
-                within="within" in needs,
+                within="within" in needs or (self.matcher is not None and not self.matcher.exact),
                 progress=self.progress,
             )
         if statistics is not None:
@@ -120,6 +120,10 @@ def _with_goals(
             mean, std = known.mean[edge][order], known.std[edge][order]
             matrix = result.transport.axis(edge, node, layer.channel) if result.transport is not None else None
             if matrix is not None:
+                if layer.node not in statistics.covariances:
+                    raise ArgumentError(
+                        "behind linear maps the layers' statistics need covariances; collect them with within=True"
+                    )
                 matrix = matrix.to(mean.device)
                 spread = statistics.covariances[layer.node][edge][order][:, order]
                 mean = matrix @ mean

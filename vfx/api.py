@@ -22,6 +22,7 @@ from passes.fold_channels import FoldChannels
 from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
+from passes.least_squares import LeastSquares
 from passes.mask_weights import MaskWeights
 from passes.remove_bias import RemoveBias
 from passes.remove_channels import RemoveChannels
@@ -38,7 +39,10 @@ from vfx.diagnosis.skew import skew_notes
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError, PassError
 from vfx.match.catalogue import matcher
+from vfx.match.growth import grow
 from vfx.match.matcher import Matcher
+from vfx.match.partial import PartialMatching
+from vfx.match.transport import OptimalTransport
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
@@ -53,6 +57,7 @@ from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import counted
+from vfx.widths import Carried, differ_in_width, to_first_width
 
 NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
 _NEED_DATA = ("repair", "rescale", "reset")
@@ -171,7 +176,8 @@ def merge(
     dicts (labels are ignored, but for "ste").
     ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are data
     or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best
-    by the method's own objective is kept.
+    by the method's own objective is kept. "ot" takes models whose numbers of channels differ, too: the result has those
+    of the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
     with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
@@ -185,6 +191,12 @@ def merge(
     """
     watch = Stopwatch()
     data = reusable(data)
+    carried = None
+    if not isinstance(models, Program) and not heads and differ_in_width(models):
+        carried, normalize = _one_width(
+            models, example_inputs, data, match, normalize, preserve, max_samples, verify, device, progress, watch
+        )
+        models, match, statistics = carried.program, None, carried.statistics
     with watch("trace"):
         program = _program(models, example_inputs, heads)
     _check_edges(program)
@@ -214,7 +226,7 @@ def merge(
                 max_samples=max_samples,
                 features="features" in needs,
                 layers=normalize in _NEED_GOALS,
-                within="within" in needs,
+                within=finder is not None and ("within" in needs or not finder.exact),
                 device=device,
                 progress=progress,
             )
@@ -229,12 +241,30 @@ def merge(
         verify=verify,
         progress=progress,
     )
-    passes: list[Pass] = [align, DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
-    passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
-    passes += [Transform()] if finder is not None and not finder.exact else []
-    passes += [Interpolate(alphas), *_normalizing(normalize, data, max_samples, device, verify, progress)]
-    result = _run(program, passes, watch)
+    cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
+    normalizing = _normalizing(normalize, data, max_samples, device, verify, progress)
+    if isinstance(finder, PartialMatching):
+        if normalize in ("bias_calibration", "bias_removal"):
+            raise ArgumentError(f"normalize={normalize!r}: least squares sets the biases; choose 'repair' or 'rescale'")
+        aligned = _run(program, [align], watch)
+        assert align.matching is not None
+        outputs, merged = None, aligned
+        if align.matching.apart:
+            if preserved or heads:
+                raise ArgumentError("preserve=, heads= and a budget: kept layers need a rest of the edges' width")
+            growth = grow(aligned, facts, align.matching.apart, alphas)
+            outputs, merged = growth.output, growth.program
+        options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+        solve = LeastSquares(aligned, data, weights=alphas, ridge=finder.ridge, outputs=outputs, **options)
+        result = _run(merged, [*cut, Interpolate(alphas), solve, *normalizing], watch)
+    else:
+        passes: list[Pass] = [align, *cut]
+        passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
+        passes += [Transform()] if finder is not None and not finder.exact else []
+        result = _run(program, [*passes, Interpolate(alphas), *normalizing], watch)
     result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, device, progress)))
+    if carried is not None:
+        align.matching = carried.matching
     return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=preserved)
 
 
@@ -518,6 +548,42 @@ def _without_batch_norm(program: Program, normalize: str | None, verify: bool) -
     folded = FoldNormalization(batch_norm=True, verify=verify)(program)
     left = any(operator(node) in BATCH_NORMS for node in folded.graph.nodes)
     return folded, "repair" if normalize == "reset" or (normalize == "auto" and not left) else normalize
+
+
+def _one_width(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    data: Any,
+    match: str | Matcher | None,
+    normalize: str | None,
+    preserve: int | str,
+    max_samples: int | None,
+    verify: bool,
+    device: Any,
+    progress: bool,
+    watch: Stopwatch,
+) -> tuple[Carried, str | None]:
+    """Networks of different widths in the shapes of the first, and the normalization to run."""
+    finder = matcher(match)
+    if not isinstance(finder, OptimalTransport):
+        check_edges(models)  # names the tensor
+        raise ArgumentError("only match='ot' merges edges of different widths")
+    if preserve != 0:
+        raise ArgumentError(f"preserve={preserve!r}: layers can be preserved where the edges are of one width")
+    if example_inputs is None:
+        raise ArgumentError("example_inputs are needed to capture a model")
+    with watch("trace"):
+        captured = [_program(model, example_inputs) for model in models]
+    folded = [_without_batch_norm(program, normalize, verify) for program in captured]
+    programs = [program if device is None else program.to(device) for program, _ in folded]
+    data = counted(data, len(programs[0].signature.inputs))
+    normalize = _normalization(folded[0][1], programs[0], data)
+    with watch("symmetry"):
+        facts = [infer_symmetry(program) for program in programs]
+    with watch("match"):
+        options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+        carried = to_first_width(programs, facts, finder, data, layers=normalize in _NEED_GOALS, **options)
+    return carried, normalize
 
 
 def _check_statistics(statistics: Statistics | None, normalize: str | None, needs: Collection[str]) -> None:

@@ -40,7 +40,8 @@ def check_same_tensors(
         if shapes and first[key].shape != other[key].shape:
             raise ArchitectureError(
                 f"{key!r} has shape {tuple(first[key].shape)} in {name} and {tuple(other[key].shape)} in "
-                f"{other_name}; {way_out}, or keep the layers that differ as heads if they are the last ones"
+                f"{other_name}; {way_out}, keep the layers that differ as heads if they are the last ones, or merge "
+                "networks of different widths with match='ot'"
             )
         if first[key].dtype != other[key].dtype:
             raise ArchitectureError(

@@ -10,7 +10,9 @@ from vfx.match.c2m3 import C2M3
 from vfx.match.cca import CCAMerging
 from vfx.match.iterated import IteratedMatching
 from vfx.match.matcher import Matcher
+from vfx.match.partial import PartialMatching
 from vfx.match.straight_through import StraightThrough
+from vfx.match.transport import OptimalTransport
 from vfx.match.weight import WeightMatching
 from vfx.match.zipit import ZipIt
 
@@ -22,6 +24,8 @@ MATCHERS: dict[str, Callable[[], Matcher]] = {
     "ste": StraightThrough,
     "zipit": ZipIt,
     "cca": CCAMerging,
+    "ot": OptimalTransport,
+    "pleas": PartialMatching,
 }
 
 RESTARTED: dict[str, Callable[..., Matcher]] = {"weight": WeightMatching, "c2m3": C2M3, "ste": StraightThrough}

@@ -10,6 +10,7 @@ rows are buffers used again (``Workspace``), since a fresh large tensor costs pa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,13 +51,23 @@ class CrossMoments:
     """Moments of N networks' features and the cross products between them.
 
     ``cross[i, j]`` is Σ (x_i − μ_i)(x_j − μ_j)ᵀ over all samples, float64 (C, C): for i < j, and for i = j where
-    ``within`` asks for it. ``between=False`` leaves out the pairs of different networks.
+    ``within`` asks for it. ``between=False`` leaves out the pairs of different networks. ``channels`` is C, or each
+    network's own.
     """
 
-    def __init__(self, edges: int, channels: int, device: Any = None, *, within: bool = False, between: bool = True):
-        self.moments = [Moments(channels, device) for _ in range(edges)]
+    def __init__(
+        self,
+        edges: int,
+        channels: int | Sequence[int],
+        device: Any = None,
+        *,
+        within: bool = False,
+        between: bool = True,
+    ):
+        sizes = [channels] * edges if isinstance(channels, int) else channels
+        self.moments = [Moments(size, device) for size in sizes]
         self.cross = {
-            (i, j): torch.zeros(channels, channels, dtype=torch.float64, device=device)
+            (i, j): torch.zeros(sizes[i], sizes[j], dtype=torch.float64, device=device)
             for i in range(edges)
             for j in range(i, edges)
             if (within if i == j else between)

@@ -1,0 +1,94 @@
+"""PLeaS (Nasery et al. 2025), its matching: channels without a good partner stay apart.
+
+Channels are matched by their activations (or weights); of each group the pairs that agree least stay apart, as many as
+its budget says, and the group grows. The layers' weights are then found by least squares (``passes.least_squares``).
+A group takes a budget if a linear map can go through it (``vfx.match.maps.mappable``), and if no norm is taken over its
+channels: that norm would see other channels than it does in any edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.errors import ArgumentError
+from vfx.match.activation import ActivationMatching
+from vfx.match.maps import mappable
+from vfx.match.matcher import Matching, Problem
+from vfx.match.weight import WeightMatching
+from vfx.operators import BATCH_NORMS, NORMS, operator
+
+Budget = float | Mapping[str, float]
+
+
+@dataclass
+class PartialMatching:
+    """PLeaS: ``budget`` is the share of each group's channels that stay apart, 0…1, or a share by group name.
+
+    A group of C channels becomes one of C + (N − 1)·round(budget·C). ``ridge`` draws the least squares to the averaged
+    weights, relative to the mean square of their inputs. ``by`` is the matching that finds the pairs.
+    """
+
+    budget: Budget = 0.0
+    ridge: float = 1e-4
+    by: Literal["activation", "weight"] = "activation"
+    needs: frozenset[str] = field(default=frozenset({"features", "data"}), init=False)
+    exact: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        shares = self.budget.values() if isinstance(self.budget, Mapping) else [self.budget]
+        if not all(0 <= share <= 1 for share in shares):
+            raise ArgumentError(f"budget must lie between 0 and 1, got {self.budget}")
+        if not self.ridge >= 0 or self.by not in ("activation", "weight"):
+            raise ArgumentError(f"ridge={self.ridge}, by={self.by!r}: ridge must be 0 or more, by a known matching")
+
+    @torch.no_grad()
+    def __call__(self, problem: Problem) -> Matching:
+        found = (ActivationMatching() if self.by == "activation" else WeightMatching())(problem)
+        if isinstance(self.budget, Mapping):
+            unknown = set(self.budget) - {group.name for group in problem.symmetry.groups}
+            if unknown:
+                raise ArgumentError(f"budget names {unknown.pop()!r}, which is no group; see vfx.symmetry(...)")
+        apart = {}
+        for group in problem.symmetry.groups:
+            count = round(self._share(group) * group.size)
+            if count and growable(problem.symmetry, group):
+                apart[group.index] = worst(problem, found, group, count)
+        return replace(found, apart=apart)
+
+    def _share(self, group: Group) -> float:
+        return self.budget.get(group.name, 0.0) if isinstance(self.budget, Mapping) else self.budget
+
+
+def growable(symmetry: Symmetry, group: Group) -> bool:
+    """Whether channels of a group may stand apart."""
+    return group.parent is None and mappable(symmetry, group) and not _normalised(symmetry, group)
+
+
+def _normalised(symmetry: Symmetry, group: Group) -> bool:
+    for node in symmetry.program.graph.nodes:
+        if operator(node) in NORMS - BATCH_NORMS:
+            x = node.all_input_nodes[0]
+            if any(group.index in symmetry.positions(x, dim) for dim in range(len(x.meta["val"].shape))):
+                return True
+    return False
+
+
+def worst(problem: Problem, found: Matching, group: Group, count: int) -> Index:
+    """The ``count`` channels of the first edge that agree least with their partners, in order."""
+    statistics = problem.statistics
+    assert statistics is not None
+    quality, taps = np.zeros(group.size), [t for t in statistics.taps if t.groups == (group.index,)]
+    for tap in taps:
+        channel = tap.digits[:, 0]
+        for edge in range(1, problem.program.edges):
+            correlation = statistics.features[tap.key].correlation(0, edge).cpu().numpy()
+            row = np.argsort(channel)
+            partner = row[found.permutations[edge][group.index]]
+            quality += correlation[row, partner]
+    return np.sort(np.argsort(quality, kind="stable")[:count])
