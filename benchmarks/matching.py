@@ -123,6 +123,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main(
     output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
     network: Annotated[list[str] | None, typer.Option(help="torchvision networks (may be repeated).")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MATCHERS)} (may be repeated).")] = None,
     one: Annotated[str, typer.Option(help="Only this network=method, in this process.", hidden=True)] = "",
     lap: Annotated[str, typer.Option(help="Only this network's assignments, in this process.", hidden=True)] = "",
 ) -> None:
@@ -131,13 +132,14 @@ def main(
         print(MARK + json.dumps(assignments(lap) if lap else measure(*one.split("=", 1))))
         return
     names = network or ["resnet18", "resnet50"]
+    methods = method or list(MATCHERS)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     result: dict[str, Any] = {"matchings": [], "assignments": []}
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("matching", total=len(names) * (len(MATCHERS) + 1))
+        task = progress.add_task("matching", total=len(names) * (len(methods) + 1))
         for name in names:
-            for method in MATCHERS:
-                result["matchings"].append(fresh(f"one={name}={method}"))
+            for one_method in methods:
+                result["matchings"].append(fresh(f"one={name}={one_method}"))
                 progress.advance(task)
             result["assignments"].append(fresh(f"lap={name}"))
             progress.advance(task)
