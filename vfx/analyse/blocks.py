@@ -15,7 +15,7 @@ heads share ties them again, and GroupNorm's groups are blocks of their channels
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
-from vfx.analyse.shapes import Digit, Shape
+from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.store import Rows, Store
 from vfx.analyse.terms import Axis, Opaque
 from vfx.operators import arguments
@@ -73,6 +73,7 @@ class _Allowed:
     def __init__(self, inference: Inference, free: frozenset[int]):
         self.t, self.free = inference, free
         self.allowed: dict[int, frozenset[int]] = {}
+        self._known: dict[Axis, tuple[Piece, ...]] = {}
         self._seen: set[tuple[Any, ...]] = set()  # axes, and pieces
 
     def find(self) -> dict[int, frozenset[int]]:
@@ -115,15 +116,18 @@ class _Allowed:
         found = frozenset(outer) & self.free if leaf in self.free else frozenset()
         self.allowed[leaf] = self.allowed.get(leaf, found) & found
 
-    def _pieces_of(self, entries: Iterable[Axis | Digit]) -> Iterable[Piece]:
-        blocks: set[int] = set()
+    def _pieces_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Piece]:
+        blocks: set[Block] = set()
         for entry in entries:
             if isinstance(entry, Digit):
-                if id(entry.block) not in blocks:
-                    blocks.add(id(entry.block))
+                if entry.block not in blocks:
+                    blocks.add(entry.block)
                     yield self._piece(entry.block.flat)
-                continue
-            yield from (self._piece(factor) for factor in entry.factors if not isinstance(factor, Opaque))
+            else:
+                if entry not in self._known:
+                    factors = (factor for factor in entry.factors if not isinstance(factor, Opaque))
+                    self._known[entry] = tuple(map(self._piece, factors))
+                yield from self._known[entry]
 
     def _piece(self, rows: Rows) -> Piece:
         return self.t.leaves.once(piece_of, self.t.leaves.resolve(rows))

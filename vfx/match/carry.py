@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.axes import Rows
+from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArchitectureError
 from vfx.match.matcher import Gain

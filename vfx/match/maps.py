@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.axes import Rows
+from vfx.analyse.store import Rows
 from vfx.analyse.elements import Index
 from vfx.match.grids import grid
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from vfx.analyse.axes import Rows
+from vfx.analyse.store import Rows
 from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Block, Shape

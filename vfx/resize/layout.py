@@ -14,12 +14,12 @@ import numpy as np
 import sympy
 from torch import fx
 
-from vfx.analyse.axes import Rows
+from vfx.analyse.store import Rows
 from vfx.analyse.infer import BATCH
 from vfx.analyse.rows import distinct
-from vfx.analyse.shapes import Axis, Block, Digit, Opaque, Shape, factor_size
+from vfx.analyse.shapes import Block, Digit, Shape
+from vfx.analyse.terms import MAX_ENUMERATED, Axis, Opaque, factor_size
 from vfx.analyse.symmetry import Index, Symmetry
-from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.errors import PassError
 from vfx.program import Value
 
@@ -63,7 +63,7 @@ class Layout:
     def _starts(self, digits: Index) -> Index:
         """First element of each digit's leaf."""
         leaves = self.leaves.leaf_of(digits)
-        return np.where(leaves >= 0, self.leaves.starts[leaves] if len(self.leaves.starts) else 0, 0)
+        return np.array([*self.leaves.starts, 0])[leaves]  # the last entry answers for "none" (-1)
 
     def size(self, entry: Axis | Digit) -> int:
         """New size of an axis."""

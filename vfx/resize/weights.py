@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.axes import Rows
+from vfx.analyse.store import Rows
 from vfx.analyse.rows import distinct, row_ids
 from vfx.analyse.symmetry import Index, Symmetry
 from vfx.resize.layout import Layout, Line
