@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.store import Rows
 from vfx.analyse.elements import Index
+from vfx.analyse.store import Rows
 from vfx.match.grids import grid
 
 if TYPE_CHECKING:

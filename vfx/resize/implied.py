@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from vfx.analyse.store import Rows
 from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Block, Shape
+from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Symmetry
 from vfx.operators import arguments, operator
 

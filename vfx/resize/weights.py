@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.store import Rows
 from vfx.analyse.rows import distinct, row_ids
+from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Index, Symmetry
 from vfx.resize.layout import Layout, Line
 
