@@ -4,9 +4,9 @@ S_ii ← S_ii + γI, U Σ Vᵀ = svd(S_00^-½ S_0i S_ii^-½), T_i = S_00^½ U V�
 first edge stays as it is. γ is added to covariances in the features' own units, as in the paper and its public code;
 ``relative=True`` takes it as a share of their mean variance, which does not depend on the scale of a layer.
 
-Canonical directions that carry no correlation (dead channels) can be turned in any way; they follow the permutation
-that is most correlated. T is not orthogonal: layers need REPAIR afterwards, and no BatchNorm may stand behind a T
-(``vfx.merge`` folds them first).
+Canonical directions without correlation can be turned in any way; they follow the assignment that is most correlated.
+Dead channels (zero on all data) are left out: their images would depend on their order. T is not orthogonal: layers
+need REPAIR afterwards, and no BatchNorm may stand behind a T (``vfx.merge`` folds them first).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vfx.errors import ArgumentError
 from vfx.match.linear import Features, LinearMatching, Solution
-from vfx.match.matcher import assign
 
 NULL = 1e-6  # share of the largest canonical correlation below which one is rounding
 
@@ -34,17 +34,18 @@ class CCAMerging(LinearMatching):
         self.gamma, self.relative = gamma, relative
 
     def solve(self, features: Features) -> Solution:
-        roots = [self._roots(features.covariance[i, i]) for i in range(features.edges)]
-        eye = torch.eye(features.size, dtype=torch.float64)
-        merge, unmerge = [eye], [eye]
-        worst = 1.0
-        root, inverse = roots[0]
+        alive = ~features.silent
+        first = torch.diag(alive[0].double())
+        merge, unmerge, worst = [first], [first], 1.0
+        root, inverse = self._roots(features.covariance[0, 0])
         for edge in range(1, features.edges):
-            own, own_inverse = roots[edge]
-            turn = rotation(inverse @ features.covariance[0, edge] @ own_inverse, features.correlation[0, edge])
-            merge.append(root @ turn @ own_inverse)
-            unmerge.append(own @ turn.T @ inverse)
-            worst = max(worst, float(torch.linalg.matrix_norm(merge[-1], 2) * torch.linalg.matrix_norm(unmerge[-1], 2)))
+            own = alive[edge]
+            there, back = self._roots(features.covariance[edge, edge][own][:, own])
+            coherence = inverse @ features.covariance[0, edge][:, own] @ back
+            turn = rotation(coherence, features.correlation[0, edge][:, own])
+            merge.append(_columns(root @ turn @ back, own))
+            unmerge.append(_columns((there @ turn.T @ inverse).T, own).T)
+            worst = max(worst, _norm(merge[-1]) * _norm(unmerge[-1]))
         return Solution(merge, unmerge, {"condition": worst})
 
     def _roots(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,11 +57,24 @@ class CCAMerging(LinearMatching):
 
 
 def rotation(coherence: Tensor, correlation: Tensor) -> Tensor:
-    """U Vᵀ (C, C) of a matrix; on its null space the rotation closest to the most correlated permutation."""
-    u, values, vt = torch.linalg.svd(coherence)
-    rank = int((values > NULL * values[0]).sum())
-    if rank == len(values):
-        return u @ vt
-    nearest = torch.eye(len(values), dtype=u.dtype)[assign(correlation)[0]]
-    p, _, qt = torch.linalg.svd(u[:, rank:].T @ nearest @ vt[rank:].T)
-    return u[:, :rank] @ vt[:rank] + u[:, rank:] @ (p @ qt) @ vt[rank:]
+    """U Vᵀ of a matrix (C, n), n ≤ C; where it is not determined, what is closest to the most correlated assignment."""
+    u, values, vt = torch.linalg.svd(coherence, full_matrices=True)
+    rank = int((values > NULL * values.max()).sum()) if len(values) else 0
+    turn = u[:, :rank] @ vt[:rank]
+    if rank < len(vt):
+        nearest = torch.zeros_like(coherence)
+        nearest[linear_sum_assignment(correlation.numpy(), maximize=True)] = 1.0
+        p, _, qt = torch.linalg.svd(u[:, rank:].T @ nearest @ vt[rank:].T, full_matrices=False)
+        turn = turn + u[:, rank:] @ (p @ qt) @ vt[rank:]
+    return turn
+
+
+def _columns(matrix: Tensor, where: Tensor) -> Tensor:
+    """(C, C) with the columns of a matrix (C, n) where ``where`` is true."""
+    result = matrix.new_zeros(len(matrix), len(where))
+    result[:, where] = matrix
+    return result
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, 2))

@@ -63,11 +63,16 @@ class Features:
         return self._mean([self._pairs(m, rows) for m, rows in self._taps])
 
     @cached_property
+    def mean(self) -> Tensor:
+        """Mean (N, C) of each channel."""
+        return self._mean([self._means(m, rows) for m, rows in self._taps])
+
+    @cached_property
     def second(self) -> Tensor:
         """E[x_i x_jᵀ], means included: (N, N, C, C)."""
         found = []
         for moments, rows in self._taps:
-            mean = torch.stack([m.mean.cpu()[r] for m, r in zip(moments.moments, rows)])
+            mean = self._means(moments, rows)
             found.append(self._pairs(moments, rows) + torch.einsum("ic,jd->ijcd", mean, mean))
         return self._mean(found)
 
@@ -81,6 +86,15 @@ class Features:
         """Channels (N, C) that vary at no tap."""
         found = [torch.stack([m.constant.cpu()[r] for m, r in zip(x.moments, rows)]) for x, rows in self._taps]
         return torch.stack(found).all(0)
+
+    @cached_property
+    def silent(self) -> Tensor:
+        """Channels (N, C) that are zero on all data (dead units); what becomes of them must not depend on their order."""
+        energy = self.second.diagonal(dim1=2, dim2=3)[range(self.edges), range(self.edges)]
+        return energy <= ROUNDING**2 * energy.amax(1, keepdim=True)
+
+    def _means(self, moments: CrossMoments, rows: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([m.mean.cpu()[r] for m, r in zip(moments.moments, rows)])
 
     def _pairs(self, moments: CrossMoments, rows: tuple[Tensor, ...]) -> Tensor:
         result = torch.empty((self.edges,) * 2 + (self.size,) * 2, dtype=torch.float64)

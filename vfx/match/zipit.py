@@ -10,7 +10,8 @@ The literal search looks at all (NC)² pairs before each merge. Here each cluste
 one row, and only rows whose best partner was part of it are searched again. The merges are the same, ties included.
 
 The public implementation differs in two points that depend on the order of the edges: a cluster of several edges counts
-as one of its first edge's, and an edge may merge inside once even if its budget is zero.
+as one of its first edge's, and an edge may merge inside once even if its budget is zero. Dead features (zero on all
+data) are left out of the means, which so do not depend on which of them were merged.
 """
 
 from __future__ import annotations
@@ -47,14 +48,32 @@ class ZipIt(LinearMatching):
             raise ArgumentError(
                 f"a = {self.a} merges each feature once: {edges} networks cannot become one; take a > 0"
             )
-        similarity = features.correlation.permute(0, 2, 1, 3).reshape(edges * size, edges * size).numpy()
-        cluster = clusters(similarity, edges, self.a, self.b)
+        cluster = clusters(similarities(features), edges, self.a, self.b)
         unmerge = torch.nn.functional.one_hot(torch.from_numpy(cluster), size).double().reshape(edges, size, size)
+        unmerge *= ~features.silent[:, :, None]
         shares = torch.tensor(features.shares, dtype=torch.float64)
-        weight = torch.einsum("i,icm->m", shares, unmerge)  # of each cluster: zero if no edge with a share is in it
+        weight = torch.einsum("i,icm->m", shares, unmerge)  # zero for dead features and edges without a share
         scale = torch.where(weight > 0, 1 / torch.where(weight > 0, weight, 1.0), 0.0)
-        inside = (unmerge.sum(1) > 1).any(0).double().mean()
+        inside = (unmerge.sum(1) > 1).any(0).double().mean()  # clusters of several features of one edge
         return Solution([scale[:, None] * own.T for own in unmerge], list(unmerge), {"merged inside": float(inside)})
+
+
+def similarities(features: Features) -> Similarity:
+    """Correlations of all edges' features (N·C, N·C).
+
+    A constant channel has none. Two of one value (dead ones) are one feature: 1, down to −1 for opposite values; and −1
+    with any channel that varies, which would lose its meaning.
+    """
+    total = features.edges * features.size
+    constant, mean = features.constant.reshape(-1), features.mean.reshape(-1)
+    found = features.correlation.permute(0, 2, 1, 3).reshape(total, total).clone()
+    found[constant[:, None] != constant] = -1.0
+    one, other = torch.meshgrid(mean[constant], mean[constant], indexing="ij")
+    scale = one.abs() + other.abs()
+    alike = 1 - 2 * (one - other).abs() / torch.where(scale > 0, scale, 1.0)
+    where = torch.nonzero(constant)
+    found[where, where.T] = alike
+    return found.numpy()
 
 
 def clusters(similarity: Similarity, edges: int, a: float, b: float) -> Index:
