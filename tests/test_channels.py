@@ -21,7 +21,7 @@ from passes.fold_channels import FoldChannels
 from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import symmetry
-from vfx.api import prune_structured, trace
+from vfx.api import prune, prune_structured, trace
 from vfx.emit.files import export
 from vfx.errors import ArgumentError, DataError
 from vfx.program import Goal, Program
@@ -379,3 +379,23 @@ def test_a_network_without_groups_stays_as_it_is() -> None:
 def test_empty_data() -> None:
     with pytest.raises(DataError):
         prune_structured(_mlp(), _vectors(), sparsity=0.5, data=[], progress=False)
+
+
+def test_prune_by_groups_removes_channels() -> None:
+    result = prune(_mlp(), _vectors(), sparsity=0.5, scope="group", structured={"round_to": 4}, progress=False)
+    assert [width.after for width in result.report.widths] == [4, 4]
+    assert prune(_mlp(), _vectors(), sparsity=0.5, scope="group", progress=False).report.widths[1].after == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"scope": "row", "structured": {}}, "scope"),
+        ({"scope": "group", "masks": "parametrize"}, "masks"),
+        ({"scope": "group", "steps": 2}, "steps"),
+        ({"scope": "group", "sparsity": {"0": 0.5}}, "sparsity"),
+    ],
+)
+def test_what_only_masks_can_do_is_refused(options: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ArgumentError, match=cause):
+        prune(_mlp(), _vectors(), progress=False, **{"sparsity": 0.5} | options)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -415,6 +415,7 @@ def prune(
     steps: int = 1,
     schedule: str = "cubic",
     masks: str = "permanent",
+    structured: Mapping[str, Any] | None = None,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -429,11 +430,21 @@ def prune(
     reads. ``protect``: layers left alone: globs, "first", "head"; "auto" is the head for Wanda. ``normalize``: None,
     "repair", "rescale", "reset", towards the unpruned network's statistics; "auto" is RESET with BatchNorm, else
     REPAIR, and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
-    "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA.
+    "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
+    ``structured``, its further options) removes whole channels instead: see ``prune_structured``.
     *Vanishing Feature* §5.5, App. A.7.
     Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
     """
     watch = Stopwatch()
+    if scope == "group" or structured is not None:
+        return _whole_channels(
+            model, example_inputs, scope, masks, steps, protect,
+            dict(structured or {}) | {
+                "sparsity": sparsity, "score": score, "data": data, "max_samples": max_samples,
+                "repair_samples": repair_samples, "normalize": normalize, "verify": verify, "seed": seed,
+                "device": device, "progress": progress,
+            },
+        )  # fmt: skip
     if masks not in KEEP:
         raise ArgumentError(f"masks={masks!r} is unknown; choose one of {', '.join(KEEP)}")
     data = reusable(data)
@@ -478,6 +489,20 @@ def prune(
         choices={"score": mask.score.name, "scope": mask.selection.scope, "normalize": normalize, "masks": masks},
     )
     return Result(module, result, report)
+
+
+def _whole_channels(
+    model: Any, example_inputs: Any, scope: str, masks: str, steps: int, protect: Any, options: dict[str, Any]
+) -> Result:
+    """``prune`` by groups of channels; what only masks of single weights can do is refused."""
+    if scope not in ("auto", "group"):
+        raise ArgumentError(f"scope={scope!r} masks single weights; structured= goes with scope='group'")
+    if masks != "permanent" or steps != 1:
+        raise ArgumentError("scope='group' removes channels for good in one step: masks and steps are for weights")
+    if not isinstance(options["sparsity"], float):
+        raise ArgumentError(f"scope='group' takes one sparsity in [0, 1), got {options['sparsity']!r}")
+    names = () if protect == "auto" else (protect,) if isinstance(protect, str) else tuple(protect)
+    return prune_structured(model, example_inputs, **{"protect": names} | options)
 
 
 def _pruned_normalization(normalize: str | None, program: Program, data: Any) -> str | None:
