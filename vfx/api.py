@@ -659,7 +659,7 @@ def _result(
         passes=result.history,
         notes=result.notes,
         matching=align.matching if align is not None else None,
-        verify_error=align.error if align is not None else None,
+        verify_error=align.error if align is not None and (align.matcher or not align.matching) else None,
         profile=cost(result),
         edge_profile=cost(edges.select(0)),
         own_class=not reason,

@@ -83,6 +83,7 @@ class Report:
         table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× an edge)")
         if self.matching is not None:
             table.add_row("match objective", ", ".join(f"{x:.4g}" for x in self.matching.objective))
+        if self.matching is not None and self.verify_error is not None:
             table.add_row("proof", f"f(x) = f_π(x) to {self.verify_error:.1e} (float64)")
         table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
         for note in self.notes:
