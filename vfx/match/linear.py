@@ -89,7 +89,7 @@ class Features:
 
     @cached_property
     def silent(self) -> Tensor:
-        """Channels (N, C) that are zero on all data (dead units); what becomes of them must not depend on their order."""
+        """Channels (N, C) that are zero on all data: what becomes of dead units must not depend on their order."""
         energy = self.second.diagonal(dim1=2, dim2=3)[range(self.edges), range(self.edges)]
         return energy <= ROUNDING**2 * energy.amax(1, keepdim=True)
 
