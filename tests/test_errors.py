@@ -185,7 +185,7 @@ def test_a_missing_loader_is_refused(program: Program) -> None:
     for normalize in ("repair", "rescale", "reset"):
         with pytest.raises(ArgumentError, match=f"normalize='{normalize}' runs the merged network on data"):
             _merge(program, normalize=normalize)
-    with pytest.raises(ArgumentError, match="activation matching needs data"):
+    with pytest.raises(ArgumentError, match="match='activation' needs data="):
         _merge(program, match="activation")
 
 

@@ -216,7 +216,8 @@ def merge(
         facts = symmetry(program)
     needs = finder.needs if finder is not None else frozenset()
     if data is None and ("data" in needs or (statistics is None and needs)):
-        raise ArgumentError(f"match={match!r} needs data= or statistics=; match='weight' does without")
+        given = "data=" if "data" in needs else "data= or statistics="
+        raise ArgumentError(f"match={match!r} needs {given}; match='weight' does without")
     if statistics is None and (needs & {"features", "within"} or normalize in _NEED_GOALS):
         with watch("statistics"):
             statistics = collect_statistics(
