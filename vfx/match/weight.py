@@ -63,7 +63,8 @@ class Descent:
 
     def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
         self.symmetry, self.units = symmetry, units(symmetry)
-        scored = {m.fqn for g in symmetry.groups for m in g.members} - symmetry.program.buffers
+        moved = {m.fqn for g in symmetry.groups for m in g.members} - symmetry.program.buffers
+        scored = {name for name in moved if target[name].shape == other[name].shape}  # not heads for other classes
         self.target = {name: target[name].float() for name in scored}
         self.original = {name: other[name].float() for name in scored}
         self.groups_of: dict[str, set[int]] = {}
