@@ -5,6 +5,9 @@
 - capture: ``trace`` and ``symmetry`` of ResNet50, in seconds;
 - merge + REPAIR: ``merge(normalize="repair")`` with activation matching, that is statistics of features and layers,
   assignment, alignment, averaging, calibration and folding, against three bare forward passes;
+- calibration: layer-by-layer REPAIR of VGG16 (exact statistics and affines, without folding) against one bare forward
+  pass over the same batches; beside it the loop that runs the whole network anew for each layer, and the largest
+  relative difference between what the two give; and the same with all activations spilled to disk;
 - folded: forward of the merged network, its normalization folded away, against an edge's.
 
 Left out of "merge + REPAIR": trace and symmetry (their own row), proofs (``verify=False``) and emission, which compares
@@ -13,6 +16,7 @@ the module with the graph in float64. Weights are random; times are of the CPU u
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import statistics as stats
@@ -31,15 +35,22 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
+from passes.align import Align
+from passes.calibrate_normalization import CalibrateNormalization
 from passes.fold_normalization import FoldNormalization
+from passes.insert_normalization import InsertNormalization
+from passes.interpolate import Interpolate
+from vfx.analyse.layers import number_layers
 from vfx.api import compile as run_passes
 from vfx.api import merge, symmetry, trace
+from vfx.emit.module import emit
 from vfx.files import write_atomic
 from vfx.match.activation import ActivationMatching
 from vfx.match.matcher import Problem
 from vfx.models import MODELS
 from vfx.program import Program
 from vfx.statistics.collect import collect
+from vfx.statistics.moments import Moments, batch_moments
 
 BATCH, FOLDED = 128, 4
 console = Console()
@@ -170,6 +181,50 @@ def merge_rows(clock: Clock, work: Workload) -> Iterator[Row]:
         yield Row(f"  {stage}", "s", round(stats.median(one[stage] for one in parts), 3), None)
 
 
+def calibration_rows(clock: Clock, work: Workload) -> Iterator[Row]:
+    edges, batches = work.edges(clock.device), work.batches(clock.device)
+    program = trace(edges, batches[0][:2])
+    statistics = collect(program, symmetry(program), batches, features=False, progress=False)
+    merged = Interpolate()(Align(None, statistics=statistics)(program))
+    inserted = InsertNormalization(verify=False)(merged)
+    network, _ = emit(merged)
+
+    def exact(memory_limit: int | None = None) -> Program:
+        return CalibrateNormalization("repair", batches, memory_limit=memory_limit, progress=False)(inserted)
+
+    def naive() -> nn.Module:
+        return naive_repair(copy.deepcopy(network), merged, batches)
+
+    bare, measured, spilled, loop = clock(lambda: forward([network], batches), exact, lambda: exact(0), naive)
+    yield ratio(f"calibration {work.name}", work.target, measured, bare)
+    yield ratio("  spilled to disk", None, spilled, bare)
+    yield ratio("  naive loop", None, loop, bare)
+    with torch.no_grad():
+        ours, theirs = run_passes(exact(), passes=[]).module(batches[0]), naive()(batches[0])
+    yield Row("  difference to the loop", "", float((ours - theirs).abs().max() / theirs.abs().max()), 1e-5)
+
+
+@torch.no_grad()
+def naive_repair(network: nn.Module, merged: Program, batches: Sequence[Tensor]) -> nn.Module:
+    """REPAIR by its definition: for each layer a forward pass of the whole network over all data."""
+    for layer in number_layers(merged).select():
+        module = network.get_submodule(layer.fqn)
+        total = Moments(module.bias.numel(), module.bias.device)  # type: ignore[union-attr, operator]
+        hook = module.register_forward_hook(lambda _, __, x, total=total: _observe(total, x))
+        forward([network], batches)
+        hook.remove()
+        goal = merged.goals[layer.node]
+        scale = goal.std[0] / total.std
+        shift = goal.mean[0] - total.mean * scale
+        module.weight.mul_(scale.reshape(-1, 1, 1, 1).to(module.weight))  # type: ignore[union-attr, operator]
+        module.bias.copy_(module.bias.double() * scale + shift)  # type: ignore[union-attr, operator]
+    return network
+
+
+def _observe(total: Moments, x: Tensor) -> None:
+    total.update(*batch_moments(x, 1))
+
+
 def folded_rows(clock: Clock) -> Iterator[Row]:
     for name, normalize in (("vgg16", "repair"), ("vgg16_bn", "reset")):
         yield folded_row(clock, Workload(name, 1.05, 32, BATCH), normalize)
@@ -199,6 +254,7 @@ def stages(clock: Clock) -> list[tuple[str, Callable[[], Iterator[Row]]]]:
     ]
     found.append(("capture", lambda: capture_rows(clock)))
     found.append(("merge", lambda: merge_rows(clock, Workload("vgg16", 1.5, 32, 4 * BATCH))))
+    found.append(("calibration", lambda: calibration_rows(clock, Workload("vgg16", 1.6, 32, 4 * BATCH))))
     return [*found, ("folded", lambda: folded_rows(clock))]
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from vfx.alphas import edge_weights
-from vfx.analyse.layers import number_layers
+from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Permutations, Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.errors import ArgumentError, PassError, VerificationError
@@ -110,25 +110,23 @@ def _with_goals(
     if statistics is None or not statistics.layers:
         return result
     nodes = {node.name: node for node in program.graph.nodes}
+    channels = statistics_channels(program)
     goals = {}
-    for layer in number_layers(program):
-        node, known = nodes[layer.node], statistics.goals().get(layer.node)
-        rows = []
-        for edge, permutation in enumerate(permutations) if known is not None else ():
-            assert known is not None
-            order = torch.from_numpy(facts.gather(node, layer.channel, permutation)).to(known.mean.device)
+    for name, known in statistics.goals().items():
+        node, rows = nodes[name], []
+        for edge, permutation in enumerate(permutations):
+            order = torch.from_numpy(facts.gather(node, channels[name], permutation)).to(known.mean.device)
             mean, std = known.mean[edge][order], known.std[edge][order]
-            matrix = result.transport.axis(edge, node, layer.channel) if result.transport is not None else None
+            matrix = result.transport.axis(edge, node, channels[name]) if result.transport is not None else None
             if matrix is not None:
-                if layer.node not in statistics.covariances:
+                if name not in statistics.covariances:
                     raise ArgumentError(
                         "behind linear maps the layers' statistics need covariances; collect them with within=True"
                     )
                 matrix = matrix.to(mean.device)
-                spread = statistics.covariances[layer.node][edge][order][:, order]
+                spread = statistics.covariances[name][edge][order][:, order]
                 mean = matrix @ mean
                 std = torch.einsum("mc,cd,md->m", matrix, spread, matrix).clamp_min(0).sqrt()
             rows.append((mean, std))
-        if rows:
-            goals[layer.node] = Goal(*(torch.stack(column) for column in zip(*rows)))
+        goals[name] = Goal(*(torch.stack(column) for column in zip(*rows)))
     return replace(result, goals=goals)

@@ -1,47 +1,59 @@
 """CalibrateNormalization: set the inserted affines so that each layer's statistics reach the edges' (REPAIR, RESCALE).
 
 μ_α, σ_α are those of the merged network with all earlier layers already corrected, taken exactly, layer by layer, in
-one forward pass (*Rethinking Model Re-Basin*, Table 9, "SEQ"). Goals are μ̄ = Σ αᵢ μᵢ and σ̄ = Σ αᵢ σᵢ. Merged
-BatchNorms are reset in the same sweep.
+one forward pass (*Rethinking Model Re-Basin*, Table 9, "SEQ"); ``sweep`` takes them as the public code does instead
+(``vfx.statistics.frontier``). Goals are μ̄ = Σ αᵢ μᵢ and σ̄ = Σ αᵢ σᵢ. Merged BatchNorms are reset in the same sweep.
 
-=======  ===========================  ==========================
-REPAIR   (x − μ_α)/σ_α · σ̄ + μ̄        eq. 1 (Jordan et al. 2022)
-RESCALE  x/σ_α · σ̄                    *Vanishing Feature* §5.3
-=======  ===========================  ==========================
+===============  ===========================  ==========================================================
+repair           (x − μ_α)/σ_α · σ̄ + μ̄        eq. 1 (Jordan et al. 2022)
+rescale          x/σ_α · σ̄                    *Vanishing Feature* §5.3
+rescale_average  x/σ_α · mean_j σ̄_j           RESCALE*, one goal for a layer (*Rethinking Model Re-Basin* Table 4)
+reshift          x − μ_α + μ̄                  ablation in the same table; it ruins the papers' networks
+===============  ===========================  ==========================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vfx.analyse.layers import number_layers
+from vfx.analyse.activations import statistics_channels
 from vfx.errors import ArgumentError, PassError
-from vfx.normalization import Affine, affines, chained, reset_readers
+from vfx.normalization import Affine, affines, reset_readers
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass, require_edges
 from vfx.statistics.data import Batches
-from vfx.statistics.frontier import advance_together, moments_of
-from vfx.statistics.moments import Moments
+from vfx.statistics.frontier import Observed, Reader, Sweep, sweep
 
-Kind = Literal["repair", "rescale"]
+Kind = Literal["repair", "rescale", "rescale_average", "reshift"]
 CONSTANT = 1e-7  # a channel whose std is below this share of its layer's largest only varies by float32 rounding
 
 
 class CalibrateNormalization(Pass):
-    """Calibrate every inserted affine with ``kind`` on ``data``; goals come from the edges' statistics."""
+    """Calibrate every inserted affine with ``kind`` on ``data``; goals come from the edges' statistics.
+
+    ``sweep``: "exact", "train" or "uncorrected". ``memory_limit``: bytes of activations kept in memory by the exact
+    sweep, the rest waits on disk.
+    """
 
     def __init__(
-        self, kind: Kind, data: Any, *, max_samples: int | None = None, device: Any = None, progress: bool = True
+        self,
+        kind: Kind,
+        data: Any,
+        *,
+        sweep: Sweep = "exact",
+        memory_limit: int | None = None,
+        max_samples: int | None = None,
+        device: Any = None,
+        progress: bool = True,
     ):
-        if kind not in ("repair", "rescale"):
-            raise ArgumentError(f"kind must be 'repair' or 'rescale', got {kind!r}")
-        self.kind, self.data, self.max_samples = kind, data, max_samples
-        self.device, self.progress = device, progress
+        if kind not in get_args(Kind):
+            raise ArgumentError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
+        self.kind, self.data, self.sweep, self.memory_limit = kind, data, sweep, memory_limit
+        self.max_samples, self.device, self.progress = max_samples, device, progress
 
     def requires(self, program: Program) -> None:
         require_edges(program, single=True, name=self.name)
@@ -49,40 +61,43 @@ class CalibrateNormalization(Pass):
             raise PassError("no goal statistics: give Align data or statistics of the edges' layers")
 
     def apply(self, program: Program) -> Program:
-        weights = dict(program.weights[0])
-        channel = {layer.node: layer.channel for layer in number_layers(program)}
-        dead: list[str] = []
-        readers = reset_readers(program, weights, dead)
+        weights, notes = dict(program.weights[0]), list(program.notes)
+        channels = statistics_channels(program)
+        readers = reset_readers(program, notes)
         for affine in affines(program):
-            reader = self._reader(affine, program.goals[affine.layer.name], channel, weights, dead)
-            readers[affine.layer] = chained(readers.get(affine.layer), reader)
+            goal = program.goals[affine.layer.name]
+            readers.setdefault(affine.layer, []).append(self._reader(affine, goal, channels[affine.layer.name]))
         batches = Batches(program, self.data, self.max_samples, self.device)
-        advance_together(program, weights, batches, readers, self.progress)
-        notes = (*program.notes, *(f"{self.kind}: {text}" for text in dead))
-        return replace(program.with_weights([weights], f"CalibrateNormalization({self.kind})"), notes=notes)
+        options: dict[str, Any] = {"memory_limit": self.memory_limit, "progress": self.progress}
+        notes += sweep(program, weights, batches, readers, kind=self.sweep, **options)
+        how = "" if self.sweep == "exact" else f", {self.sweep}"
+        result = program.with_weights([weights], f"CalibrateNormalization({self.kind}{how})")
+        return replace(result, notes=tuple(notes))
 
-    def _reader(
-        self, affine: Affine, goal: Goal, channel: dict[str, int], weights: dict[str, Tensor], dead: list[str]
-    ) -> Callable[[list[Tensor]], None]:
-        def read(values: list[Tensor]) -> None:
-            moments = moments_of(values, channel[affine.layer.name])
-            scale, shift, constant = affine_to_goal(self.kind, moments, goal)
-            if constant:
-                dead.append(f"{constant} constant channels in {affine.layer.name} are not rescaled")
+    def _reader(self, affine: Affine, goal: Goal, channel: int) -> Reader:
+        def write(observed: Observed, weights: dict[str, Tensor]) -> str:
+            scale, shift, constant = affine_to_goal(self.kind, observed, goal)
             for name, value in ((affine.scale, scale), (affine.shift, shift)):
                 weights[name] = value.to(weights[name]).reshape(weights[name].shape)
+            if not constant or self.kind == "reshift":
+                return ""
+            return f"{self.kind}: {constant} constant channels in {affine.layer.name} are not rescaled"
 
-        return read
+        return Reader(channel, write)
 
 
-def affine_to_goal(kind: Kind, moments: Moments, goal: Goal) -> tuple[Tensor, Tensor, int]:
+def affine_to_goal(kind: Kind, observed: Observed, goal: Goal) -> tuple[Tensor, Tensor, int]:
     """Scale and shift (C,) in float64 that bring a layer's statistics to their goal, and its constant channels.
 
     A constant channel cannot be rescaled: it keeps its scale, and REPAIR moves its mean.
     """
-    std, mean = moments.std, moments.mean
-    constant = moments.constant | (std <= CONSTANT * std.max())
-    ratio = goal.std[0].to(std.device) / torch.where(constant, 1.0, std)
-    scale = torch.where(constant, 1.0, ratio)
-    shift = goal.mean[0].to(std.device) - mean * scale if kind == "repair" else torch.zeros_like(scale)
+    std, mean = observed.std, observed.mean
+    wanted_mean, wanted_std = goal.mean[0].to(std), goal.std[0].to(std)
+    constant = observed.constant | (std <= CONSTANT * std.max())
+    if kind == "reshift":
+        return torch.ones_like(std), wanted_mean - mean, int(constant.sum())
+    if kind == "rescale_average":
+        wanted_std = wanted_std.mean().expand_as(std)
+    scale = torch.where(constant, 1.0, wanted_std / torch.where(constant, 1.0, std))
+    shift = wanted_mean - mean * scale if kind == "repair" else torch.zeros_like(scale)
     return scale, shift, int(constant.sum())

@@ -1,17 +1,23 @@
 """InsertNormalization: an identity affine behind each conv and linear layer, to be calibrated and folded.
 
-Between layer and norm on LayerNorm networks. A layer whose output only feeds a BatchNorm gets none: its BatchNorm is
-reset instead (on networks with BatchNorm REPAIR becomes RESET, *REPAIR* §3 and *Vanishing Feature* §5.3).
+Between layer and norm on LayerNorm networks; behind linear layers on transformers. A layer whose output only feeds a
+BatchNorm gets none: its BatchNorm is reset instead (on networks with BatchNorm REPAIR becomes RESET, *REPAIR* §3 and
+*Vanishing Feature* §5.3). ``site="activation"`` puts the affines behind the layers' activation functions instead
+(post-activation REPAIR, *Rethinking Model Re-Basin*, Table 10), whatever these are (``vfx.analyse.activations``);
+layers without one of their own are left out, with a note: those whose output meets an add first, and heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.layers import Layer, number_layers
+from vfx.analyse.activations import Activation, activation_of
+from vfx.analyse.layers import Choice, Join, number_layers
+from vfx.errors import ArgumentError
 from vfx.normalization import SCALE, SHIFT, name
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program, copy_graph
@@ -19,46 +25,52 @@ from vfx.rewrite import Pass, require_edges
 
 
 class InsertNormalization(Pass):
-    """Insert x · 1 + 0 behind ``layers`` (FQNs; default: every numbered layer but the last, no shortcuts).
+    """Insert x · 1 + 0 behind ``layers``: numbers, names or globs; default: all but shortcuts and heads.
 
     Only layers with goal statistics qualify: preserved branches keep their own.
     """
 
     preserves_function = True
 
-    def __init__(self, layers: Collection[str] | None = None, verify: bool = True):
-        self.layers, self.verify = layers, verify
+    def __init__(self, layers: Choice = None, verify: bool = True, site: Join = "preactivation"):
+        if site not in ("preactivation", "activation"):
+            raise ArgumentError(f"site must be 'preactivation' or 'activation', got {site!r}")
+        self.layers, self.verify, self.site = layers, verify, site
 
     def requires(self, program: Program) -> None:
         require_edges(program, single=True, name=self.name)
 
     def apply(self, program: Program) -> Program:
-        chosen = [layer for layer in self._chosen(program) if layer.node in program.goals]
+        notes: list[str] = []
+        chosen = [site for site in self._sites(program, notes) if site.node.name in program.goals]
         graph, _ = copy_graph(program.graph)
         nodes = {node.name: node for node in graph.nodes}
         weights = dict(program.weights[0])
-        count = 0
-        for layer in chosen:
-            node = nodes[layer.node]
-            if all(operator(user) in BATCH_NORMS for user in node.users):
-                continue
-            weights |= _insert(graph, node, layer.channel, weights)
-            count += 1
-        return program.with_graph(graph, [weights], f"InsertNormalization({count} layers)")
+        for site in chosen:
+            weights |= _insert(graph, nodes[site.node.name], site.channel, weights)
+        note = f"InsertNormalization({len(chosen)} {'layers' if self.site == 'preactivation' else 'activations'})"
+        return replace(program.with_graph(graph, [weights], note), notes=(*program.notes, *notes))
 
-    def _chosen(self, program: Program) -> list[Layer]:
-        layers = list(number_layers(program))
-        if self.layers is not None:
-            return [layer for layer in layers if layer.fqn in self.layers]
-        last = max((layer.number for layer in program.layers or layers), default=0)
-        return [layer for layer in layers if not layer.shortcut and layer.number != last]
+    def _sites(self, program: Program, notes: list[str]) -> Iterator[Activation]:
+        """Where affines belong: a layer's own output, or its activation's."""
+        for layer in number_layers(program).select(self.layers):
+            node = program.node(layer.node)
+            if self.site == "preactivation":
+                if not all(operator(user) in BATCH_NORMS for user in node.users):
+                    yield Activation(node, layer.channel)
+                continue
+            found = activation_of(program, layer)
+            if isinstance(found, Activation):
+                yield found
+            else:
+                notes.append(f"not normalised behind its activation: {layer.fqn}, since {found}")
 
 
 def _insert(graph: fx.Graph, node: fx.Node, channel: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Two nodes behind ``node``, and their parameters: ones and zeros that broadcast along its channel axis."""
     value = node.meta["val"]
     size, after = value.shape[channel], len(value.shape) - 1 - channel
-    like = weights[str(node.args[1].target)] if isinstance(node.args[1], fx.Node) else next(iter(weights.values()))  # type: ignore[union-attr]
+    like = next(iter(weights.values()))
     parameters = {
         name(node.name, SCALE): torch.ones(size, *[1] * after, dtype=value.dtype, device=like.device),
         name(node.name, SHIFT): torch.zeros(size, *[1] * after, dtype=value.dtype, device=like.device),

@@ -1,7 +1,8 @@
 """ResetBatchNorm: running statistics recomputed on the merged network (RESET; REPAIR §3, *Vanishing Feature* alg. 1).
 
 Each BatchNorm gets the exact mean and unbiased variance of its input over all the data, behind BatchNorms that are
-reset already, in one forward pass. Preserved branches keep their own statistics.
+reset already, in one forward pass; ``sweep`` takes them as the public code does instead (``vfx.statistics.frontier``).
+Preserved branches keep their own statistics.
 """
 
 from __future__ import annotations
@@ -9,20 +10,32 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from vfx.analyse.layers import Choice, number_layers
 from vfx.errors import PassError
 from vfx.normalization import reset_readers
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.rewrite import Pass, require_edges
 from vfx.statistics.data import Batches
-from vfx.statistics.frontier import advance_together
+from vfx.statistics.frontier import Sweep, sweep
 
 
 class ResetBatchNorm(Pass):
-    """Recompute the running mean and variance of every merged BatchNorm on ``data``."""
+    """Recompute the running mean and variance of every merged BatchNorm on ``data``, or of those behind ``layers``."""
 
-    def __init__(self, data: Any, *, max_samples: int | None = None, device: Any = None, progress: bool = True):
-        self.data, self.max_samples, self.device, self.progress = data, max_samples, device, progress
+    def __init__(
+        self,
+        data: Any,
+        *,
+        layers: Choice = None,
+        sweep: Sweep = "exact",
+        memory_limit: int | None = None,
+        max_samples: int | None = None,
+        device: Any = None,
+        progress: bool = True,
+    ):
+        self.data, self.layers, self.sweep, self.memory_limit = data, layers, sweep, memory_limit
+        self.max_samples, self.device, self.progress = max_samples, device, progress
 
     def requires(self, program: Program) -> None:
         require_edges(program, single=True, name=self.name)
@@ -31,7 +44,14 @@ class ResetBatchNorm(Pass):
 
     def apply(self, program: Program) -> Program:
         weights, notes = dict(program.weights[0]), list(program.notes)
-        readers = reset_readers(program, weights, notes)
+        chosen = None
+        if self.layers is not None:
+            chosen = {layer.node for layer in number_layers(program).select(self.layers)}
+        readers = reset_readers(program, notes, chosen)
         batches = Batches(program, self.data, self.max_samples, self.device)
-        advance_together(program, weights, batches, readers, self.progress)
-        return replace(program.with_weights([weights], f"ResetBatchNorm({len(readers)} layers)"), notes=tuple(notes))
+        options: dict[str, Any] = {"memory_limit": self.memory_limit, "progress": self.progress}
+        notes += sweep(program, weights, batches, readers, kind=self.sweep, **options)
+        how = "" if self.sweep == "exact" else f", {self.sweep}"
+        return replace(
+            program.with_weights([weights], f"ResetBatchNorm({len(readers)} layers{how})"), notes=tuple(notes)
+        )

@@ -43,8 +43,8 @@ def test_merge_writes_every_format_and_the_report(checkpoints: list[str], tmp_pa
     np.savez(data, inputs=inputs.numpy(), labels=np.zeros(32))
     onnx, pt2, report = tmp_path / "m.onnx", tmp_path / "m.pt2", tmp_path / "m.json"
     output = invoke(
-        "merge", *checkpoints, *MODEL, "--data", str(data), "--preserve", "3", "-o", str(onnx), "-o", str(pt2),
-        "--json", str(report),
+        "merge", *checkpoints, *MODEL, "--data", str(data), "--normalize", "reset", "--preserve", "3", "-o", str(onnx),
+        "-o", str(pt2), "--json", str(report),
     )  # fmt: skip
     assert "DuplicateBranches(3/9" in output
     facts = json.loads(report.read_text())
@@ -89,7 +89,7 @@ def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
     data = tmp_path / "calibration.npy"
     np.save(data, np.random.default_rng(0).standard_normal((16, 1, 32, 32)).astype(np.float32))
     fixed, onnx = tmp_path / "fixed.safetensors", tmp_path / "fixed.onnx"
-    invoke("repair", *checkpoints, *MODEL, "--data", str(data), "-o", str(fixed))
+    invoke("repair", *checkpoints, *MODEL, "--data", str(data), "--method", "reset", "-o", str(fixed))
     before = torch.load(checkpoints[0], weights_only=True)
     after = load(fixed)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -97,6 +97,27 @@ def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
     assert all("running_" in name for name in changed)
     invoke("export", str(fixed), *MODEL, "-o", str(onnx))
     assert onnx.is_file()
+
+
+def test_options_of_normalization_and_preparation(checkpoints: list[str], tmp_path: Path) -> None:
+    data, labelled, report = tmp_path / "calibration.npy", tmp_path / "labelled.npz", tmp_path / "m.json"
+    inputs = np.random.default_rng(0).standard_normal((16, 1, 32, 32)).astype(np.float32)
+    np.save(data, inputs)
+    np.savez(labelled, inputs=inputs, labels=np.arange(16) % 10)
+    common = [*checkpoints, *MODEL, "--json", str(report)]
+    invoke("merge", *common, "--data", str(data), "--normalize", "reset", "--sweep", "train", "--layers", "1",
+           "--layers", "features.4", "--memory-limit", "0", "--match-layers", "2",
+           "--prepare", "remove_bias")  # fmt: skip
+    facts = json.loads(report.read_text())
+    assert "ResetBatchNorm(2 layers, train)" in facts["passes"]
+    assert "RemoveBias(backward, all)" in facts["passes"]
+    assert "Align(FirstLayers)" in facts["passes"]
+    invoke("merge", *common, "--normalize", "bias_removal", "--bias-count", "3", "--bias-direction", "forward")
+    assert "RemoveBias(forward, 3)" in json.loads(report.read_text())["passes"]
+    invoke("merge", *common, "--data", str(labelled))
+    assert all(score["accuracy"] is not None for score in json.loads(report.read_text())["scores"].values())
+    invoke("repair", *common, "--data", str(data), "--method", "repair", "--site", "activation")
+    assert any("InsertNormalization(8 activations)" in one for one in json.loads(report.read_text())["passes"])
 
 
 def test_analyses_print_what_they_found() -> None:

@@ -23,7 +23,9 @@ from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
 from passes.remove_bias import RemoveBias
+from passes.rescale_weights import RescaleWeights
 from passes.reset_batchnorm import ResetBatchNorm
+from passes.use_batch_statistics import UseBatchStatistics
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
@@ -96,11 +98,15 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
         lambda: FoldNormalization(batch_norm=True),
         lambda: Interpolate()(_program(_normed)),
     ),
+    "RescaleWeights": (lambda: RescaleWeights(ALPHAS), lambda: _program()),
+    "UseBatchStatistics repair": (lambda: UseBatchStatistics("repair"), lambda: _merged(_program())),
+    "UseBatchStatistics reset": (lambda: UseBatchStatistics("reset"), lambda: Interpolate()(_program(_normed))),
     "RemoveBias": (lambda: RemoveBias(2), lambda: Interpolate()(_program())),
     "ResetBatchNorm": (lambda: ResetBatchNorm(DATA, progress=False), lambda: Interpolate()(_program(_normed))),
 }
 WANTS_ONE = [name for name in TABLE if name.split()[0] not in ("Align", "CalibrateBias", "DuplicateBranches",
-                                                              "Interpolate")]  # fmt: skip
+                                                              "Interpolate", "RescaleWeights")]  # fmt: skip
+ANY = ["FoldNormalization batch_norm", "RemoveBias"]  # of edges before they are matched, or of the merged network
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -138,7 +144,7 @@ def test_a_pass_says_what_it_did(name: str) -> None:
         assert result.history[-1].startswith(name.split()[0])
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name != "FoldNormalization batch_norm"])
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in ANY])
 def test_a_pass_refuses_the_wrong_number_of_weight_sets(name: str) -> None:
     build, _ = TABLE[name]
     program = _program(_normed)
@@ -166,8 +172,8 @@ def test_calibration_needs_goals_and_reset_needs_batchnorm() -> None:
     ):
         with pytest.raises(DataError, match="no samples"):
             build([])
-    with pytest.raises(ArgumentError, match="'repair' or 'rescale'"):
-        CalibrateNormalization("reshift", DATA)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="one of 'repair', 'rescale'"):
+        CalibrateNormalization("reshuffle", DATA)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="direction"):
         RemoveBias(direction="sideways")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="negative"):

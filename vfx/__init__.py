@@ -21,6 +21,8 @@ _LAZY = {
             "profile",
             "prune",
             "prune_structured",
+            "record",
+            "recorded",
             "repair",
             "symmetry",
             "trace",
@@ -55,6 +57,8 @@ _LAZY = {
     "make_permanent": "vfx.pruning.masks",
     "PartialMatching": "vfx.match.partial",
     "OptimalTransport": "vfx.match.transport",
+    "FirstLayers": "vfx.match.first_layers",
+    "Normalization": "vfx.normalize.catalogue",
     "Align": "passes.align",
     "CalibrateBias": "passes.calibrate_bias",
     "CalibrateNormalization": "passes.calibrate_normalization",
@@ -68,8 +72,10 @@ _LAZY = {
     "LeastSquares": "passes.least_squares",
     "RemoveBias": "passes.remove_bias",
     "RemoveChannels": "passes.remove_channels",
+    "RescaleWeights": "passes.rescale_weights",
     "ResetBatchNorm": "passes.reset_batchnorm",
     "Transform": "passes.transform",
+    "UseBatchStatistics": "passes.use_batch_statistics",
 }
 
 __all__ = ["__version__", *_LAZY]

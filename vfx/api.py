@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,19 +14,16 @@ import torch
 from torch import fx, nn
 
 from passes.align import Align
-from passes.calibrate_bias import CalibrateBias
-from passes.calibrate_normalization import CalibrateNormalization
+from passes.catalogue import choose, normalizing
 from passes.duplicate_branches import DuplicateBranches
 from passes.duplicate_heads import DuplicateHeads, HeadOutput
 from passes.fold_channels import FoldChannels
 from passes.fold_normalization import FoldNormalization
-from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
 from passes.least_squares import LeastSquares
 from passes.mask_weights import MaskWeights
-from passes.remove_bias import RemoveBias
+from passes.remove_bias import DEFAULT_LAYERS, RemoveBias
 from passes.remove_channels import RemoveChannels
-from passes.reset_batchnorm import ResetBatchNorm
 from passes.transform import Transform
 from vfx.alphas import edge_weights
 from vfx.analyse.cost import Profile, cost
@@ -43,8 +40,9 @@ from vfx.match.growth import grow
 from vfx.match.matcher import Matcher
 from vfx.match.partial import PartialMatching
 from vfx.match.transport import OptimalTransport
+from vfx.normalize.catalogue import METHODS, Normalization, candidates, normalization
 from vfx.operators import BATCH_NORMS, operator
-from vfx.program import Program
+from vfx.program import Goal, Program
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Loss, Scores
 from vfx.pruning.masks import KEEP, parametrize_masks, semi_structured
@@ -53,15 +51,13 @@ from vfx.pruning.scores.score import Score
 from vfx.pruning.selection import Sparsity
 from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
-from vfx.statistics.collect import Statistics
+from vfx.statistics.collect import READS, Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import counted
+from vfx.statistics.record import Recorder
+from vfx.statistics.record import recorded as recorded_statistics
 from vfx.widths import Carried, differ_in_width, to_first_width
-
-NORMALIZATIONS = ("repair", "rescale", "reset", "bias_calibration", "bias_removal")
-_NEED_DATA = ("repair", "rescale", "reset")
-_NEED_GOALS = ("repair", "rescale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +129,7 @@ def collect(
     example_inputs: Any = None,
     *,
     data: Any,
+    activations: bool = False,
     max_samples: int | None = None,
     within: bool = False,
     device: Any = None,
@@ -141,12 +138,29 @@ def collect(
     """One pass over ``data`` for all edges; pass the result as ``statistics=`` to any number of merges of them.
 
     ``within`` adds the second moments inside each network, which ZipIt!, CCA and optimal transport read; these methods
-    act on networks whose BatchNorm is folded (``vfx.FoldNormalization(batch_norm=True)``).
+    act on networks whose BatchNorm is folded (``vfx.FoldNormalization(batch_norm=True)``). ``activations`` reads the
+    layers behind their activation functions too (normalization with ``site="activation"``).
     """
     program = _program(models, example_inputs)
-    return collect_statistics(
-        program, symmetry(program), data, max_samples=max_samples, within=within, device=device, progress=progress
-    )
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    options |= {"within": within, "activations": activations}
+    return collect_statistics(program, symmetry(program), data, **options)
+
+
+def record(model: nn.Module, *, momentum: float | None = None) -> Recorder:
+    """Record a model's layer statistics while it is trained, for merging without data (*Vanishing Feature*, App. G.4).
+
+    Use it around the training loop (``with vfx.record(model) as recorder``), and ``reset()`` when the last epoch
+    begins; ``momentum`` lets older batches fade instead. Raises ArgumentError.
+    """
+    return Recorder(model, momentum)
+
+
+def recorded(
+    models: Sequence[nn.Module] | Program, recorders: Sequence[Recorder], example_inputs: Any = None
+) -> Statistics:
+    """What ``vfx.record`` saw of each edge, to be given to ``merge`` as ``statistics=``. Raises DataError."""
+    return recorded_statistics(_program(models, example_inputs), recorders)
 
 
 def merge(
@@ -157,11 +171,13 @@ def merge(
     match: str | Matcher | None = "auto",
     restarts: int = 0,
     weights: float | Sequence[float] | None = None,
-    normalize: str | None = "auto",
+    normalize: str | Normalization | None = "auto",
     preserve: int | str = 0,
     join: Join = "preactivation",
     heads: int | str = 0,
     head_output: HeadOutput = "list",
+    prepare: str | None = None,
+    references: Sequence[nn.Module] = (),
     statistics: Statistics | None = None,
     held_out: Any = None,
     max_samples: int | None = None,
@@ -173,15 +189,17 @@ def merge(
     """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
 
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
-    dicts (labels are ignored, but for "ste").
+    dicts (labels, where there are any, are read by "ste" and help "auto" to choose).
     ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are data
     or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best
     by the method's own objective is kept. "ot" takes models whose numbers of channels differ, too: the result has those
     of the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
-    ``normalize``: None, "repair", "rescale", "reset", "bias_calibration", "bias_removal"; "auto" is RESET on networks
-    with BatchNorm, else RESCALE, and None without data. ``preserve``: the first layers kept for each edge (PFM), a
-    number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm and activation.
+    ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options; "auto"
+    keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first layers kept
+    for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm
+    and activation. ``prepare``: "remove_bias" takes the edges' biases off before they are matched. ``references``:
+    other networks whose statistics are the normalization's goal (aligned to the first edge with ``match``).
     ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
     may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
     averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
@@ -202,71 +220,61 @@ def merge(
     _check_edges(program)
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
+    program = _prepared(program, prepare)
+    asked = normalization(normalize, data is not None)
     if match == "auto":
         match = "weight" if data is None and statistics is None else "activation"
     finder = matcher(match, restarts)
     if finder is not None and not finder.exact:
-        program, normalize = _without_batch_norm(program, normalize, verify)
-    normalize = _normalization(normalize, program, data)
+        program, asked = _without_batch_norm(program, asked, verify)
     numbering = number_layers(program)
     preserved = numbering.number(preserve)
+    if asked is not None:
+        numbering.select(asked.layers)
     if device is not None:
         program = program.to(device)
     with watch("symmetry"):
         facts = symmetry(program)
-    needs = finder.needs if finder is not None else frozenset()
-    if data is None and ("data" in needs or (statistics is None and needs)):
-        given = "data=" if "data" in needs else "data= or statistics="
-        raise ArgumentError(f"match={match!r} needs {given}; match='weight' does without")
-    if statistics is None and (needs & {"features", "within"} or normalize in _NEED_GOALS):
+    reads = _reads(asked, finder, program)
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    runs = finder is not None and "data" in finder.needs
+    if data is None and (runs or (statistics is None and reads)):
+        given = "data=" if runs else "data= or statistics="
+        raise ArgumentError(f"{' and '.join(reads) or match} need {given}; match='weight' does without")
+    if statistics is None and reads:
         with watch("statistics"):
-            statistics = collect_statistics(
-                program,
-                facts,
-                data,
-                max_samples=max_samples,
-                features="features" in needs,
-                layers=normalize in _NEED_GOALS,
-                within=finder is not None and ("within" in needs or not finder.exact),
-                device=device,
-                progress=progress,
-            )
-    _check_statistics(statistics, normalize, needs)
-    align = Align(
-        finder,
-        Batches(program, data, max_samples, device) if "data" in needs else None,
-        statistics=statistics,
-        weights=alphas,
-        facts=facts,
-        seed=seed,
-        verify=verify,
-        progress=progress,
-    )
+            asks = {name: name in reads for name in READS}
+            asks["within"] |= finder is not None and not finder.exact
+            statistics = collect_statistics(program, facts, data, **asks, **options)
+    _check_statistics(statistics, reads)
+    own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
+    reader = Batches(program, data, max_samples, device) if runs else None
+    align = Align(finder, reader, statistics=statistics, facts=facts, **own)
     cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
-    normalizing = _normalizing(normalize, data, max_samples, device, verify, progress)
+    aligned = _run(program, [align], watch)
     if isinstance(finder, PartialMatching):
-        if normalize in ("bias_calibration", "bias_removal"):
-            raise ArgumentError(f"normalize={normalize!r}: least squares sets the biases; choose 'repair' or 'rescale'")
-        aligned = _run(program, [align], watch)
-        assert align.matching is not None
-        outputs, merged = None, aligned
-        if align.matching.apart:
-            if preserved or heads:
-                raise ArgumentError("preserve=, heads= and a budget: kept layers need a rest of the edges' width")
-            growth = grow(aligned, facts, align.matching.apart, alphas)
-            outputs, merged = growth.output, growth.program
-        options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-        solve = LeastSquares(aligned, data, weights=alphas, ridge=finder.ridge, outputs=outputs, **options)
-        result = _run(merged, [*cut, Interpolate(alphas), solve, *normalizing], watch)
+        merging, aligned = _least_squares(
+            align, aligned, facts, finder, alphas, cut if preserved or heads else [], data, options
+        )
     else:
-        passes: list[Pass] = [align, *cut]
-        passes += [CalibrateBias(alphas)] if normalize == "bias_calibration" else []
-        passes += [Transform()] if finder is not None and not finder.exact else []
-        result = _run(program, [*passes, Interpolate(alphas), *normalizing], watch)
+        merging = [*([] if finder is None or finder.exact else [Transform()]), Interpolate(alphas)]
+    aligned = _run(aligned, cut, watch)
+    if references and asked is not None:
+        goals = _reference_goals(program, references, finder, data, asked, own | {"weights": None}, options)
+        aligned = replace(aligned, goals=goals)
+    if isinstance(finder, PartialMatching) and asked is not None and asked.method.startswith("bias"):
+        raise ArgumentError(f"normalize={asked.method!r}: least squares sets the biases; choose 'repair' or 'rescale'")
+    if (heads or isinstance(finder, PartialMatching)) and asked is not None:
+        asked = _unscored(asked, program)
+    with watch("choice"):
+        chosen, scores = choose(asked, program, aligned, merging, alphas, data, options)
+    before, after = normalizing(chosen, alphas, data, options, verify)
+    result = _run(aligned, [*before, *merging, *after], watch)
     result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, device, progress)))
     if carried is not None:
         align.matching = carried.matching
-    return _result(result, program, watch, align, statistics, progress, normalize=normalize, preserve=preserved)
+    choices = {"normalize": chosen and chosen.method, "preserve": preserved} | (chosen.to_dict() if chosen else {})
+    return _result(result, program, watch, align, statistics, scores=scores, choices=choices)
 
 
 def compile(
@@ -284,11 +292,12 @@ def compile(
 
 def repair(
     model: nn.Module | Result,
-    references: Sequence[nn.Module],
+    references: Sequence[nn.Module] = (),
     example_inputs: Any = None,
     *,
     data: Any,
-    method: str = "auto",
+    method: str | Normalization = "auto",
+    goals: Statistics | None = None,
     match: str | Matcher | None = None,
     weights: float | Sequence[float] | None = None,
     max_samples: int | None = None,
@@ -296,28 +305,45 @@ def repair(
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Normalization alone: bring a network's layer statistics to the average of its ``references``.
+    """Normalization alone: bring a network's layer statistics to the average of its ``references``, or to ``goals``.
 
-    References have the model's architecture. Their channels must stand in the model's order; ``match`` aligns them
-    first ("weight", "activation") if they do not.
+    References have the model's architecture, whether the model was merged from them or not. Their channels must stand
+    in the model's order; ``match`` aligns them first ("weight", "activation") if they do not. ``goals``: statistics
+    from ``vfx.collect`` or ``vfx.recorded`` instead of references, in the model's order. ``method``: as ``normalize``
+    of ``merge``, of those that read data.
     """
     watch = Stopwatch()
     data = reusable(data)
     target = model.module if isinstance(model, Result) else model
     if example_inputs is None and isinstance(model, Result):
         example_inputs = model.program.example_call
+    if bool(references) == (goals is not None):
+        raise ArgumentError("repair needs either references= (networks) or goals= (statistics of layers)")
     with watch("trace"):
-        program = trace([target, *references], example_inputs)
-    method_ = _normalization(method, program, data)
-    if method_ not in _NEED_DATA:
-        raise ArgumentError(f"method={method!r}: repair takes 'auto', {', '.join(map(repr, _NEED_DATA))}")
-    align = Align(match, data, facts=symmetry(program), seed=seed, verify=verify, progress=progress)
-    aligned = _run(program, [align], watch)
-    shares = [0.0, *edge_weights(weights, len(references))]
-    goals = Interpolate(shares)(aligned).goals
-    passes = _normalizing(method_, data, max_samples, None, verify, progress)
-    result = _run(replace(aligned.select(0), goals=goals), passes, watch)
-    return _result(result, program, watch, align, normalize=method_)
+        program = trace([target, *references] if references else target, example_inputs)
+    asked = normalization(method, True)
+    if asked is None or (asked.method != "auto" and not METHODS[asked.method].data):
+        known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)
+        raise ArgumentError(f"method={method!r}: repair takes 'auto', {known}")
+    options: dict[str, Any] = {"max_samples": max_samples, "device": None, "progress": progress}
+    align, network = None, program
+    if references:
+        shares = [0.0, *edge_weights(weights, len(references))]
+        facts = symmetry(program)
+        finder = matcher(match)
+        within = finder is not None and "within" in finder.needs
+        statistics = collect_statistics(program, facts, data, activations=asked.behind, within=within, **options)
+        align = Align(finder, data, statistics=statistics, facts=facts, seed=seed, verify=verify)
+        aligned = _run(program, [align], watch)
+        network = replace(aligned.select(0), goals=Interpolate(shares)(aligned).goals)
+        with watch("choice"):
+            chosen, scores = choose(asked, program, network, [], shares, data, options)
+    else:
+        network = replace(program, goals=_given_goals(program, goals, weights))
+        chosen, scores = replace(asked, method=_usual(program)) if asked.method == "auto" else asked, {}
+    _, after = normalizing(chosen, [], data, options, verify)
+    result = _run(network, after, watch)
+    return _result(result, program, watch, align, scores=scores, choices={"normalize": chosen and chosen.method})
 
 
 def prune_structured(
@@ -364,7 +390,7 @@ def prune_structured(
         program = _program(model, example_inputs)
     if device is not None:
         program = program.to(device)
-    normalize = _pruned_normalization(normalize, program, data)
+    asked = _pruned_normalization(normalize, program, data)
     with watch("symmetry"):
         facts = symmetry(program)
     shape: dict[str, Any] = {"allocation": allocation, "budget": budget, "round_to": round_to, "units": units}
@@ -376,13 +402,14 @@ def prune_structured(
     else:
         one = RemoveChannels(sparsity, score, data=data, compensate=compensate, loss=loss, **shape, **reading)
     goals = {}
-    if normalize in _NEED_GOALS:
+    if asked is not None and asked.needs_goals:
         with watch("statistics"):
             found = collect_statistics(
                 program, facts, data, **reading | {"max_samples": repair_samples}, features=False
             )
             goals = found.goals()
-    passes = [one, *_normalizing(normalize, data, repair_samples, device, verify, progress)]
+    _, after = normalizing(asked, [], data, reading | {"max_samples": repair_samples}, verify)
+    passes = [one, *after]
     result = _run(replace(program, goals=goals), passes, watch)
     with watch("emit"):
         module, reason = emit(result)
@@ -396,7 +423,7 @@ def prune_structured(
         error=one.error if verify else None,
         seconds=watch.seconds,
         choices={"method": method, "sparsity": sparsity, "budget": budget, "allocation": allocation}
-        | {"score": score if isinstance(score, str) else "given", "normalize": normalize},
+        | {"score": score if isinstance(score, str) else "given", "normalize": asked and asked.method},
     )
     return Result(module, result, report)
 
@@ -464,13 +491,13 @@ def prune(
     )
     with watch("trace"):
         program = _program(model, example_inputs)
-    normalize = _pruned_normalization(normalize, program, data)
+    asked = _pruned_normalization(normalize, program, data)
     if device is not None:
         program = program.to(device)
     result, before, after = _run(program, [mask], watch), None, None
-    if normalize is not None:
+    if asked is not None:
         options: dict[str, Any] = {"verify": verify, "device": device, "progress": progress}
-        result, before, after = _repaired(program, result, normalize, data, repair_samples, watch, **options)
+        result, before, after = _repaired(program, result, asked, data, repair_samples, watch, **options)
     with watch("emit"):
         module, reason = emit(result)
     notes = result.notes
@@ -487,7 +514,12 @@ def prune(
         own_class=not reason,
         class_reason=reason,
         seconds=watch.seconds,
-        choices={"score": mask.score.name, "scope": mask.selection.scope, "normalize": normalize, "masks": masks},
+        choices={
+            "score": mask.score.name,
+            "scope": mask.selection.scope,
+            "normalize": asked and asked.method,
+            "masks": masks,
+        },
     )
     return Result(module, result, report)
 
@@ -506,18 +538,20 @@ def _whole_channels(
     return prune_structured(model, example_inputs, **{"protect": names} | options)
 
 
-def _pruned_normalization(normalize: str | None, program: Program, data: Any) -> str | None:
+def _pruned_normalization(normalize: str | Normalization | None, program: Program, data: Any) -> Normalization | None:
     """The repair to run on a pruned network; its goal is one network, so REPAIR needs no care for what is averaged."""
-    found = _normalization(normalize, program, data)
-    if normalize == "auto" and found == "rescale":
-        return "repair"
-    if found is not None and found not in _NEED_DATA:
-        raise ArgumentError(f"normalize={normalize!r}: prune takes 'auto', {', '.join(map(repr, _NEED_DATA))} or None")
-    return found
+    asked = normalization(normalize, data is not None)
+    if asked is not None and asked.method == "auto":
+        usual = _usual(program)
+        return replace(asked, method="repair" if usual == "rescale" else usual)
+    if asked is not None and not METHODS[asked.method].data:
+        known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)
+        raise ArgumentError(f"normalize={normalize!r}: prune takes 'auto', {known} or None")
+    return asked
 
 
 def _repaired(
-    dense: Program, pruned: Program, method: str, data: Any, samples: int, watch: Stopwatch, **options: Any
+    dense: Program, pruned: Program, method: Normalization, data: Any, samples: int, watch: Stopwatch, **options: Any
 ) -> tuple[Program, Moved, Moved]:
     """The pruned network with its statistics brought to the dense one's, and how far they were off before and after."""
     held = Batches(dense, data, samples).held()  # the same samples each time, shuffled or not
@@ -527,7 +561,8 @@ def _repaired(
         goals = collect_statistics(dense, None, held, max_samples=samples, **collecting).goals()
         reference = output_moments(dense, batches)
         before = moved_statistics(pruned, reference, batches)
-    passes = _normalizing(method, held, samples, options["device"], options["verify"], options["progress"])
+    own = {"max_samples": samples, "device": options["device"], "progress": options["progress"]}
+    _, passes = normalizing(method, [], held, own, options["verify"])
     result = _run(replace(pruned, goals=goals), passes, watch)
     with watch("statistics"):
         after = moved_statistics(result, reference, batches)
@@ -551,29 +586,21 @@ def _check_edges(program: Program) -> None:
         check_finite(weights, f"edge {edge}")
 
 
-def _normalization(normalize: str | None, program: Program, data: Any) -> str | None:
-    """The normalization to run: "auto" resolved, names and data checked."""
-    has_norm = any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
-    if normalize == "auto":
-        return None if data is None else ("reset" if has_norm else "rescale")
-    if normalize is not None and normalize not in NORMALIZATIONS:
-        known = ", ".join(NORMALIZATIONS)
-        raise ArgumentError(f"normalize={normalize!r} is unknown; choose one of {known}, None or 'auto'")
-    if normalize in _NEED_DATA and data is None:
-        raise ArgumentError(f"normalize={normalize!r} runs the merged network on data; give data=")
-    return normalize
+def _usual(program: Program) -> str:
+    return "reset" if any(operator(node) in BATCH_NORMS for node in program.graph.nodes) else "rescale"
 
 
-def _without_batch_norm(program: Program, normalize: str | None, verify: bool) -> tuple[Program, str | None]:
+def _without_batch_norm(
+    program: Program, asked: Normalization | None, verify: bool
+) -> tuple[Program, Normalization | None]:
     """BatchNorm folded into its layers: linear maps must not go through a variance (CCA merging's negative ones).
 
     What RESET does for a BatchNorm REPAIR then does for the layer it was folded into.
     """
     if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
-        return program, normalize
+        return program, asked
     folded = FoldNormalization(batch_norm=True, verify=verify)(program)
-    left = any(operator(node) in BATCH_NORMS for node in folded.graph.nodes)
-    return folded, "repair" if normalize == "reset" or (normalize == "auto" and not left) else normalize
+    return folded, replace(asked, method="repair") if asked is not None and asked.method == "reset" else asked
 
 
 def _one_width(
@@ -581,14 +608,14 @@ def _one_width(
     example_inputs: Any,
     data: Any,
     match: str | Matcher | None,
-    normalize: str | None,
+    normalize: str | Normalization | None,
     preserve: int | str,
     max_samples: int | None,
     verify: bool,
     device: Any,
     progress: bool,
     watch: Stopwatch,
-) -> tuple[Carried, str | None]:
+) -> tuple[Carried, Normalization | None]:
     """Networks of different widths in the shapes of the first, and the normalization to run."""
     finder = matcher(match)
     if not isinstance(finder, OptimalTransport):
@@ -600,42 +627,102 @@ def _one_width(
         raise ArgumentError("example_inputs are needed to capture a model")
     with watch("trace"):
         captured = [_program(model, example_inputs) for model in models]
-    folded = [_without_batch_norm(program, normalize, verify) for program in captured]
+    asked = normalization(normalize, data is not None)
+    folded = [_without_batch_norm(program, asked, verify) for program in captured]
+    asked = folded[0][1]
     programs = [program if device is None else program.to(device) for program, _ in folded]
     data = counted(data, len(programs[0].signature.inputs))
-    normalize = _normalization(folded[0][1], programs[0], data)
+    layers = "layers" in _reads(asked, None, programs[0])
     with watch("symmetry"):
         facts = [infer_symmetry(program) for program in programs]
     with watch("match"):
         options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-        carried = to_first_width(programs, facts, finder, data, layers=normalize in _NEED_GOALS, **options)
-    return carried, normalize
+        carried = to_first_width(programs, facts, finder, data, layers=layers, **options)
+    return carried, asked
 
 
-def _check_statistics(statistics: Statistics | None, normalize: str | None, needs: Collection[str]) -> None:
-    if statistics is None:
-        return
-    missing = set(needs) & {"features", "within"} - statistics.reads
-    if missing:
-        raise ArgumentError(f"these statistics hold no {missing.pop()!r}, which the matching needs; collect them again")
-    if normalize in _NEED_GOALS and "layers" not in statistics.reads:
-        raise ArgumentError(f"these statistics hold no layer statistics for {normalize!r}; collect them again")
+def _least_squares(
+    align: Align, aligned: Program, facts: Symmetry, finder: PartialMatching, alphas: list[float], cut: list[Pass],
+    data: Any, options: dict[str, Any],
+) -> tuple[list[Pass], Program]:  # fmt: skip
+    """PLeaS: the passes that merge by least squares, and the edges they start from, wider where channels stay apart."""
+    assert align.matching is not None
+    outputs, grown = None, aligned
+    if align.matching.apart:
+        if cut:
+            raise ArgumentError("preserve=, heads= and a budget: kept layers need a rest of the edges' width")
+        growth = grow(aligned, facts, align.matching.apart, alphas)
+        outputs, grown = growth.output, growth.program
+    solve = LeastSquares(aligned, data, weights=alphas, ridge=finder.ridge, outputs=outputs, **options)
+    return [Interpolate(alphas), solve], grown
 
 
-def _normalizing(
-    normalize: str | None, data: Any, max_samples: int | None, device: Any, verify: bool, progress: bool
-) -> list[Pass]:
-    """The passes of one normalization, to be run on the merged network."""
-    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-    if normalize in ("repair", "rescale"):
-        return [
-            InsertNormalization(verify=verify),
-            CalibrateNormalization(normalize, data, **options),  # type: ignore[arg-type]
-            FoldNormalization(verify=verify),
-        ]
-    if normalize == "reset":
-        return [ResetBatchNorm(data, **options)]
-    return [RemoveBias()] if normalize == "bias_removal" else []
+def _unscored(asked: Normalization, program: Program) -> Normalization:
+    """Without a choice: several heads' outputs cannot be held against one ensemble's."""
+    if asked.method == "auto":
+        return replace(asked, method=_usual(program))
+    return replace(asked, count=asked.count or DEFAULT_LAYERS, direction=asked.direction or "backward")
+
+
+def _prepared(program: Program, prepare: str | None) -> Program:
+    if prepare not in (None, "remove_bias"):
+        raise ArgumentError(f"prepare={prepare!r} is unknown; it is 'remove_bias' or None")
+    return program if prepare is None else RemoveBias(None)(program)
+
+
+def _reads(asked: Normalization | None, finder: Matcher | None, program: Program) -> list[str]:
+    """What the statistics must hold, in the order in which ``vfx.collect`` reads it."""
+    tried = [] if asked is None else [asked]
+    if asked is not None and asked.method == "auto":
+        tried = [one for one in candidates(asked, program).values() if one is not None]
+    goals = any(one.needs_goals for one in tried)
+    behind = goals and any(one.behind for one in tried)
+    wanted = {"layers"} if goals else set()
+    wanted |= {"activations"} if behind else set()
+    wanted |= set(finder.needs) if finder is not None else set()
+    return [name for name in READS if name in wanted]
+
+
+def _check_statistics(statistics: Statistics | None, reads: Sequence[str]) -> None:
+    for name in reads:
+        if statistics is not None and name not in statistics.reads:
+            what = "layer statistics for the normalization" if name == "layers" else f"{name!r}, which are needed"
+            raise ArgumentError(f"these statistics hold no {what}; collect them again")
+
+
+def _reference_goals(
+    program: Program, references: Sequence[nn.Module], finder: Matcher | None, data: Any, asked: Normalization,
+    own: dict[str, Any], options: dict[str, Any],
+) -> dict[str, Goal]:  # fmt: skip
+    """The references' mean statistics in the first edge's channel order, a row for each edge."""
+    if finder is not None and not finder.exact:
+        raise ArgumentError("references= are aligned by permutations; match with 'weight' or 'activation'")
+    check_edges([program.module or references[0], *references])
+    joint = program.with_weights([program.weights[0], *(_weights_of(program, model) for model in references)])
+    check_same_function(joint.with_weights(joint.weights[1:]), references)
+    facts = infer_symmetry(joint)
+    if data is None:
+        raise ArgumentError("references= are run on data; give data=")
+    statistics = collect_statistics(joint, facts, data, activations=asked.behind, **options)
+    found = Align(finder, data, statistics=statistics, facts=facts, **own)(joint).goals
+    rows = {name: (goal.mean[1:].mean(0), goal.std[1:].mean(0)) for name, goal in found.items()}
+    return {name: Goal(*(x.expand(program.edges, -1) for x in pair)) for name, pair in rows.items()}
+
+
+def _given_goals(program: Program, statistics: Any, weights: float | Sequence[float] | None) -> dict[str, Goal]:
+    """Goals from statistics of another network of this architecture."""
+    found = statistics.goals()
+    sizes = {name: m[0].mean.shape[0] for name, m in statistics.layers.items()}
+    channels = {x.node: program.node(x.node).meta["val"].shape[x.channel] for x in number_layers(program)}
+    if (
+        not found
+        or any(channels.get(name, size) != size for name, size in sizes.items())
+        or not set(found) & set(channels)
+    ):
+        raise ArgumentError("goals= hold no layer statistics of this architecture; collect them with vfx.collect")
+    shares = torch.tensor(edge_weights(weights, len(next(iter(found.values())).mean)), dtype=torch.float64)
+    mix = lambda x: (x.cpu() * shares[:, None]).sum(0, keepdim=True)  # noqa: E731
+    return {name: Goal(mix(goal.mean), mix(goal.std)) for name, goal in found.items()}
 
 
 def _run(program: Program, passes: Iterable[Pass], watch: Stopwatch) -> Program:
@@ -651,8 +738,8 @@ def _result(
     watch: Stopwatch,
     align: Align | None = None,
     statistics: Statistics | None = None,
-    progress: bool = True,
-    **choices: Any,
+    scores: Mapping[str, Any] | None = None,
+    choices: Mapping[str, Any] | None = None,
 ) -> Result:
     with watch("emit"):
         module, reason = emit(result)
@@ -666,7 +753,8 @@ def _result(
         own_class=not reason,
         class_reason=reason,
         seconds=watch.seconds,
-        choices=choices,
+        choices=choices or {},
+        scores=scores or {},
     )
     return Result(module, result, report, statistics)
 
@@ -680,6 +768,8 @@ __all__ = [
     "profile",
     "prune",
     "prune_structured",
+    "record",
+    "recorded",
     "repair",
     "symmetry",
     "trace",

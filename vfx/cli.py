@@ -49,7 +49,24 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
-Normalize = Annotated[str, typer.Option(help="auto, none, repair, rescale, reset, bias_calibration or bias_removal.")]
+Normalize = Annotated[
+    str,
+    typer.Option(
+        help="auto, none, repair, rescale, rescale_average, reshift, reset, bias_calibration, bias_removal or "
+        "rescale_weights."
+    ),
+]
+Chosen = Annotated[
+    list[str] | None,
+    typer.Option("--layers", help="Layers to normalise: numbers, names or globs, repeatable; default: all but heads."),
+]
+Site = Annotated[str, typer.Option(help="Normalise before or behind the activation: preactivation or activation.")]
+Sweep = Annotated[
+    str, typer.Option(help="Statistics of the merged network: exact (layer by layer), train, uncorrected or batch.")
+]
+Memory = Annotated[
+    int | None, typer.Option(help="Bytes of activations an exact sweep keeps in memory; the rest waits on disk.")
+]
 Match = Annotated[str, typer.Option(help="auto, none, weight, activation, c2m3, iterated or ste.")]
 Samples = Annotated[int | None, typer.Option(help="Use at most this many calibration samples.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -81,6 +98,17 @@ def merge(
     join: Annotated[str, typer.Option(help="preactivation or activation.")] = "preactivation",
     heads: Annotated[str, typer.Option(help="Last layers kept for each edge: a number, or a module's name.")] = "0",
     head_output: Annotated[str, typer.Option(help="Outputs of the heads: list, cat or mean.")] = "list",
+    layers: Chosen = None,
+    site: Site = "preactivation",
+    sweep: Sweep = "exact",
+    bias_count: Annotated[int | None, typer.Option(help="Layers of bias removal; default: chosen on the data.")] = None,
+    bias_direction: Annotated[str | None, typer.Option(help="backward or forward; default: chosen.")] = None,
+    memory_limit: Memory = None,
+    match_layers: Annotated[int | None, typer.Option(help="Align only what the first layers produce.")] = None,
+    prepare: Annotated[str, typer.Option(help="none, or remove_bias: match edges without their biases.")] = "none",
+    references: Annotated[
+        list[Path] | None, typer.Option("--reference", help="Networks whose statistics are the goal, repeatable.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="One weight for each edge, e.g. 0.3,0.7.")] = None,
     max_samples: Samples = None,
     verify: Annotated[bool, typer.Option(help="Prove that each permutation preserves the function.")] = True,
@@ -93,13 +121,16 @@ def merge(
     from vfx import api
 
     edges, examples = _load_all(checkpoints, model, arguments), _examples(inputs)
+    asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
     result = api.merge(
         edges,
         examples,
-        data=_data(data, examples),
-        match=_optional(match),
+        data=_data(data, examples, labels=True),
+        match=_match(match, match_layers, data),
         restarts=restarts,
-        normalize=_optional(normalize),
+        normalize=_normalization(normalize, layers, memory_limit, **asked),
+        prepare=_optional(prepare),
+        references=_load_all(references or [], model, arguments),
         preserve=_cut(preserve),
         join=join,  # type: ignore[arg-type]
         heads=_cut(heads),
@@ -121,7 +152,11 @@ def repair(
     inputs: Inputs,
     data: Data,
     arguments: Arguments = [],  # noqa: B006
-    method: Annotated[str, typer.Option(help="auto, repair, rescale or reset.")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, repair, rescale, rescale_average, reshift or reset.")] = "auto",
+    layers: Chosen = None,
+    site: Site = "preactivation",
+    sweep: Sweep = "exact",
+    memory_limit: Memory = None,
     match: Annotated[str, typer.Option(help="Align the references first: none, weight or activation.")] = "none",
     max_samples: Samples = None,
     seed: Seed = 0,
@@ -137,8 +172,8 @@ def repair(
         network,
         others,
         examples,
-        data=_data(data, examples),
-        method=method,
+        data=_data(data, examples, labels=True),
+        method=_normalization(method, layers, memory_limit, site=site, sweep=sweep) or "none",
         match=_optional(match),
         max_samples=max_samples,
         seed=seed,
@@ -447,17 +482,38 @@ def _example(text: str, generator: torch.Generator) -> Tensor:
         ) from error
 
 
-def _data(source: str | None, inputs: Call) -> Any:
-    """Calibration inputs: a tensor, or batches by the names of the keyword arguments."""
+def _data(source: str | None, inputs: Call, labels: bool = False) -> Any:
+    """Calibration inputs: a tensor, or batches by the names of the keyword arguments; with their labels if wanted."""
     if source is None:
         return None
     if source == "digits":
         from vfx.models import digits
 
-        return digits()[0]
-    from vfx.statistics.files import read_batches, read_inputs
+        images, classes = digits()[:2]
+        return list(zip(images.split(128), classes.split(128))) if labels else images
+    from vfx.statistics.files import read_batches, read_inputs, read_labelled
 
-    return read_batches(Path(source), list(inputs.kwargs)) if inputs.kwargs else read_inputs(Path(source))
+    if inputs.kwargs:
+        return read_batches(Path(source), list(inputs.kwargs))
+    return read_labelled(Path(source)) if labels else read_inputs(Path(source))
+
+
+def _normalization(method: str, layers: list[str] | None, memory_limit: int | None, **options: Any) -> Any:
+    """The normalization that the options describe; numbers among the layers are numbers."""
+    from vfx.normalize.catalogue import Normalization
+
+    if _optional(method) is None:
+        return None
+    chosen = [int(one) if one.isdigit() else one for one in layers] if layers else None
+    return Normalization(method, chosen, memory_limit=memory_limit, **options)
+
+
+def _match(match: str, count: int | None, data: str | None) -> Any:
+    from vfx.match.first_layers import FirstLayers
+
+    if count is None or _optional(match) is None:
+        return _optional(match)
+    return FirstLayers(match if match != "auto" else "activation" if data else "weight", count)
 
 
 def _labelled(source: str | None, inputs: Call, train: bool = False) -> Any:

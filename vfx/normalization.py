@@ -1,23 +1,27 @@
-"""What normalization passes share: the affine x · scale + shift behind a layer, and readers that reset BatchNorms."""
+"""What normalization passes share: affines x · scale + shift behind values, readers that reset BatchNorms, biases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, fx
 
-from vfx.operators import BATCH_NORMS, operator, weight_name
-from vfx.program import Program
-from vfx.statistics.frontier import Reader, moments_of
+from vfx.analyse.layers import number_layers
+from vfx.operators import BATCH_NORMS, LAYERS, operator, weight_name
+from vfx.program import Program, Weights
+from vfx.statistics.frontier import Observed, Reader
 
 PREFIX = "normalization"
 SCALE, SHIFT = "scale", "shift"
+Direction = Literal["backward", "forward"]
 
 
 @dataclass(frozen=True)
 class Affine:
-    """One inserted affine: its layer's node, its two nodes and the FQNs of its parameters."""
+    """One inserted affine: the value it acts on (a layer's or its activation's), its nodes and parameters."""
 
     layer: fx.Node
     multiply: fx.Node
@@ -47,40 +51,74 @@ def affines(program: Program) -> Iterator[Affine]:
             yield Affine(layer, node, next(iter(node.users)))
 
 
-def reset_readers(program: Program, weights: dict[str, Tensor], notes: list[str]) -> dict[fx.Node, Reader]:
-    """For each merged BatchNorm a reader of its input that writes exact running statistics into ``weights``."""
-    readers: dict[fx.Node, Reader] = {}
-    seen: set[str] = set()
+def merged_norms(program: Program, layers: Collection[str] | None = None) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The BatchNorms with running statistics that are not one edge's own, each with the node it reads.
+
+    With ``layers`` (node names) only those behind one of these layers.
+    """
     for node in program.graph.nodes:
         name = weight_name(node, "running_mean") if operator(node) in BATCH_NORMS else None
         if name is None or name in program.private:
             continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if layers is None or _layer_before(source) in layers:
+            yield node, source
+
+
+def _layer_before(node: fx.Node) -> str:
+    """The layer whose output this is, normalised or not; "" where there is none."""
+    while operator(node) not in LAYERS:
+        operands = [a for a in node.all_input_nodes if a.op == "call_function"]
+        if len(operands) != 1:
+            return ""
+        node = operands[0]
+    return node.name
+
+
+def reset_readers(
+    program: Program, notes: list[str], layers: Collection[str] | None = None
+) -> dict[fx.Node, list[Reader]]:
+    """For each merged BatchNorm a reader of its input that writes its running statistics."""
+    readers: dict[fx.Node, list[Reader]] = {}
+    seen: set[str] = set()
+    for node, source in merged_norms(program, layers):
+        name = str(weight_name(node, "running_mean"))
         if name in seen:
             notes.append(f"reset: {name} serves several calls; its statistics are those of the last one")
         seen.add(name)
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        readers[source] = chained(readers.get(source), _reset(node, weights))
+        readers.setdefault(source, []).append(_reset(node))
     return readers
 
 
-def chained(first: Reader | None, second: Reader) -> Reader:
-    """Two readers of one node, one after the other."""
+def _reset(node: fx.Node) -> Reader:
+    mean, var = str(weight_name(node, "running_mean")), str(weight_name(node, "running_var"))
 
-    def read(values: list[Tensor]) -> None:
-        if first is not None:
-            first(values)
-        second(values)
+    def write(observed: Observed, weights: dict[str, Tensor]) -> str:
+        weights[mean] = observed.mean.to(weights[mean])
+        weights[var] = observed.unbiased.to(weights[var])
+        dead = int(observed.constant.sum())
+        return f"reset: {dead} constant channels in {node.name}" if dead else ""
 
-    return read
+    return Reader(1, write)
 
 
-def _reset(node: fx.Node, weights: dict[str, Tensor]) -> Reader:
-    mean, var = weight_name(node, "running_mean"), weight_name(node, "running_var")
+def removed_biases(program: Program, count: int | None, direction: Direction) -> set[str]:
+    """The biases of ``count`` layers (None: all) from the end (backward) or the start, those of branches left out."""
+    layers = number_layers(program)
+    number = {layer.node: layer.number for layer in layers}
+    found = set()
+    for node in program.graph.nodes:
+        if node.name not in number:
+            continue
+        depth = number[node.name]
+        chosen = count is None or (depth > len(layers) - count if direction == "backward" else depth <= count)
+        name = weight_name(node, "bias")
+        if chosen and name is not None and name not in program.private:
+            found.add(name)
+    return found
 
-    def read(values: list[Tensor]) -> None:
-        moments = moments_of(values, 1)
-        weights[str(mean)] = moments.mean.to(weights[str(mean)])
-        weights[str(var)] = (moments.m2 / max(moments.count - 1, 1)).to(weights[str(var)])
 
-    return read
+def without(weights: Weights, names: Collection[str]) -> dict[str, Tensor]:
+    """A weight set with some tensors set to zero."""
+    return {name: torch.zeros_like(tensor) if name in names else tensor for name, tensor in weights.items()}

@@ -31,7 +31,10 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Passes run, what they refused, how good the match is, and what the result costs against one edge."""
+    """Passes run, what they refused, how good the match is, and what the result costs against one edge.
+
+    ``scores``: how each normalization that was tried did on held-out calibration data.
+    """
 
     passes: tuple[str, ...]
     notes: tuple[str, ...]
@@ -43,6 +46,7 @@ class Report:
     matching: Matching | None = None
     verify_error: float | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def params_ratio(self) -> float:
@@ -58,6 +62,7 @@ class Report:
         matching = self.matching
         return {
             **self.choices,
+            "scores": {name: dict(score) for name, score in self.scores.items()},
             "passes": list(self.passes),
             "notes": list(self.notes),
             "params": self.profile.params,
@@ -85,6 +90,9 @@ class Report:
             table.add_row("match objective", ", ".join(f"{x:.4g}" for x in self.matching.objective))
         if self.matching is not None and self.verify_error is not None:
             table.add_row("proof", f"f(x) = f_π(x) to {self.verify_error:.1e} (float64)")
+        for name, score in self.scores.items():
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
+            table.add_row("held out", f"{name}: {figures}")
         table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
         for note in self.notes:
             table.add_row("note", note)

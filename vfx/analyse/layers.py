@@ -7,8 +7,9 @@ meet. A shortcut is a projection whose output meets, in an add, a path with more
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Literal
 
@@ -21,6 +22,7 @@ from vfx.operators import LAYERS, LINEARS, operator, weight_name
 from vfx.program import Program, Value
 
 Join = Literal["preactivation", "activation"]
+Choice = int | str | Collection[int | str] | None  # of layers: numbers, names of modules, globs
 _ADDS = {"aten.add", "aten.add_", "add"}
 
 
@@ -69,6 +71,23 @@ class Layers:
     def heads(self, keep: int | str) -> Cut:
         """The last ``keep`` layers and all that depends on them, or a module and all behind it; see ``heads``."""
         return heads(self, keep)
+
+    def select(self, chosen: Choice = None) -> list[Layer]:
+        """The layers that are meant by numbers 1…L, names of layers or modules, or globs such as ``features.*``.
+
+        None means every numbered layer but the heads (layers with no other layer behind them) and no shortcuts, as the
+        papers do. Layers that a cut keeps for each edge may be named and are left out. Raises ArgumentError.
+        """
+        if chosen is None:
+            heads = _heads(self)
+            return [layer for layer in self.layers if not layer.shortcut and layer.node not in heads]
+        several = [chosen] if isinstance(chosen, (str, Integral)) else list(chosen)  # type: ignore[arg-type]
+        everything = self.program.layers or self.layers
+        for one in several:
+            if not any(_means(one, layer) for layer in everything):
+                known = ", ".join(f"{layer.number} {layer.fqn}" for layer in everything if not layer.shortcut)
+                raise ArgumentError(f"layers={one!r} matches no layer; there are {known}")
+        return [layer for layer in self.layers if any(_means(one, layer) for one in several)]
 
     def table(self) -> Table:
         table = Table(title=f"{len(self)} layers")
@@ -121,6 +140,22 @@ def _layer(node: fx.Node, number: int, shortcut: bool) -> Layer:
     spatial = len(weight.meta["val"].shape) - 2  # type: ignore[union-attr]
     channel = len(value.shape) - 1 - (0 if operator(node) in LINEARS else spatial)
     return Layer(number, fqn, node.name, operator(node), shortcut, channel)
+
+
+def _means(chosen: int | str, layer: Layer) -> bool:
+    """Whether a number or a name means a layer; shortcuts have no number of their own."""
+    if isinstance(chosen, str):
+        return fnmatchcase(layer.fqn, chosen) or layer.fqn.startswith(chosen + ".")
+    return not isinstance(chosen, bool) and chosen == layer.number and not layer.shortcut
+
+
+def _heads(layers: Layers) -> set[str]:
+    """Layers with no other layer behind them."""
+    followed: set[fx.Node] = set()
+    for node in reversed(layers.program.graph.nodes):
+        if any(user in followed or operator(user) in LAYERS for user in node.users):
+            followed.add(node)
+    return {node.name for node in layers.program.graph.nodes if operator(node) in LAYERS and node not in followed}
 
 
 def _meeting(node: fx.Node) -> fx.Node | None:

@@ -34,7 +34,7 @@ from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Goal, Program
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches
-from vfx.statistics.frontier import advance_together
+from vfx.statistics.frontier import sweep
 
 Rewrite = Callable[[Program], Program]
 TOLERANCE = 1e-9
@@ -121,7 +121,7 @@ def _reset(program: Program, batches: Batches, progress: bool) -> Program:
     if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
         return program
     weights = dict(program.weights[0])
-    advance_together(program, weights, batches, reset_readers(program, weights, []), progress)
+    sweep(program, weights, batches, reset_readers(program, []), progress=progress)
     return program.with_weights([weights])
 
 

@@ -19,7 +19,7 @@ from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.pruning.targets import Target, find_targets
 from vfx.statistics.data import Batches
-from vfx.statistics.frontier import Reader, advance_together, moments_of
+from vfx.statistics.frontier import ValueReader, advance_together, moments_of
 from vfx.statistics.moments import Moments
 
 
@@ -185,7 +185,7 @@ def output_moments(network: Program, batches: Batches) -> dict[str, Moments]:
     nodes = {node.name: node for node in network.graph.nodes}
     channels = {layer.node: layer.channel for layer in number_layers(network)}
     found: dict[str, Moments] = {}
-    readers: dict[fx.Node, Reader] = {}
+    readers: dict[fx.Node, ValueReader] = {}
     for name, channel in channels.items():
         node = _normalized(nodes[name])
         channel = 1 if operator(node) in BATCH_NORMS else channel

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.layers import number_layers
+from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import DataError
 from vfx.program import Execution, Goal, Program, Weights, digest, schedule
@@ -20,15 +20,18 @@ from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, Workspace, batch_moments, channel_rows
 from vfx.statistics.taps import Tap, feature_taps
 
+READS = ("features", "layers", "within", "activations")  # what can be asked for
+
 
 @dataclass(frozen=True)
 class Statistics:
     """What one pass over the data saw of every edge.
 
     ``features`` holds, by tap, moments and cross products of the groups' features; ``layers`` the moments of each conv
-    and linear output by node name, one for each edge, ``covariances`` those outputs' (C, C) covariance in each edge.
-    All are in the edges' own channel order; ``reads`` says what was asked for (a network without free channels has no
-    features to read): "features", "layers", and "within" for second moments inside each edge.
+    and linear output (and, if asked for, of the activations behind them) by node name, one for each edge,
+    ``covariances`` those outputs' (C, C) covariance in each edge. All are in the edges' own channel order; ``reads``
+    says what was asked for (a network without free channels has no features to read): "features", "layers",
+    "activations", and "within" for second moments inside each edge.
     """
 
     samples: int
@@ -62,18 +65,22 @@ def collect(
     features: bool = True,
     layers: bool = True,
     within: bool = False,
+    activations: bool = False,
     device: Any = None,
     progress: bool = True,
 ) -> Statistics:
     """Read all edges' activations in one pass over ``data``.
 
     ``features`` asks for the groups' features (activation matching), ``layers`` for the conv and linear outputs
-    (REPAIR, RESCALE; they need no symmetry), ``within`` for the second moments of both inside each edge (ZipIt!, CCA).
-    Totals are float64; the result is the same for any partition into batches.
+    (REPAIR, RESCALE; they need no symmetry), ``activations`` for those of their activation functions too
+    (post-activation REPAIR), ``within`` for the second moments of all of them inside each edge (ZipIt!, CCA). Totals
+    are float64; the result is the same for any partition into batches.
     """
     if device is not None:
         program = program.to(device)
-    collector = _Collector(program, feature_taps(symmetry) if features and symmetry else [], layers, within)
+    channels = statistics_channels(program, activations) if layers or activations else {}
+    collector = _Collector(program, feature_taps(symmetry) if features and symmetry else [], channels, within)
+    asked = {"features": features, "layers": layers or activations, "activations": activations, "within": within}
     batches = Batches(program, data, max_samples, device)
     for batch in track(batches, "statistics", len(batches), progress):
         collector.add(batch, batches.size(batch))
@@ -83,9 +90,7 @@ def collect(
         features=collector.features,
         layers=collector.layers,
         fingerprint=fingerprint(program),
-        reads=frozenset(
-            name for name, asked in (("features", features), ("layers", layers), ("within", within)) if asked
-        ),
+        reads=frozenset(name for name, wanted in asked.items() if wanted),
         covariances=collector.covariances(),
     )
 
@@ -93,7 +98,7 @@ def collect(
 class _Collector:
     """Accumulators of every tap, fed batch by batch."""
 
-    def __init__(self, program: Program, taps: list[Tap], layers: bool, within: bool):
+    def __init__(self, program: Program, taps: list[Tap], channels: Mapping[str, int], within: bool):
         self.program, self.taps, self.samples, self.within = program, taps, 0, within
         self.plan = schedule(program.graph)
         self.features: dict[str, CrossMoments] = {}
@@ -103,7 +108,7 @@ class _Collector:
         self._taps_at: dict[str, list[Tap]] = {}
         for tap in taps:
             self._taps_at.setdefault(tap.node, []).append(tap)
-        self._channel = {layer.node: layer.channel for layer in number_layers(program)} if layers else {}
+        self._channel = channels
 
     def add(self, batch: list[Any], samples: int) -> None:
         runs = [Execution(self.program.graph, weights, batch, self.plan) for weights in self.program.weights]

@@ -20,6 +20,17 @@ Batch = list[Tensor]  # one for each placeholder
 Labels = Callable[[Any, int, int], Tensor | None]  # of a raw batch, by its inputs and samples
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Batches that are read already: one tensor for each placeholder, and labels (N,) where the data hold some."""
+
+    batches: tuple[Batch, ...]
+    labels: tuple[Tensor | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 def reusable(data: Any) -> Any:
     """``data``, or its batches where it can be read only once."""
     return list(data) if isinstance(data, Iterator) else data
@@ -29,9 +40,10 @@ class Batches:
     """Calibration batches of a Program, checked against its example inputs, on one device.
 
     ``data`` is a tensor of samples, or an iterable of tensors, of tuples (forward's arguments in order, labels behind
-    them) or of dicts (by forward's parameter names; other keys are labels). Arguments that were captured nested are
-    nested alike. A batch becomes one tensor for each placeholder. ``max_samples`` cuts the data off. An iterator that
-    can be read only once is kept. Raises DataError for an empty loader or a batch that does not fit.
+    them) or of dicts (by forward's parameter names; other keys are labels), or ``Prepared``. Arguments that were
+    captured nested are nested alike. A batch becomes one tensor for each placeholder. ``max_samples`` cuts the data
+    off. An iterator that can be read only once is kept. Raises DataError for an empty loader or a batch that does not
+    fit.
     """
 
     def __init__(self, program: Program, data: Any, max_samples: int | None = None, device: Any = None):
@@ -41,7 +53,7 @@ class Batches:
             data, max_samples, device = data._given_as(max_samples, device)
         if isinstance(data, Tensor):
             data = data.split(BATCH_SIZE)
-        if not isinstance(data, Iterable) or isinstance(data, Mapping):
+        if not isinstance(data, (Iterable, Prepared)) or isinstance(data, Mapping):
             raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
         self._data = reusable(data)
         self._arguments = program.signature.inputs
@@ -64,8 +76,9 @@ class Batches:
 
     def labelled(self, kind: Labels = integer_labels) -> Iterator[tuple[Batch, Tensor | None]]:
         """Batches with their labels (samples, …) where the data hold some (``vfx.statistics.labels``)."""
-        for raw, samples, batch in self._read():
-            labels = kind(raw, len(self._arguments), samples)
+        for index, (raw, samples, batch) in enumerate(self._read()):
+            prepared = isinstance(self._data, Prepared)
+            labels = self._data.labels[index] if prepared else kind(raw, len(self._arguments), samples)
             if labels is not None:
                 labels = labels[: self.size(batch)].to(self._device)
             yield batch, labels
@@ -77,8 +90,8 @@ class Batches:
     def _read(self) -> Iterator[tuple[Any, int, Batch]]:
         """Each raw batch with its samples and its inputs, which are cut off at the limit."""
         seen = 0
-        for raw in self._data:
-            batch = self._inputs(raw)
+        for raw in self._data.batches if isinstance(self._data, Prepared) else self._data:
+            batch = list(raw) if isinstance(self._data, Prepared) else self._inputs(raw)
             samples = size = self.size(batch)
             if self._limit is not None and seen + size > self._limit:
                 size = self._limit - seen
@@ -91,9 +104,31 @@ class Batches:
         if not seen:
             raise DataError("the data hold no samples; give at least one batch")
 
+    def split(self, every: int, limit: int) -> tuple[Prepared, Prepared]:
+        """The first ``limit`` samples without every ``every``-th of them, and those; the same for the same data.
+
+        Every batch of the first part keeps its place, so it may be smaller; empty ones are left out.
+        """
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        seen = 0
+        for batch, labels in self.labelled():
+            size = min(self.size(batch), limit - seen)
+            held = (torch.arange(seen, seen + size) + 1) % every == 0
+            for part, chosen in zip(parts, (~held, held)):
+                rows = chosen.nonzero()[:, 0]
+                if len(rows):
+                    own = [x[rows.to(x.device)] if c.batched else x for c, x in zip(self._checks, batch)]
+                    part.append((own, labels[rows.to(labels.device)] if labels is not None else None))
+            seen += size
+            if seen == limit:
+                break
+        return tuple(Prepared(*(tuple(x) for x in zip(*part))) if part else Prepared((), ()) for part in parts)  # type: ignore
+
     def __len__(self) -> int:
         """Number of batches where the loader knows it, else 0."""
         count = len(self._data) if isinstance(self._data, Sized) else 0
+        if isinstance(self._data, Prepared):
+            return count
         first = getattr(self._data, "batch_size", None) or (len(self._data[0]) if isinstance(self._data, tuple) else 0)
         return min(count, -(-self._limit // first)) if count and self._limit and first else count
 

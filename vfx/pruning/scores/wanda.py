@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, fx
 
 from vfx.errors import ArgumentError
-from vfx.normalization import chained
 from vfx.operators import CONVOLUTIONS, TRANSPOSED, arguments, operator
 from vfx.progress import track
 from vfx.pruning.scores.score import Pruned, Score, Select, Subject
 from vfx.pruning.selection import Selection
 from vfx.pruning.targets import Target, groups_of, is_transposed, operands
-from vfx.statistics.frontier import Reader, advance_together
+from vfx.statistics.frontier import ValueReader, advance_together, chained
 
 Propagation = Literal["dense", "pruned"]
 
@@ -56,7 +55,7 @@ class Wanda(Score):
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """Scores on the network as it stands, whatever the propagation."""
         squares: dict[str, Tensor] = {}
-        readers: dict[fx.Node, Reader] = {}
+        readers: dict[fx.Node, ValueReader] = {}
         for target in subject.targets:
             for node in target.nodes:
                 _read(subject, readers, node, partial(_add, squares, target, node))
@@ -78,7 +77,7 @@ class Wanda(Score):
             masks[target.name] = mask
             weights[target.name] = weights[target.name].masked_fill(~mask, 0)
 
-        readers: dict[fx.Node, Reader] = {}
+        readers: dict[fx.Node, ValueReader] = {}
         for target in subject.targets:  # a weight that serves several calls is pruned for the first
             _read(subject, readers, target.nodes[0], partial(prune_one, target, target.nodes[0]))
         advance_together(subject.program, weights, subject.batches(), readers, subject.progress)
@@ -90,7 +89,7 @@ def score(target: Target, weight: Tensor, squares: Tensor) -> Tensor:
     return target.restored(target.matrix(weight).abs().double() * squares.sqrt())
 
 
-def _read(subject: Subject, readers: dict[fx.Node, Reader], node: fx.Node, read: Reader) -> None:
+def _read(subject: Subject, readers: dict[fx.Node, ValueReader], node: fx.Node, read: ValueReader) -> None:
     """Have ``read`` see a layer's input before the layer runs; an input that is a weight is there from the start."""
     source, _ = operands(node)
     if source.op != "get_attr":

@@ -1,0 +1,102 @@
+"""The catalogue of what each normalization is made of, and the choice between them. Not a pass itself.
+
+A normalization is a few passes in front of Interpolate and a few behind it. The choice ("auto", and the number of
+layers of bias removal) runs every candidate on the same merged network with the same goals, calibrated on one part of
+the data, and scores it on the other (``vfx.normalize.choice``); affines are not folded for that. What was chosen is
+then calibrated on all data, so that the result is what naming it would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from passes.calibrate_bias import CalibrateBias
+from passes.calibrate_normalization import CalibrateNormalization
+from passes.fold_normalization import FoldNormalization
+from passes.insert_normalization import InsertNormalization
+from passes.remove_bias import DEFAULT_LAYERS, RemoveBias
+from passes.rescale_weights import RescaleWeights
+from passes.reset_batchnorm import ResetBatchNorm
+from passes.use_batch_statistics import UseBatchStatistics
+from vfx.analyse.layers import number_layers
+from vfx.errors import ArgumentError
+from vfx.normalize.catalogue import METHODS, Normalization, candidates
+from vfx.normalize.choice import EVERY, FEW, LIMIT, Judge, Score, best_removal, removals
+from vfx.program import Program
+from vfx.rewrite import Pass
+from vfx.statistics.data import Batches
+
+
+def normalizing(
+    chosen: Normalization | None, alphas: Sequence[float], data: Any, options: dict[str, Any], verify: bool,
+    fold: bool = True,
+) -> tuple[list[Pass], list[Pass]]:  # fmt: skip
+    """The passes of one normalization: those in front of Interpolate, and those for the merged network."""
+    if chosen is None:
+        return [], []
+    method, layers = chosen.method, chosen.layers
+    if method == "bias_calibration":
+        return [CalibrateBias(alphas)], []
+    if method == "rescale_weights":
+        return [RescaleWeights(alphas, layers)], []
+    if method == "bias_removal":
+        count = DEFAULT_LAYERS if chosen.count is None else chosen.count
+        return [], [RemoveBias(count, chosen.direction or "backward")]
+    if chosen.sweep == "batch":
+        return [], [UseBatchStatistics(method, layers)]  # type: ignore[arg-type]
+    how: dict[str, Any] = {"sweep": chosen.sweep, "memory_limit": chosen.memory_limit, **options}
+    if method == "reset":
+        return [], [ResetBatchNorm(data, layers=layers, **how)]
+    insert = InsertNormalization(layers, verify, chosen.site)
+    calibrate = CalibrateNormalization(method, data, **how)  # type: ignore[arg-type]
+    return [], [insert, calibrate, *([FoldNormalization(verify=verify)] if fold else [])]
+
+
+def choose(
+    asked: Normalization | None, edges: Program, aligned: Program, merging: Sequence[Pass], alphas: Sequence[float],
+    data: Any, options: dict[str, Any],
+) -> tuple[Normalization | None, dict[str, Any]]:  # fmt: skip
+    """The normalization to run, and the scores on held-out data of those that were tried ("auto", bias removal).
+
+    ``merging`` are the passes from the aligned edges to one network; none if ``aligned`` is one already (repair).
+    """
+    if asked is None or data is None or not (asked.method == "auto" or asked.chooses):
+        return asked, {}
+    fit, held = Batches(edges, data, options["max_samples"], options["device"]).split(EVERY, LIMIT)
+    if not (fit.batches and held.batches):
+        raise ArgumentError(
+            f"normalize={asked.method!r} holds samples out to choose; give at least {EVERY}, or name one"
+        )
+    tried = candidates(asked, aligned) if asked.method == "auto" else {asked.method: asked}
+    if not merging:
+        tried = {name: one for name, one in tried.items() if one is None or METHODS[name].data}
+    judge = Judge(edges, alphas, held)
+    merged = _after(aligned, merging)
+    own = options | {"max_samples": None, "progress": False}
+    scores = {}
+    for name, one in tried.items():
+        if one is not None and one.chooses:
+            tried[name], scores[name] = _removal(one, merged, judge, FEW if len(tried) > 1 else LIMIT)
+            continue
+        before, after = normalizing(one, alphas, fit, own, verify=False, fold=False)
+        network = _after(aligned, [*before, *merging]) if before else merged
+        scores[name] = judge(_after(network, after))
+    best = min(scores, key=lambda name: scores[name].value)
+    return tried[best], {name: score.to_dict() for name, score in scores.items()}
+
+
+def _removal(asked: Normalization, merged: Program, judge: Judge, samples: int) -> tuple[Normalization, Score]:
+    """Bias removal with the number of layers and the end that do best on ``samples``, scored on all held-out ones."""
+    counts = range(1, len(number_layers(merged)) + 1) if asked.count is None else [asked.count]
+    ends: list[Any] = ["backward", "forward"] if asked.direction is None else [asked.direction]
+    best = best_removal(removals(merged, judge.part(samples), ends, list(counts)))
+    score = judge(RemoveBias(best.count, best.direction)(merged))
+    return replace(asked, count=best.count, direction=best.direction), score
+
+
+def _after(program: Program, passes: Iterable[Pass]) -> Program:
+    for one in passes:
+        program = one(program)
+    return program

@@ -1,0 +1,150 @@
+"""UseBatchStatistics: layers normalised by the statistics of the batch at hand (*Vanishing Feature*, App. G.4).
+
+The data-free form of REPAIR, RESCALE and RESET: goals come from statistics recorded while the edges were trained
+(``vfx.record``), and instead of being calibrated, the merged network normalises each layer by the mean and deviation of
+the batch that it is given. The result depends on the whole batch, needs batches that are large and mixed, and cannot be
+folded.
+
+=======  ==============================================
+REPAIR   (x − μ_B)/√(σ_B² + ε) · σ̄ + μ̄
+RESCALE  x/√(σ_B² + ε) · σ̄
+RESET    BatchNorm with μ_B, σ_B for its running values
+=======  ==============================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from vfx.analyse.layers import Choice, Layer, number_layers
+from vfx.errors import ArgumentError, PassError
+from vfx.normalization import merged_norms, name
+from vfx.operators import BATCH_NORMS, arguments, operator
+from vfx.program import Goal, Program, Value, copy_graph
+from vfx.rewrite import Pass, require_edges
+
+EPSILON = 1e-5
+Kind = Literal["repair", "rescale", "rescale_average", "reset"]
+_aten = torch.ops.aten
+
+
+class UseBatchStatistics(Pass):
+    """Normalise ``layers`` (default: all but shortcuts and heads) and every merged BatchNorm by each batch."""
+
+    def __init__(self, kind: Kind, layers: Choice = None):
+        if kind not in get_args(Kind):
+            raise ArgumentError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
+        self.kind, self.layers = kind, layers
+
+    def requires(self, program: Program) -> None:
+        require_edges(program, single=True, name=self.name)
+        if self.kind != "reset" and not program.goals and list(_plain_layers(program, self.layers)):
+            raise PassError("no goal statistics: record them in training (vfx.record), or give Align data")
+
+    def apply(self, program: Program) -> Program:
+        graph, _ = copy_graph(program.graph)
+        working = replace(program, graph=graph)
+        nodes = {node.name: node for node in graph.nodes}
+        weights = dict(program.weights[0])
+        norms = [node for node, _ in merged_norms(working)]
+        count = 0
+        if self.kind != "reset":
+            for layer in _plain_layers(working, self.layers):
+                if layer.node in program.goals:
+                    weights |= _normalised(
+                        graph, nodes[layer.node], layer.channel, self.kind, program.goals[layer.node]
+                    )
+                    count += 1
+        for node in norms:
+            _by_batch(graph, node, weights)
+        graph.eliminate_dead_code()
+        graph.lint()
+        note = f"UseBatchStatistics({self.kind}, {count + len(norms)} layers)"
+        warning = f"{self.kind}: the network normalises by the statistics of each batch; one sample alone has none"
+        result = program.with_graph(graph, [weights], note)
+        return replace(result, notes=(*program.notes, warning))
+
+
+def _plain_layers(program: Program, layers: Choice) -> list[Layer]:
+    """The chosen layers that no BatchNorm normalises already."""
+    chosen = number_layers(program).select(layers)
+    return [x for x in chosen if not all(operator(user) in BATCH_NORMS for user in program.node(x.node).users)]
+
+
+class _Writer:
+    """Appends calls behind a node, each in front of what reads it."""
+
+    def __init__(self, graph: fx.Graph, before: fx.Node):
+        self.graph, self.before = graph, before
+
+    def __call__(self, target: Any, *args: Any, value: Value, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {"val": value}
+        return node
+
+    def parameter(self, fqn: str, value: Value) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("get_attr", fqn)
+        node.meta = {"val": value}
+        return node
+
+    def statistics(self, x: fx.Node, channel: int, epsilon: float = EPSILON) -> tuple[fx.Node, fx.Node]:
+        """x − μ_B and 1/√(σ_B² + ε), the latter with ones on every axis but the channels'."""
+        value = x.meta["val"]
+        dims = [d for d in range(len(value.shape)) if d != channel]
+        small = Value(tuple(s if d == channel else 1 for d, s in enumerate(value.shape)), value.dtype)
+        mean = self(_aten.mean.dim, x, dims, True, value=small)
+        centred = self(_aten.sub.Tensor, x, mean, value=value)
+        squared = self(_aten.mul.Tensor, centred, centred, value=value)
+        variance = self(_aten.mean.dim, squared, dims, True, value=small)
+        padded = self(_aten.add.Tensor, variance, epsilon, value=small)
+        return centred, self(_aten.rsqrt.default, padded, value=small)
+
+
+def _normalised(graph: fx.Graph, node: fx.Node, channel: int, kind: str, goal: Goal) -> dict[str, Tensor]:
+    """Put the normalization behind a layer; returns its parameters."""
+    value, users = node.meta["val"], list(node.users)
+    after = len(value.shape) - 1 - channel
+    shape = (value.shape[channel], *[1] * after)
+    mean, std = (x[0].to(value.dtype) for x in (goal.mean, goal.std))
+    if kind == "rescale_average":
+        std = std.mean().expand_as(std)
+    parameters = {name(node.name, "goal_std"): std.reshape(shape).clone()}
+    write = _Writer(graph, node.next)
+    centred, inverse = write.statistics(node, channel)
+    wanted = write.parameter(name(node.name, "goal_std"), Value(shape, value.dtype))
+    small = inverse.meta["val"]
+    scale = write(_aten.mul.Tensor, inverse, wanted, value=small)
+    result = write(_aten.mul.Tensor, centred if kind == "repair" else node, scale, value=value)
+    if kind == "repair":
+        parameters[name(node.name, "goal_mean")] = mean.reshape(shape).clone()
+        offset = write.parameter(name(node.name, "goal_mean"), Value(shape, value.dtype))
+        result = write(_aten.add.Tensor, result, offset, value=value)
+    for user in users:
+        user.replace_input_with(node, result)
+    return parameters
+
+
+def _by_batch(graph: fx.Graph, node: fx.Node, weights: dict[str, Tensor]) -> None:
+    """A BatchNorm without running statistics: γ (x − μ_B)/√(σ_B² + ε) + β."""
+    a = arguments(node)
+    source, value = a["input"], node.meta["val"]
+    write = _Writer(graph, node)
+    centred, inverse = write.statistics(source, 1, float(a["eps"]))
+    result = write(_aten.mul.Tensor, centred, inverse, value=value)
+    shape = (value.shape[1], *[1] * (len(value.shape) - 2))
+    for key, target in (("weight", _aten.mul.Tensor), ("bias", _aten.add.Tensor)):
+        if isinstance(a[key], fx.Node):
+            column = write(_aten.view.default, a[key], list(shape), value=Value(shape, value.dtype))
+            result = write(target, result, column, value=value)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    for unread in ("running_mean", "running_var"):
+        fqn = str(a[unread].target)
+        if not any(n.op == "get_attr" and n.target == fqn and n.users for n in graph.nodes):
+            weights.pop(fqn, None)

@@ -1,0 +1,54 @@
+"""FirstLayers: align only what the first l layers produce (*Vanishing Feature*, Figure 4 left).
+
+A matcher runs as always; the permutations of groups whose channels first appear in a later layer are then replaced by
+the identity. A residual stream belongs to the layer that starts it. The result is a symmetry like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vfx.analyse.layers import number_layers
+from vfx.analyse.symmetry import Symmetry
+from vfx.errors import ArgumentError
+from vfx.match.catalogue import matcher as find_matcher
+from vfx.match.matcher import Matcher, Matching, Problem
+from vfx.operators import weight_name
+from vfx.program import Program
+
+
+class FirstLayers:
+    """``matcher`` (a name or a Matcher), its result kept for the first ``count`` layers alone."""
+
+    def __init__(self, matcher: str | Matcher, count: int):
+        found = find_matcher(matcher)
+        if found is None:
+            raise ArgumentError("FirstLayers needs a matcher, e.g. FirstLayers('activation', 3)")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ArgumentError(f"count is a number of layers, got {count!r}")
+        self.matcher, self.count = found, count
+        self.needs, self.exact = found.needs, found.exact
+
+    def __call__(self, problem: Problem) -> Matching:
+        matching = self.matcher(problem)
+        first, identity = first_layer_of_groups(problem.program, problem.symmetry), problem.symmetry.identity()
+        kept = tuple(
+            {g: p if first[g] <= self.count else identity[g] for g, p in permutations.items()}
+            for permutations in matching.permutations
+        )
+        maps = tuple({g: m for g, m in own.items() if first[g] <= self.count} for own in matching.maps)
+        return replace(matching, permutations=kept, maps=maps)
+
+
+def first_layer_of_groups(program: Program, symmetry: Symmetry) -> dict[int, int]:
+    """The number of the first layer that produces each group's channels; 1 where none does (embeddings)."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    number: dict[str, int] = {}
+    for layer in number_layers(program):
+        weight = weight_name(nodes[layer.node])
+        if weight is not None:
+            number.setdefault(weight, layer.number)
+    return {
+        group.index: min((number[m.fqn] for m in group.members if m.role == "out" and m.fqn in number), default=1)
+        for group in symmetry.groups
+    }

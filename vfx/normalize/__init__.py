@@ -1,0 +1,1 @@
+"""Which normalizations there are, and which one to take."""

@@ -1,0 +1,131 @@
+"""The catalogue of normalizations: one line each, and what a user can ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+from vfx.analyse.layers import Choice, Join
+from vfx.errors import ArgumentError
+from vfx.normalization import Direction
+from vfx.operators import BATCH_NORMS, operator
+from vfx.program import Program
+
+
+class Method(NamedTuple):
+    """What a normalization needs: calibration ``data``, ``goals`` (the edges' layer statistics), BatchNorm or none.
+
+    ``norm``: True if only networks with BatchNorm, False if only those without have a use for it, None for all.
+    ``tried``: whether "auto" tries it.
+    """
+
+    data: bool
+    goals: bool
+    norm: bool | None
+    tried: bool
+    summary: str
+
+
+METHODS: Mapping[str, Method] = {
+    "repair": Method(True, True, False, True, "(x − μ_α)/σ_α · σ̄ + μ̄"),
+    "rescale": Method(True, True, False, True, "x/σ_α · σ̄"),
+    "rescale_average": Method(True, True, False, True, "x/σ_α · mean of σ̄ over the layer"),
+    "reshift": Method(True, True, False, False, "x − μ_α + μ̄ (an ablation that ruins the papers' networks)"),
+    "reset": Method(True, False, True, True, "BatchNorm's running statistics recomputed"),
+    "bias_calibration": Method(False, False, None, True, "b_l ← Σ αᵢ^l b_i"),
+    "bias_removal": Method(False, False, None, True, "b ← 0 in the last or first k layers"),
+    "rescale_weights": Method(False, False, None, False, "|θ_α| brought to the edges' mean magnitude"),
+}
+SWEEPS = ("exact", "train", "uncorrected", "batch")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A normalization with its options; a name alone stands for the defaults.
+
+    ``method``: "auto", or one of ``METHODS``. ``layers``: numbers, names or globs of the layers that are normalised;
+    None: every conv and linear layer but shortcuts and classifier heads (as the papers do), every BatchNorm for RESET.
+    ``site``: before or behind the activation function. ``sweep``: "exact" (layer by layer), "train" and "uncorrected"
+    (to compare with, ``vfx.statistics.frontier``), "batch" (by the statistics of each batch at evaluation, no data).
+    ``count`` and ``direction``: of bias removal; what is None is chosen on held-out calibration data (without data: the
+    last 5 layers). ``memory_limit``: bytes of activations that an exact sweep keeps in memory, the rest waits on disk.
+    Raises ArgumentError.
+    """
+
+    method: str = "auto"
+    layers: Choice = None
+    site: Join = "preactivation"
+    sweep: Literal["exact", "train", "uncorrected", "batch"] = "exact"
+    count: int | None = None
+    direction: Direction | None = None
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method != "auto" and self.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise ArgumentError(f"normalize={self.method!r} is unknown; choose one of {known}, None or 'auto'")
+        for name, allowed in (("site", get_args(Join)), ("sweep", SWEEPS), ("direction", (None, *get_args(Direction)))):
+            if getattr(self, name) not in allowed:
+                raise ArgumentError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
+        for name in ("count", "memory_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ArgumentError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.sweep == "batch" and (self.method not in METHODS or not METHODS[self.method].data or self.behind):
+            raise ArgumentError("sweep='batch' normalises before the activation by repair, rescale or reset; name one")
+        if self.method == "reset" and self.behind:
+            raise ArgumentError("site='activation' is for repair, rescale and reshift: RESET acts on BatchNorms")
+
+    @property
+    def behind(self) -> bool:
+        """Whether it acts behind the activation functions."""
+        return self.site == "activation"
+
+    @property
+    def needs_goals(self) -> bool:
+        return METHODS[self.method].goals
+
+    @property
+    def needs_data(self) -> bool:
+        return METHODS[self.method].data and self.sweep != "batch"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether bias removal has something to choose on held-out data."""
+        return self.method == "bias_removal" and (self.count is None or self.direction is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is not the default, for reports."""
+        default = Normalization()
+        names = ("layers", "site", "sweep", "count", "direction", "memory_limit")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
+
+
+def normalization(normalize: str | Normalization | None, data: bool) -> Normalization | None:
+    """The normalization that is asked for, checked against the data at hand; None for none, and "auto" without data.
+
+    Raises ArgumentError.
+    """
+    if normalize is None:
+        return None
+    found = Normalization(normalize) if isinstance(normalize, str) else normalize
+    if found.method == "auto":
+        return found if data else None
+    if found.needs_data and not data:
+        raise ArgumentError(f"normalize={found.method!r} runs the merged network on data; give data=")
+    return found
+
+
+def candidates(asked: Normalization, program: Program) -> dict[str, Normalization | None]:
+    """What "auto" tries: none at all, and every method of use on this network, with the options of ``asked``.
+
+    With BatchNorm behind some layers and none behind others, REPAIR and its kin reset the former; with BatchNorm behind
+    all of them they are RESET.
+    """
+    norms = [node for node in program.graph.nodes if operator(node) in BATCH_NORMS]
+    has_norm = bool(norms)
+    use = {name: method for name, method in METHODS.items() if method.tried and method.norm in (None, has_norm)}
+    found: dict[str, Normalization | None] = {"none": None}
+    return found | {name: replace(asked, method=name) for name in use if not (asked.behind and not use[name].goals)}
