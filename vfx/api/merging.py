@@ -1,0 +1,204 @@
+"""``vfx.merge`` and ``vfx.compile``: the whole data flow, trace → analyse → match → passes → emit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from passes.align import Align
+from passes.catalogue import choose, normalizing
+from passes.duplicate_branches import DuplicateBranches
+from passes.duplicate_heads import DuplicateHeads, HeadOutput
+from passes.interpolate import Interpolate
+from passes.least_squares import LeastSquares
+from passes.remove_bias import DEFAULT_LAYERS, RemoveBias
+from passes.transform import Transform
+from vfx.alphas import edge_weights
+from vfx.analyse.layers import Join, number_layers
+from vfx.analyse.symmetry import Symmetry
+from vfx.api.normalizing import check_statistics, reads_for, reference_goals, usual, without_batch_norm
+from vfx.api.results import Result, result_of, run_passes
+from vfx.api.tracing import program_of, symmetry
+from vfx.api.widths import one_width
+from vfx.checks import check_finite
+from vfx.diagnosis.skew import skew_notes
+from vfx.errors import ArgumentError, PassError
+from vfx.match.catalogue import matcher
+from vfx.match.growth import grow
+from vfx.match.matcher import Matcher
+from vfx.match.partial import PartialMatching
+from vfx.normalize.catalogue import Normalization, normalization
+from vfx.program import Program
+from vfx.report import Stopwatch
+from vfx.rewrite import Pass
+from vfx.statistics.collect import READS, Statistics
+from vfx.statistics.collect import collect as collect_statistics
+from vfx.statistics.data import Batches, reusable
+from vfx.statistics.labels import counted
+from vfx.widths import differ_in_width
+
+
+def merge(
+    models: Sequence[nn.Module] | Program,
+    example_inputs: Any = None,
+    *,
+    data: Any = None,
+    match: str | Matcher | None = "auto",
+    restarts: int = 0,
+    weights: float | Sequence[float] | None = None,
+    normalize: str | Normalization | None = "auto",
+    preserve: int | str = 0,
+    join: Join = "preactivation",
+    heads: int | str = 0,
+    head_output: HeadOutput = "list",
+    prepare: str | None = None,
+    references: Sequence[nn.Module] = (),
+    statistics: Statistics | None = None,
+    held_out: Any = None,
+    max_samples: int | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
+
+    ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
+    dicts (labels, where there are any, are read by "ste" and help "auto" to choose).
+    ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are data
+    or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best
+    by the method's own objective is kept. "ot" takes models whose numbers of channels differ, too: the result has those
+    of the first.
+    ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
+    ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options; "auto"
+    keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first layers kept
+    for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm
+    and activation. ``prepare``: "remove_bias" takes the edges' biases off before they are matched. ``references``:
+    other networks whose statistics are the normalization's goal (aligned to the first edge with ``match``).
+    ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
+    may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
+    averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
+    nothing; the report warns if the merged network's variances do not fit the edges' on them. ``verify``: prove
+    f(x) = f_π(x) before use.
+    Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
+    """
+    watch = Stopwatch()
+    data = reusable(data)
+    carried = None
+    if not isinstance(models, Program) and not heads and differ_in_width(models):
+        carried, normalize = one_width(
+            models, example_inputs, data, match, normalize, preserve, max_samples, verify, device, progress, watch
+        )
+        models, match, statistics = carried.program, None, carried.statistics
+    with watch("trace"):
+        program = program_of(models, example_inputs, heads)
+    check_edges_of(program)
+    data = counted(data, len(program.signature.inputs))
+    alphas = edge_weights(weights, program.edges)
+    program = prepared(program, prepare)
+    asked = normalization(normalize, data is not None)
+    if match == "auto":
+        match = "weight" if data is None and statistics is None else "activation"
+    finder = matcher(match, restarts)
+    if finder is not None and not finder.exact:
+        program, asked = without_batch_norm(program, asked, verify)
+    numbering = number_layers(program)
+    preserved = numbering.number(preserve)
+    if asked is not None:
+        numbering.select(asked.layers)
+    if device is not None:
+        program = program.to(device)
+    with watch("symmetry"):
+        facts = symmetry(program)
+    reads = reads_for(asked, finder, program)
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    runs = finder is not None and "data" in finder.needs
+    if data is None and (runs or (statistics is None and reads)):
+        given = "data=" if runs else "data= or statistics="
+        raise ArgumentError(f"{' and '.join(reads) or match} need {given}; match='weight' does without")
+    if statistics is None and reads:
+        with watch("statistics"):
+            asks = {name: name in reads for name in READS}
+            asks["within"] |= finder is not None and not finder.exact
+            statistics = collect_statistics(program, facts, data, **asks, **options)
+    check_statistics(statistics, reads)
+    own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
+    reader = Batches(program, data, max_samples, device) if runs else None
+    align = Align(finder, reader, statistics=statistics, facts=facts, **own)
+    cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
+    aligned = run_passes(program, [align], watch)
+    if isinstance(finder, PartialMatching):
+        merging, aligned = least_squares(
+            align, aligned, facts, finder, alphas, cut if preserved or heads else [], data, options
+        )
+    else:
+        merging = [*([] if finder is None or finder.exact else [Transform()]), Interpolate(alphas)]
+    aligned = run_passes(aligned, cut, watch)
+    if references and asked is not None:
+        goals = reference_goals(program, references, finder, data, asked, own | {"weights": None}, options)
+        aligned = replace(aligned, goals=goals)
+    if isinstance(finder, PartialMatching) and asked is not None and asked.method.startswith("bias"):
+        raise ArgumentError(f"normalize={asked.method!r}: least squares sets the biases; choose 'repair' or 'rescale'")
+    if (heads or isinstance(finder, PartialMatching)) and asked is not None:
+        asked = unscored(asked, program)
+    with watch("choice"):
+        chosen, scores = choose(asked, program, aligned, merging, alphas, data, options)
+    before, after = normalizing(chosen, alphas, data, options, verify)
+    result = run_passes(aligned, [*before, *merging, *after], watch)
+    result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, device, progress)))
+    if carried is not None:
+        align.matching = carried.matching
+    choices = {"normalize": chosen and chosen.method, "preserve": preserved} | (chosen.to_dict() if chosen else {})
+    return result_of(result, program, watch, align, statistics, scores=scores, choices=choices)
+
+
+def compile(
+    models: nn.Module | Sequence[nn.Module] | Program, example_inputs: Any = None, *, passes: Iterable[Pass]
+) -> Result:
+    """Run an explicit list of passes over one or several networks and emit the result."""
+    watch = Stopwatch()
+    with watch("trace"):
+        program = program_of(models, example_inputs)
+    result = run_passes(program, passes, watch)
+    if result.edges != 1:
+        raise PassError(f"the passes leave {result.edges} weight sets; add vfx.Interpolate to merge them")
+    return result_of(result, program, watch)
+
+
+def check_edges_of(program: Program) -> None:
+    if program.edges < 2:
+        raise ArgumentError(f"merging needs at least two models, got {program.edges}")
+    for edge, weights in enumerate(program.weights):
+        check_finite(weights, f"edge {edge}")
+
+
+def prepared(program: Program, prepare: str | None) -> Program:
+    if prepare not in (None, "remove_bias"):
+        raise ArgumentError(f"prepare={prepare!r} is unknown; it is 'remove_bias' or None")
+    return program if prepare is None else RemoveBias(None)(program)
+
+
+def least_squares(
+    align: Align, aligned: Program, facts: Symmetry, finder: PartialMatching, alphas: list[float], cut: list[Pass],
+    data: Any, options: dict[str, Any],
+) -> tuple[list[Pass], Program]:  # fmt: skip
+    """PLeaS: the passes that merge by least squares, and the edges they start from, wider where channels stay apart."""
+    assert align.matching is not None
+    outputs, grown = None, aligned
+    if align.matching.apart:
+        if cut:
+            raise ArgumentError("preserve=, heads= and a budget: kept layers need a rest of the edges' width")
+        growth = grow(aligned, facts, align.matching.apart, alphas)
+        outputs, grown = growth.output, growth.program
+    solve = LeastSquares(aligned, data, weights=alphas, ridge=finder.ridge, outputs=outputs, **options)
+    return [Interpolate(alphas), solve], grown
+
+
+def unscored(asked: Normalization, program: Program) -> Normalization:
+    """Without a choice: several heads' outputs cannot be held against one ensemble's."""
+    if asked.method == "auto":
+        return replace(asked, method=usual(program))
+    return replace(asked, count=asked.count or DEFAULT_LAYERS, direction=asked.direction or "backward")

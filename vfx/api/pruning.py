@@ -1,0 +1,254 @@
+"""``vfx.prune`` and ``vfx.prune_structured``: single weights, or whole channels, go in one shot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from passes.catalogue import normalizing
+from passes.fold_channels import FoldChannels
+from passes.mask_weights import MaskWeights
+from passes.remove_channels import RemoveChannels
+from vfx.analyse.cost import cost
+from vfx.api.normalizing import usual
+from vfx.api.results import Result, run_passes
+from vfx.api.tracing import program_of, symmetry
+from vfx.emit.module import emit
+from vfx.errors import ArgumentError
+from vfx.normalize.catalogue import METHODS, Normalization, normalization
+from vfx.program import Program
+from vfx.pruning.channel_report import ChannelReport, widths
+from vfx.pruning.groups import Loss, Scores
+from vfx.pruning.masks import KEEP, parametrize_masks, semi_structured
+from vfx.pruning.report import Moved, PruneReport, layer_rows, moved_statistics, output_moments
+from vfx.pruning.scores.score import Score
+from vfx.pruning.selection import Sparsity
+from vfx.report import Stopwatch
+from vfx.statistics.collect import collect as collect_statistics
+from vfx.statistics.data import Batches, reusable
+
+
+def prune(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    *,
+    sparsity: Sparsity = None,
+    score: str | Score = "magnitude",
+    scope: str = "auto",
+    data: Any = None,
+    max_samples: int | None = None,
+    repair_samples: int = 64,
+    protect: str | Sequence[str] = "auto",
+    normalize: str | None = "auto",
+    steps: int = 1,
+    schedule: str = "cubic",
+    masks: str = "permanent",
+    structured: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Set the weights that a trained network needs least to zero and repair its statistics, without training.
+
+    ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
+    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", or a Score. ``scope``: "global", "layer", "row",
+    a pattern such as "2:4", or "auto" (rows for Wanda, else global). ``data``: batches as for ``merge``; labels behind
+    the inputs serve the gradients. ``max_samples`` bounds what the score reads, ``repair_samples`` what the repair
+    reads. ``protect``: layers left alone: globs, "first", "head"; "auto" is the head for Wanda. ``normalize``: None,
+    "repair", "rescale", "reset", towards the unpruned network's statistics; "auto" is RESET with BatchNorm, else
+    REPAIR, and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
+    "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
+    ``structured``, its further options) removes whole channels instead: see ``prune_structured``.
+    *Vanishing Feature* §5.5, App. A.7.
+    Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
+    """
+    watch = Stopwatch()
+    if scope == "group" or structured is not None:
+        return _whole_channels(
+            model, example_inputs, scope, masks, steps, protect,
+            dict(structured or {}) | {
+                "sparsity": sparsity, "score": score, "data": data, "max_samples": max_samples,
+                "repair_samples": repair_samples, "normalize": normalize, "verify": verify, "seed": seed,
+                "device": device, "progress": progress,
+            },
+        )  # fmt: skip
+    if masks not in KEEP:
+        raise ArgumentError(f"masks={masks!r} is unknown; choose one of {', '.join(KEEP)}")
+    data = reusable(data)
+    mask = MaskWeights(
+        score,
+        sparsity,
+        scope,
+        data=data,
+        max_samples=max_samples,
+        protect=protect,
+        steps=steps,
+        schedule=schedule,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    with watch("trace"):
+        program = program_of(model, example_inputs)
+    asked = _pruned_normalization(normalize, program, data)
+    if device is not None:
+        program = program.to(device)
+    result, before, after = run_passes(program, [mask], watch), None, None
+    if asked is not None:
+        options: dict[str, Any] = {"verify": verify, "device": device, "progress": progress}
+        result, before, after = _repaired(program, result, asked, data, repair_samples, watch, **options)
+    with watch("emit"):
+        module, reason = emit(result)
+    notes = result.notes
+    if masks == "parametrize":
+        parametrize_masks(module, mask.masks)
+    elif masks == "semi_structured":
+        notes = (*notes, *semi_structured(module, mask.masks))
+    rows = layer_rows(program, result, mask.masks, before, after)
+    report = PruneReport(
+        layers=rows,
+        passes=result.history,
+        notes=notes,
+        profile=cost(program),
+        own_class=not reason,
+        class_reason=reason,
+        seconds=watch.seconds,
+        choices={
+            "score": mask.score.name,
+            "scope": mask.selection.scope,
+            "normalize": asked and asked.method,
+            "masks": masks,
+        },
+    )
+    return Result(module, result, report)
+
+
+def _whole_channels(
+    model: Any, example_inputs: Any, scope: str, masks: str, steps: int, protect: Any, options: dict[str, Any]
+) -> Result:
+    """``prune`` by groups of channels; what only masks of single weights can do is refused."""
+    if scope not in ("auto", "group"):
+        raise ArgumentError(f"scope={scope!r} masks single weights; structured= goes with scope='group'")
+    if masks != "permanent" or steps != 1:
+        raise ArgumentError("scope='group' removes channels for good in one step: masks and steps are for weights")
+    if not isinstance(options["sparsity"], float):
+        raise ArgumentError(f"scope='group' takes one sparsity in [0, 1), got {options['sparsity']!r}")
+    names = () if protect == "auto" else (protect,) if isinstance(protect, str) else tuple(protect)
+    return prune_structured(model, example_inputs, **{"protect": names} | options)
+
+
+def prune_structured(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    *,
+    sparsity: float,
+    method: str = "remove",
+    score: str | Scores = "magnitude",
+    allocation: str = "uniform",
+    budget: str = "channels",
+    round_to: int = 1,
+    units: str = "channels",
+    protect: Sequence[str] = (),
+    compensate: bool = False,
+    repair: bool = True,
+    data: Any = None,
+    loss: Loss | None = None,
+    max_samples: int | None = None,
+    repair_samples: int = 64,
+    normalize: str | None = "auto",
+    verify: bool = True,
+    seed: int = 0,
+    device: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Remove whole channels, heads or groups along the symmetry groups: a smaller network of any architecture.
+
+    ``sparsity``: the share of the ``budget`` ("channels" of each group, "params", "flops", "latency") that goes.
+    ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
+    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group. ``allocation``: "uniform" or "global".
+    ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
+    "both". ``protect``: FQNs whose groups stay whole. ``compensate``: fold removed channels into kept ones by least
+    squares on ``data``. ``repair``: approximate the variances of folded channels without data. ``normalize``: None,
+    "repair", "rescale", "reset" towards the statistics of the channels kept (or merged) on ``repair_samples`` samples;
+    "auto" is RESET with BatchNorm, else REPAIR, and None without data.
+    Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
+    """
+    watch = Stopwatch()
+    if method not in ("remove", "fold"):
+        raise ArgumentError(f"method={method!r} is unknown; choose 'remove' or 'fold'")
+    data = reusable(data)
+    with watch("trace"):
+        program = program_of(model, example_inputs)
+    if device is not None:
+        program = program.to(device)
+    asked = _pruned_normalization(normalize, program, data)
+    with watch("symmetry"):
+        facts = symmetry(program)
+    shape: dict[str, Any] = {"allocation": allocation, "budget": budget, "round_to": round_to, "units": units}
+    shape |= {"protect": protect, "facts": facts, "verify": verify, "seed": seed}
+    reading: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    one: RemoveChannels | FoldChannels
+    if method == "fold":
+        one = FoldChannels(sparsity, repair=repair, **shape)
+    else:
+        one = RemoveChannels(sparsity, score, data=data, compensate=compensate, loss=loss, **shape, **reading)
+    goals = {}
+    if asked is not None and asked.needs_goals:
+        with watch("statistics"):
+            found = collect_statistics(
+                program, facts, data, **reading | {"max_samples": repair_samples}, features=False
+            )
+            goals = found.goals()
+    _, after = normalizing(asked, [], data, reading | {"max_samples": repair_samples}, verify)
+    passes = [one, *after]
+    result = run_passes(replace(program, goals=goals), passes, watch)
+    with watch("emit"):
+        module, reason = emit(result)
+    report = ChannelReport(
+        widths=widths(facts, one.sizes),
+        passes=result.history,
+        notes=result.notes,
+        profile=cost(result),
+        dense_profile=cost(program),
+        class_reason=reason,
+        error=one.error if verify else None,
+        seconds=watch.seconds,
+        choices={"method": method, "sparsity": sparsity, "budget": budget, "allocation": allocation}
+        | {"score": score if isinstance(score, str) else "given", "normalize": asked and asked.method},
+    )
+    return Result(module, result, report)
+
+
+def _pruned_normalization(normalize: str | Normalization | None, program: Program, data: Any) -> Normalization | None:
+    """The repair to run on a pruned network; its goal is one network, so REPAIR needs no care for what is averaged."""
+    asked = normalization(normalize, data is not None)
+    if asked is not None and asked.method == "auto":
+        method = usual(program)
+        return replace(asked, method="repair" if method == "rescale" else method)
+    if asked is not None and not METHODS[asked.method].data:
+        known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)
+        raise ArgumentError(f"normalize={normalize!r}: prune takes 'auto', {known} or None")
+    return asked
+
+
+def _repaired(
+    dense: Program, pruned: Program, method: Normalization, data: Any, samples: int, watch: Stopwatch, **options: Any
+) -> tuple[Program, Moved, Moved]:
+    """The pruned network with its statistics brought to the dense one's, and how far they were off before and after."""
+    held = Batches(dense, data, samples).held()  # the same samples each time, shuffled or not
+    batches = Batches(dense, held, samples, options["device"])
+    with watch("statistics"):
+        collecting = {"features": False, "device": options["device"], "progress": options["progress"]}
+        goals = collect_statistics(dense, None, held, max_samples=samples, **collecting).goals()
+        reference = output_moments(dense, batches)
+        before = moved_statistics(pruned, reference, batches)
+    own = {"max_samples": samples, "device": options["device"], "progress": options["progress"]}
+    _, passes = normalizing(method, [], held, own, options["verify"])
+    result = run_passes(replace(pruned, goals=goals), passes, watch)
+    with watch("statistics"):
+        after = moved_statistics(result, reference, batches)
+    return result, before, after

@@ -1,0 +1,127 @@
+"""Capturing and reading networks: trace, symmetry, layers, profile, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+from vfx.analyse.cost import Profile, cost
+from vfx.analyse.layers import Layers, number_layers
+from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.symmetry import symmetry as infer_symmetry
+from vfx.api.results import Result
+from vfx.capture import capture
+from vfx.checks import check_edges, check_finite, check_heads, check_same_function
+from vfx.errors import ArgumentError
+from vfx.program import Program
+from vfx.statistics.collect import Statistics
+from vfx.statistics.collect import collect as collect_statistics
+from vfx.statistics.record import Recorder
+from vfx.statistics.record import recorded as recorded_statistics
+
+
+def trace(
+    models: nn.Module | Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    heads: int | str = 0,
+    dynamic_shapes: Any = "batch",
+) -> Program:
+    """Capture one model, or several of one architecture, as a Program with a weight set for each.
+
+    ``example_inputs``: a tensor, a tuple of forward's arguments, or a dict of its keyword arguments; arguments may nest
+    tensors in tuples, lists and dicts, beside constants, which are baked in. All functions here take them so.
+    ``heads``: the last layers, in which the models' tensors may differ in shape (other numbers of classes).
+    Raises CaptureError, ArchitectureError, WeightError.
+    """
+    if isinstance(models, nn.Module):
+        check_finite(models.state_dict(), "the model")
+        return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
+    check_edges(models, shapes=not heads)
+    program = capture(models[0], example_inputs, dynamic_shapes=dynamic_shapes)
+    program = program.with_weights([program.weights[0], *(weights_of(program, model) for model in models[1:])])
+    if heads:
+        check_heads(program, number_layers(program).heads(heads).branch)
+    check_same_function(program, models)
+    return program
+
+
+def weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Another edge's tensors under the names of the graph; constants of the capture are shared."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return {name: own[name].detach() if name in own else tensor for name, tensor in program.weights[0].items()}
+
+
+_symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
+
+
+def symmetry(model: nn.Module | Program, example_inputs: Any = None) -> Symmetry:
+    """Permutation symmetries of a network: ``.groups``, ``.pinned``, ``.verify()``; prints as a table."""
+    program = program_of(model, example_inputs)
+    found = _symmetries.get(program.graph)
+    if found is None or found.program.weights[0] is not program.weights[0]:
+        found = _symmetries[program.graph] = infer_symmetry(program)
+    return found
+
+
+def layers(model: nn.Module | Program, example_inputs: Any = None) -> Layers:
+    """Numbered conv and linear layers, shortcuts among them, and the joins of each cut."""
+    return number_layers(program_of(model, example_inputs))
+
+
+def profile(model: nn.Module | Program | Result, example_inputs: Any = None) -> Profile:
+    """Parameters, MACs, FLOPs and memory of each layer, counted from the graph (torchstat's conventions, batch 1)."""
+    return cost(program_of(model.program if isinstance(model, Result) else model, example_inputs))
+
+
+def collect(
+    models: Sequence[nn.Module] | Program,
+    example_inputs: Any = None,
+    *,
+    data: Any,
+    activations: bool = False,
+    max_samples: int | None = None,
+    within: bool = False,
+    device: Any = None,
+    progress: bool = True,
+) -> Statistics:
+    """One pass over ``data`` for all edges; pass the result as ``statistics=`` to any number of merges of them.
+
+    ``within`` adds the second moments inside each network, which ZipIt!, CCA and optimal transport read; these methods
+    act on networks whose BatchNorm is folded (``vfx.FoldNormalization(batch_norm=True)``). ``activations`` reads the
+    layers behind their activation functions too (normalization with ``site="activation"``).
+    """
+    program = program_of(models, example_inputs)
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    options |= {"within": within, "activations": activations}
+    return collect_statistics(program, symmetry(program), data, **options)
+
+
+def record(model: nn.Module, *, momentum: float | None = None) -> Recorder:
+    """Record a model's layer statistics while it is trained, for merging without data (*Vanishing Feature*, App. G.4).
+
+    Use it around the training loop (``with vfx.record(model) as recorder``), and ``reset()`` when the last epoch
+    begins; ``momentum`` lets older batches fade instead. Raises ArgumentError.
+    """
+    return Recorder(model, momentum)
+
+
+def recorded(
+    models: Sequence[nn.Module] | Program, recorders: Sequence[Recorder], example_inputs: Any = None
+) -> Statistics:
+    """What ``vfx.record`` saw of each edge, to be given to ``merge`` as ``statistics=``. Raises DataError."""
+    return recorded_statistics(program_of(models, example_inputs), recorders)
+
+
+def program_of(models: Any, example_inputs: Any, heads: int | str = 0) -> Program:
+    if isinstance(models, Program):
+        return models
+    if example_inputs is None:
+        raise ArgumentError("example_inputs are needed to capture a model")
+    return (
+        trace(models, example_inputs) if isinstance(models, nn.Module) else trace(models, example_inputs, heads=heads)
+    )
