@@ -35,7 +35,7 @@ def one_width(
     watch: Stopwatch,
 ) -> tuple[Carried, Normalization | None]:
     """Networks of different widths in the shapes of the first, and the normalization to run."""
-    finder = matcher(match)
+    finder = matcher(match) if match != "auto" else None
     if not isinstance(finder, OptimalTransport):
         check_edges(models)  # names the tensor
         raise ArgumentError("only match='ot' merges edges of different widths")
