@@ -23,6 +23,7 @@ from vfx.match.matcher import Gain
 
 LARGEST_ASSIGNMENT = 4096  # channels of an assignment problem with repeated ones
 TOLERANCE = 1e-10  # deviation of the marginals, in the sum, at which Sinkhorn stops
+ROUGH = 1e-3  # the same, where ε is to fall further
 MAX_ITERATIONS = 5_000
 SAFE = 300.0  # spread of the costs over ε up to which exp(−cost/ε) and its scalings are far from underflow
 
@@ -59,7 +60,8 @@ def sinkhorn(cost: Gain, regularization: float) -> Gain:
     epsilon = spread
     while epsilon > regularization:
         epsilon = max(regularization, epsilon / 4)
-        row, column = _in_log_domain(cost, row, column, epsilon)
+        tolerance = TOLERANCE if epsilon == regularization else ROUGH
+        row, column = _in_log_domain(cost, row, column, epsilon, tolerance)
     return _rounded(np.exp((row[:, None] + column - cost) / epsilon))
 
 
@@ -76,14 +78,14 @@ def _by_scaling(cost: Gain, regularization: float) -> Gain:
     return u[:, None] * kernel * v
 
 
-def _in_log_domain(cost: Gain, row: Gain, column: Gain, epsilon: float) -> tuple[Gain, Gain]:
+def _in_log_domain(cost: Gain, row: Gain, column: Gain, epsilon: float, tolerance: float) -> tuple[Gain, Gain]:
     """Potentials of both sides, from those of a larger ε."""
     n, m = cost.shape
     for iteration in range(MAX_ITERATIONS):
         row = -epsilon * (math.log(n) + logsumexp((column - cost) / epsilon, axis=1))
         missing = -epsilon * (math.log(m) + logsumexp((row[:, None] - cost) / epsilon, axis=0)) - column
         column = column + missing
-        if iteration % 10 == 9 and np.abs(np.expm1(missing / epsilon)).mean() <= TOLERANCE:
+        if iteration % 10 == 9 and np.abs(np.expm1(missing / epsilon)).mean() <= tolerance:
             break
     return row, column
 
