@@ -82,6 +82,7 @@ def measure(pair: Pair, name: str, checkpoints: Path, data: Path, samples: int |
         found, result = _timed(finder, problem)
         finder = Found(found, finder.needs - {"data"}, finder.exact)
     images, truth = fashion_mnist(data, "t10k", samples)
+    result["test_images"] = len(images)
     result["cells"] = [
         _cell(program, finder, statistics, batches, cut, normalize, pair, images, truth)
         for normalize in NORMALIZATIONS
@@ -120,10 +121,10 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Alignment methods on the trained pairs, α = 0.5",
         "",
-        "Accuracy in percent on Fashion-MNIST's test images; matching and calibration on the first 2,000 training",
-        "images. l/L: the first l layers are kept for each edge. Seconds: the matching alone, processor time on one",
-        "thread, behind statistics collected once; MiB: its peak above networks and statistics. Linear methods run on",
-        "networks whose BatchNorm is folded. Written by `python -m benchmarks.methods`.",
+        "Accuracy in percent on the first test images of Fashion-MNIST; matching and calibration on the first 2,000",
+        "training images. l: the first l layers are kept for each edge. Seconds: the matching alone, processor time on",
+        "one thread, behind statistics collected once; MiB: its peak above networks and statistics. Linear methods run",
+        "on networks whose BatchNorm is folded. Written by `python -m benchmarks.methods`.",
         "",
     ]
     for name, pair in results.items():
@@ -136,7 +137,8 @@ def markdown(results: dict[str, Any]) -> str:
                 row = [method if not normalize else "", LABELS[normalize]]
                 rows.append([*row, *(f"{own[cut]['accuracy']:.2f}" for cut in cuts), *costs])
         head = ["method", "normalization", *(f"l = {cut}" for cut in cuts), "seconds", "MiB"]
-        lines += [f"## {name}", "", *grid(head, rows), ""]
+        images = ", ".join(f"{count:,}" for count in sorted({found["test_images"] for found in pair.values()}))
+        lines += [f"## {name} ({images} test images)", "", *grid(head, rows), ""]
     return "\n".join(lines)
 
 

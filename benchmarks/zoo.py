@@ -321,11 +321,16 @@ def _row(key: str, line: dict[str, Any]) -> list[str]:
         str(line["inside_blocks"]),
         f"{line['pinned']:,}",
         str(sum(line["unknown"].values())),
-        f"{line['capture_seconds']:.1f}",
-        f"{line['inference_seconds']:.2f}",
+        _seconds(line, "capture_seconds", 1),
+        _seconds(line, "inference_seconds", 2),
         error,
         str(line["peak_mib"]),
     ]
+
+
+def _seconds(line: dict[str, Any], name: str, digits: int) -> str:
+    """A time, or a dash where it was not measured in a process that had a core for itself."""
+    return f"{line[name]:.{digits}f}" if name in line else "–"
 
 
 def _why(line: dict[str, Any]) -> str:
