@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from passes.least_squares import LeastSquares, patches
 from vfx.api import merge, profile, trace
 from vfx.errors import ArgumentError
+from vfx.match.matcher import Matching, Problem
 from vfx.match.partial import PartialMatching
 
 X = images(16, 8, dtype=torch.float64)
@@ -178,6 +179,23 @@ def test_preserved_layers_and_least_squares() -> None:
     assert result.module(X).isfinite().all()
     everything = _merge(models, match="pleas", preserve=6)
     close(everything.module(X), (models[0](X) + models[1](X)) / 2, 1e-9)
+
+
+def test_a_matching_found_before_is_solved_alike() -> None:
+    """What follows a matching is said by the matching, not by who found it."""
+
+    class Found:
+        needs = frozenset({"features"})
+        exact = True
+
+        def __call__(self, problem: Problem) -> Matching:
+            return PartialMatching(0.5)(problem)
+
+    program = trace(edges(chain, X), X[:2])
+    own, found = (_merge(program, match=match) for match in (PartialMatching(0.5), Found()))
+    assert torch.equal(own.module(X), found.module(X))
+    plain = _merge(program, match="activation")
+    assert not torch.equal(own.module(X), plain.module(X))
 
 
 def test_what_is_refused() -> None:

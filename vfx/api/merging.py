@@ -28,8 +28,7 @@ from vfx.diagnosis.skew import skew_notes
 from vfx.errors import ArgumentError, PassError
 from vfx.match.catalogue import matcher
 from vfx.match.growth import grow
-from vfx.match.matcher import Matcher
-from vfx.match.partial import PartialMatching
+from vfx.match.matcher import Matcher, Matching
 from vfx.normalize.catalogue import Normalization, normalization
 from vfx.program import Program
 from vfx.report import Stopwatch
@@ -131,19 +130,20 @@ def merge(
     align = Align(finder, reader, statistics=statistics, facts=facts, **own)
     cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
     aligned = run_passes(program, [align], watch)
-    if isinstance(finder, PartialMatching):
-        merging, aligned = least_squares(
-            align, aligned, facts, finder, alphas, cut if preserved or heads else [], data, options
-        )
+    found = align.matching
+    solved = found is not None and found.ridge is not None
+    if found is not None and solved:
+        kept = bool(preserved or heads)
+        merging, aligned = least_squares(found, aligned, facts, alphas, kept, data, options)
     else:
         merging = [*([] if finder is None or finder.exact else [Transform()]), Interpolate(alphas)]
     aligned = run_passes(aligned, cut, watch)
     if references and asked is not None:
         goals = reference_goals(program, references, finder, data, asked, own | {"weights": None}, options)
         aligned = replace(aligned, goals=goals)
-    if isinstance(finder, PartialMatching) and asked is not None and asked.method.startswith("bias"):
+    if solved and asked is not None and asked.method.startswith("bias"):
         raise ArgumentError(f"normalize={asked.method!r}: least squares sets the biases; choose 'repair' or 'rescale'")
-    if (heads or isinstance(finder, PartialMatching)) and asked is not None:
+    if (heads or solved) and asked is not None:
         asked = unscored(asked, program)
     with watch("choice"):
         chosen, scores = choose(asked, program, aligned, merging, alphas, data, options)
@@ -183,18 +183,19 @@ def prepared(program: Program, prepare: str | None) -> Program:
 
 
 def least_squares(
-    align: Align, aligned: Program, facts: Symmetry, finder: PartialMatching, alphas: list[float], cut: list[Pass],
-    data: Any, options: dict[str, Any],
+    found: Matching, aligned: Program, facts: Symmetry, alphas: list[float], kept: bool, data: Any,
+    options: dict[str, Any],
 ) -> tuple[list[Pass], Program]:  # fmt: skip
     """PLeaS: the passes that merge by least squares, and the edges they start from, wider where channels stay apart."""
-    assert align.matching is not None
+    if data is None:
+        raise ArgumentError("least squares runs the networks on data; give data=")
     outputs, grown = None, aligned
-    if align.matching.apart:
-        if cut:
+    if found.apart:
+        if kept:
             raise ArgumentError("preserve=, heads= and a budget: kept layers need a rest of the edges' width")
-        growth = grow(aligned, facts, align.matching.apart, alphas)
+        growth = grow(aligned, facts, found.apart, alphas)
         outputs, grown = growth.output, growth.program
-    solve = LeastSquares(aligned, data, weights=alphas, ridge=finder.ridge, outputs=outputs, **options)
+    solve = LeastSquares(aligned, data, weights=alphas, ridge=found.ridge or 0.0, outputs=outputs, **options)
     return [Interpolate(alphas), solve], grown
 
 

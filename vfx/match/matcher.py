@@ -49,12 +49,14 @@ class Matching:
     edge a linear map by group, close to the identity. ``objective`` is one figure for each edge but the first, or one
     for all where they are matched together; ``attempts`` holds the same for each start (``restarts``) or iteration, of
     which the best was kept.
-    ``apart`` names, by group, aligned channels that are not to be merged (PLeaS).
+    ``apart`` names, by group, aligned channels that are not to be merged; where ``ridge`` is given, the merged layers
+    are solved by least squares with it (PLeaS).
     """
 
     permutations: tuple[Permutations, ...]
     maps: tuple[Maps, ...] = ()
     apart: Mapping[int, Index] = field(default_factory=dict)
+    ridge: float | None = None
     objective: tuple[float, ...] = ()
     sweeps: tuple[int, ...] = ()
     seconds: float = 0.0

@@ -59,7 +59,7 @@ class PartialMatching:
             count = round(self._share(group) * group.size)
             if count and growable(problem.symmetry, group):
                 apart[group.index] = worst(problem, found, group, count)
-        return replace(found, apart=apart)
+        return replace(found, apart=apart, ridge=self.ridge)
 
     def _share(self, group: Group) -> float:
         return self.budget.get(group.name, 0.0) if isinstance(self.budget, Mapping) else self.budget
