@@ -235,7 +235,7 @@ def test_unknown_choices_are_refused() -> None:
     inserted = InsertNormalization()(program.select(0))
     with pytest.raises(ArgumentError, match="sweep"):
         CalibrateNormalization("repair", X, sweep="twice")(inserted)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="layers need data= or statistics="):
+    with pytest.raises(ArgumentError, match="normalize='repair' needs data= or statistics="):
         _run(program, Normalization("repair", sweep="batch"), data=None, match="weight")
     with pytest.raises(PassError, match="no goal statistics"):
         UseBatchStatistics("repair")(program.select(0))

@@ -116,7 +116,7 @@ def merge(
     options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     runs = finder is not None and "data" in finder.needs
     if data is None and (runs or (statistics is None and reads)):
-        who = f"match={match!r}" if finder is not None and finder.needs else f"normalize={normalize!r}"
+        who = f"match={match!r}" if finder is not None and finder.needs else f"normalize={asked and asked.method!r}"
         given = "data=" if runs else "data= or statistics="
         raise ArgumentError(f"{who} needs {given}; match='weight' and normalize=None do without")
     if statistics is None and reads:
