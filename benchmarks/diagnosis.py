@@ -29,7 +29,7 @@ import vfx
 from benchmarks.diagnosis_report import draw, markdown
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
 from vfx.files import write_atomic
-from vfx.match.matcher import Matching, Problem
+from vfx.match.matcher import Known, Problem
 
 CALIBRATION, DIAGNOSED, BATCH = 2000, 512, 128
 POOL, SHARE, OTHERS = 20_000, 0.05, 1000
@@ -121,7 +121,7 @@ class Subject:
             self.program,
             data=subset,
             statistics=calibrated,
-            match=_Fixed(found),
+            match=Known(found),
             normalize=method,
             progress=False,
         )
@@ -137,19 +137,6 @@ class Subject:
 
 
 _KEPT = ("feature_ratio", "offset_share", "bound", "variance_ratio", "zero_share", "silenced", "magnitude_ratio")
-
-
-class _Fixed:
-    """A matcher that gives the permutations found on other data."""
-
-    needs: frozenset[str] = frozenset()
-    exact = True
-
-    def __init__(self, matching: Matching):
-        self.matching = matching
-
-    def __call__(self, problem: Problem) -> Matching:
-        return self.matching
 
 
 def measure(subject: Subject, part: str) -> Any:

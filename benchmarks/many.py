@@ -26,7 +26,7 @@ from benchmarks.pairs_report import grid
 from vfx.api import collect, merge, symmetry, trace
 from vfx.files import write_atomic
 from vfx.match.catalogue import matcher
-from vfx.match.matcher import Matching, Problem
+from vfx.match.matcher import Known, Matching, Problem
 from vfx.match.universe import pair_objective
 from vfx.models import MODELS, accuracy, digits, fit, predict
 
@@ -105,7 +105,7 @@ class Subject:
             self.program,
             data=self.batches,
             statistics=self.statistics,
-            match=_Known(found) if found else None,
+            match=Known(found) if found else None,
             normalize=normalize,
             verify=False,
             progress=False,
@@ -120,18 +120,6 @@ class Subject:
             "objective": [round(x, 6) for x in found.objective] if found else [],
             "attempts": [list(values) for values in found.attempts] if found else [],
         }
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A matcher that gives what was found before."""
-
-    found: Matching
-    needs: frozenset[str] = frozenset()
-    exact: bool = True
-
-    def __call__(self, problem: Problem) -> Matching:
-        return self.found
 
 
 def references(edges: Sequence[nn.Module], data: Sequence[Tensor]) -> dict[str, Any]:

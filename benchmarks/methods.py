@@ -16,7 +16,6 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,26 +32,19 @@ from passes.fold_normalization import FoldNormalization
 from vfx.api import collect, merge, symmetry, trace
 from vfx.files import write_atomic
 from vfx.match.catalogue import MATCHERS, matcher
-from vfx.match.matcher import Matcher, Matching, Problem
+from vfx.match.matcher import Known, Matcher, Matching, Problem
+from vfx.match.transport import OptimalTransport
 from vfx.models.training import predict
 
 CALIBRATION, BATCH = 2000, 128
 NORMALIZATIONS = (None, "repair", "rescale")
 LABELS = {None: "none", "repair": "REPAIR / RESET", "rescale": "RESCALE"}
-VARIANTS: dict[str, Callable[[], Matcher]] = {}  # further settings of a method, by the name they are listed under
+# further settings of a method, by the name they are listed under
+VARIANTS: dict[str, Callable[[], Matcher]] = {
+    "ot, sinkhorn": lambda: OptimalTransport("sinkhorn"),
+    "ot, weights": lambda: OptimalTransport(cost="weight"),
+}
 console = Console(stderr=True)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A matching found once, for every cut and normalization."""
-
-    matching: Matching
-    needs: frozenset[str]
-    exact: bool
-
-    def __call__(self, problem: Problem) -> Matching:
-        return self.matching
 
 
 def methods() -> list[str]:
@@ -80,7 +72,7 @@ def measure(pair: Pair, name: str, checkpoints: Path, data: Path, samples: int |
     if finder is not None:
         problem = Problem(program, symmetry(program), statistics, data=batches)
         found, result = _timed(finder, problem)
-        finder = Found(found, finder.needs - {"data"}, finder.exact)
+        finder = Known(found, finder.needs - {"data"}, finder.exact)
     images, truth = fashion_mnist(data, "t10k", samples)
     result["test_images"] = len(images)
     result["cells"] = [

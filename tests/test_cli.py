@@ -193,3 +193,22 @@ def test_prune_takes_one_share_and_says_what_is_wrong(checkpoints: list[str], tm
         invoke("prune", checkpoints[0], *MODEL, "-s", "a=b")
     with pytest.raises(ArgumentError, match="--score-arg 'block'"):
         invoke("prune", checkpoints[0], *MODEL, "-s", "0.5", "--score-arg", "block")
+
+
+def test_prune_structured_writes_a_smaller_network(checkpoints: list[str], tmp_path: Path) -> None:
+    data, report, onnx = tmp_path / "calibration.npz", tmp_path / "s.json", tmp_path / "s.onnx"
+    inputs = np.random.default_rng(0).standard_normal((24, 1, 32, 32)).astype(np.float32)
+    np.savez(data, inputs=inputs, labels=np.arange(24) % 10)
+    invoke(
+        "prune-structured", checkpoints[0], *MODEL, "-s", "0.5", "--score", "taylor", "--round-to", "4", "--protect",
+        "classifier.0.weight", "--data", str(data), "--normalize", "none", "-o", str(onnx), "--json", str(report),
+    )  # fmt: skip
+    facts = json.loads(report.read_text())
+    assert facts["params_ratio"] < 0.5
+    session = onnxruntime.InferenceSession(str(onnx))
+    (got,) = session.run(None, {session.get_inputs()[0].name: inputs[:3]})
+    assert got.shape == (3, 10)
+    invoke("prune-structured", checkpoints[0], *MODEL, "-s", "0.5", "--method", "fold", "--json", str(report))
+    assert json.loads(report.read_text())["method"] == "fold"
+    with pytest.raises(ArgumentError, match="budget"):
+        invoke("prune-structured", checkpoints[0], *MODEL, "-s", "0.5", "--budget", "money")

@@ -26,7 +26,7 @@ from vfx.api.widths import one_width
 from vfx.checks import check_finite
 from vfx.diagnosis.skew import skew_notes
 from vfx.errors import ArgumentError, PassError
-from vfx.match.catalogue import matcher
+from vfx.match.catalogue import matcher, name_of
 from vfx.match.growth import grow
 from vfx.match.matcher import Matcher, Matching
 from vfx.normalize.catalogue import Normalization, normalization
@@ -112,21 +112,11 @@ def merge(
         program = program.to(device)
     with watch("symmetry"):
         facts = symmetry(program)
-    reads = reads_for(asked, finder, program)
     options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-    runs = finder is not None and "data" in finder.needs
-    if data is None and (runs or (statistics is None and reads)):
-        who = f"match={match!r}" if finder is not None and finder.needs else f"normalize={asked and asked.method!r}"
-        given = "data=" if runs else "data= or statistics="
-        raise ArgumentError(f"{who} needs {given}; match='weight' and normalize=None do without")
-    if statistics is None and reads:
-        with watch("statistics"):
-            asks = {name: name in reads for name in READS}
-            asks["within"] |= finder is not None and not finder.exact
-            statistics = collect_statistics(program, facts, data, **asks, **options)
-    check_statistics(statistics, reads)
+    with watch("statistics"):
+        statistics = gathered(statistics, finder, asked, program, facts, data, options)
     own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
-    reader = Batches(program, data, max_samples, device) if runs else None
+    reader = Batches(program, data, max_samples, device) if finder is not None and "data" in finder.needs else None
     align = Align(finder, reader, statistics=statistics, facts=facts, **own)
     cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
     aligned = run_passes(program, [align], watch)
@@ -174,6 +164,25 @@ def check_edges_of(program: Program) -> None:
         raise ArgumentError(f"merging needs at least two models, got {program.edges}")
     for edge, weights in enumerate(program.weights):
         check_finite(weights, f"edge {edge}")
+
+
+def gathered(
+    given: Statistics | None, finder: Matcher | None, asked: Normalization | None, program: Program, facts: Symmetry,
+    data: Any, options: dict[str, Any],
+) -> Statistics | None:  # fmt: skip
+    """The statistics that matching and normalization read: the user's, or collected now."""
+    reads = reads_for(asked, finder, program)
+    runs = finder is not None and "data" in finder.needs
+    if data is None and (runs or (given is None and reads)):
+        who = f"match={name_of(finder)!r}" if finder and finder.needs else f"normalize={asked and asked.method!r}"
+        missing = "data=" if runs else "data= or statistics="
+        raise ArgumentError(f"{who} needs {missing}; match='weight' and normalize=None do without")
+    if given is None and reads:
+        asks = {name: name in reads for name in READS}
+        asks["within"] |= finder is not None and not finder.exact
+        given = collect_statistics(program, facts, data, **asks, **options)
+    check_statistics(given, reads)
+    return given
 
 
 def prepared(program: Program, prepare: str | None) -> Program:

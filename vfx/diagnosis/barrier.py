@@ -24,8 +24,8 @@ from vfx.diagnosis.observe import class_axis, first_output
 from vfx.diagnosis.rows import finite
 from vfx.errors import ArgumentError, DataError
 from vfx.files import write_atomic
-from vfx.match.catalogue import matcher
-from vfx.match.matcher import Matcher, Matching, Problem
+from vfx.match.catalogue import matcher, name_of
+from vfx.match.matcher import Known, Matcher, Problem
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.progress import track
@@ -206,19 +206,6 @@ class _Match:
     statistics: Statistics | None
 
 
-class _Known:
-    """A matcher that gives the permutations found before."""
-
-    needs: frozenset[str] = frozenset()
-    exact = True
-
-    def __init__(self, matching: Matching):
-        self.matching = matching
-
-    def __call__(self, problem: Problem) -> Matching:
-        return self.matching
-
-
 def _matches(
     program: Program,
     match: str | Matcher | None,
@@ -244,11 +231,11 @@ def _matches(
     found = [_Match(None, None, statistics)] if before or finder is None else []
     if finder is None:
         return found
-    name = match if isinstance(match, str) else type(finder).__name__
+    name = name_of(finder)
     if not finder.exact:
         return [*found, _Match(name, finder, None if _has_batch_norm(program) else statistics)]
     problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), data, seed, progress)
-    return [*found, _Match(name, _Known(finder(problem)), statistics)]
+    return [*found, _Match(name, Known(finder(problem)), statistics)]
 
 
 def _methods(program: Program) -> list[str | None]:

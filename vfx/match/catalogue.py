@@ -44,3 +44,8 @@ def matcher(match: str | Matcher | None, restarts: int = 0) -> Matcher | None:
     if match not in MATCHERS:
         raise ArgumentError(f"match={match!r} is unknown; choose one of {', '.join(MATCHERS)}, None or a Matcher")
     return RESTARTED[match](restarts=restarts) if restarts else MATCHERS[match]()
+
+
+def name_of(finder: Matcher) -> str:
+    """The name a matcher has here, else its class's."""
+    return next((name for name, kind in MATCHERS.items() if type(finder) is kind), type(finder).__name__)

@@ -1,0 +1,93 @@
+"""``vfx diagnose`` and ``vfx barrier``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfx.cli.app import app
+from vfx.cli.inputs import data_of, examples_of, labelled, load_all, load_network, optional
+from vfx.cli.options import Arguments, Data, Inputs, Json, Model, Samples, Seed
+
+
+@app.command()
+def diagnose(
+    checkpoint: Annotated[Path, typer.Argument(help="The merged network: a state dict of the model, or .pt2.")],
+    references: Annotated[list[Path], typer.Argument(help="State dicts of the edges.")],
+    model: Model,
+    inputs: Inputs,
+    data: Data,
+    arguments: Arguments = [],  # noqa: B006
+    match: Annotated[str, typer.Option(help="Align the edges first: auto, none, weight or activation.")] = "auto",
+    max_samples: Samples = None,
+    seed: Seed = 0,
+    html: Annotated[Path | None, typer.Option(help="Write one page with figures and table.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    report: Json = None,
+) -> None:
+    """Where a merged network lost its edges' features, and what to try."""
+    from vfx.diagnosis.diagnose import diagnose as run
+
+    whole = checkpoint.suffix == ".pt2"
+    network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments)[0]
+    examples = examples_of(inputs)
+    found = run(
+        network,
+        load_all(references, model, arguments),
+        examples,
+        data=data_of(data, examples),
+        match=optional(match),
+        max_samples=max_samples,
+        seed=seed,
+    )
+    print(found)
+    for path, write in ((html, found.to_html), (csv, found.to_csv), (report, found.to_json)):
+        if path is not None:
+            write(path)
+            print(f"wrote {path}")
+
+
+@app.command()
+def barrier(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two state dicts.")],
+    model: Model,
+    inputs: Inputs,
+    data: Data,
+    arguments: Arguments = [],  # noqa: B006
+    evaluate: Annotated[
+        str | None, typer.Option(help="What is measured on, with labels if it has any; like --data.")
+    ] = None,
+    match: Annotated[str, typer.Option(help="none, weight or activation.")] = "activation",
+    normalize: Annotated[str | None, typer.Option(help="Methods, e.g. none,repair,rescale.")] = None,
+    points: Annotated[int, typer.Option(help="Values of alpha, both ends among them.")] = 11,
+    max_samples: Samples = None,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves as PNG.")] = None,
+    report: Json = None,
+) -> None:
+    """Accuracy and loss on the line between two networks, before and after alignment and normalization."""
+    from vfx.diagnosis.barrier import barrier as run
+    from vfx.diagnosis.figures import png
+    from vfx.files import write_atomic
+
+    examples = examples_of(inputs)
+    found = run(
+        load_all(checkpoints, model, arguments),
+        examples,
+        data=data_of(data, examples),
+        evaluate=labelled(evaluate or data, examples),
+        match=optional(match),
+        normalize=[optional(name) for name in normalize.split(",")] if normalize else None,
+        points=points,
+        max_samples=max_samples,
+        seed=seed,
+    )
+    print(found)
+    if plot is not None:
+        write_atomic(plot, png(found.figure()))
+        print(f"wrote {plot}")
+    if report is not None:
+        found.to_json(report)
+        print(f"wrote {report}")

@@ -1,0 +1,168 @@
+"""What the command line's texts stand for: networks, samples, data, choices; and the results written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vfx.errors import ArgumentError
+from vfx.normalize.catalogue import Normalization
+from vfx.signature import Call
+
+
+def finish(result: Any, out: list[Path] | None, report: Path | None) -> None:
+    from vfx.emit.files import export as write
+    from vfx.files import write_atomic
+
+    print(result.report)
+    for path in out or ():
+        print(f"wrote {write(result, path)}")
+    if report is not None:
+        write_atomic(report, result.report.to_json().encode())
+
+
+def cut_of(text: str) -> int | str:
+    """A number of layers, or a module's name."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def construct(model: str, arguments: list[str]) -> nn.Module:
+    """Call the constructor that the user names."""
+    module, separator, name = model.partition(":")
+    if not separator:
+        raise ArgumentError(f"--model {model!r} must be module:name, e.g. vfx.models:vgg16")
+    try:
+        constructor = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(f"--model {model!r} cannot be imported: {error}") from error
+    network = constructor(**dict(argument(text) for text in arguments))
+    if not isinstance(network, nn.Module):
+        raise ArgumentError(f"--model {model!r} gave {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def argument(text: str, option: str = "--arg") -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ArgumentError(f"{option} {text!r} must be key=value")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def load_network(path: Path) -> nn.Module:
+    from vfx.emit.files import load
+
+    return load(path)
+
+
+def load_all(paths: list[Path], model: str, arguments: list[str]) -> list[nn.Module]:
+    from vfx.emit.files import load
+
+    return [load(path, construct(model, arguments)) for path in paths]
+
+
+def examples_of(texts: list[str]) -> Call:
+    """The call of forward that ``--input`` describes, with random values."""
+    generator = torch.Generator().manual_seed(0)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        name, separator, rest = text.rpartition("=")
+        if separator:
+            kwargs[name] = _example(rest, generator)
+        else:
+            args.append(_example(text, generator))
+    return Call(tuple(args), kwargs)
+
+
+def _example(text: str, generator: torch.Generator) -> Tensor:
+    """Two samples of a shape: normal numbers, integers below a bound (``16:1000``) or ones (``16:ones``)."""
+    shape, _, kind = text.lower().partition(":")
+    try:
+        size = (2, *(int(part) for part in shape.split("x") if shape))
+        if kind == "ones":
+            return torch.ones(size, dtype=torch.long)
+        return torch.randint(int(kind), size, generator=generator) if kind else torch.randn(size, generator=generator)
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            "--input takes the shape of one sample, e.g. 3x32x32, with name= for keyword arguments and :1000 for "
+            f"integers below 1000 (:ones for ones), e.g. input_ids=16:1000; got {text!r}"
+        ) from error
+
+
+def data_of(source: str | None, inputs: Call, labels: bool = False) -> Any:
+    """Calibration inputs: a tensor, or batches by the names of the keyword arguments; with their labels if wanted."""
+    if source is None:
+        return None
+    if source == "digits":
+        from vfx.models import digits
+
+        images, classes = digits()[:2]
+        return list(zip(images.split(128), classes.split(128))) if labels else images
+    from vfx.statistics.files import read_batches, read_inputs, read_labelled
+
+    if inputs.kwargs:
+        return read_batches(Path(source), list(inputs.kwargs))
+    return read_labelled(Path(source)) if labels else read_inputs(Path(source))
+
+
+def normalization_of(method: str, layers: list[str] | None, memory_limit: int | None, **options: Any) -> Any:
+    """The normalization that the options describe; numbers among the layers are numbers."""
+    if optional(method) is None:
+        return None
+    chosen = [int(one) if one.isdigit() else one for one in layers] if layers else None
+    return Normalization(method, chosen, memory_limit=memory_limit, **options)
+
+
+def match_of(match: str, count: int | None, data: str | None) -> Any:
+    from vfx.match.first_layers import FirstLayers
+
+    if count is None or optional(match) is None:
+        return optional(match)
+    return FirstLayers(match if match != "auto" else "activation" if data else "weight", count)
+
+
+def labelled(source: str | None, inputs: Call, train: bool = False) -> Any:
+    """Batches with their class labels where the source has them, else as for calibration."""
+    if source == "digits":
+        from vfx.models import digits
+
+        return [tuple(digits()[:2] if train else digits()[2:])]
+    if source is None or inputs.kwargs:
+        return data_of(source, inputs)
+    from vfx.statistics.files import read_labelled
+
+    return read_labelled(Path(source))
+
+
+def sparsity_of(texts: list[str] | None) -> float | dict[str, float] | None:
+    """One share, or a share for each glob."""
+    if not texts:
+        return None
+    try:
+        pairs = [text.rpartition("=") for text in texts]
+        if len(texts) == 1 and not pairs[0][1]:
+            return float(texts[0])
+        return {pattern or "*": float(share) for pattern, _, share in pairs}
+    except ValueError as error:
+        raise ArgumentError(f"--sparsity takes 0.9, or glob=0.9 for layers; got {', '.join(texts)}") from error
+
+
+def optional(name: str) -> str | None:
+    return None if name.lower() == "none" else name
+
+
+def floats(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"--weights takes numbers, e.g. 0.3,0.7, got {text!r}") from error

@@ -1,0 +1,95 @@
+"""``vfx profile``, ``symmetry``, ``layers``, ``export`` and ``demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vfx.cli.app import app
+from vfx.cli.inputs import construct, examples_of
+from vfx.cli.options import Arguments, Inputs, Json, Model, Seed
+from vfx.errors import ArgumentError
+
+
+@app.command()
+def profile(
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    report: Json = None,
+) -> None:
+    """Parameters, MACs, FLOPs and memory of each layer."""
+    from vfx import api
+
+    table = api.profile(construct(model, arguments), examples_of(inputs))
+    Console().print(str(table), soft_wrap=True, highlight=False, markup=False)
+    if csv is not None:
+        table.to_csv(csv)
+    if report is not None:
+        table.to_json(report)
+
+
+@app.command()
+def symmetry(
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    verify: Annotated[bool, typer.Option(help="Check the groups numerically in float64.")] = True,
+    draw: Annotated[Path | None, typer.Option(help="Picture of the tie graph: .png, .svg or .pdf.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Permutation symmetries: groups, members, pinned axes."""
+    from vfx import api
+
+    found = api.symmetry(construct(model, arguments), examples_of(inputs))
+    Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
+    if verify:
+        print(f"verified: relative error {found.verify(seed):.1e} (float64, random group elements)")
+    if draw is not None:
+        print(f"wrote {found.draw(draw)}")
+
+
+@app.command()
+def layers(model: Model, inputs: Inputs, arguments: Arguments = []) -> None:  # noqa: B006
+    """Numbered conv and linear layers, shortcuts, and the joins of each cut."""
+    from vfx import api
+
+    print(api.layers(construct(model, arguments), examples_of(inputs)))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict of the model, or a .pt2 network.")],
+    out: Annotated[list[Path], typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")],
+    inputs: Inputs,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor as module:name.")] = None,
+    arguments: Arguments = [],  # noqa: B006
+) -> None:
+    """Convert a checkpoint to ONNX, .pt2 or safetensors; ONNX is checked in ONNX Runtime."""
+    from vfx.emit.files import export as write
+    from vfx.emit.files import load
+
+    if model is None and checkpoint.suffix != ".pt2":
+        raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
+    network = load(checkpoint, construct(model, arguments) if model else None)
+    for path in out:
+        print(f"wrote {write(network, path, examples_of(inputs))}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for edges, table, plot and ONNX model.")] = Path(
+        "demo"
+    ),
+    width: Annotated[float, typer.Option(help="Width multiplier of VGG16.")] = 0.25,
+    epochs: Annotated[int, typer.Option(help="Training epochs of each edge.")] = 15,
+    retrain: Annotated[bool, typer.Option(help="Train the edges even if an earlier run left them.")] = False,
+) -> None:
+    """The papers' Table 1 on scikit-learn's digits, offline."""
+    from vfx.demo import run
+
+    run(out, width=width, epochs=epochs, retrain=retrain)

@@ -1,0 +1,126 @@
+"""``vfx merge`` and ``vfx repair``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfx.cli.app import app
+from vfx.cli.inputs import cut_of, data_of, examples_of, finish, floats, load_all, match_of, normalization_of, optional
+from vfx.cli.options import (
+    Arguments,
+    Chosen,
+    Data,
+    Device,
+    Inputs,
+    Json,
+    Match,
+    Memory,
+    Model,
+    Normalize,
+    Out,
+    Samples,
+    Seed,
+    Site,
+    Sweep,
+    Verify,
+)
+
+
+@app.command()
+def merge(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts: .safetensors, .pt or .pth.")],
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    data: Data = None,
+    match: Match = "auto",
+    restarts: Annotated[int, typer.Option(help="Further runs of weight, c2m3 or ste from random permutations.")] = 0,
+    normalize: Normalize = "auto",
+    preserve: Annotated[str, typer.Option(help="First layers kept for each edge: a number, or a module's name.")] = "0",
+    join: Annotated[str, typer.Option(help="preactivation or activation.")] = "preactivation",
+    heads: Annotated[str, typer.Option(help="Last layers kept for each edge: a number, or a module's name.")] = "0",
+    head_output: Annotated[str, typer.Option(help="Outputs of the heads: list, cat or mean.")] = "list",
+    layers: Chosen = None,
+    site: Site = "preactivation",
+    sweep: Sweep = "exact",
+    bias_count: Annotated[int | None, typer.Option(help="Layers of bias removal; default: chosen on the data.")] = None,
+    bias_direction: Annotated[str | None, typer.Option(help="backward or forward; default: chosen.")] = None,
+    memory_limit: Memory = None,
+    match_layers: Annotated[int | None, typer.Option(help="Align only what the first layers produce.")] = None,
+    prepare: Annotated[str, typer.Option(help="none, or remove_bias: match edges without their biases.")] = "none",
+    references: Annotated[
+        list[Path] | None, typer.Option("--reference", help="Networks whose statistics are the goal, repeatable.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="One weight for each edge, e.g. 0.3,0.7.")] = None,
+    max_samples: Samples = None,
+    verify: Verify = True,
+    seed: Seed = 0,
+    device: Device = None,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Merge two or more checkpoints of one architecture into one network."""
+    from vfx import api
+
+    edges, examples = load_all(checkpoints, model, arguments), examples_of(inputs)
+    asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
+    result = api.merge(
+        edges,
+        examples,
+        data=data_of(data, examples, labels=True),
+        match=match_of(match, match_layers, data),
+        restarts=restarts,
+        normalize=normalization_of(normalize, layers, memory_limit, **asked),
+        prepare=optional(prepare),
+        references=load_all(references or [], model, arguments),
+        preserve=cut_of(preserve),
+        join=join,  # type: ignore[arg-type]
+        heads=cut_of(heads),
+        head_output=head_output,  # type: ignore[arg-type]
+        weights=floats(weights),
+        max_samples=max_samples,
+        verify=verify,
+        seed=seed,
+        device=device,
+    )
+    finish(result, out, report)
+
+
+@app.command()
+def repair(
+    checkpoint: Annotated[Path, typer.Argument(help="The network to repair.")],
+    references: Annotated[list[Path], typer.Argument(help="Networks whose statistics are the goal.")],
+    model: Model,
+    inputs: Inputs,
+    data: Data,
+    arguments: Arguments = [],  # noqa: B006
+    method: Annotated[str, typer.Option(help="auto, repair, rescale, rescale_average, reshift or reset.")] = "auto",
+    layers: Chosen = None,
+    site: Site = "preactivation",
+    sweep: Sweep = "exact",
+    memory_limit: Memory = None,
+    match: Annotated[str, typer.Option(help="Align the references first: none, weight or activation.")] = "none",
+    max_samples: Samples = None,
+    seed: Seed = 0,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Bring a network's layer statistics to those of its references."""
+    from vfx import api
+
+    network, *others = load_all([checkpoint, *references], model, arguments)
+    examples = examples_of(inputs)
+    result = api.repair(
+        network,
+        others,
+        examples,
+        data=data_of(data, examples, labels=True),
+        method=normalization_of(method, layers, memory_limit, site=site, sweep=sweep) or "none",
+        match=optional(match),
+        max_samples=max_samples,
+        seed=seed,
+    )
+    finish(result, out, report)

@@ -1,0 +1,62 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfx.match.catalogue import MATCHERS
+from vfx.normalize.catalogue import METHODS
+
+
+def choices(*names: str) -> str:
+    """What --help says of an option that takes one of these."""
+    return f"{', '.join(names[:-1])} or {names[-1]}."
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Constructor as module:name, e.g. torchvision.models:resnet18.")
+]
+Arguments = Annotated[
+    list[str], typer.Option("--arg", "-a", help="Constructor argument key=value (value in JSON), repeatable.")
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        "-i",
+        help="Shape of one sample, e.g. 3x224x224; name=16:1000 is a keyword argument of integers below 1000 "
+        "(name=16:ones of ones). Repeatable.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Calibration inputs: .npz, .npy, .safetensors or .pt file (arrays by the names of keyword arguments), or "
+        "'digits'.",
+    ),
+]
+Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
+Normalize = Annotated[str, typer.Option(help=choices("auto", "none", *METHODS))]
+Repair = Annotated[str, typer.Option(help=choices("auto", "none", *(n for n, one in METHODS.items() if one.data)))]
+Chosen = Annotated[
+    list[str] | None,
+    typer.Option("--layers", help="Layers to normalise: numbers, names or globs, repeatable; default: all but heads."),
+]
+Site = Annotated[str, typer.Option(help="Normalise before or behind the activation: preactivation or activation.")]
+Sweep = Annotated[
+    str, typer.Option(help="Statistics of the merged network: exact (layer by layer), train, uncorrected or batch.")
+]
+Memory = Annotated[
+    int | None, typer.Option(help="Bytes of activations an exact sweep keeps in memory; the rest waits on disk.")
+]
+Match = Annotated[str, typer.Option(help=choices("auto", "none", *MATCHERS))]
+Samples = Annotated[int | None, typer.Option(help="Use at most this many calibration samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
+Verify = Annotated[bool, typer.Option(help="Prove each step numerically before it is used.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")]

@@ -1,0 +1,127 @@
+"""``vfx prune`` and ``vfx prune-structured``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfx.cli.app import app
+from vfx.cli.inputs import argument, examples_of, finish, labelled, load_all, optional, sparsity_of
+from vfx.cli.options import Arguments, Data, Device, Inputs, Json, Model, Out, Repair, Samples, Seed, Verify, choices
+from vfx.pruning.groups import METHODS as CHANNEL_METHODS
+from vfx.pruning.scores.catalogue import SCORES, score_named
+from vfx.pruning.widths import ALLOCATIONS, BUDGETS
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")],
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option("--sparsity", "-s", help="Share of the weights that go, or glob=share for layers; repeatable."),
+    ] = None,
+    score: Annotated[str, typer.Option(help=choices(*SCORES))] = "magnitude",
+    score_arguments: Annotated[
+        list[str], typer.Option("--score-arg", help="Option of the score, e.g. block=1000; repeatable.")
+    ] = [],  # noqa: B006
+    scope: Annotated[str, typer.Option(help="auto, global, layer, row, or a pattern such as 2:4.")] = "auto",
+    data: Data = None,
+    max_samples: Samples = None,
+    repair_samples: Annotated[int, typer.Option(help="Samples that the repair reads.")] = 64,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Layers left alone: auto, none, first, head or a glob; repeatable.")
+    ] = None,
+    normalize: Repair = "auto",
+    steps: Annotated[int, typer.Option(help="One-shot steps, scores taken anew in each.")] = 1,
+    schedule: Annotated[str, typer.Option(help="How the sparsity grows with the steps: cubic or linear.")] = "cubic",
+    masks: Annotated[str, typer.Option(help="permanent, parametrize or semi_structured (2:4 on CUDA).")] = "permanent",
+    verify: Verify = True,
+    seed: Seed = 0,
+    device: Device = None,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Prune a trained network in one shot and repair its statistics."""
+    from vfx import api
+
+    (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
+    result = api.prune(
+        network,
+        examples,
+        sparsity=sparsity_of(sparsity),
+        score=score_named(score, **dict(argument(text, "--score-arg") for text in score_arguments)),
+        scope=scope,
+        data=labelled(data, examples, train=True),
+        max_samples=max_samples,
+        repair_samples=repair_samples,
+        protect="auto" if protect in (None, [], ["auto"]) else [name for name in protect or () if name != "none"],
+        normalize=optional(normalize),
+        steps=steps,
+        schedule=schedule,
+        masks=masks,
+        verify=verify,
+        seed=seed,
+        device=device,
+    )
+    finish(result, out, report)
+
+
+@app.command("prune-structured")
+def prune_structured(
+    checkpoint: Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")],
+    model: Model,
+    inputs: Inputs,
+    sparsity: Annotated[float, typer.Option("--sparsity", "-s", help="Share of the budget that goes.")],
+    arguments: Arguments = [],  # noqa: B006
+    method: Annotated[str, typer.Option(help="remove, or fold: merge channels by k-means.")] = "remove",
+    score: Annotated[str, typer.Option(help=choices(*CHANNEL_METHODS))] = "magnitude",
+    allocation: Annotated[str, typer.Option(help=choices(*ALLOCATIONS))] = "uniform",
+    budget: Annotated[str, typer.Option(help=choices(*BUDGETS))] = "channels",
+    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of it.")] = 1,
+    units: Annotated[
+        str, typer.Option(help="What goes inside heads and groups: channels, whole blocks, or both.")
+    ] = "channels",
+    protect: Annotated[list[str] | None, typer.Option(help="Weight whose groups stay whole; repeatable.")] = None,
+    compensate: Annotated[
+        bool, typer.Option(help="Fold removed channels into the kept ones by least squares on the data.")
+    ] = False,
+    data: Data = None,
+    max_samples: Samples = None,
+    repair_samples: Annotated[int, typer.Option(help="Samples that the repair reads.")] = 64,
+    normalize: Repair = "auto",
+    verify: Verify = True,
+    seed: Seed = 0,
+    device: Device = None,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Remove or fold whole channels, heads and groups: a smaller network."""
+    from vfx import api
+
+    (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
+    result = api.prune_structured(
+        network,
+        examples,
+        sparsity=sparsity,
+        method=method,
+        score=score,
+        allocation=allocation,
+        budget=budget,
+        round_to=round_to,
+        units=units,
+        protect=protect or (),
+        compensate=compensate,
+        data=labelled(data, examples, train=True),
+        max_samples=max_samples,
+        repair_samples=repair_samples,
+        normalize=optional(normalize),
+        verify=verify,
+        seed=seed,
+        device=device,
+    )
+    finish(result, out, report)
