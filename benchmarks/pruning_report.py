@@ -66,7 +66,8 @@ def _tables(network: Mapping[str, Any]) -> Iterator[str]:
         three = lambda method, s: " / ".join(  # noqa: E731
             _cell(found.get((method, n), {}).get(s)) for n in ("64", "128", "256")
         )
-        rows = [[f"{100 * s:g} %", *(three(method, s) for method in repaired)] for s in sparsities]
+        measured = sorted({s for (_, samples), curve in found.items() if samples == "256" for s in curve})
+        rows = [[f"{100 * s:g} %", *(three(method, s) for method in repaired)] for s in measured]
         yield from grid(["sparsity", *repaired], rows)
 
 
@@ -128,7 +129,7 @@ def draw(networks: Mapping[str, Any], path: Path) -> None:
             axis.set_title(method, fontsize=7)
             axis.tick_params(labelsize=6)
         row[0].set_ylabel(f"{name}\naccuracy, %", fontsize=6)
-        row[0].legend(fontsize=5)
+        max(row, key=lambda axis: len(axis.lines)).legend(fontsize=5)
     for axis in axes[-1]:
         axis.set_xlabel("sparsity, %", fontsize=6)
     figure.tight_layout()

@@ -1,11 +1,12 @@
 """Structured pruning of public networks: does each come out smaller and right?
 
-Of every classification, segmentation and video network of torchvision, and of the timm and Hugging Face networks of
-``benchmarks.zoo``, 25, 50 and 75 % of each symmetry group's channels (whole heads and their insides too) are removed by
-magnitude, with random weights, norms and statistics. The smaller network must equal the masked one in float64 to 1e-6:
-removed features are exactly zero at full size, and norms and reductions over channels run over those that are kept. It
-must run at batch sizes 1 and 5 as a module; with ``--onnx`` it is also exported at 50 % and compared in ONNX Runtime.
-Networks of more than 150 million parameters are left out unless ``--large``. Each runs in a process of its own.
+Of the papers' networks, of every classification, segmentation and video network of torchvision, and of the timm and
+Hugging Face networks of ``benchmarks.zoo``, 25, 50 and 75 % of each symmetry group's channels (whole heads and their
+insides too) are removed by magnitude, with random weights, norms and statistics. The smaller network must equal the
+masked one in float64 to 1e-6: removed features are exactly zero at full size, and norms and reductions over channels
+run over those that are kept. It must run at batch sizes 1 and 5 as a module; with ``--onnx`` it is also exported at 50
+% and compared in ONNX Runtime. Networks of more than 150 million parameters are left out unless ``--large``. Each runs
+in a process of its own.
 
 Results go to ``benchmarks/results``: pruning_zoo.json and pruning_zoo.md, written after each network.
 """
@@ -151,7 +152,7 @@ def _why(line: dict[str, Any]) -> str:
 
 def main(
     network: Annotated[list[str] | None, typer.Option(help="Only this network, measured anew (repeatable).")] = None,
-    only: Annotated[str | None, typer.Option(help="torchvision, timm or huggingface.")] = None,
+    only: Annotated[str | None, typer.Option(help="vfx, torchvision, timm or huggingface.")] = None,
     onnx: Annotated[bool, typer.Option(help="Export at 50 % and compare in ONNX Runtime.")] = False,
     large: Annotated[bool, typer.Option(help="Networks of more than 150 million parameters too.")] = False,
     limit: Annotated[int | None, typer.Option(help="At most this many networks.")] = None,

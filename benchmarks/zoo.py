@@ -1,11 +1,11 @@
 """Permutation symmetries of public networks: are they captured, understood operator by operator, and true?
 
-Every classification, segmentation and video network of torchvision, timm networks of different families, and Hugging
-Face families from tiny configurations, all with random weights and images as small as each network allows. For each one
-line: its groups and channels, how many groups lie inside the blocks of another (attention heads, groups of a
-convolution), how many positions of parameter axes are pinned, operators without a rule, seconds that capture and
-inference took (processor time on one thread), the largest relative output error in float64 when every group is
-permuted, and peak memory.
+The papers' networks, every classification, segmentation and video network of torchvision, timm networks of different
+families, and Hugging Face families from tiny configurations, all with random weights and images as small as each
+network allows. For each one line: its groups and channels, how many groups lie inside the blocks of another (attention
+heads, groups of a convolution), how many positions of parameter axes are pinned, operators without a rule, seconds that
+capture and inference took (processor time on one thread), the largest relative output error in float64 when every group
+is permuted, and peak memory.
 
 The error must stay below 1e-10; what a network itself casts to float32 is computed in float64 for this. Networks of
 more than 400 million parameters give up the memory of their weights (meta): they are captured and analysed, not
@@ -39,11 +39,12 @@ from benchmarks.pairs_report import grid
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import trace
 from vfx.files import write_atomic
+from vfx.models import MODELS
 
 EXACT = 1e-10
 META = 400_000_000  # parameters
 VOCABULARY = 61
-SOURCES = ("torchvision", "timm", "huggingface")
+SOURCES = ("vfx", "torchvision", "timm", "huggingface")
 console = Console(stderr=True)
 
 
@@ -67,6 +68,15 @@ class Network:
 
 
 # the networks -------------------------------------------------------------------------------------------------------
+
+
+def paper_networks() -> list[Network]:
+    return [Network("vfx", name, 32) for name in MODELS if name.partition("_")[0] in ("vgg16", "resnet20", "vit")]
+
+
+def _paper(network: Network) -> nn.Module:
+    return MODELS[network.name]()
+
 
 NO_INIT = {"init_weights": False}  # minutes of truncated normals that nothing here needs
 _SIDES = {"inception_v3": 107, "maxvit_t": 224, "s3d": 224, "mvit_v1_b": 224, "mvit_v2_s": 224}
@@ -216,6 +226,7 @@ def _hugging_face(network: Network) -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[Network], nn.Module]] = {
+    "vfx": _paper,
     "torchvision": _torchvision,
     "timm": _timm,
     "huggingface": _hugging_face,
@@ -223,7 +234,7 @@ BUILDERS: dict[str, Callable[[Network], nn.Module]] = {
 
 
 def networks() -> list[Network]:
-    return [*torchvision_networks(), *timm_networks(), *hugging_face_networks()]
+    return [*paper_networks(), *torchvision_networks(), *timm_networks(), *hugging_face_networks()]
 
 
 # measuring ----------------------------------------------------------------------------------------------------------
@@ -357,7 +368,7 @@ def summary(key: str, line: dict[str, Any]) -> str:
 
 def main(
     network: Annotated[list[str] | None, typer.Option(help="Only this network, measured anew (repeatable).")] = None,
-    only: Annotated[str | None, typer.Option(help="torchvision, timm or huggingface.")] = None,
+    only: Annotated[str | None, typer.Option(help="vfx, torchvision, timm or huggingface.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many networks.")] = None,
     output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
     fresh: Annotated[bool, typer.Option(help="Measure again what the results hold already.")] = False,
