@@ -79,6 +79,7 @@ class Align(Pass):
         weights = [facts.permute(w, p) for w, p in zip(program.weights, permutations)]
         note = f"Align({type(self.matcher).__name__})"
         result = program.with_weights(weights, note)
+        result = replace(result, notes=(*result.notes, *self.matching.notes))
         if any(self.matching.maps):
             result = replace(result, transport=Transport(facts, self.matching.maps))
         return _with_goals(program, result, facts, statistics, permutations)

@@ -171,6 +171,8 @@ def test_streams_behind_norms_do_not_grow() -> None:
     grown = _merge(program, match=PartialMatching(0.5))
     assert grown.program.weights[0]["up.weight"].shape == (30, 12)
     assert grown.program.weights[0]["head.weight"].shape == (4, 12)
+    assert any("takes no budget: layer_norm normalises over its channels" in note for note in grown.report.notes)
+    assert not any("up.weight takes no budget" in note for note in grown.report.notes)
 
 
 def test_preserved_layers_and_least_squares() -> None:

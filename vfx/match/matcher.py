@@ -48,9 +48,8 @@ class Matching:
     ``maps`` holds what is left to do behind the permutations where the method finds more than a permutation: for each
     edge a linear map by group, close to the identity. ``objective`` is one figure for each edge but the first, or one
     for all where they are matched together; ``attempts`` holds the same for each start (``restarts``) or iteration, of
-    which the best was kept.
-    ``apart`` names, by group, aligned channels that are not to be merged; where ``ridge`` is given, the merged layers
-    are solved by least squares with it (PLeaS).
+    which the best was kept. ``apart`` names, by group, aligned channels that are not to be merged; where ``ridge`` is
+    given, the merged layers are solved by least squares with it (PLeaS). ``notes`` says what was not done, and why.
     """
 
     permutations: tuple[Permutations, ...]
@@ -62,6 +61,7 @@ class Matching:
     seconds: float = 0.0
     details: Mapping[str, float] = field(default_factory=dict)
     attempts: tuple[tuple[float, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Matcher(Protocol):

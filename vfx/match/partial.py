@@ -54,29 +54,38 @@ class PartialMatching:
             unknown = set(self.budget) - {group.name for group in problem.symmetry.groups}
             if unknown:
                 raise ArgumentError(f"budget names {unknown.pop()!r}, which is no group; see vfx.symmetry(...)")
-        apart = {}
+        apart, notes = {}, []
         for group in problem.symmetry.groups:
             count = round(self._share(group) * group.size)
-            if count and growable(problem.symmetry, group):
+            reason = fixed(problem.symmetry, group) if count else ""
+            if count and not reason:
                 apart[group.index] = worst(problem, found, group, count)
-        return replace(found, apart=apart, ridge=self.ridge)
+            elif count:
+                notes.append(f"{group.name} takes no budget: {reason}")
+        return replace(found, apart=apart, ridge=self.ridge, notes=tuple(notes))
 
     def _share(self, group: Group) -> float:
         return self.budget.get(group.name, 0.0) if isinstance(self.budget, Mapping) else self.budget
 
 
-def growable(symmetry: Symmetry, group: Group) -> bool:
-    """Whether channels of a group may stand apart."""
-    return group.parent is None and mappable(symmetry, group) and not _normalised(symmetry, group)
+def fixed(symmetry: Symmetry, group: Group) -> str:
+    """Why channels of a group may not stand apart; empty if they may."""
+    if group.parent is not None:
+        return "it lies inside blocks"
+    if not mappable(symmetry, group):
+        return "no linear map goes through it"
+    norm = _normalised(symmetry, group)
+    return f"{norm} normalises over its channels" if norm else ""
 
 
-def _normalised(symmetry: Symmetry, group: Group) -> bool:
+def _normalised(symmetry: Symmetry, group: Group) -> str:
+    """The first norm that would see other channels than it does in any edge."""
     for node in symmetry.program.graph.nodes:
         if operator(node) in NORMS - BATCH_NORMS:
             x = node.all_input_nodes[0]
             if any(group.index in symmetry.positions(x, dim) for dim in range(len(x.meta["val"].shape))):
-                return True
-    return False
+                return node.name
+    return ""
 
 
 def worst(problem: Problem, found: Matching, group: Group, count: int) -> Index:
