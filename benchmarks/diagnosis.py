@@ -1,7 +1,7 @@
 """Diagnose the trained Fashion-MNIST pairs: vanishing features, barriers, and the choice of data.
 
 Three parts for each pair, kept in ``benchmarks/results/diagnosis.json`` as soon as they are measured; what is there
-already is not measured again (``--again`` does). Matching and calibration read the first 2,000 training images.
+already is not measured again (``--fresh`` does). Matching and calibration read the first 2,000 training images.
 
 * layers: feature ratio, offset share and variance ratio of each layer on 512 test images, for every treatment and for
   PFM cuts (*Vanishing Feature*, the quantities of Figures 3 and 5);
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vfx
 from benchmarks.diagnosis_report import draw, markdown
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from vfx.files import write_atomic
 from vfx.match.matcher import Known, Problem
 
@@ -145,16 +146,14 @@ def measure(subject: Subject, part: str) -> Any:
 
 
 def main(
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST: the idx files, or torchvision's root.")] = (
-        FASHION_MNIST
-    ),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this pair (may be repeated).")] = None,
     part: Annotated[list[str] | None, typer.Option(help="Only layers, barriers or data (may be repeated).")] = None,
     samples: Annotated[int, typer.Option(help="Test images to use.")] = 10_000,
-    again: Annotated[bool, typer.Option(help="Measure what is there already.")] = False,
-    render: Annotated[bool, typer.Option(help="Only rewrite the tables and the plots.")] = False,
+    fresh: Fresh = False,
+    render: Render = False,
 ) -> None:
     """Diagnose the trained pairs and write diagnosis.json, diagnosis.md and two plots."""
     for name, known in (*((n, PAIRS) for n in pair or ()), *((n, PARTS) for n in part or ())):
@@ -167,7 +166,7 @@ def main(
         (name, which)
         for name in ([] if render else pair or PAIRS)
         for which in part or PARTS
-        if again or which not in results.get(name, {})
+        if fresh or which not in results.get(name, {})
     ]
     try:
         run(todo, results, file, checkpoints, data, samples)

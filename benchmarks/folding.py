@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
 from vfx.api import prune_structured, trace
 from vfx.files import write_atomic
@@ -96,12 +97,12 @@ def _size(cell: dict[str, Any]) -> str:
 
 
 def main(
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = FASHION_MNIST,
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Test images to use (default: all 10,000).")] = None,
-    fresh: Annotated[bool, typer.Option(help="Measure again what the results hold already.")] = False,
+    samples: Samples = None,
+    fresh: Fresh = False,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
 ) -> None:
     """Measure every method on every network; a run that was stopped goes on where it was."""

@@ -2,7 +2,7 @@
 
 VGG16 ×0.25 and ResNet20-BN ×0.5 are trained here from different seeds and kept in ``--cache``; the first N of them are
 merged with equal weights. Matching and normalization read the first 512 training images; accuracy is over the 500 test
-images. Results go to ``benchmarks/results``: many.json, many.md. Cells already in many.json are kept (``--again``
+images. Results go to ``benchmarks/results``: many.json, many.md. Cells already in many.json are kept (``--fresh``
 measures them anew).
 """
 
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Cache, Fresh, Output
 from benchmarks.pairs_report import grid
 from vfx.api import collect, merge, symmetry, trace
 from vfx.files import write_atomic
@@ -171,11 +172,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main(
-    cache: Annotated[Path, typer.Option(help="Folder of the trained networks.")] = Path("demo"),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    cache: Cache = Path("demo"),
+    output: Output = RESULTS,
     network: Annotated[list[str] | None, typer.Option(help="vgg16 or resnet20_bn (may be repeated).")] = None,
     match: Annotated[list[str] | None, typer.Option(help="Only these methods, or none (may be repeated).")] = None,
-    again: Annotated[bool, typer.Option(help="Measure cells that are in many.json already.")] = False,
+    fresh: Fresh = False,
     train: Annotated[bool, typer.Option(help="Only train the networks.")] = False,
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
 ) -> None:
@@ -192,7 +193,7 @@ def main(
         if train:
             [one.edge(seed, data, cache) for seed in range(max(COUNTS))]
             continue
-        known = {} if again else results.get(one.name, {})
+        known = {} if fresh else results.get(one.name, {})
         for found in measure(one, known, matches, (data, cache, COUNTS)):
             results[one.name] = found
             write_atomic(file, json.dumps(results, indent=1) + "\n")

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Output
 from benchmarks.pairs_report import grid
 from vfx.api import symmetry, trace
 from vfx.files import write_atomic
@@ -121,7 +121,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    output: Output = RESULTS,
     network: Annotated[list[str] | None, typer.Option(help="torchvision networks (may be repeated).")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MATCHERS)} (may be repeated).")] = None,
     one: Annotated[str, typer.Option(help="Only this network=method, in this process.", hidden=True)] = "",

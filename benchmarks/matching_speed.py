@@ -8,7 +8,6 @@ channels; from there on only the product's.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Output
 from vfx.files import write_atomic
 from vfx.match.zipit import Similarity, merges
 
@@ -56,7 +56,7 @@ def literal(similarity: Similarity, edges: int) -> list[tuple[int, int]]:
 
 def main(
     channels: Annotated[list[int] | None, typer.Option(help="Channels of a network (may be repeated).")] = None,
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    output: Output = RESULTS,
 ) -> None:
     """Time the greedy matching of two networks and write matching_speed.md."""
     rows = ["| channels | definition, s | vfx, s | ratio |", "| --- | --- | --- | --- |"]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
 from benchmarks.memory import current_memory, peak_memory, reset_peak_memory
+from benchmarks.options import Checkpoints, DataFolder, Output, Samples
 from benchmarks.pairs_report import grid
 from passes.fold_normalization import FoldNormalization
 from vfx.api import collect, merge, symmetry, trace
@@ -135,14 +136,12 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main(
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST: the idx files, or torchvision's root.")] = (
-        FASHION_MNIST
-    ),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this pair (may be repeated).")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this method, measured anew (may be repeated).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Test images to use (default: all 10,000).")] = None,
+    samples: Samples = None,
 ) -> None:
     """Merge the trained pairs by every method and write methods.json and methods.md."""
     for chosen, known in ((pair, PAIRS), (method, methods())):

@@ -27,6 +27,7 @@ from torch import nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, fashion_mnist
 from benchmarks.normalization_report import draw, markdown
+from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from vfx.api import collect, merge, trace
 from vfx.emit.module import emit
 from vfx.files import write_atomic
@@ -139,11 +140,11 @@ def main(
     pair: Annotated[list[str] | None, typer.Option(help="Only this pair (may be repeated).")] = None,
     study: Annotated[list[str] | None, typer.Option(help="Only this study (may be repeated).")] = None,
     samples: Annotated[int, typer.Option(help="Test images.", min=1)] = 2000,
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = FASHION_MNIST,
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
-    fresh: Annotated[bool, typer.Option(help="Measure again what is measured already.")] = False,
-    render: Annotated[bool, typer.Option(help="Only write the tables and the plot anew.")] = False,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
+    fresh: Fresh = False,
+    render: Render = False,
 ) -> None:
     """Measure the normalizations and write normalization.json, .md and .png."""
     output.mkdir(parents=True, exist_ok=True)

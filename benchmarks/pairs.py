@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.options import Checkpoints, DataFolder, Output, Render, Samples
 from benchmarks.pairs_report import draw, markdown
 from vfx.api import collect, merge, trace
 from vfx.files import write_atomic
@@ -116,16 +117,14 @@ def measure_pair(subject: Subject, matches: Sequence[str | None], progress: Prog
 
 
 def main(
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST: the idx files, or torchvision's root.")] = (
-        FASHION_MNIST
-    ),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this pair (may be repeated).")] = None,
     match: Annotated[list[str] | None, typer.Option(help="Only none, weight or activation (may be repeated).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Test images to use (default: all 10,000).")] = None,
+    samples: Samples = None,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
-    render: Annotated[bool, typer.Option(help="Only rewrite the tables and the plot from pairs.json.")] = False,
+    render: Render = False,
 ) -> None:
     """Merge the trained Fashion-MNIST pairs and write pairs.json, pairs.md and pairs.png."""
     if threads:

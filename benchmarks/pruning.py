@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Render, Samples
 from benchmarks.pruning_report import draw, markdown
 from vfx.api import prune, trace
 from vfx.files import write_atomic
@@ -198,17 +199,17 @@ def woodfisher_process() -> dict[str, Any]:
 
 
 def main(
-    cache: Annotated[Path, typer.Option(help="Folder of the networks trained on digits.")] = Path("demo"),
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained Fashion-MNIST pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = FASHION_MNIST,
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    cache: Cache = Path("demo"),
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
     net: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Fashion-MNIST test images (default: all 10,000).")] = None,
+    samples: Samples = None,
     limit: Annotated[int | None, typer.Option(help="Measure at most this many cells of each network.")] = None,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
     woodfisher: Annotated[bool, typer.Option(help="Also measure WoodFisher's time and memory.")] = False,
     woodfisher_process_: Annotated[bool, typer.Option("--woodfisher-process", hidden=True)] = False,
-    render: Annotated[bool, typer.Option(help="Only rewrite the tables and the plot from pruning.json.")] = False,
+    render: Render = False,
 ) -> None:
     """Prune the trained networks in every way and write pruning.json, pruning.md and pruning.png."""
     if threads:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -22,6 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Output
 from vfx.api import prune_structured
 from vfx.files import write_atomic
 
@@ -73,7 +73,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 7,
     sparsity: Annotated[float, typer.Option(help="Share of each group's channels that goes.")] = 0.5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    output: Output = RESULTS,
 ) -> None:
     """Measure ResNet50 before and after the removal of half its channels."""
     found = measure(batch, side, rounds, sparsity, device)

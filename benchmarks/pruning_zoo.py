@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Fresh, Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import SOURCES, Network, networks
 from passes.remove_channels import RemoveChannels
@@ -156,8 +157,8 @@ def main(
     onnx: Annotated[bool, typer.Option(help="Export at 50 % and compare in ONNX Runtime.")] = False,
     large: Annotated[bool, typer.Option(help="Networks of more than 150 million parameters too.")] = False,
     limit: Annotated[int | None, typer.Option(help="At most this many networks.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
-    fresh: Annotated[bool, typer.Option(help="Measure again what the results hold already.")] = False,
+    output: Output = RESULTS,
+    fresh: Fresh = False,
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
 ) -> None:
     """Prune public networks and check them; a run that was stopped goes on where it was."""

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
 from benchmarks.memory import peak_memory
+from benchmarks.options import Checkpoints, DataFolder, Output
 from benchmarks.pairs_report import grid
 from vfx.analyse.elements import moved
 from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
@@ -346,11 +347,9 @@ def failed(name: str, result: dict[str, Any]) -> list[str]:
 
 def main(
     only: Annotated[list[str] | None, typer.Option("--network", help="Only this network (may be repeated).")] = None,
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST: the idx files, or torchvision's root.")] = (
-        FASHION_MNIST
-    ),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
     seed: Annotated[int, typer.Option(help="Seed of weights, permutation, noise and images.")] = 0,
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 2,
 ) -> None:

@@ -23,7 +23,6 @@ import statistics as stats
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -35,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Output
 from passes.align import Align
 from passes.calibrate_normalization import CalibrateNormalization
 from passes.fold_normalization import FoldNormalization
@@ -275,7 +275,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 2,
     device: Annotated[str, typer.Option(help="Where networks run.")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Only stages whose name holds this (may be repeated).")] = None,
-    output: Annotated[Path, typer.Option(help="Folder speed.json is written to.")] = RESULTS,
+    output: Output = RESULTS,
     strict: Annotated[bool, typer.Option(help="Exit with 1 if a target is missed.")] = False,
 ) -> None:
     """Measure the targets of speed and print a table."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
+from benchmarks.options import Cache, Output
 from benchmarks.pairs_report import grid
 from vfx.api import collect, merge, symmetry, trace
 from vfx.files import write_atomic
@@ -104,8 +105,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main(
-    cache: Annotated[Path, typer.Option(help="Folder of the trained networks.")] = Path("demo"),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    cache: Cache = Path("demo"),
+    output: Output = RESULTS,
     epochs: Annotated[int, typer.Option(help="Epochs of training.", min=1)] = EPOCHS,
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 2,
 ) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Samples
 from vfx.api import merge
 from vfx.files import write_atomic
 from vfx.match.carry import Carried, Carrier
@@ -131,13 +132,13 @@ def _key(row: dict[str, Any]) -> tuple[str, str | None, float]:
 
 
 def main(
-    checkpoints: Annotated[Path, typer.Option(help="Folder of the trained pairs.")] = CHECKPOINTS,
-    data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST.")] = FASHION_MNIST,
-    cache: Annotated[Path, typer.Option(help="Folder of the networks trained here.")] = Path("demo"),
-    output: Annotated[Path, typer.Option(help="Folder the results are written to.")] = RESULTS,
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    cache: Cache = Path("demo"),
+    output: Output = RESULTS,
     model: Annotated[list[str] | None, typer.Option(help="Only vgg16 or vgg16_bn (may be repeated).")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of the network trained here.")] = 8,
-    samples: Annotated[int | None, typer.Option(help="Test images to use (default: all 10,000).")] = None,
+    samples: Samples = None,
 ) -> None:
     """Merge networks of different widths and write widths.json and widths.md."""
     try:

@@ -22,7 +22,7 @@ from passes.reset_batchnorm import ResetBatchNorm
 from passes.use_batch_statistics import UseBatchStatistics
 from vfx.analyse.layers import number_layers
 from vfx.errors import ArgumentError
-from vfx.normalize.catalogue import METHODS, Normalization, candidates
+from vfx.normalize.catalogue import BEHIND, METHODS, Normalization, candidates
 from vfx.normalize.choice import EVERY, FEW, LIMIT, Judge, Score, best_removal, removals
 from vfx.program import Program
 from vfx.rewrite import Pass
@@ -71,7 +71,9 @@ def choose(
         )
     tried = candidates(asked, aligned) if asked.method == "auto" else {asked.method: asked}
     if not merging:
-        tried = {name: one for name, one in tried.items() if one is None or METHODS[name].data}
+        tried = {name: one for name, one in tried.items() if one is None or METHODS[one.method].data}
+    if not set(aligned.goals) - {layer.node for layer in number_layers(edges)}:  # nothing known behind activations
+        tried.pop(BEHIND, None)
     judge = Judge(edges, alphas, held)
     merged = _after(aligned, merging)
     own = options | {"max_samples": None, "progress": False}

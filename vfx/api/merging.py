@@ -181,7 +181,7 @@ def gathered(
         asks = {name: name in reads for name in READS}
         asks["within"] |= finder is not None and not finder.exact
         given = collect_statistics(program, facts, data, **asks, **options)
-    check_statistics(given, reads)
+    check_statistics(given, reads, asked)
     return given
 
 

@@ -55,8 +55,10 @@ def reads_for(asked: Normalization | None, finder: Matcher | None, program: Prog
     return [name for name in READS if name in wanted]
 
 
-def check_statistics(statistics: Statistics | None, reads: Sequence[str]) -> None:
-    for name in reads:
+def check_statistics(statistics: Statistics | None, reads: Sequence[str], asked: Normalization | None) -> None:
+    """What "auto" would only try behind the activations is no reason to refuse statistics without them."""
+    optional = {"activations"} if asked is not None and asked.method == "auto" and not asked.behind else set()
+    for name in (one for one in reads if one not in optional):
         if statistics is not None and name not in statistics.reads:
             what = "layer statistics for the normalization" if name == "layers" else f"{name!r}, which are needed"
             raise ArgumentError(f"these statistics hold no {what}; collect them again")

@@ -35,8 +35,9 @@ METHODS: Mapping[str, Method] = {
     "reset": Method(True, False, True, True, "BatchNorm's running statistics recomputed"),
     "bias_calibration": Method(False, False, None, True, "b_l ← Σ αᵢ^l b_i"),
     "bias_removal": Method(False, False, None, True, "b ← 0 in the last or first k layers"),
-    "rescale_weights": Method(False, False, None, False, "|θ_α| brought to the edges' mean magnitude"),
+    "rescale_weights": Method(False, False, None, True, "|θ_α| brought to the edges' mean magnitude"),
 }
+BEHIND = "repair, activation"  # what "auto" calls it
 SWEEPS = ("exact", "train", "uncorrected", "batch")
 
 
@@ -121,6 +122,8 @@ def normalization(normalize: str | Normalization | None, data: bool) -> Normaliz
 def candidates(asked: Normalization, program: Program) -> dict[str, Normalization | None]:
     """What "auto" tries: none at all, and every method of use on this network, with the options of ``asked``.
 
+    REPAIR is tried behind the activation too, unless ``asked`` says where.
+
     With BatchNorm behind some layers and none behind others, REPAIR and its kin reset the former; with BatchNorm behind
     all of them they are RESET.
     """
@@ -128,4 +131,9 @@ def candidates(asked: Normalization, program: Program) -> dict[str, Normalizatio
     has_norm = bool(norms)
     use = {name: method for name, method in METHODS.items() if method.tried and method.norm in (None, has_norm)}
     found: dict[str, Normalization | None] = {"none": None}
-    return found | {name: replace(asked, method=name) for name in use if not (asked.behind and not use[name].goals)}
+    found |= {name: replace(asked, method=name) for name in use if not (asked.behind and not use[name].goals)}
+    return (
+        found
+        if asked.behind or "repair" not in use
+        else found | {BEHIND: replace(asked, method="repair", site="activation")}
+    )
