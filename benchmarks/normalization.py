@@ -123,6 +123,7 @@ class Subject:
 
     def biases(self) -> Iterator[tuple[str, Any]]:
         for edge in range(2):
+            yield f"edge {edge} with biases", lambda edge=edge: {"accuracy": self.accuracy(emit(self.program, edge)[0])}
             yield f"edge {edge} without biases", lambda edge=edge: self._bare(edge)
         for match in (None, "weight", "activation"):
             for prepare in (None, "remove_bias"):
@@ -149,13 +150,17 @@ def main(
     """Measure the normalizations and write normalization.json, .md and .png."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "normalization.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for name in () if render else pair or PAIRS:
         subject = Subject(PAIRS[name], checkpoints, data, samples)
-        own = results.setdefault(name, {"layers": subject.layers, "test_images": samples, "studies": {}})
-        if own["test_images"] != samples:
-            raise typer.BadParameter(f"{file} was measured on {own['test_images']} test images; use --fresh")
+        own = results.setdefault(name, {"layers": subject.layers, "test_images": {}, "studies": {}})
         for one in ("references", *(study or STUDIES)):
+            if fresh or (one == "references" and own["test_images"].get(one) != samples):
+                own["studies"].pop(one, None)
+                own["test_images"].pop(one, None)
+            if own["test_images"].setdefault(one, samples) != samples:
+                images = own["test_images"][one]
+                raise typer.BadParameter(f"{one} of {name} was measured on {images:,} test images; use --fresh")
             measure(subject, one, own["studies"].setdefault(one, {}), lambda: write(file, results))
     write_atomic(output / "normalization.md", markdown(results))
     draw(results, output / "normalization.png")

@@ -44,14 +44,16 @@ def markdown(results: Results) -> str:
     for name, result in results.items():
         studies = result["studies"]
         lines += [f"## {name}", "", _summary(result), ""]
-        for title, table in (
-            ("All methods by preserved layers", _by_number(studies.get("methods", {}), "method", result["layers"])),
-            ("Sweeps (*Rethinking Model Re-Basin*, Table 9), l = 0", _sweeps(studies.get("sweeps", {}))),
-            ("Bias removal in k layers (*Vanishing Feature*, Figure 13), l = 0", _removal(studies.get("removal", {}))),
-            ("Only the first l layers aligned (Figure 4, left)", _by_number(studies.get("partial", {}), "aligned", 0)),
-            ("Biases removed before matching (*Rethinking Model Re-Basin*, §3.2)", _biases(result)),
-        ):
-            lines += [f"**{title}**", "", *table, ""] if table else []
+        for study, (title, table) in {
+            "methods": ("All methods by preserved layers", lambda c, r: _by_number(c, "method", r["layers"])),
+            "sweeps": ("Sweeps (*Rethinking Model Re-Basin*, Table 9), l = 0", lambda c, _: _sweeps(c)),
+            "removal": ("Bias removal in k layers (*Vanishing Feature*, Figure 13), l = 0", lambda c, _: _removal(c)),
+            "partial": ("Only the first l layers aligned (Figure 4, left)", lambda c, _: _by_number(c, "aligned", 0)),
+            "biases": ("Biases removed before matching (*Rethinking Model Re-Basin*, §3.2)", lambda c, _: _biases(c)),
+        }.items():
+            rows = table(studies.get(study, {}), result)
+            if rows:
+                lines += [f"**{title}, {result['test_images'][study]:,} test images**", "", *rows, ""]
     lines += ["## Auto against the best single method", "", *(f"- {text}" for text in claims(results)), ""]
     return "\n".join(lines)
 
@@ -59,7 +61,7 @@ def markdown(results: Results) -> str:
 def _summary(result: Mapping[str, Any]) -> str:
     figures = {name: f"{cell['accuracy']:.2f}" for name, cell in result["studies"].get("references", {}).items()}
     known = ", ".join(f"{name} {value}" for name, value in figures.items())
-    return f"{known}; {result['test_images']:,} test images."
+    return f"{known} ({result['test_images']['references']:,} test images)."
 
 
 def _by_number(cells: Mapping[str, Any], what: str, layers: int) -> list[str]:
@@ -98,11 +100,10 @@ def _removal(cells: Mapping[str, Any]) -> list[str]:
     return grid(["from the", *map(str, numbers), "chosen on held-out data"], rows)
 
 
-def _biases(result: Mapping[str, Any]) -> list[str]:
-    cells, known = result["studies"].get("biases", {}), result["studies"].get("references", {})
+def _biases(cells: Mapping[str, Any]) -> list[str]:
     rows = []
     for kind in ("with", "without"):
-        own = [cells.get(f"edge {e} without biases") if kind == "without" else known.get(f"edge {e}") for e in (0, 1)]
+        own = [cells.get(f"edge {edge} {kind} biases") for edge in (0, 1)]
         if not all(own):
             continue
         edges = [cell["accuracy"] for cell in own if cell]
