@@ -58,16 +58,17 @@ class Leaves(Store):
     def _bind_whole(self, left: Rows, right: Rows) -> bool:
         """The usual case: one side is a leaf that nothing constrains yet, each of its elements once."""
         leaves = self.free_leaves(left)
+        if self.is_leaf(left) and leaves[0] not in self.free_leaves(right):
+            self.bind(leaves[0], right)
+            return True
         if len(leaves) != 1 or left.shape[1] != 2 or leaves[0] in self.free_leaves(right):
             return False
         (leaf,) = leaves
         if len(left) != self.sizes[leaf] or (left[:, 1] < 0).any():
             return False
-        if self._entry(left).whole != leaf:
-            rows = np.empty_like(right)
-            rows[left[:, 1] - self.starts[leaf]] = right
-            right = rows
-        self.bind(leaf, right)
+        rows = np.empty_like(right)
+        rows[left[:, 1] - self.starts[leaf]] = right
+        self.bind(leaf, rows)
         return True
 
     def _pin_against_pinned(self, left: Rows, right: Rows) -> bool:

@@ -33,7 +33,7 @@ def _ranks(key: Ints, span: int) -> Ints:
         return np.unique(key, return_inverse=True)[1].reshape(-1)
     present = np.zeros(span, bool)
     present[key] = True
-    return (np.cumsum(present) - 1)[key]
+    return key if present.all() else (np.cumsum(present) - 1)[key]
 
 
 def unique_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], Ints]:
@@ -57,6 +57,22 @@ def classes(rows: NDArray[Any]) -> list[Ints]:
 
 
 def distinct(values: NDArray[Any]) -> list[int]:
-    """The distinct numbers ≥ 0 of an array, ascending; meant for numbers in a short range."""
-    flat = values.reshape(-1)
-    return np.flatnonzero(np.bincount(flat + 1)[1:]).tolist() if flat.size else []
+    """The distinct numbers ≥ 0 of an array, ascending; meant for numbers ≥ -1 in a short range."""
+    if not values.size:
+        return []
+    low, high = int(values.min()), int(values.max())
+    if low == high:  # the usual case
+        return [low] if low >= 0 else []
+    present = np.bincount(values.reshape(-1) - low) > 0
+    return [low + index for index in np.flatnonzero(present).tolist() if low + index >= 0]
+
+
+def beside(first: NDArray[Any], *others: NDArray[Any]) -> NDArray[Any]:
+    """A column (n,) and arrays (n, k) side by side."""
+    result = np.empty((len(first), 1 + sum(other.shape[1] for other in others)), np.int64)
+    result[:, 0] = first
+    start = 1
+    for other in others:
+        result[:, start : start + other.shape[1]] = other
+        start += other.shape[1]
+    return result

@@ -22,14 +22,15 @@ from vfx.analyse.terms import Axes, Axis, Factor, Opaque, factor_size
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Labels of positions indexed by several axes at once: array of shape (sizes…, 1 + digits)."""
+    """Labels of positions indexed by several axes at once, one after the other in row-major order."""
 
-    labels: Rows
+    flat: Rows
+    sizes: tuple[int, ...]
 
     @cached_property
-    def flat(self) -> Rows:
-        """The labels one after the other, row-major."""
-        return self.labels.reshape(-1, self.labels.shape[-1])
+    def labels(self) -> Rows:
+        """(sizes…, 1 + digits)"""
+        return self.flat.reshape(*self.sizes, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Digit:
 
     @property
     def size(self) -> int:
-        return int(self.block.labels.shape[self.position])
+        return self.block.sizes[self.position]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +78,11 @@ class Algebra(Axes):
         """Factor a block into independent axes."""
         axes = self._forced.get(block)
         if axes is None:
-            axes = self._forced[block] = self._independent(block.flat, block.labels.shape[:-1]) or self._factored(block)
+            axes = self._forced[block] = self._independent(block.flat, block.sizes) or self._factored(block)
         return axes
 
     def _factored(self, block: Block) -> list[Axis]:
-        axes = [self.fresh(size) for size in block.labels.shape[:-1]]
+        axes = [self.fresh(size) for size in block.sizes]
         product = self.rows(Axis(tuple(f for axis in axes for f in axis.factors)))
         assert product is not None
         self.leaves.unify(product, block.flat)
@@ -105,12 +106,10 @@ class Algebra(Axes):
         while dim < len(shape.axes):
             entry = shape.axes[dim]
             if isinstance(entry, Digit):
-                rank = entry.block.labels.ndim - 1
+                rank = len(entry.block.sizes)
                 run = shape.axes[dim : dim + rank]
                 if len(run) == rank and all(isinstance(e, Digit) and e.block is entry.block for e in run):
-                    order = [e.position for e in run]  # type: ignore[union-attr]
-                    labels = entry.block.labels.transpose(*order, rank)
-                    factors.append(labels.reshape(-1, labels.shape[-1]))
+                    factors.append(_turned(entry.block, [e.position for e in run]))  # type: ignore[union-attr]
                     dim += rank
                     continue
                 entry = self.axis(shape, dim)
@@ -167,7 +166,7 @@ class Algebra(Axes):
         independent = self._independent(rows, sizes)
         if independent is not None:
             return list(independent)
-        block = Block(rows.reshape(*sizes, rows.shape[1]))
+        block = Block(rows, sizes)
         return [Digit(block, position) for position in range(len(sizes))]
 
     def permute(self, shape: Shape, order: Sequence[int]) -> Shape:
@@ -190,8 +189,9 @@ class Algebra(Axes):
             axes[dim] = self.take(entry, index)
             return Shape(tuple(axes))
         where = [d for d, e in enumerate(axes) if isinstance(e, Digit) and e.block is entry.block]
-        labels = entry.block.labels[(slice(None),) * entry.position + (index,)]
-        if labels.shape == entry.block.labels.shape and (labels == entry.block.labels).all():
+        whole = entry.block.labels
+        labels = whole[(slice(None),) * entry.position + (index,)]
+        if labels.shape == whole.shape and (labels == whole).all():
             return shape
         flat = self._cut(labels.reshape(-1, labels.shape[-1]))
         kept = [p for p in range(labels.ndim - 1) if labels.shape[p] != 1]
@@ -209,7 +209,7 @@ class Algebra(Axes):
         for dims in blocks:
             whole = all(all(g[d] is None for d in dims) or _block_dims(g, dims[0]) == dims for g in grids)
             digits = [e for g in grids for d in dims if isinstance(e := g[d], Digit)]
-            complete = all(len(dims) == digit.block.labels.ndim - 1 for digit in digits)
+            complete = all(len(dims) == len(digit.block.sizes) for digit in digits)
             if not (whole and complete):
                 grids = [self._all_forced(grid) for grid in grids]
                 break
@@ -234,15 +234,22 @@ class Algebra(Axes):
             if isinstance(first, Axis) and isinstance(other, Axis):
                 self.tie(first, other)
             elif first.position == 0:  # whole blocks, tied once
-                order = _block_order(grids, first), _block_order(grids, other)
-                a = first.block.labels.transpose(*order[0], first.block.labels.ndim - 1)
-                b = other.block.labels.transpose(*order[1], other.block.labels.ndim - 1)
-                self.leaves.unify(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+                a, b = (_turned(x.block, _block_order(grids, x)) for x in (first, other))
+                self.leaves.unify(a, b)
         return first
+
+
+def _turned(block: Block, order: Sequence[int]) -> Rows:
+    """The labels of a block with its axes in another order."""
+    if list(order) == sorted(order):
+        return block.flat
+    return block.labels.transpose(*order, len(order)).reshape(-1, block.flat.shape[1])
 
 
 def independent(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
     """The axes of resolved labels seen as ``sizes``; None if a digit depends on more than one dimension."""
+    if len(sizes) > 1 and leaves.is_leaf(rows):
+        return None
     labels = rows.reshape(*sizes, rows.shape[1])
     columns: list[list[Rows]] = [[] for _ in sizes]
     tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]

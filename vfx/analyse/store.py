@@ -16,13 +16,12 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from vfx.analyse.rows import distinct, unique_rows
+from vfx.analyse.rows import beside, distinct, unique_rows
+from vfx.analyse.table import NO_TAG, Table
 
 Rows = NDArray[np.int64]  # (positions, 1 + digits): column 0 the tag, then element ids, -1 where there is none
 
 T = TypeVar("T")
-
-NO_TAG = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class Store:
         self.starts: list[int] = []
         self.sizes: list[int] = []
         self.bindings: list[Rows | None] = []
-        self._owner = np.full(1024, -1, np.int64)  # leaf of each element; the last entry answers for "none" (-1)
+        self._bound: set[int] = set()
+        self._table = Table()
+        self._written: dict[int, Rows] = {}  # what the table says of a bound leaf
         self.version = 0
         self._next_element = 0
         self._next_tag = NO_TAG + 1
@@ -74,12 +75,9 @@ class Store:
         self.sizes.append(size)
         self.bindings.append(None)
         self._next_element += size
-        if self._next_element >= len(self._owner):
-            room = np.full(2 * self._next_element - len(self._owner), -1, np.int64)
-            self._owner = np.concatenate([self._owner, room])
-        self._owner[start : self._next_element] = leaf
-        rows = np.full((size, 2), NO_TAG, np.int64)
-        rows[:, 1] = np.arange(start, self._next_element)
+        rows = np.empty((size, 2), np.int64)
+        rows[:, 0] = NO_TAG
+        rows[:, 1] = self._table.add(start, self._next_element, leaf)
         self._note(rows, (leaf,), leaf)
         return rows
 
@@ -109,7 +107,7 @@ class Store:
 
     def leaf_of(self, elements: NDArray[np.int64]) -> NDArray[np.int64]:
         """Leaf of each element id, -1 where there is none."""
-        return self._owner[elements]
+        return self._table.owner.take(elements)
 
     def elements(self, leaf: int) -> NDArray[np.int64]:
         return self.starts[leaf] + np.arange(self.sizes[leaf])
@@ -118,13 +116,17 @@ class Store:
         """The free leaves that move these (resolved) positions, ascending."""
         return self._entry(rows).leaves
 
+    def is_leaf(self, rows: Rows) -> bool:
+        """Whether these (resolved) positions are the elements of one free leaf, in order and without tags."""
+        return self._entry(rows).whole >= 0
+
     def resolve(self, rows: Rows) -> Rows:
         """The labels with every bound leaf replaced by what it is bound to; tied axes give the same array."""
         trail = []
         while True:
             entry = self._entry(rows)
             if entry.target is None:
-                if entry.version == self.version or all(self.bindings[leaf] is None for leaf in entry.leaves):
+                if entry.version == self.version or self._bound.isdisjoint(entry.leaves):
                     entry.version = self.version
                     break
                 bound = self.bindings[entry.whole] if entry.whole >= 0 else None
@@ -176,35 +178,25 @@ class Store:
             if (rank[:, 1:] < rank[:, :-1]).any():
                 order = np.argsort(rank, axis=1, kind="stable")
                 digits = np.take_along_axis(digits, order, axis=1)
-                rows = np.concatenate([rows[:, :1], digits], axis=1)
+                rows = beside(rows[:, 0], digits)
         keep = (digits >= 0).any(axis=0)
-        return rows if keep.all() else np.concatenate([rows[:, :1], digits[:, keep]], axis=1)
+        return rows if keep.all() else beside(rows[:, 0], digits[:, keep])
 
     def _substitute(self, rows: Rows, leaves: Sequence[int]) -> Rows:
         """One array with its bound leaves replaced."""
-        bound = {leaf: self.resolve(own) for leaf in leaves if (own := self.bindings[leaf]) is not None}
-        owner = self.leaf_of(rows[:, 1:])
-        tag = rows[:, 0]
-        columns = []
-        for index in range(owner.shape[1]):
-            digits = rows[:, 1 + index : 2 + index]
-            for leaf, binding in bound.items():
-                here = owner[:, index] == leaf
-                count = np.count_nonzero(here)
-                if not count:
-                    continue
-                if count == len(here):  # the usual case: one leaf throughout
-                    target = binding[rows[:, 1 + index] - self.starts[leaf]]
-                    digits, tag = target[:, 1:], self.join(tag, target[:, 0])
-                    break
-                target = binding[rows[here, 1 + index] - self.starts[leaf]]
-                digits = widen(digits, target.shape[1] - 1)
-                digits[here] = -1
-                digits[here, : target.shape[1] - 1] = target[:, 1:]
-                tag = tag.copy()
-                tag[here] = self.join(tag[here], target[:, 0])
-            columns.append(digits)
-        result = np.concatenate([tag[:, None], *columns], axis=1)
+        width = 2
+        for leaf in self._bound.intersection(leaves):
+            binding = self.resolve(cast(Rows, self.bindings[leaf]))
+            width = max(width, binding.shape[1])
+            if self._written.get(leaf) is not binding:
+                self._table.write(self.starts[leaf], binding)
+                self._written[leaf] = binding
+        tag, digits = rows[:, 0], []
+        for column in rows.T[1:]:
+            image = self._table.read(column, width)
+            tag = self.join(tag, image[:, 0])
+            digits.append(image[:, 1:])
+        result = beside(tag, *digits)
         owner = self.leaf_of(result[:, 1:])
         result = self._canonical(result, owner)
         self._note(result, distinct(owner))
@@ -241,20 +233,35 @@ class Store:
         assert self.bindings[leaf] is None
         assert len(rows) == self.sizes[leaf]
         self.bindings[leaf] = rows
+        self._bound.add(leaf)
         self.version += 1
 
-    def split(self, leaf: int, parts: NDArray[np.int64]) -> None:
-        """Replace a leaf by one new leaf for each set of elements with the same value of ``parts``."""
+    def split(self, leaf: int, parts: NDArray[np.int64]) -> list[Rows]:
+        """Replace a leaf by one new leaf for each set of elements with the same value of ``parts``; returns these."""
         rows = np.full((self.sizes[leaf], 2), -1, np.int64)
         labels = np.unique(parts)
         tags = self.tags(len(labels))
+        found = []
         for label, tag in zip(labels, tags):
             here = parts == label
-            count = int(here.sum())
+            count = int(np.count_nonzero(here))
             new = self.fresh(count)
             rows[here, 0] = tag if count > 1 else self.pinned(1, "used apart from every other channel")[0]
             rows[here, 1 : new.shape[1]] = new[:, 1:]
+            found.append(new)
         self.bind(leaf, rows)
+        return found
+
+    def apart(self, rows: Rows) -> Rows | None:
+        """The usual cut, some elements of one leaf in order: they become a leaf of their own. None for any other."""
+        leaves, digits = self.free_leaves(rows), rows[:, 1:]
+        if len(leaves) != 1 or not 1 < len(rows) < self.sizes[leaves[0]] or digits.shape[1] != 1:
+            return None
+        if (digits[1:] <= digits[:-1]).any() or (rows[:, 0] != rows[0, 0]).any():
+            return None
+        inside = np.zeros(self.sizes[leaves[0]], np.int64)
+        inside[digits[:, 0] - self.starts[leaves[0]]] = 1
+        return self.split(leaves[0], inside)[1]
 
     def pin(self, rows: Rows, reason: str) -> None:
         """No group element may move these positions."""

@@ -26,6 +26,7 @@ from vfx.analyse.places import find, places
 from vfx.analyse.rows import distinct, unique_rows
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Pin, Rows, Store
+from vfx.garbage import collection_paused
 from vfx.program import Program, Weights
 
 
@@ -314,7 +315,12 @@ def _copies(member: Member) -> str:
 
 def symmetry(program: Program) -> Symmetry:
     """Infer the permutation symmetries of a Program."""
-    inference = Inference(program)
+    with collection_paused():
+        return _groups(program, Inference(program))
+
+
+def _groups(program: Program, inference: Inference) -> Symmetry:
+    """The free leaves that a finished inference left."""
     leaves = inference.leaves
     labels: dict[tuple[str, int], Rows] = {}
     for fqn, axes in inference.parameters.items():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vfx.analyse.axes import Leaves, unique_labels
-from vfx.analyse.rows import row_ids
+from vfx.analyse.rows import beside, row_ids
 from vfx.analyse.store import Rows
 
 MAX_ENUMERATED = 1 << 22  # positions: a merged axis longer than this is pinned instead of written out
@@ -89,7 +89,7 @@ class Axes:
         """Labels of the row-major product of two axes."""
         i, j = np.divmod(np.arange(len(left) * len(right)), len(right))
         tag = self.leaves.join(left[i, 0], right[j, 0])
-        return np.concatenate([tag[:, None], left[i, 1:], right[j, 1:]], axis=1)
+        return beside(tag, left[i, 1:], right[j, 1:])
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Make two axes of equal size carry the same action and return one of them."""
@@ -148,6 +148,9 @@ class Axes:
     def _cut(self, part: Rows) -> Rows:
         """Labels used apart from the rest: leaves are split so that the part is closed under the action."""
         part = self.leaves.resolve(part)
+        own = self.leaves.apart(part)
+        if own is not None:
+            return own
         if not unique_labels(part):
             rank = _occurrence(part)
             part = part.copy()

@@ -27,7 +27,8 @@ def implied_blocks(facts: Symmetry) -> Iterator[Block]:
         if name in _SHUFFLES and isinstance(shape, Shape):
             rows = facts.labels(node.all_input_nodes[0], 1)
             if rows is not None:
-                yield Block(rows.reshape(int(arguments(node)["groups"]), -1, rows.shape[1]))
+                groups = int(arguments(node)["groups"])
+                yield Block(rows, (groups, len(rows) // groups))
         elif name in _RECURRENT:
             yield from map(_stacked, _cells(facts, arguments(node)))
 
@@ -57,7 +58,7 @@ def _cells(facts: Symmetry, a: dict[str, Any]) -> Iterable[list[Rows]]:
 def _stacked(rows: list[Rows]) -> Block:
     width = max(one.shape[1] for one in rows)
     wide = [np.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1) for one in rows]
-    return Block(np.stack(wide))
+    return Block(np.concatenate(wide), (len(wide), len(wide[0])))
 
 
 def recurrent_width(a: dict[str, Any]) -> tuple[fx.Node, fx.Node]:

@@ -105,9 +105,8 @@ class Layout:
         return self._blocks[id(block)][1]
 
     def _box(self, block: Block) -> list[Index]:
-        sizes = block.labels.shape[:-1]
-        labels = self.leaves.resolve(block.labels.reshape(-1, block.labels.shape[-1]))
-        labels = labels.reshape(*sizes, labels.shape[-1])
+        sizes = block.sizes
+        labels = self.leaves.resolve(block.flat).reshape(*sizes, -1)
         times = self.times[labels[..., 1:]].prod(axis=-1)
         least = int(times[times > 0].min())
         kept = np.unravel_index(int((times == least).argmax()), sizes)

@@ -78,8 +78,8 @@ class Slots:
 
     def _ties(self, block: Block, stuck: int) -> list[NDArray[np.int64]]:
         """Pairs of slots of one view that are kept or removed together."""
-        labels, sizes = block.labels, block.labels.shape[:-1]
-        rows = self.leaves.resolve(labels.reshape(-1, labels.shape[-1]))[:, 1:]
+        sizes = block.sizes
+        rows = self.leaves.resolve(block.flat)[:, 1:]
         leaves = self.leaves.leaf_of(rows)
         places = np.stack(np.unravel_index(np.arange(len(rows)), sizes), axis=1)
         owner = np.full(rows.shape, -1)

@@ -48,7 +48,7 @@ class Spaces:
     def leaves(self, entry: Axis | Digit) -> frozenset[int]:
         """The leaves that stand on an axis, or on its dimension of a block."""
         if isinstance(entry, Digit):
-            return self._varying(entry.block.flat, entry.block.labels.shape[:-1])[entry.position]
+            return self._varying(entry.block.flat, entry.block.sizes)[entry.position]
         factors = (factor for factor in entry.factors if not isinstance(factor, Opaque))
         return frozenset().union(*(self.t.leaves.free_leaves(self.t.leaves.resolve(rows)) for rows in factors))
 
