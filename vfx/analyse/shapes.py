@@ -14,9 +14,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-import numpy as np
-
-from vfx.analyse.store import NO_TAG, Rows, Store
+from vfx.analyse.store import Rows
 from vfx.analyse.terms import Axes, Axis, Factor, Opaque, factor_size
 
 
@@ -88,10 +86,6 @@ class Algebra(Axes):
         self.leaves.unify(product, block.flat)
         return axes
 
-    def _independent(self, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
-        """The axes of an array of labels in which each digit (and the tag) depends on one dimension alone."""
-        return self.leaves.once(independent, self.leaves.resolve(rows), sizes)
-
     def view(self, shape: Shape, sizes: Sequence[int]) -> Shape:
         """Reshape: regroup factors into axes of the given sizes, row-major."""
         result: list[Axis | Digit] = []
@@ -105,14 +99,14 @@ class Algebra(Axes):
         dim = 0
         while dim < len(shape.axes):
             entry = shape.axes[dim]
-            if isinstance(entry, Digit):
+            if isinstance(entry, Digit) and entry.block not in self._forced:
                 rank = len(entry.block.sizes)
                 run = shape.axes[dim : dim + rank]
                 if len(run) == rank and all(isinstance(e, Digit) and e.block is entry.block for e in run):
                     factors.append(_turned(entry.block, [e.position for e in run]))  # type: ignore[union-attr]
                     dim += rank
                     continue
-                entry = self.axis(shape, dim)
+            entry = self.axis(shape, dim)
             factors += [factor for factor in entry.factors if factor_size(factor) != 1]
             dim += 1
         return factors
@@ -244,31 +238,6 @@ def _turned(block: Block, order: Sequence[int]) -> Rows:
     if list(order) == sorted(order):
         return block.flat
     return block.labels.transpose(*order, len(order)).reshape(-1, block.flat.shape[1])
-
-
-def independent(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
-    """The axes of resolved labels seen as ``sizes``; None if a digit depends on more than one dimension."""
-    if len(sizes) > 1 and leaves.is_leaf(rows):
-        return None
-    labels = rows.reshape(*sizes, rows.shape[1])
-    columns: list[list[Rows]] = [[] for _ in sizes]
-    tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]
-    for index in range(labels.shape[-1]):
-        column = labels[..., index]
-        dims = [d for d in range(len(sizes)) if (column != column[(slice(None),) * d + (slice(1),)]).any()]
-        if len(dims) > 1:
-            return None
-        line = column[tuple(slice(None) if [d] == dims else 0 for d in range(len(sizes)))]
-        if index == 0:
-            if dims:
-                tags[dims[0]] = line
-            elif (column != NO_TAG).any():
-                tags[0] = np.full(sizes[0], column.flat[0])
-        elif dims:
-            columns[dims[0]].append(line)
-        elif column.flat[0] >= 0:
-            return None
-    return [Axis((np.stack([tag, *cols], axis=1),)) for tag, cols in zip(tags, columns)]
 
 
 def _block_dims(grid: Sequence[Any], dim: int) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from vfx.analyse.axes import Leaves, unique_labels
-from vfx.analyse.rows import beside, row_ids
-from vfx.analyse.store import Rows
+from vfx.analyse.rows import row_ids
+from vfx.analyse.store import NO_TAG, Rows, Store
 
 MAX_ENUMERATED = 1 << 22  # positions: a merged axis longer than this is pinned instead of written out
 
@@ -87,9 +87,12 @@ class Axes:
 
     def _outer(self, left: Rows, right: Rows) -> Rows:
         """Labels of the row-major product of two axes."""
-        i, j = np.divmod(np.arange(len(left) * len(right)), len(right))
-        tag = self.leaves.join(left[i, 0], right[j, 0])
-        return beside(tag, left[i, 1:], right[j, 1:])
+        grid = np.empty((len(left), len(right), left.shape[1] + right.shape[1] - 1), np.int64)
+        grid[:, :, 1 : left.shape[1]] = left[:, None, 1:]
+        grid[:, :, left.shape[1] :] = right[:, 1:]
+        tags = np.broadcast_arrays(left[:, None, 0], right[:, 0])
+        grid[:, :, 0] = self.leaves.join(*(tag.reshape(-1) for tag in tags)).reshape(grid.shape[:2])
+        return grid.reshape(-1, grid.shape[2])
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Make two axes of equal size carry the same action and return one of them."""
@@ -106,6 +109,8 @@ class Axes:
             reason = pinned.factors[0].reason  # type: ignore[union-attr]
             self.pin(other, reason)
             return
+        if self._tie_factors(left, right) or self._tie_factors(right, left):
+            return
         a, b = self.rows(left), self.rows(right)
         if a is None or b is None:
             for axis in (left, right):
@@ -113,37 +118,58 @@ class Axes:
             return
         self.leaves.unify(a, b)
 
+    def _tie_factors(self, single: Axis, product: Axis) -> bool:
+        """Tie an axis that is a product already to one written as a product, factor by factor."""
+        if len(single.factors) != 1 or len(product.factors) < 2:
+            return False
+        sizes = tuple(map(factor_size, product.factors))
+        axes = self._independent(single.factors[0], sizes) if isinstance(single.factors[0], np.ndarray) else None
+        for axis, factor in zip(axes or (), product.factors):
+            self._tie_group(axis, Axis((factor,)))
+        return axes is not None
+
+    def _independent(self, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
+        """The axes of an array of labels in which each digit (and the tag) depends on one dimension alone."""
+        return self.leaves.once(independent, self.leaves.resolve(rows), sizes)
+
     def concatenate(self, parts: Sequence[Axis]) -> Axis:
         """The axes one after the other; each part gets a tag, so that equal labels stay apart."""
-        written = [self.rows(part) for part in parts]
-        if any(rows is None for rows in written):
+        written = [rows for part in parts if (rows := self.rows(part)) is not None]
+        if len(written) < len(parts):
             for part in parts:
                 self.pin(part, "a merged axis too long to analyse")
             return self.opaque(sum(part.size for part in parts), "a merged axis too long to analyse")
-        tags = self.leaves.tags(len(parts))
-        width = max(rows.shape[1] for rows in written if rows is not None)
-        tagged = []
-        for rows, tag in zip(written, tags):
-            assert rows is not None
-            wide = np.full((len(rows), width), -1, np.int64)
-            wide[:, 1 : rows.shape[1]] = rows[:, 1:]
-            wide[:, 0] = self.leaves.join(rows[:, 0], np.full(len(rows), tag))
-            tagged.append(wide)
-        return Axis((np.concatenate(tagged),))
+        joined = np.full((sum(map(len, written)), max(rows.shape[1] for rows in written)), -1, np.int64)
+        start = 0
+        for rows in written:
+            joined[start : start + len(rows), : rows.shape[1]] = rows
+            start += len(rows)
+        tags = np.repeat(self.leaves.tags(len(parts)), [len(rows) for rows in written])
+        joined[:, 0] = self.leaves.join(joined[:, 0], tags)
+        return Axis((joined,))
 
     def take(self, axis: Axis, index: Any) -> Axis:
         """The positions ``index`` (slice or integer array) of an axis, in that order."""
-        chosen = np.arange(axis.size)[index] if axis.size <= MAX_ENUMERATED else None
-        if chosen is not None and len(chosen) == axis.size and (chosen == np.arange(axis.size)).all():
+        places = range(axis.size)[index] if isinstance(index, slice) else index
+        if len(places) == axis.size and (np.asarray(places) == np.arange(axis.size)).all():
             return axis
         if axis.opaque:
-            size = len(chosen) if chosen is not None else len(range(*index.indices(axis.size)))
-            return self.opaque(size, axis.factors[0].reason)  # type: ignore[union-attr]
+            return self.opaque(len(places), axis.factors[0].reason)  # type: ignore[union-attr]
+        outer = self._outer_part(axis, places) if isinstance(places, range) else None
+        if outer is not None:
+            return Axis((*outer.factors, *axis.factors[1:]))
         rows = self.rows(axis)
-        if rows is None or chosen is None:
+        if rows is None:
             self.pin(axis, "part of a merged axis too long to analyse")
-            return self.opaque(len(range(*index.indices(axis.size))), "part of a merged axis")
-        return Axis((self._cut(rows[chosen]),))
+            return self.opaque(len(places), "part of a merged axis")
+        return Axis((self._cut(rows[index]),))
+
+    def _outer_part(self, axis: Axis, places: range) -> Axis | None:
+        """A part of the first factor where whole runs of the others are taken (some of the heads), else None."""
+        inner = axis.size // factor_size(axis.factors[0])
+        if len(axis.factors) == 1 or places.step != 1 or places.start % inner or places.stop % inner:
+            return None
+        return self.take(Axis(axis.factors[:1]), slice(places.start // inner, places.stop // inner))
 
     def _cut(self, part: Rows) -> Rows:
         """Labels used apart from the rest: leaves are split so that the part is closed under the action."""
@@ -157,6 +183,31 @@ class Axes:
             part[:, 0] = self.leaves.join(part[:, 0], self.leaves.tags(int(rank.max()) + 1)[rank])
         self.leaves.close(part)
         return part
+
+
+def independent(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
+    """The axes of resolved labels seen as ``sizes``; None if a digit depends on more than one dimension."""
+    if len(sizes) > 1 and leaves.is_leaf(rows):
+        return None
+    labels = rows.reshape(*sizes, rows.shape[1])
+    columns: list[list[Rows]] = [[] for _ in sizes]
+    tags: list[Any] = [np.full(size, NO_TAG) for size in sizes]
+    for index in range(labels.shape[-1]):
+        column = labels[..., index]
+        dims = [d for d in range(len(sizes)) if (column != column[(slice(None),) * d + (slice(1),)]).any()]
+        if len(dims) > 1:
+            return None
+        line = column[tuple(slice(None) if [d] == dims else 0 for d in range(len(sizes)))]
+        if index == 0:
+            if dims:
+                tags[dims[0]] = line
+            elif (column != NO_TAG).any():
+                tags[0] = np.full(sizes[0], column.flat[0])
+        elif dims:
+            columns[dims[0]].append(line)
+        elif column.flat[0] >= 0:
+            return None
+    return [Axis((np.stack([tag, *cols], axis=1),)) for tag, cols in zip(tags, columns)]
 
 
 def _occurrence(rows: Rows) -> Rows:
