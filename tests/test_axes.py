@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vfx.analyse.axes import Leaves, unique_labels
+from vfx.analyse.axis import Axis
 from vfx.analyse.places import places
 from vfx.analyse.shapes import Algebra, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.analyse.terms import Axis
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
 from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.analyse.terms import Axis, Opaque
 from vfx.operators import arguments
 
 Signature = tuple[int, ...]  # the leaves that move one position
@@ -124,10 +124,11 @@ class _Allowed:
                     blocks.add(entry.block)
                     yield self._piece(entry.block.flat)
             else:
-                if entry not in self._known:
-                    factors = (factor for factor in entry.factors if not isinstance(factor, Opaque))
-                    self._known[entry] = tuple(map(self._piece, factors))
-                yield from self._known[entry]
+                axis = entry.root
+                if axis not in self._known:
+                    factors = (factor for factor in axis.factors if not isinstance(factor, Opaque))
+                    self._known[axis] = tuple(map(self._piece, factors))
+                yield from self._known[axis]
 
     def _piece(self, rows: Rows) -> Piece:
         return self.t.leaves.once(piece_of, self.t.leaves.resolve(rows))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vfx.analyse.axis import Axis
 from vfx.analyse.rules import HARMLESS, TABLE
 from vfx.analyse.shapes import Algebra, Shape
-from vfx.analyse.terms import Axis
 from vfx.operators import NORMS, arguments, operator
 from vfx.program import Program, Value
 

@@ -14,8 +14,9 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
+from vfx.analyse.axis import Axis, Factor, Opaque, factor_size
 from vfx.analyse.store import Rows
-from vfx.analyse.terms import Axes, Axis, Factor, Opaque, factor_size
+from vfx.analyse.terms import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,10 @@ class Algebra(Axes):
 
     def axis(self, shape: Shape, dim: int) -> Axis:
         """One axis alone; a block that holds it is forced into a product first."""
-        entry = shape.axes[dim]
+        return self.alone(shape.axes[dim])
+
+    def alone(self, entry: Axis | Digit) -> Axis:
+        """An axis, or a digit of a block that is forced into a product."""
         return entry if isinstance(entry, Axis) else self.force(entry.block)[entry.position]
 
     def force(self, block: Block) -> list[Axis]:
@@ -87,28 +91,31 @@ class Algebra(Axes):
         return axes
 
     def view(self, shape: Shape, sizes: Sequence[int]) -> Shape:
-        """Reshape: regroup factors into axes of the given sizes, row-major."""
-        result: list[Axis | Digit] = []
-        for factors, dims in _regroup(self._flat_factors(shape), [size for size in sizes if size != 1]):
-            result += self._distribute(factors, dims)
-        entries = iter(result)
-        return Shape(tuple(self.fresh(1) if size == 1 else next(entries) for size in sizes))
+        """Reshape: regroup factors into axes of the given sizes, row-major; axes in front or behind may stay."""
+        entries, dims = [axis for axis in shape.axes if axis.size != 1], [size for size in sizes if size != 1]
+        front = _unchanged(entries, dims)
+        behind = _unchanged(entries[front:][::-1], dims[front:][::-1])
+        inside = slice(front, len(entries) - behind)
+        result: list[Axis | Digit] = entries[:front]
+        for factors, own in _regroup(self._flat_factors(entries[inside]), dims[front : len(dims) - behind]):
+            result += self._distribute(factors, own)
+        found = iter(result + entries[len(entries) - behind :])
+        return Shape(tuple(self.fresh(1) if size == 1 else next(found) for size in sizes))
 
-    def _flat_factors(self, shape: Shape) -> list[Factor]:
+    def _flat_factors(self, entries: Sequence[Axis | Digit]) -> list[Factor]:
         factors: list[Factor] = []
-        dim = 0
-        while dim < len(shape.axes):
-            entry = shape.axes[dim]
+        at = 0
+        while at < len(entries):
+            entry = entries[at]
             if isinstance(entry, Digit) and entry.block not in self._forced:
                 rank = len(entry.block.sizes)
-                run = shape.axes[dim : dim + rank]
+                run = entries[at : at + rank]
                 if len(run) == rank and all(isinstance(e, Digit) and e.block is entry.block for e in run):
                     factors.append(_turned(entry.block, [e.position for e in run]))  # type: ignore[union-attr]
-                    dim += rank
+                    at += rank
                     continue
-            entry = self.axis(shape, dim)
-            factors += [factor for factor in entry.factors if factor_size(factor) != 1]
-            dim += 1
+            factors += [factor for factor in self.alone(entry).factors if factor_size(factor) != 1]
+            at += 1
         return factors
 
     def _distribute(self, factors: list[Factor], dims: list[int]) -> list[Axis | Digit]:
@@ -238,6 +245,16 @@ def _turned(block: Block, order: Sequence[int]) -> Rows:
     if list(order) == sorted(order):
         return block.flat
     return block.labels.transpose(*order, len(order)).reshape(-1, block.flat.shape[1])
+
+
+def _unchanged(entries: Sequence[Axis | Digit], sizes: Sequence[int]) -> int:
+    """How many axes in front a view leaves as they are."""
+    count = 0
+    for entry, size in zip(entries, sizes):
+        if isinstance(entry, Digit) or entry.size != size:
+            break
+        count += 1
+    return count
 
 
 def _block_dims(grid: Sequence[Any], dim: int) -> tuple[int, ...]:

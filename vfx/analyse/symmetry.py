@@ -328,6 +328,7 @@ def _groups(program: Program, inference: Inference) -> Symmetry:
             rows = inference.rows(axis)
             assert rows is not None
             labels[fqn, dim] = leaves.resolve(rows)
+    inference.settled = True
     roles = _roles(inference)
     members: dict[int, list[Member]] = {}
     for (fqn, dim), rows in labels.items():

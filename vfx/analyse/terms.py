@@ -1,55 +1,19 @@
-"""Axis terms and what operators do to one axis: tie it to another, put axes side by side, take positions.
-
-An axis is a product of factors: label rows (``vfx.analyse.axes``) or an ``Opaque`` range of positions that never move
-(batch, pixels).
-"""
+"""What operators do to one axis: tie it to another, put axes side by side, take positions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from vfx.analyse.axes import Leaves, unique_labels
+from vfx.analyse.axis import Axis, Factor, Opaque, factor_size
 from vfx.analyse.rows import row_ids
 from vfx.analyse.store import NO_TAG, Rows, Store
 
 MAX_ENUMERATED = 1 << 22  # positions: a merged axis longer than this is pinned instead of written out
-
-
-@dataclass(frozen=True, eq=False)
-class Opaque:
-    """A range of positions that never move, not written out (it may be as long as the batch)."""
-
-    size: int
-    reason: str
-
-
-Factor = Opaque | Rows
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One axis: factors in row-major order."""
-
-    factors: tuple[Factor, ...]
-
-    @cached_property
-    def size(self) -> int:
-        return prod(map(factor_size, self.factors))
-
-    @cached_property
-    def opaque(self) -> bool:
-        """Whether every factor is."""
-        return all(isinstance(factor, Opaque) for factor in self.factors)
-
-
-def factor_size(factor: Factor) -> int:
-    return factor.size if isinstance(factor, Opaque) else len(factor)
 
 
 class Axes:
@@ -57,18 +21,25 @@ class Axes:
 
     def __init__(self) -> None:
         self.leaves = Leaves()
+        self.settled = False  # once inference is done, what is blank still is moved by no group
 
     def fresh(self, size: int) -> Axis:
         """An unconstrained axis."""
         if size > MAX_ENUMERATED:
             return Axis((Opaque(size, "an axis too long to analyse"),))
-        return Axis((self.leaves.fresh(size),))
+        return Axis.blank(size, self._leaf)
+
+    def _leaf(self, size: int) -> Factor:
+        return Opaque(size, "nothing varies along this axis") if self.settled else self.leaves.fresh(size)
 
     def opaque(self, size: int, reason: str) -> Axis:
         """An axis that is pinned without being written out."""
         return Axis((Opaque(size, reason),)) if size > 1 else self.fresh(1)
 
     def pin(self, axis: Axis, reason: str) -> None:
+        if axis.is_blank and axis.size > 1:
+            axis.become(Axis((self.leaves.pinned(axis.size, reason),)))
+            return
         for factor in axis.factors:
             if not isinstance(factor, Opaque):
                 self.leaves.pin(factor, reason)
@@ -96,19 +67,22 @@ class Axes:
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Make two axes of equal size carry the same action and return one of them."""
-        if left is not right and not (left.opaque and right.opaque):
-            for a, b in _aligned(left, right):
-                self._tie_group(a, b)
-        return left
-
-    def _tie_group(self, left: Axis, right: Axis) -> None:
-        if left.opaque and right.opaque:
-            return
+        left, right = left.root, right.root
+        if left is right or (left.opaque and right.opaque):
+            return left
         if left.opaque or right.opaque:
             pinned, other = (left, right) if left.opaque else (right, left)
-            reason = pinned.factors[0].reason  # type: ignore[union-attr]
-            self.pin(other, reason)
-            return
+            self.pin(other, pinned.factors[0].reason)  # type: ignore[union-attr]
+        elif left.is_blank or right.is_blank:
+            blank, other = (right, left) if right.is_blank else (left, right)
+            blank.become(other)
+        else:
+            pairs = _aligned(left, right)
+            for a, b in pairs:
+                (self.tie if len(pairs) > 1 else self._tie_rows)(a, b)
+        return left
+
+    def _tie_rows(self, left: Axis, right: Axis) -> None:
         if self._tie_factors(left, right) or self._tie_factors(right, left):
             return
         a, b = self.rows(left), self.rows(right)
@@ -125,7 +99,7 @@ class Axes:
         sizes = tuple(map(factor_size, product.factors))
         axes = self._independent(single.factors[0], sizes) if isinstance(single.factors[0], np.ndarray) else None
         for axis, factor in zip(axes or (), product.factors):
-            self._tie_group(axis, Axis((factor,)))
+            self.tie(axis, Axis((factor,)))
         return axes is not None
 
     def _independent(self, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:

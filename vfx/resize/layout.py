@@ -14,12 +14,13 @@ import numpy as np
 import sympy
 from torch import fx
 
+from vfx.analyse.axis import Axis, Opaque, factor_size
 from vfx.analyse.infer import BATCH
 from vfx.analyse.rows import distinct
 from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Index, Symmetry
-from vfx.analyse.terms import MAX_ENUMERATED, Axis, Opaque, factor_size
+from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.errors import PassError
 from vfx.program import Value
 

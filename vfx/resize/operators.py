@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import fx
 
+from vfx.analyse.axis import Axis
 from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.symmetry import Index
-from vfx.analyse.terms import Axis
 from vfx.errors import PassError
 from vfx.operators import arguments, operator
 from vfx.program import Value

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from vfx.analyse.axis import Axis
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Digit, Shape
-from vfx.analyse.terms import Axis
 from vfx.operators import operator
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.rules import indexing
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
-from vfx.analyse.terms import MAX_ENUMERATED, Axis, Opaque
+from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.operators import operator
 
 if TYPE_CHECKING:

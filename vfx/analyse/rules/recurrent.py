@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from vfx.analyse.axis import Axis
 from vfx.analyse.shapes import Shape
-from vfx.analyse.terms import Axis
 from vfx.operators import operator
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import fx
 
+from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import distinct
 from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement, normalization, writes
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.analyse.terms import Axis, Opaque
 from vfx.operators import operator
 
 

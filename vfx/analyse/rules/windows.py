@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from vfx.analyse.axis import Axis
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
-from vfx.analyse.terms import Axis
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference

@@ -1,0 +1,85 @@
+"""Axis terms: one axis is a product of factors, in row-major order.
+
+A factor is an array of labels (``vfx.analyse.axes``) or an ``Opaque`` range of positions that never move (batch,
+pixels). A *blank* axis is free and of one factor, which is made when it is first read; an axis that is tied to another
+before that becomes the other one, so that most parameters never need labels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from vfx.analyse.store import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A range of positions that never move, not written out (it may be as long as the batch)."""
+
+    size: int
+    reason: str
+
+
+Factor = Opaque | Rows
+
+
+def factor_size(factor: Factor) -> int:
+    return factor.size if isinstance(factor, Opaque) else len(factor)
+
+
+class Axis:
+    """One axis of a tensor."""
+
+    __slots__ = ("_factors", "_make", "_opaque", "_twin", "size")
+
+    def __init__(self, factors: tuple[Factor, ...]):
+        self._factors: tuple[Factor, ...] | None = factors
+        self._twin: Axis | None = None
+        self.size = prod(map(factor_size, factors))
+        self._opaque = all(isinstance(factor, Opaque) for factor in factors)
+        self._make: Callable[[int], Factor] | None = None
+
+    @classmethod
+    def blank(cls, size: int, make: Callable[[int], Factor]) -> Axis:
+        """A free axis; ``make(size)`` gives its factor."""
+        axis = cls.__new__(cls)
+        axis._factors, axis._twin, axis.size, axis._opaque, axis._make = None, None, size, False, make
+        return axis
+
+    @property
+    def root(self) -> Axis:
+        """The axis that this one has become."""
+        axis = self
+        while axis._twin is not None:
+            axis = axis._twin
+        if axis is not self:
+            self._twin = axis
+        return axis
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing is known of this axis yet."""
+        return self.root._factors is None
+
+    @property
+    def opaque(self) -> bool:
+        """Whether every factor is."""
+        return self.root._opaque
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        root = self.root
+        if root._factors is None:
+            assert root._make is not None
+            root.become(Axis((root._make(root.size),)))
+        return root.root._factors  # type: ignore[return-value]
+
+    def become(self, other: Axis) -> None:
+        """Stand for another axis of the same size from now on; only for a blank axis."""
+        own, other = self.root, other.root
+        assert own._factors is None
+        assert own.size == other.size
+        if own is not other:
+            own._twin = other
