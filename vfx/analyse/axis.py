@@ -30,9 +30,9 @@ def factor_size(factor: Factor) -> int:
 
 
 class Axis:
-    """One axis of a tensor."""
+    """One axis of a tensor; ``written`` holds its labels once its product is written out."""
 
-    __slots__ = ("_factors", "_make", "_opaque", "_twin", "size")
+    __slots__ = ("_factors", "_make", "_opaque", "_twin", "size", "written")
 
     def __init__(self, factors: tuple[Factor, ...]):
         self._factors: tuple[Factor, ...] | None = factors
@@ -40,12 +40,14 @@ class Axis:
         self.size = prod(map(factor_size, factors))
         self._opaque = all(isinstance(factor, Opaque) for factor in factors)
         self._make: Callable[[int], Factor] | None = None
+        self.written: Rows | None = None
 
     @classmethod
     def blank(cls, size: int, make: Callable[[int], Factor]) -> Axis:
         """A free axis; ``make(size)`` gives its factor."""
         axis = cls.__new__(cls)
         axis._factors, axis._twin, axis.size, axis._opaque, axis._make = None, None, size, False, make
+        axis.written = None
         return axis
 
     @property

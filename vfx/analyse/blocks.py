@@ -103,6 +103,8 @@ class _Allowed:
         if not pieces or pieces in self._seen:
             return
         self._seen.add(pieces)
+        if not any(self.allowed.get(leaf, True) for piece in pieces for leaf in piece.leaves):
+            return
         count = Counter(leaf for piece in pieces for leaf in piece.leaves)
         throughout = {h for piece in pieces for h in piece.throughout if count[h] == 1}
         for piece in pieces:
@@ -158,7 +160,8 @@ def piece_of(leaves: Store, rows: Rows) -> Piece:
     if rows.shape[1] == 2:
         stuck = [()] if (rows[:, 1] < 0).any() else []
         return Piece(frozenset([*stuck, *((leaf,) for leaf in leaves.free_leaves(rows))]))
-    found, _ = unique_rows(leaves.leaf_of(rows[:, 1:]))
+    owner = leaves.leaf_of(rows[:, 1:])
+    found = owner[:1] if (owner == owner[0]).all() else unique_rows(owner)[0]  # the usual case: one full product
     return Piece(frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in found.tolist()))
 
 

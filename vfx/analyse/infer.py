@@ -36,6 +36,7 @@ class Inference(Algebra):
         self.parameters: dict[str, tuple[Axis, ...]] = {}
         self.roles: list[tuple[str, int, Axis, str]] = []
         self.unknown: dict[str, list[str]] = {}
+        self._sizes: dict[fx.Node, tuple[int, ...]] = {}
         self.used = _reachable(program.graph)
         for node in program.graph.nodes:
             if node in self.used:
@@ -46,8 +47,10 @@ class Inference(Algebra):
 
     def sizes(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a node's value, the batch replaced by a large prime."""
-        value = node.meta.get("val")
-        return value.sizes(BATCH) if isinstance(value, Value) else ()
+        if node not in self._sizes:
+            value = node.meta.get("val")
+            self._sizes[node] = value.sizes(BATCH) if isinstance(value, Value) else ()
+        return self._sizes[node]
 
     def shape(self, node: fx.Node) -> Shape:
         return self.shapes[node]
@@ -109,12 +112,12 @@ class Inference(Algebra):
 
     def _check(self, node: fx.Node, result: Any) -> None:
         """A rule that gets a shape wrong is a bug worth hearing of at once."""
-        values, shapes = node.meta["val"], result
-        if isinstance(values, Value):
-            values, shapes = [values], [result]
-        for value, shape in zip(values, shapes):
-            if isinstance(value, Value) and shape is not None and value.sizes(BATCH) != shape.sizes:
-                raise AssertionError(f"rule for {node.target} gave {shape.sizes}, not {value.sizes(BATCH)}")
+        values = node.meta["val"]
+        single = isinstance(values, Value)
+        sizes = [self.sizes(node)] if single else [v.sizes(BATCH) if isinstance(v, Value) else None for v in values]
+        for size, shape in zip(sizes, [result] if single else result):
+            if size is not None and shape is not None and size != shape.sizes:
+                raise AssertionError(f"rule for {node.target} gave {shape.sizes}, not {size}")
 
     def _opaque_result(self, value: Any, reason: str) -> Any:
         if isinstance(value, list):

@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(axis.size for axis in self.axes)
+        return tuple([axis.size for axis in self.axes])
 
 
 class Algebra(Axes):

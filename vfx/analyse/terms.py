@@ -46,6 +46,9 @@ class Axes:
 
     def rows(self, axis: Axis) -> Rows | None:
         """The axis written out position by position; None if it is too long for that."""
+        axis = axis.root
+        if axis.written is not None:
+            return axis.written
         if len(axis.factors) == 1 and not isinstance(axis.factors[0], Opaque):
             return axis.factors[0]
         if axis.size > MAX_ENUMERATED:
@@ -54,6 +57,8 @@ class Axes:
         for factor in axis.factors:
             rows = self.leaves.pinned(factor.size, factor.reason) if isinstance(factor, Opaque) else factor
             result = rows if result is None else self._outer(result, rows)
+        if not axis.opaque:
+            axis.written = result
         return result if result is not None else self.leaves.fresh(1)
 
     def _outer(self, left: Rows, right: Rows) -> Rows:
@@ -61,8 +66,11 @@ class Axes:
         grid = np.empty((len(left), len(right), left.shape[1] + right.shape[1] - 1), np.int64)
         grid[:, :, 1 : left.shape[1]] = left[:, None, 1:]
         grid[:, :, left.shape[1] :] = right[:, 1:]
-        tags = np.broadcast_arrays(left[:, None, 0], right[:, 0])
-        grid[:, :, 0] = self.leaves.join(*(tag.reshape(-1) for tag in tags)).reshape(grid.shape[:2])
+        if left[:, 0].any() and right[:, 0].any():
+            tags = np.repeat(left[:, 0], len(right)), np.tile(right[:, 0], len(left))
+            grid[:, :, 0] = self.leaves.join(*tags).reshape(grid.shape[:2])
+        else:
+            grid[:, :, 0] = left[:, :1] + right[:, 0]
         return grid.reshape(-1, grid.shape[2])
 
     def tie(self, left: Axis, right: Axis) -> Axis:
