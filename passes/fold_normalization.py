@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, fx
 
 from vfx.normalization import Affine, affines
-from vfx.operators import BATCH_NORMS, LAYERS, LINEARS, TRANSPOSED, arguments, operator, weight_name
+from vfx.operators import (
+    BATCH_NORMS,
+    LINEARS,
+    TRANSPOSED,
+    arguments,
+    is_layer,
+    is_product,
+    layer_arguments,
+    operator,
+    output_axis,
+    weight_name,
+)
 from vfx.program import Program, Value, Weights, copy_graph
 from vfx.rewrite import Pass, require_edges
 
@@ -95,16 +106,17 @@ def _batch_norm_affine(node: fx.Node, weights: Weights) -> tuple[Tensor, Tensor]
 def _refusal(foldable: _Foldable) -> str:
     """Why an affine cannot be folded, or nothing."""
     layer, first = foldable.layer, foldable.nodes[0]
-    if operator(layer) not in LAYERS:
+    if not is_layer(layer):
         return f"{first.name} follows {layer.name}, which is not a conv or linear layer"
     if foldable.affine is None:
         return f"{first.name} has no running statistics"
-    if operator(first) in BATCH_NORMS and operator(layer) in LINEARS and len(layer.meta["val"].shape) > 2:
+    linear = operator(layer) in LINEARS or is_product(layer)
+    if operator(first) in BATCH_NORMS and linear and len(layer.meta["val"].shape) > 2:
         return f"{first.name} scales another axis than the channels of {layer.name}"
     if len(layer.users) > 1:
         return f"the output of {layer.name} has other readers than {first.name}"
     for name in ("weight", "bias"):
-        parameter = arguments(layer)[name]
+        parameter = layer_arguments(layer)[name]
         if parameter is None:
             continue
         if not isinstance(parameter, fx.Node) or parameter.op != "get_attr":
@@ -127,7 +139,7 @@ def _fold(graph: fx.Graph, foldable: _Foldable, sets: list[dict[str, Tensor]]) -
         before = weights[name].double() * scale if bias else 0.0
         weights[name] = (before + shift).to(tensor.dtype)
     if bias is None:
-        _add_bias(graph, layer, name, sets[0][name].dtype, len(sets[0][name]))
+        layer = _with_bias(graph, layer, name, Value(tuple(sets[0][name].shape), sets[0][name].dtype))
     foldable.nodes[-1].replace_all_uses_with(layer)
     for node in reversed(foldable.nodes):
         graph.erase_node(node)
@@ -136,16 +148,26 @@ def _fold(graph: fx.Graph, foldable: _Foldable, sets: list[dict[str, Tensor]]) -
 def _scaled(layer: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
     """The weight with each output channel scaled; transposed convolutions keep outputs on axis 1, by group."""
     if operator(layer) not in TRANSPOSED:
-        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return weight * scale.reshape([-1 if dim == output_axis(layer) else 1 for dim in range(weight.ndim)])
     groups = int(arguments(layer)["groups"])
     cut = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     return (cut * scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
 
 
-def _add_bias(graph: fx.Graph, layer: fx.Node, name: str, dtype: torch.dtype, size: int) -> None:
+def _with_bias(graph: fx.Graph, layer: fx.Node, name: str, value: Value) -> fx.Node:
+    """The layer with a bias; products of more than two axes have no form with one and are followed by an add."""
     with graph.inserting_before(layer):
-        node = graph.create_node("get_attr", name)
-    node.meta = {"val": Value((size,), dtype)}
-    values = arguments(layer)
-    values["bias"] = node
-    layer.args, layer.kwargs = tuple(values.values()), {}
+        bias = graph.create_node("get_attr", name)
+    bias.meta = {"val": value}
+    values = layer_arguments(layer) | {"bias": bias}
+    if not is_product(layer):
+        layer.args, layer.kwargs = tuple(values.values()), {}
+        return layer
+    if len(layer.meta["val"].shape) == 2:
+        layer.target = torch.ops.aten.addmm.default
+        layer.args, layer.kwargs = (bias, values["input"], values["weight"]), {}
+        return layer
+    with graph.inserting_after(layer):
+        total = graph.create_node("call_function", torch.ops.aten.add.Tensor, (layer, bias))
+    total.meta = dict(layer.meta)
+    return total

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
 from vfx.errors import ArgumentError
-from vfx.operators import LAYERS, LINEARS, TRANSPOSED, arguments, operator, weight_name
+from vfx.operators import LINEARS, TRANSPOSED, arguments, is_layer, is_product, layer_arguments, operator, weight_name
 from vfx.program import Execution, Program, schedule
 from vfx.progress import track
 from vfx.rewrite import Pass, require_edges
@@ -77,7 +77,7 @@ class LeastSquares(Pass):
             if node in chosen:
                 system = _System(node, weights, sum(batch[0].shape[0] for batch in batches))
                 for run, others in zip(merged, edges):
-                    x = run.value(node.args[0])  # type: ignore[arg-type]
+                    x = run.value(layer_arguments(node)["input"])
                     system.add(x, self._goal(node.name, channel[node.name], others))
                 weights |= system.solve(self.ridge)
             for run in merged:
@@ -105,10 +105,10 @@ class LeastSquares(Pass):
                 readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
         chosen, notes = set(), []
         for node in program.graph.nodes:
-            if operator(node) not in LAYERS or node.name not in known:
+            if not is_layer(node) or node.name not in known:
                 continue
             names = [weight_name(node), weight_name(node, "bias")]
-            computed = names[0] is None or (arguments(node).get("bias") is not None and names[1] is None)
+            computed = names[0] is None or (layer_arguments(node).get("bias") is not None and names[1] is None)
             if computed or operator(node) in TRANSPOSED or any(readers[n] > 1 for n in names if n is not None):
                 notes.append(f"least squares: {node.name} keeps its averaged weights (transposed, shared or computed)")
             else:
@@ -129,10 +129,11 @@ class _System:
     def __init__(self, node: fx.Node, weights: dict[str, Tensor], samples: int):
         self.node, self.options = node, arguments(node)
         self.names = str(weight_name(node)), weight_name(node, "bias")
-        self.weight = weights[self.names[0]]
+        self.turned = is_product(node)  # (in, out) instead of (out, in)
+        self.weight = weights[self.names[0]].mT if self.turned else weights[self.names[0]]
         self.bias = None if self.names[1] is None else weights[self.names[1]]
         self.groups = int(self.options.get("groups", 1))
-        self.linear = operator(node) in LINEARS
+        self.linear = operator(node) in LINEARS or self.turned
         self.samples = samples
         self.gram: Tensor | Any = 0.0
         self.cross: Tensor | Any = 0.0
@@ -167,7 +168,7 @@ class _System:
         eye = torch.eye(self.gram.shape[1], dtype=torch.float64, device=self.gram.device)
         found = before + _solved(self.gram + strength * eye, missing)
         weight = found[:, : found.shape[1] - (self.bias is not None)].mT.reshape(self.weight.shape)
-        result = {self.names[0]: weight.to(self.weight).contiguous()}
+        result = {self.names[0]: (weight.mT if self.turned else weight).to(self.weight).contiguous()}
         if self.bias is not None:
             result[str(self.names[1])] = found[:, -1].reshape(-1).to(self.bias).contiguous()
         return result

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.layers import number_layers
-from vfx.operators import BATCH_NORMS, LAYERS, operator, weight_name
+from vfx.operators import BATCH_NORMS, is_layer, operator, weight_name
 from vfx.program import Program, Weights
 from vfx.statistics.frontier import Observed, Reader
 
@@ -68,7 +68,7 @@ def merged_norms(program: Program, layers: Collection[str] | None = None) -> Ite
 
 def _layer_before(node: fx.Node) -> str:
     """The layer whose output this is, normalised or not; "" where there is none."""
-    while operator(node) not in LAYERS:
+    while not is_layer(node):
         operands = [a for a in node.all_input_nodes if a.op == "call_function"]
         if len(operands) != 1:
             return ""

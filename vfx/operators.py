@@ -12,6 +12,11 @@ CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"}
 TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
 LINEARS = {"aten.linear"}
 LAYERS = CONVOLUTIONS | TRANSPOSED | LINEARS
+PRODUCTS = {  # arguments that are the input, the weight (in, out) and the bias where one factor is a parameter
+    "aten.addmm": {"input": "mat1", "weight": "mat2", "bias": "self"},
+    "aten.mm": {"input": "self", "weight": "mat2"},
+    "aten.matmul": {"input": "self", "weight": "other"},
+}
 BATCH_NORMS = {"aten.batch_norm", "aten._native_batch_norm_legit_no_training"}
 NORMS = BATCH_NORMS | {"aten.layer_norm", "aten.group_norm", "aten.instance_norm", "aten.rms_norm"}
 _ELEMENTWISE = """
@@ -56,11 +61,39 @@ def defaults(target: Any) -> dict[str, Any] | None:
 
 
 def is_layer(node: fx.Node) -> bool:
-    """A convolution or linear call whose weight the graph reads (not one that is computed)."""
-    return operator(node) in LAYERS
+    """A convolution or linear call, or a product with a parameter (x W or x W + b, as GPT-2 writes its layers)."""
+    return operator(node) in LAYERS or is_product(node)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a product is a linear layer: a computed value times a matrix that the graph reads, plus a bias or none.
+
+    Its weight is (in, out), the other way round than a linear call's.
+    """
+    if operator(node) not in PRODUCTS:
+        return False
+    a = arguments(node)
+    own = {role: a[name] for role, name in PRODUCTS[operator(node)].items()}
+    parameters = [own["weight"], own["bias"]] if "bias" in own else [own["weight"]]
+    ranks = [len(p.meta["val"].shape) if isinstance(p, fx.Node) and p.op == "get_attr" else 0 for p in parameters]
+    computed = isinstance(own["input"], fx.Node) and own["input"].op != "get_attr"
+    return computed and ranks == [2, 1][: len(ranks)] and a.get("alpha", 1) == a.get("beta", 1) == 1
+
+
+def layer_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name; those of a product that is a layer as ``input``, ``weight`` and ``bias``."""
+    a = arguments(node)
+    if not is_product(node):
+        return a
+    return {"bias": None} | {role: a[name] for role, name in PRODUCTS[operator(node)].items()}
+
+
+def output_axis(node: fx.Node) -> int:
+    """The axis of a layer's weight on which its outputs stand (transposed convolutions: within each group)."""
+    return 1 if is_product(node) or operator(node) in TRANSPOSED or arguments(node).get("transposed") else 0
 
 
 def weight_name(node: fx.Node, argument: str = "weight") -> str | None:
     """FQN of a call's parameter, or None where it is absent or computed."""
-    value = arguments(node).get(argument)
+    value = layer_arguments(node).get(argument)
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None

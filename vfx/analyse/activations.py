@@ -16,11 +16,12 @@ from torch import fx
 from vfx.analyse.layers import Layer, number_layers
 from vfx.analyse.rules import TABLE, elementwise
 from vfx.analyse.rules.rule import normal
-from vfx.operators import DROPOUTS, LAYERS, NORMS, arguments, operator
+from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
 from vfx.program import Program
 
 _POOLS = {f"aten.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)}
 _PASSED = NORMS | DROPOUTS | _POOLS
+_VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view"}
 _AFFINE = {"aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.mul", "aten.div"}
 
 
@@ -40,7 +41,7 @@ def activation_behind(layer: fx.Node, channel: int) -> Activation | str:
             user = next(iter(node.users))
             if user.op == "output":
                 return "its output leaves the network"
-            if operator(user) in LAYERS:
+            if is_layer(user):
                 return f"{user.name} reads it without an activation"
             moved = _moved(user, node, dim)
             if moved is not None:
@@ -83,6 +84,9 @@ def _moved(user: fx.Node, node: fx.Node, dim: int) -> int | None:
     if name in _PASSED or _rule(user) is elementwise.same:
         return dim
     rank = len(node.meta["val"].shape)
+    if name in _VIEWS:  # GPT-2's layers run on tokens in one row; the last axis is theirs before and after
+        before, after = node.meta["val"].shape, user.meta["val"].shape
+        return len(after) - 1 if dim == rank - 1 and before[-1] == after[-1] else None
     if name == "aten.permute":
         return [normal(d, rank) for d in a["dims"]].index(dim)
     if name == "aten.transpose":

@@ -1,7 +1,8 @@
 """Numbering of conv and linear layers, and the cut that Preserve-First Merging makes behind one of them.
 
 Layers are numbered 1…L in execution order; shortcut projections are left out and carry the number of the layer they
-meet. A shortcut is a projection whose output meets, in an add, a path with more layers from the same value.
+meet. A shortcut is a projection whose output meets, in an add, a path with more layers from the same value. A product
+with a parameter (x W, x W + b) is a linear layer, whatever its weight's layout.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.table import Table
 from torch import fx
 
 from vfx.errors import ArgumentError
-from vfx.operators import LAYERS, LINEARS, operator, weight_name
+from vfx.operators import CONVOLUTIONS, TRANSPOSED, is_layer, is_product, layer_arguments, operator, weight_name
 from vfx.program import Program, Value
 
 Join = Literal["preactivation", "activation"]
@@ -117,9 +118,9 @@ class Cut:
 def number_layers(program: Program) -> Layers:
     """Number the conv and linear calls of a Program in execution order, as before any branch was duplicated."""
     if program.layers:
-        names = {node.name for node in program.graph.nodes if operator(node) in LAYERS}
+        names = {node.name for node in program.graph.nodes if is_layer(node)}
         return Layers(program, tuple(layer for layer in program.layers if layer.node in names))
-    nodes = [node for node in program.graph.nodes if operator(node) in LAYERS]
+    nodes = [node for node in program.graph.nodes if is_layer(node) and not _is_constant(program, node)]
     meets = {node: _meeting(node) for node in nodes}
     shortcuts = {node for node, other in meets.items() if other is not None}
     numbers: dict[fx.Node, int] = {}
@@ -131,15 +132,25 @@ def number_layers(program: Program) -> Layers:
     return Layers(program, tuple(_layer(node, numbers[node], node in shortcuts) for node in nodes))
 
 
+def _is_constant(program: Program, node: fx.Node) -> bool:
+    """Whether a product's factor is a buffer: a fixed map that nobody trained."""
+    return is_product(node) and weight_name(node) in program.buffers
+
+
 def _layer(node: fx.Node, number: int, shortcut: bool) -> Layer:
-    name = weight_name(node)
-    fqn = name.rpartition(".")[0] if name else str(node.meta.get("module", node.name))
     value = node.meta["val"]
     assert isinstance(value, Value)
-    weight = node.args[1]
-    spatial = len(weight.meta["val"].shape) - 2  # type: ignore[union-attr]
-    channel = len(value.shape) - 1 - (0 if operator(node) in LINEARS else spatial)
-    return Layer(number, fqn, node.name, operator(node), shortcut, channel)
+    spatial = len(layer_arguments(node)["weight"].meta["val"].shape) - 2
+    channel = len(value.shape) - 1 - (spatial if operator(node) in CONVOLUTIONS | TRANSPOSED else 0)
+    return Layer(number, _fqn(node), node.name, operator(node), shortcut, channel)
+
+
+def _fqn(node: fx.Node) -> str:
+    """The module that owns the weight; a product's weight that is a parameter of a larger module stands for itself."""
+    name = weight_name(node)
+    if name is None:
+        return str(node.meta.get("module", node.name))
+    return name.removesuffix(".weight") if is_product(node) else name.rpartition(".")[0]
 
 
 def _means(chosen: int | str, layer: Layer) -> bool:
@@ -153,14 +164,14 @@ def _heads(layers: Layers) -> set[str]:
     """Layers with no other layer behind them."""
     followed: set[fx.Node] = set()
     for node in reversed(layers.program.graph.nodes):
-        if any(user in followed or operator(user) in LAYERS for user in node.users):
+        if any(user in followed or is_layer(user) for user in node.users):
             followed.add(node)
-    return {node.name for node in layers.program.graph.nodes if operator(node) in LAYERS and node not in followed}
+    return {node.name for node in layers.program.graph.nodes if is_layer(node) and node not in followed}
 
 
 def _meeting(node: fx.Node) -> fx.Node | None:
     """The other operand of the add that makes this projection a shortcut, or None."""
-    source = node.args[0]
+    source = layer_arguments(node)["input"]
     current = node
     while len(current.users) == 1:
         user = next(iter(current.users))
@@ -169,7 +180,7 @@ def _meeting(node: fx.Node) -> fx.Node | None:
             other = operands[0] if operands[1] is current else operands[1]
             assert isinstance(source, fx.Node)
             return other if _most_layers(_origin(source), other) > 1 else None
-        if operator(user) in LAYERS or len(operands) != 1:
+        if is_layer(user) or len(operands) != 1:
             return None
         current = user
     return None
@@ -177,7 +188,7 @@ def _meeting(node: fx.Node) -> fx.Node | None:
 
 def _origin(node: fx.Node) -> fx.Node:
     """The value a projection starts from, before pooling or views on its own path."""
-    while node.op == "call_function" and len(node.users) == 1 and operator(node) not in LAYERS:
+    while node.op == "call_function" and len(node.users) == 1 and not is_layer(node):
         operands = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
         if len(operands) != 1:
             break
@@ -191,7 +202,7 @@ def _most_layers(source: fx.Node, target: fx.Node) -> int:
     for node in source.graph.nodes:
         reached = [most[a] for a in node.all_input_nodes if a in most]
         if reached and node is not source:
-            most[node] = max(reached) + (operator(node) in LAYERS)
+            most[node] = max(reached) + is_layer(node)
     return most.get(target, -1)
 
 

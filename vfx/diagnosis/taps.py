@@ -19,7 +19,7 @@ from torch import fx
 
 from vfx.analyse.layers import Layer, number_layers
 from vfx.normalization import affines
-from vfx.operators import BATCH_NORMS, DROPOUTS, LAYERS, NORMS, arguments, operator, weight_name
+from vfx.operators import BATCH_NORMS, DROPOUTS, NORMS, arguments, is_layer, operator, weight_name
 from vfx.program import Program
 
 Key = tuple[str, int]  # a module's name and which call of it
@@ -69,7 +69,7 @@ def layer_taps(program: Program, like: Mapping[Key, Tap] = MappingProxyType({}))
     owners = _owners(places, outputs)
     taps: dict[Key, Tap] = {}
     for key, layer in known.items():
-        joined = operator(nodes[layer.node]) not in LAYERS
+        joined = not is_layer(nodes[layer.node])
         weight = None if joined else weight_name(nodes[layer.node])
         taps[key] = Tap(layer, outputs[layer.node], owners.get(layer.node), weight, joined)
     return taps

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Group, Index, Member, Symmetry
-from vfx.operators import BATCH_NORMS, arguments, operator, weight_name
+from vfx.operators import BATCH_NORMS, arguments, operator, output_axis, weight_name
 from vfx.program import Goal, Program, Weights
 
 STARTS = 4  # k-means runs, the best of which counts
@@ -87,7 +87,7 @@ def pairs(program: Program) -> list[Pair]:
             continue
         names = {key: weight_name(users[0], key) for key in ("weight", "bias", "running_mean", "running_var")}
         mean, var = names["running_mean"], names["running_var"]
-        if mean is None or var is None or "transpose" in operator(node):
+        if mean is None or var is None or output_axis(node):
             continue
         if any(reads.count(name) != 1 for name in names.values() if name is not None):
             continue

@@ -25,10 +25,9 @@ from torch import Tensor, fx
 
 from vfx.analyse.layers import ancestors, descendants
 from vfx.errors import ArgumentError
-from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
+from vfx.operators import LAYERS, PRODUCTS, TRANSPOSED, arguments, operator
 from vfx.program import Program
 
-_PRODUCTS = {"aten.addmm": ("mat1", "mat2"), "aten.mm": ("self", "mat2"), "aten.matmul": ("self", "other")}
 FIRST, HEAD = "first", "head"
 
 
@@ -48,7 +47,7 @@ class Target:
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as (outputs, inputs, taps)."""
         node = self.nodes[0]
-        if operator(node) in _PRODUCTS:
+        if operator(node) in PRODUCTS:
             return tensor.T.unsqueeze(2)
         flat = tensor.reshape(*tensor.shape[:2], -1)
         if not is_transposed(node):
@@ -60,7 +59,7 @@ class Target:
     def restored(self, matrix: Tensor) -> Tensor:
         """The inverse of ``matrix``."""
         node = self.nodes[0]
-        if operator(node) in _PRODUCTS:
+        if operator(node) in PRODUCTS:
             return matrix.squeeze(2).T
         if not is_transposed(node):
             return matrix.reshape(self.shape)
@@ -87,9 +86,8 @@ def operands(node: fx.Node) -> tuple[Any, Any]:
     name, a = operator(node), arguments(node)
     if name in LAYERS:
         return a["input"], a["weight"]
-    if name in _PRODUCTS:
-        source, weight = _PRODUCTS[name]
-        return a[source], a[weight]
+    if name in PRODUCTS:
+        return a[PRODUCTS[name]["input"]], a[PRODUCTS[name]["weight"]]
     return None, None
 
 
