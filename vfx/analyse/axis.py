@@ -2,7 +2,8 @@
 
 A factor is an array of labels (``vfx.analyse.axes``) or an ``Opaque`` range of positions that never move (batch,
 pixels). A *blank* axis is free and of one factor, which is made when it is first read; an axis that is tied to another
-before that becomes the other one, so that most parameters never need labels of their own.
+before that becomes the other one, so that most parameters never need labels of their own. A *pending* axis has its
+factors made when they are first read, too, but it is known already what they will be.
 """
 
 from __future__ import annotations
@@ -32,22 +33,30 @@ def factor_size(factor: Factor) -> int:
 class Axis:
     """One axis of a tensor; ``written`` holds its labels once its product is written out."""
 
-    __slots__ = ("_factors", "_make", "_opaque", "_twin", "size", "written")
+    __slots__ = ("_factors", "_make", "_opaque", "_pending", "_twin", "size", "written")
 
     def __init__(self, factors: tuple[Factor, ...]):
         self._factors: tuple[Factor, ...] | None = factors
         self._twin: Axis | None = None
         self.size = prod(map(factor_size, factors))
         self._opaque = all(isinstance(factor, Opaque) for factor in factors)
-        self._make: Callable[[int], Factor] | None = None
+        self._make: Callable[[int], tuple[Factor, ...]] | None = None
+        self._pending = False
         self.written: Rows | None = None
 
     @classmethod
-    def blank(cls, size: int, make: Callable[[int], Factor]) -> Axis:
-        """A free axis; ``make(size)`` gives its factor."""
+    def blank(cls, size: int, make: Callable[[int], tuple[Factor, ...]]) -> Axis:
+        """A free axis; ``make(size)`` gives its factors."""
         axis = cls.__new__(cls)
         axis._factors, axis._twin, axis.size, axis._opaque, axis._make = None, None, size, False, make
-        axis.written = None
+        axis.written, axis._pending = None, False
+        return axis
+
+    @classmethod
+    def pending(cls, size: int, make: Callable[[int], tuple[Factor, ...]]) -> Axis:
+        """An axis that is made when it is read."""
+        axis = cls.blank(size, make)
+        axis._pending = True
         return axis
 
     @property
@@ -63,7 +72,8 @@ class Axis:
     @property
     def is_blank(self) -> bool:
         """Whether nothing is known of this axis yet."""
-        return self.root._factors is None
+        root = self.root
+        return root._factors is None and not root._pending
 
     @property
     def opaque(self) -> bool:
@@ -75,7 +85,7 @@ class Axis:
         root = self.root
         if root._factors is None:
             assert root._make is not None
-            root.become(Axis((root._make(root.size),)))
+            root.become(Axis(root._make(root.size)))
         return root.root._factors  # type: ignore[return-value]
 
     def become(self, other: Axis) -> None:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.axis import Axis
-from vfx.analyse.rules import HARMLESS, TABLE
-from vfx.analyse.shapes import Algebra, Shape
+from vfx.analyse.parts import Parts, keeps_parts
+from vfx.analyse.rules import HARMLESS, KEEPING, TABLE
+from vfx.analyse.rules.movement import concatenate
+from vfx.analyse.rules.rule import Rule
+from vfx.analyse.shapes import Shape
 from vfx.operators import NORMS, arguments, operator
 from vfx.program import Program, Value
 
@@ -22,7 +25,7 @@ OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
 _DOTS = {"aten.dot", "aten.vdot"}
 
 
-class Inference(Algebra):
+class Inference(Parts):
     """Axis terms of every value in a Program's graph.
 
     ``parameters`` holds the axes of each parameter by FQN, ``roles`` what each rule said of a parameter's axis,
@@ -100,15 +103,22 @@ class Inference(Algebra):
             return None
         rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
         if rule is not None:
+            parts = self._parts(node, rule)
             result = rule.apply(self, node, arguments(node))
             if result is not None:
                 self._check(node, result)
-                return result
+                return self.carried(node, parts, result) if parts else result
         self.unknown.setdefault(str(node.target), []).append(node.name)
         reason = f"no rule for {node.target}" if rule is None else f"{node.target} is not covered in this form"
         for operand in node.all_input_nodes:
             self._pin_all(self.shapes[operand], reason)
         return self._opaque_result(node.meta["val"], reason)
+
+    def _parts(self, node: fx.Node, rule: Rule) -> set[Axis]:
+        """The open parts that an operator lets through; all others are closed (a concatenation does so itself)."""
+        if not self.parts or rule.apply is concatenate:
+            return set()
+        return self.open_parts(node, self.operands(node.all_input_nodes), keeps_parts(node, rule, KEEPING))
 
     def _check(self, node: fx.Node, result: Any) -> None:
         """A rule that gets a shape wrong is a bug worth hearing of at once."""

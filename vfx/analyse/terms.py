@@ -29,8 +29,8 @@ class Axes:
             return Axis((Opaque(size, "an axis too long to analyse"),))
         return Axis.blank(size, self._leaf)
 
-    def _leaf(self, size: int) -> Factor:
-        return Opaque(size, "nothing varies along this axis") if self.settled else self.leaves.fresh(size)
+    def _leaf(self, size: int) -> tuple[Factor]:
+        return (Opaque(size, "nothing varies along this axis") if self.settled else self.leaves.fresh(size),)
 
     def opaque(self, size: int, reason: str) -> Axis:
         """An axis that is pinned without being written out."""

@@ -286,6 +286,12 @@ def _table() -> dict[str, Rule]:
 
 TABLE = _table()
 
+# rules of operators that do the same at every position of an axis that they do not cut (``vfx.analyse.parts``)
+KEEPING = frozenset({
+    movement.permute, movement.transpose, movement.unsqueeze, movement.slice_, movement.narrow, movement.split,
+    elementwise.same, elementwise.pointwise,
+})  # fmt: skip
+
 HARMLESS = {
     "aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.item", "aten.is_nonzero",
     "add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "neg", "pow", "sym_sum",

@@ -116,14 +116,14 @@ def slice_(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         return None
     end = None if a["end"] is None or a["end"] >= _LAST else a["end"]
-    return t.slice(x, d, slice(a["start"], end, a["step"]))
+    return t.part(a["self"], x, d, slice(a["start"], end, a["step"]))
 
 
 def narrow(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     if isinstance(a["start"], fx.Node):
         return None
     x = _first(t, a)
-    return t.slice(x, normal(a["dim"], len(x.axes)), slice(a["start"], a["start"] + a["length"]))
+    return t.part(a["self"], x, normal(a["dim"], len(x.axes)), slice(a["start"], a["start"] + a["length"]))
 
 
 def select(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
@@ -140,7 +140,8 @@ def split(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
     ends = np.cumsum([value.sizes(BATCH)[d] for value in node.meta["val"]])
-    return [t.slice(x, d, slice(int(end) - v.sizes(BATCH)[d], int(end))) for end, v in zip(ends, node.meta["val"])]
+    sizes = [value.sizes(BATCH)[d] for value in node.meta["val"]]
+    return [t.part(a["self"], x, d, slice(int(end) - size, int(end))) for end, size in zip(ends, sizes)]
 
 
 def meshgrid(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
@@ -183,7 +184,13 @@ def concatenate(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 
 def _joined(t: Inference, shapes: list[Shape], d: int, sizes: tuple[int, ...]) -> Shape:
     parts = [t.axis(s, d) for s in shapes]
-    if all(t.is_opaque(part) or part.size == 1 for part in parts):  # a class token before pixels: not written out
+    again = t.together(parts)
+    for k, axis in ((k, axis) for s in shapes for k, axis in enumerate(s.axes) if isinstance(axis, Axis)):
+        if k != d or again is None:
+            t.close(axis)
+    if again is not None:
+        joined = again
+    elif all(t.is_opaque(part) or part.size == 1 for part in parts):  # a class token before pixels: not written out
         reason = next((f.reason for part in parts for f in part.factors if isinstance(f, Opaque)), "side by side")
         joined = t.opaque(sizes[d], reason)
     else:
