@@ -214,7 +214,7 @@ def test_gpt2_is_normalised_layer_by_layer_and_folded() -> None:
     result = merge(models, tokens[:2], data=tokens, normalize="repair", progress=False)
     assert result.report.own_class
     assert not any(note.startswith("not folded") for note in result.report.notes)
-    statistics = collect(trace([result.module, *models], tokens[:2]), data=tokens, features=False, progress=False)
+    statistics = collect(trace([result.module, *models], tokens[:2]), data=tokens, progress=False)
     for layer in layers(models[0], tokens[:2]):
         if layer.fqn in own:
             goal = statistics.goals()[layer.node]

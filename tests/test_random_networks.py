@@ -97,12 +97,12 @@ def _size(name: str, arguments: list[int], sizes: list[int]) -> int:
 
 
 @st.composite
-def plans(draw: st.DrawFn, cuts: bool = True) -> Plan:
+def plans(draw: st.DrawFn) -> Plan:
     """Two to seven steps behind a first linear layer, no tensor wider than six."""
     plan: Plan = [("linear", 0, draw(st.integers(2, 4)))]
     sizes = [INPUTS, plan[0][2]]
     for _ in range(draw(st.integers(2, 7))):
-        name = draw(st.sampled_from(STEPS if cuts else [step for step in STEPS if step != "swap"]))
+        name = draw(st.sampled_from(STEPS))
         source = draw(st.integers(1, len(sizes) - 1))
         own = sizes[source]
         if name in ("turn", "pool", "max", "first", "swap") and own % 2:
@@ -145,6 +145,27 @@ def _has_equal_features(plan: Plan, x: Tensor) -> bool:
         distance.fill_diagonal_(1)
         if (distance < 1e-12).any():
             return True
+    return False
+
+
+def _meets_itself_swapped(plan: Plan) -> bool:
+    """Whether a tensor is added to (or multiplied by) itself with its halves exchanged: known to be missed.
+
+    What commutes with that exchange is S_2 inside k pairs (the centralizer of an involution). Inference finds S_k on the
+    pairs; the exchange within one pair maps a label to another copy's, and labels have no form for it.
+    """
+    found: list[set[tuple[int, bool]]] = [{(0, False)}]  # for each value: what it comes from, and whether exchanged
+    for index, (name, *arguments) in enumerate(plan, start=1):
+        own = found[arguments[0]]
+        if name == "swap":
+            own = {(source, not swapped) for source, swapped in own}
+        elif name in ("add", "mul"):
+            own = own | found[arguments[1]]
+        elif name not in ("tanh", "gelu", "softmax", "norm", "scale"):
+            own = {(index, False)}
+        if any((source, not swapped) in own for source, swapped in own):
+            return True
+        found.append(own)
     return False
 
 
@@ -224,9 +245,10 @@ def test_every_group_of_a_random_network_is_a_symmetry(plan: Plan) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(plans(cuts=False))  # known to be missed: channels that are cut apart and put together again ("swap")
+@given(plans())
 def test_no_transposition_is_missed(plan: Plan) -> None:
     x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assume(not _meets_itself_swapped(plan))
     assume(not _has_equal_features(plan, x))
     facts = _program(plan)
     axes = _axes(facts)
