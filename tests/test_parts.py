@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from conftest import close
 from torch import Tensor, nn
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import symmetry
+from vfx.resize import resize
 
 C = 6
 EXACT = 1e-10
@@ -54,6 +57,19 @@ def test_parts_put_together_are_one_group(name: str) -> None:
     facts = _facts(TOGETHER[name])
     assert [group.size for group in facts.groups] == [C]
     assert facts.verify() <= EXACT
+
+
+@pytest.mark.parametrize("name", ["chunks in another order", "three parts of different sizes"])
+@torch.no_grad()
+def test_parts_may_lose_channels_unevenly(name: str) -> None:
+    facts = _facts(TOGETHER[name])
+    kept = np.array([0, 1, 2, 5])
+    small = resize(facts.program, facts, {0: kept}).program
+    weights = dict(facts.program.weights[0])
+    (read,) = (member for member in facts.groups[0].members if member.role == "in")
+    gone = np.setdiff1d(np.arange(C), kept)
+    weights[read.fqn] = weights[read.fqn].index_fill(1, torch.from_numpy(read.position[gone].reshape(-1)), 0)
+    close(small(X), facts.program.with_weights([weights])(X), 1e-12)
 
 
 # name: (step, sizes of the groups, width behind it)

@@ -151,8 +151,8 @@ def _has_equal_features(plan: Plan, x: Tensor) -> bool:
 def _meets_itself_swapped(plan: Plan) -> bool:
     """Whether a tensor is added to (or multiplied by) itself with its halves exchanged: known to be missed.
 
-    What commutes with that exchange is S_2 inside k pairs (the centralizer of an involution). Inference finds S_k on the
-    pairs; the exchange within one pair maps a label to another copy's, and labels have no form for it.
+    What commutes with that exchange is S_2 inside k pairs (the centralizer of an involution). Inference finds S_k on
+    the pairs; the exchange within one pair maps a label to another copy's, and labels have no form for it.
     """
     found: list[set[tuple[int, bool]]] = [{(0, False)}]  # for each value: what it comes from, and whether exchanged
     for index, (name, *arguments) in enumerate(plan, start=1):
