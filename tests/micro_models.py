@@ -606,7 +606,11 @@ MICRO = [
         V,
     ),
     Micro(
-        "reordered", vectors(reordered, a=linear(5, 6), c=linear(6, 2)), (2, 3), "segments 1, 2, 3 in another order", V
+        "reordered",
+        vectors(reordered, a=linear(5, 6), c=linear(6, 2)),
+        (6,),
+        "segments 1, 2, 3 in another order: one group",
+        V,
     ),
     Micro(
         "batch_cut", vectors(batch_cut, a=linear(5, 6), c=linear(6, 2)), (6,), "slices of the batch tie no channel", V
