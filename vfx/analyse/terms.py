@@ -133,7 +133,7 @@ class Axes:
     def take(self, axis: Axis, index: Any) -> Axis:
         """The positions ``index`` (slice or integer array) of an axis, in that order."""
         places = range(axis.size)[index] if isinstance(index, slice) else index
-        if len(places) == axis.size and (np.asarray(places) == np.arange(axis.size)).all():
+        if _all_in_order(places, axis.size):
             return axis
         if axis.opaque:
             return self.opaque(len(places), axis.factors[0].reason)  # type: ignore[union-attr]
@@ -165,6 +165,13 @@ class Axes:
             part[:, 0] = self.leaves.join(part[:, 0], self.leaves.tags(int(rank.max()) + 1)[rank])
         self.leaves.close(part)
         return part
+
+
+def _all_in_order(places: Any, size: int) -> bool:
+    """Whether places are 0 … size − 1; a range is not written out, for a batch axis is longer than memory."""
+    if isinstance(places, range):
+        return places == range(size)
+    return len(places) == size and bool((places == np.arange(size)).all())
 
 
 def independent(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[Axis] | None:
