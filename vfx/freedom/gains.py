@@ -1,0 +1,86 @@
+"""The gains of a network: parameters that multiply a value channel by channel, in a norm or behind one.
+
+LayerNorm and RMSNorm carry theirs as arguments; an RMSNorm that is written out (pow, mean, rsqrt, mul), and layer
+scale, multiply by a parameter in a node of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from vfx.operators import arguments, operator, weight_name
+from vfx.program import Program
+
+GAINED_NORMS = {"aten.layer_norm", "aten.rms_norm"}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """``node`` multiplies by a parameter ``weight`` (+ ``offset``), along its axis ``dim``; a norm then adds ``bias``.
+
+    ``factor`` is the value that is multiplied by: the parameter, or 1 + the parameter as Gemma writes it.
+    """
+
+    node: fx.Node
+    weight: str | None
+    bias: str | None
+    factor: fx.Node | None
+    dim: int = 0
+    offset: float = 0.0
+
+    @property
+    def norm(self) -> bool:
+        return operator(self.node) in GAINED_NORMS
+
+    @property
+    def value(self) -> fx.Node:
+        """What is multiplied, where that is a node's own task."""
+        return next(x for x in self.node.args if isinstance(x, fx.Node) and x is not self.factor)
+
+
+def gains(program: Program) -> Iterator[Gain]:
+    """Every gain in graph order."""
+    for node in program.graph.nodes:
+        name = operator(node)
+        if name in GAINED_NORMS and len(arguments(node)["normalized_shape"]) == 1:
+            a = arguments(node)
+            weight, bias = weight_name(node), weight_name(node, "bias") if name == "aten.layer_norm" else None
+            if weight is not None or bias is not None:
+                yield Gain(node, weight, bias, a["weight"])
+        elif name == "aten.mul":
+            yield from _product(program, node)
+
+
+def _product(program: Program, node: fx.Node) -> Iterator[Gain]:
+    """value · parameter, the parameter along one axis of the value."""
+    known = [(x, shifted_parameter(x)) for x in node.args if isinstance(x, fx.Node)]
+    own = [(x, found) for x, found in known if found is not None and found[0].target not in program.buffers]
+    if len(own) != 1 or len(known) != 2:
+        return
+    ((factor, (parameter, offset)),) = own
+    long = [dim for dim, size in enumerate(parameter.meta["val"].shape) if size != 1]
+    gain = Gain(node, str(parameter.target), None, factor, long[0] if long else 0, offset)
+    if len(long) == 1 and gain.value.meta["val"].shape == node.meta["val"].shape:
+        yield gain
+
+
+def shifted_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(parameter, c) for a node that is a parameter, or a parameter plus the constant c, casts aside."""
+    if node.op == "get_attr":
+        return node, 0.0
+    name, first = operator(node), node.args[0] if node.args else None
+    if name in _CASTS and isinstance(first, fx.Node):
+        return shifted_parameter(first)
+    if name != "aten.add" or len(node.args) != 2 or node.kwargs:
+        return None
+    numbers = [x for x in node.args if isinstance(x, (int, float))]
+    found = [shifted_parameter(x) for x in node.args if isinstance(x, fx.Node)]
+    if len(numbers) == len(found) == 1 and found[0] is not None and not found[0][1]:
+        return found[0][0], float(numbers[0])
+    return None
+
+
+_CASTS = {"aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.double"}
