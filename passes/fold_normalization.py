@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, fx
 
-from vfx.normalization import Affine, affines
+from vfx.normalization import Affine, add_bias, affines
 from vfx.operators import (
     BATCH_NORMS,
     LINEARS,
@@ -28,7 +27,7 @@ from vfx.operators import (
     output_axis,
     weight_name,
 )
-from vfx.program import Program, Value, Weights, copy_graph
+from vfx.program import Program, Weights, copy_graph
 from vfx.rewrite import Pass, require_edges
 
 
@@ -131,15 +130,17 @@ def _fold(graph: fx.Graph, foldable: _Foldable, sets: list[dict[str, Tensor]]) -
     layer, weight, bias = foldable.layer, weight_name(foldable.layer), weight_name(foldable.layer, "bias")
     assert weight is not None
     assert foldable.affine is not None
-    name = bias or (weight.removesuffix("weight") + "bias" if weight.endswith("weight") else weight + "_bias")
+    shifts = []
     for weights in sets:
         tensor = weights[weight]
         scale, shift = (value.double() for value in foldable.affine(weights))
         weights[weight] = _scaled(layer, tensor.double(), scale).to(tensor.dtype)
-        before = weights[name].double() * scale if bias else 0.0
-        weights[name] = (before + shift).to(tensor.dtype)
+        shifts.append(shift if bias is None else weights[bias].double() * scale + shift)
     if bias is None:
-        layer = _with_bias(graph, layer, name, Value(tuple(sets[0][name].shape), sets[0][name].dtype))
+        layer = add_bias(graph, layer, sets, shifts)
+    else:
+        for weights, shift in zip(sets, shifts):
+            weights[bias] = shift.to(weights[weight].dtype)
     foldable.nodes[-1].replace_all_uses_with(layer)
     for node in reversed(foldable.nodes):
         graph.erase_node(node)
@@ -152,22 +153,3 @@ def _scaled(layer: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
     groups = int(arguments(layer)["groups"])
     cut = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     return (cut * scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
-
-
-def _with_bias(graph: fx.Graph, layer: fx.Node, name: str, value: Value) -> fx.Node:
-    """The layer with a bias; products of more than two axes have no form with one and are followed by an add."""
-    with graph.inserting_before(layer):
-        bias = graph.create_node("get_attr", name)
-    bias.meta = {"val": value}
-    values = layer_arguments(layer) | {"bias": bias}
-    if not is_product(layer):
-        layer.args, layer.kwargs = tuple(values.values()), {}
-        return layer
-    if len(layer.meta["val"].shape) == 2:
-        layer.target = torch.ops.aten.addmm.default
-        layer.args, layer.kwargs = (bias, values["input"], values["weight"]), {}
-        return layer
-    with graph.inserting_after(layer):
-        total = graph.create_node("call_function", torch.ops.aten.add.Tensor, (layer, bias))
-    total.meta = dict(layer.meta)
-    return total

@@ -70,6 +70,12 @@ def require_edges(program: Program, single: bool, name: str) -> None:
         raise PassError(f"{name} acts on two or more weight sets, this Program holds one; run it before Interpolate")
 
 
+def require_own_frame(program: Program, name: str) -> None:
+    """What changes the layers' values in between would leave known statistics and maps behind."""
+    if program.goals or program.transport is not None:
+        raise PassError(f"{name} changes values that statistics or maps are known of; run it before Align")
+
+
 @torch.no_grad()
 def same_function(before: Program, after: Program, seed: int = 0) -> float:
     """Relative output error in float64 between two single-edge Programs on random inputs."""

@@ -1,0 +1,232 @@
+"""FoldGain: gains go into the layers next to them, and with them the shift of a LayerNorm.
+
+W (γ ⊙ z + β) + b = (W γ) z + (W β + b): the columns of every layer that reads a norm are scaled, its bias takes the
+shift up. The other way round a layer scale γ ⊙ (W h + b) goes back into the rows that write it. A gain folds where
+the linear operators around it leave it free (``vfx.freedom``), so that a change is undone by weights that nobody else
+reads; nothing is divided, so gains may be zero or negative. What does not fold stays, with the reason in the
+Program's notes. A residual stream whose norms have no gains admits orthogonal maps (SliceGPT, Ashkboos et al. 2024,
+§3).
+
+Weights keep their names and shapes: with gains of one and shifts of zero they compute the same in the user's own
+class (``RestoreStructure``), unless a layer that had no bias was given one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from vfx.analyse.symmetry import Index, symmetry
+from vfx.freedom import Freedom, MapKind, Member
+from vfx.freedom.gains import Gain, gains
+from vfx.freedom.shift import shift_readers
+from vfx.normalization import add_bias
+from vfx.operators import arguments, layer_arguments, weight_name
+from vfx.program import Program, Value, copy_graph
+from vfx.rewrite import Pass, require_own_frame
+
+Sets = list[dict[str, Tensor]]
+
+
+class FoldGain(Pass):
+    """Fold the gains and shifts of LayerNorms and RMSNorms, and layer scales, in every weight set.
+
+    ``biases``: give a bias to layers that need one for a shift; without it such a norm stays as it is.
+    """
+
+    preserves_function = True
+
+    def __init__(self, biases: bool = True, verify: bool = True):
+        self.biases, self.verify = biases, verify
+
+    def requires(self, program: Program) -> None:
+        super().requires(program)
+        require_own_frame(program, self.name)
+
+    def apply(self, program: Program) -> Program:
+        run = _Run(program, self.biases)
+        count = run.count
+        while run.waiting:  # a gain that another was folded into
+            run = _Run(run.program(), self.biases)
+            count += run.count
+        result = run.program()
+        folded = program.with_graph(result.graph, result.weights, f"FoldGain({count} gains)")
+        return replace(folded, notes=(*program.notes, *run.notes))
+
+
+class _Run:
+    """One sweep over the gains of a Program; a gain that another was folded into waits for the next."""
+
+    def __init__(self, program: Program, biases: bool):
+        self.source, self.biases = program, biases
+        self.freedom = Freedom(symmetry(program), MapKind.DIAGONAL)
+        self.graph, self._mapping = copy_graph(program.graph)
+        self.sets: Sets = [dict(weights) for weights in program.weights]
+        self.notes: list[str] = []
+        self.count = 0
+        self.waiting = False
+        self._removed: set[str] = set()
+        for gain in gains(program):
+            reason = self._fold(gain)
+            if reason:
+                self.notes.append(f"gain of {gain.node.name} not folded: {reason}")
+
+    def program(self) -> Program:
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        gone = set(self.source.names()) - read
+        sets = [{name: tensor for name, tensor in weights.items() if name not in gone} for weights in self.sets]
+        return replace(self.source, graph=self.graph, weights=tuple(sets))
+
+    def _fold(self, gain: Gain) -> str:
+        """Fold one gain; why it stays, or nothing."""
+        if gain.weight is None:
+            return "it has a shift alone"
+        shared = [name for name in (gain.weight, gain.bias) if name is not None and len(_readers(self.graph, name)) > 1]
+        if shared:
+            return f"{shared[0]} is used by {', '.join(node.name for node in _readers(self.graph, shared[0]))}"
+        found = self._members(gain)
+        if isinstance(found, str):
+            return found
+        own, others = found
+        if self._removed & {member.fqn for member in others}:
+            self.waiting = True
+            return "another gain was folded into it"
+        refusal = self._fold_shift(gain, own, others)
+        if refusal:
+            return refusal
+        for weights in self.sets:
+            factor = gain.offset + weights[gain.weight].double().reshape(-1)[torch.from_numpy(own)]
+            for member in others:
+                weights[member.fqn] = _scaled(weights[member.fqn], member, factor)
+        self._remove(gain)
+        self._removed.add(gain.weight)
+        self.count += 1
+        return ""
+
+    def _members(self, gain: Gain) -> tuple[Index, list[Member]] | str:
+        """Where the gain's channels stand in it, and the parameter axes that undo a change; or why there are none."""
+        factor = gain.factor
+        assert factor is not None
+        dim = gain.dim + self.freedom.rank(factor) - len(self._parameter(gain).meta["val"].shape)
+        groups = [group for own, group, _ in self.freedom.carried(factor) if own == dim]
+        if len(groups) != 1 or not self.freedom.copies(factor, dim, groups[0]):
+            return self._pinned(gain)
+        (group,) = groups
+        carried = self.freedom.get(factor, dim, group)
+        form = self.freedom.equations.resolve(carried)
+        if not form:
+            return str(self.freedom.equations.reason(carried))
+        position = self.freedom.symmetry.positions(factor, dim)[group]
+        reasons = []
+        for variable, exponent in form.items():
+            members = self.freedom.variables.get(variable, [])
+            rest = [m for m in members if m.fqn not in (gain.weight, gain.bias)]
+            alike = [m for m in rest if m.exponent != -exponent]
+            uneven = [m for m in rest if position.shape[1] not in (1, m.position.shape[1])]
+            if rest and not alike and not uneven:
+                return position, rest
+            reasons.append(
+                f"{alike[0].fqn} scales the same feature" if alike
+                else f"{uneven[0].fqn} holds its channels in other copies" if uneven
+                else "no layer reads it"
+            )  # fmt: skip
+        return reasons[0]
+
+    def _parameter(self, gain: Gain) -> fx.Node:
+        return next(n for n in self.source.graph.nodes if n.op == "get_attr" and n.target == gain.weight)
+
+    def _pinned(self, gain: Gain) -> str:
+        pins = [p for p in self.freedom.symmetry.pinned if p.fqn == gain.weight and p.dim == gain.dim]
+        return (
+            f"its axis is pinned: {pins[0].reason} (node {pins[0].node})" if pins else "its axis holds several groups"
+        )
+
+    # shifts -------------------------------------------------------------------------------------------------------
+
+    def _fold_shift(self, gain: Gain, own: Index, others: Sequence[Member]) -> str:
+        """Add W β to the biases of all readers, in every weight set; why that cannot be, or nothing."""
+        if gain.bias is None or not any(weights[gain.bias].any() for weights in self.sets):
+            return ""
+        readers = shift_readers(self._mapping[gain.node])
+        if isinstance(readers, str):
+            return readers
+        columns = {member.fqn: member for member in others}
+        reason = next((r for r in (self._refuses(node, readers, columns) for node in readers) if r), "")
+        if reason:
+            return reason
+        done: set[str] = set()
+        for node in readers:
+            weight = str(weight_name(node))
+            if weight not in done:
+                self._shift(node, weight, columns[weight], gain.bias, own)
+            done.add(weight)
+        return ""
+
+    def _refuses(self, node: fx.Node, readers: Sequence[fx.Node], columns: Iterable[str]) -> str:
+        """Why a layer cannot take a shift into its bias, or nothing."""
+        weight, bias = str(weight_name(node)), weight_name(node, "bias")
+        if weight not in columns:
+            return f"{node.name} reads it with a weight that is computed"
+        for name in (weight, bias):
+            strangers = [r for r in _readers(self.graph, name) if r not in readers] if name else []
+            if strangers:
+                return f"{name} is used by {strangers[0].name}"
+        twins = [
+            r for r in readers if weight_name(r) == weight or (bias is not None and weight_name(r, "bias") == bias)
+        ]
+        if len({(weight_name(r), weight_name(r, "bias")) for r in twins}) > 1 or (len(twins) > 1 and bias is None):
+            return f"{weight} and {bias} are shared among layers"
+        if bias is None and (not self.biases or layer_arguments(node)["bias"] is not None):
+            return f"{node.name} has no bias for the norm's shift"
+        return ""
+
+    def _shift(self, node: fx.Node, weight: str, member: Member, shift: str, own: Index) -> None:
+        name, added = weight_name(node, "bias"), []
+        for weights in self.sets:
+            tensor = weights[weight].double()
+            column = torch.zeros(tensor.shape[member.dim], dtype=torch.float64, device=tensor.device)
+            value = weights[shift].double()[torch.from_numpy(own)]
+            column[torch.from_numpy(member.position)] = value.expand(member.position.shape)
+            moved = torch.tensordot(tensor, column, ([member.dim], [0])).flatten(1).sum(1) if tensor.ndim > 2 else None
+            added.append(tensor.movedim(member.dim, -1) @ column if moved is None else moved)
+        if name is None:
+            new = add_bias(self.graph, node, self.sets, added)
+            if new is not node:
+                node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        else:
+            for weights, extra in zip(self.sets, added):
+                weights[name] = (weights[name].double() + extra).to(weights[name].dtype)
+
+    def _remove(self, gain: Gain) -> None:
+        node = self._mapping[gain.node]
+        if gain.norm:
+            values = arguments(node) | {"weight": None} | ({"bias": None} if "bias" in arguments(node) else {})
+            node.args, node.kwargs = tuple(values.values()), {}
+            return
+        value = self._mapping[gain.value]
+        found, wanted = value.meta["val"], node.meta["val"]
+        if found.dtype != wanted.dtype:
+            with self.graph.inserting_before(node):
+                cast = self.graph.call_function(torch.ops.aten.to.dtype, (value, wanted.dtype))
+            cast.meta = {"val": Value(wanted.shape, wanted.dtype)}
+            value = cast
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
+
+
+def _readers(graph: fx.Graph, name: str) -> list[fx.Node]:
+    return [user for node in graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]
+
+
+def _scaled(tensor: Tensor, member: Member, factor: Tensor) -> Tensor:
+    """One axis of a tensor multiplied channel by channel: ``factor`` (size, copies) or (size, 1)."""
+    scale = torch.ones(tensor.shape[member.dim], dtype=torch.float64, device=tensor.device)
+    scale[torch.from_numpy(member.position)] = factor.to(scale).expand(member.position.shape)
+    shape = [1] * tensor.ndim
+    shape[member.dim] = -1
+    return (tensor.double() * scale.reshape(shape)).to(tensor.dtype)
