@@ -16,15 +16,20 @@ from test_matching import concatenated, residual
 from torch import Tensor, fx, nn
 
 from passes.align import Align
+from passes.balance_attention import BalanceAttention
+from passes.balance_scales import BalanceScales
 from passes.calibrate_bias import CalibrateBias
 from passes.calibrate_normalization import CalibrateNormalization
+from passes.center_stream import CenterStream
 from passes.duplicate_branches import DuplicateBranches
+from passes.fold_gain import FoldGain
 from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
 from passes.interpolate import Interpolate
 from passes.remove_bias import RemoveBias
 from passes.rescale_weights import RescaleWeights
 from passes.reset_batchnorm import ResetBatchNorm
+from passes.restore_structure import RestoreStructure
 from passes.use_batch_statistics import UseBatchStatistics
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
@@ -36,11 +41,27 @@ from vfx.rewrite import Pass
 
 DATA = images(24, 8, dtype=torch.float64)
 PICTURES = images(16, 32, dtype=torch.float64)
+TOKENS = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 ALPHAS = (0.3, 0.7)
 
 
 def _plain() -> nn.Module:
     return nn.Sequential(conv(3, 5), nn.ReLU(), conv(5, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 4))
+
+
+def _attention() -> nn.Module:
+    """A residual attention block on tokens (N, 4, 6), between LayerNorms."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        z = self.norm(h)
+        q, k, v = (layer(z) for layer in (self.q, self.k, self.v))
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v))
+        return self.head(self.last(h).mean(1))
+
+    layers = {name: nn.Linear(6, 6) for name in ("embed", "q", "k", "v", "out")}
+    norms = {name: nn.LayerNorm(6) for name in ("norm", "last")}
+    return net(forward, head=nn.Linear(6, 3), **layers, **norms)
 
 
 def _normed() -> nn.Module:
@@ -99,6 +120,14 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
         lambda: Interpolate()(_program(_normed)),
     ),
     "RescaleWeights": (lambda: RescaleWeights(ALPHAS), lambda: _program()),
+    "FoldGain": (lambda: FoldGain(), lambda: _program(_attention, TOKENS)),
+    "CenterStream": (lambda: CenterStream(), lambda: _program(_attention, TOKENS)),
+    "BalanceScales": (lambda: BalanceScales(), lambda: _program()),
+    "BalanceAttention": (lambda: BalanceAttention(), lambda: _program(_attention, TOKENS)),
+    "RestoreStructure": (
+        lambda: RestoreStructure(_program(_attention, TOKENS)),
+        lambda: CenterStream()(_program(_attention, TOKENS)),
+    ),
     "UseBatchStatistics repair": (lambda: UseBatchStatistics("repair"), lambda: _merged(_program())),
     "UseBatchStatistics reset": (lambda: UseBatchStatistics("reset"), lambda: Interpolate()(_program(_normed))),
     "RemoveBias": (lambda: RemoveBias(2), lambda: Interpolate()(_program())),
@@ -106,7 +135,12 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
 }
 WANTS_ONE = [name for name in TABLE if name.split()[0] not in ("Align", "CalibrateBias", "DuplicateBranches",
                                                               "Interpolate", "RescaleWeights")]  # fmt: skip
-ANY = ["FoldNormalization batch_norm", "RemoveBias"]  # of edges before they are matched, or of the merged network
+REWRITES = ["FoldGain", "CenterStream", "BalanceScales", "BalanceAttention", "RestoreStructure"]
+ANY = [
+    "FoldNormalization batch_norm",
+    "RemoveBias",
+    *REWRITES,
+]  # of edges before they are matched, or of the merged network
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -152,6 +186,12 @@ def test_a_pass_refuses_the_wrong_number_of_weight_sets(name: str) -> None:
     message = "holds 2; run Interpolate first" if name in WANTS_ONE else "holds one; run it before Interpolate"
     with pytest.raises(PassError, match=message):
         build()(wrong)
+
+
+@pytest.mark.parametrize("one", [FoldGain, CenterStream, BalanceScales, BalanceAttention])
+def test_values_with_known_statistics_are_not_rewritten(one: type[Pass]) -> None:
+    with pytest.raises(PassError, match="run it before Align"):
+        one()(_merged(_program()))
 
 
 def test_align_refuses_duplicated_branches() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from passes.align import Align
+from passes.balance_attention import BalanceAttention
+from passes.balance_scales import BalanceScales
 from passes.catalogue import choose, normalizing
 from passes.duplicate_branches import DuplicateBranches
 from passes.duplicate_heads import DuplicateHeads, HeadOutput
@@ -75,7 +77,8 @@ def merge(
     ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options; "auto"
     keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first layers kept
     for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm
-    and activation. ``prepare``: "remove_bias" takes the edges' biases off before they are matched. ``references``:
+    and activation. ``prepare``: "balance" brings the scales that the edges leave free, and queries and keys, to a
+    canonical form before they are matched (the function stays); "remove_bias" takes their biases off. ``references``:
     other networks whose statistics are the normalization's goal (aligned to the first edge with ``match``).
     ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
     may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
@@ -97,7 +100,7 @@ def merge(
     check_edges_of(program)
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
-    program = prepared(program, prepare)
+    program = prepared(program, prepare, verify, watch)
     asked = normalization(normalize, data is not None)
     if match == "auto":
         match = "weight" if data is None and statistics is None else "activation"
@@ -185,10 +188,17 @@ def gathered(
     return given
 
 
-def prepared(program: Program, prepare: str | None) -> Program:
-    if prepare not in (None, "remove_bias"):
-        raise ArgumentError(f"prepare={prepare!r} is unknown; it is 'remove_bias' or None")
-    return program if prepare is None else RemoveBias(None)(program)
+def prepared(program: Program, prepare: str | None, verify: bool, watch: Stopwatch) -> Program:
+    """The edges as they are matched."""
+    known: dict[str | None, list[Pass]] = {
+        None: [],
+        "balance": [BalanceScales(verify), BalanceAttention(verify)],
+        "remove_bias": [RemoveBias(None)],
+    }
+    if prepare not in known:
+        names = " or ".join(repr(name) for name in known if name)
+        raise ArgumentError(f"prepare={prepare!r} is unknown; it is {names}, or None")
+    return run_passes(program, known[prepare], watch)
 
 
 def least_squares(

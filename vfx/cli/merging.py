@@ -50,7 +50,7 @@ def merge(
     bias_direction: Annotated[str | None, typer.Option(help="backward or forward; default: chosen.")] = None,
     memory_limit: Memory = None,
     match_layers: Annotated[int | None, typer.Option(help="Align only what the first layers produce.")] = None,
-    prepare: Annotated[str, typer.Option(help="none, or remove_bias: match edges without their biases.")] = "none",
+    prepare: Annotated[str, typer.Option(help="Before matching: none, balance (scales), or remove_bias.")] = "none",
     references: Annotated[
         list[Path] | None, typer.Option("--reference", help="Networks whose statistics are the goal, repeatable.")
     ] = None,
