@@ -17,15 +17,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from vfx.analyse import drawing, elements
+from vfx.analyse import drawing, elements, transform
 from vfx.analyse.axes import Leaves
 from vfx.analyse.blocks import parents
+from vfx.analyse.classes import Maps
 from vfx.analyse.elements import Index, Permutations
 from vfx.analyse.infer import BATCH, Inference
+from vfx.analyse.kinds import Class, Side, classes
 from vfx.analyse.places import find, places
 from vfx.analyse.rows import distinct, unique_rows
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Pin, Rows, Store
+from vfx.analyse.transform import Element, Elements
 from vfx.garbage import collection_paused
 from vfx.program import Program, Weights
 
@@ -51,6 +54,7 @@ class Group:
 
     With a ``parent`` (a group's index) they may be permuted differently in each of its channels, e.g. in each attention
     head: ``blocks`` is (outer, inner), the number of such blocks and their size; (1, size) without a parent.
+    ``kind`` is the largest class of maps that its channels may go through, permutations being the least.
     """
 
     index: int
@@ -58,6 +62,28 @@ class Group:
     members: tuple[Member, ...]
     parent: int | None = None
     outer: int = 1
+    _owner: list[Symmetry] = field(default_factory=list, repr=False)
+
+    @property
+    def kind(self) -> Maps:
+        """The class of maps that may stand on every side of the group; see ``vfx.analyse.classes``."""
+        return self._class.kind
+
+    @property
+    def reason(self) -> str:
+        """The operator (and its node) that lowered the class to ``kind``; empty where nothing did."""
+        return self._class.reason
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """What carries one map each: sides apart share the permutation, not their scales."""
+        return self._class.sides
+
+    @property
+    def _class(self) -> Class:
+        if not self._owner:
+            return Class(Maps.PERMUTATION, "", (), None, {})
+        return self._owner[0].classes[self.index]
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -82,7 +108,7 @@ class Pinned:
 
 @dataclass(frozen=True, eq=False)
 class Symmetry:
-    """Permutation symmetries of a Program: ``groups``, ``pinned`` axes and ``unknown_ops``."""
+    """Symmetries of a Program: ``groups`` with their classes, ``pinned`` axes and ``unknown_ops``."""
 
     program: Program
     groups: tuple[Group, ...]
@@ -97,11 +123,19 @@ class Symmetry:
         """Sum of the groups' sizes."""
         return sum(group.size for group in self.groups)
 
-    def verify(self, seed: int = 0, without: tuple[Member, ...] = ()) -> float:
-        """Largest relative output error in float64 over random group elements; see ``vfx.analyse.verify``."""
+    @cached_property
+    def classes(self) -> dict[int, Class]:
+        """The class of each group by index, worked out when it is first asked for; see ``vfx.analyse.classes``."""
+        return classes(self)
+
+    def verify(self, seed: int = 0, without: tuple[Member, ...] = (), classes: str = "full") -> float:
+        """Largest relative output error in float64 over random elements; see ``vfx.analyse.verify``.
+
+        ``classes`` is ``"full"`` (each group's whole class) or ``"permutation"``.
+        """
         from vfx.analyse.verify import verify
 
-        return verify(self, seed=seed, without=without)
+        return verify(self, seed=seed, without=without, classes=classes)
 
     def to_networkx(self) -> nx.MultiGraph:
         """The tie graph: groups, weights, an edge for each member; see ``vfx.analyse.drawing``."""
@@ -116,6 +150,17 @@ class Symmetry:
     def random(self, generator: np.random.Generator) -> dict[int, Index]:
         """A random group element that moves every group, in each of its blocks."""
         return elements.draw(self.groups, generator)
+
+    def random_maps(self, generator: np.random.Generator, classes: str = "full") -> dict[int, Element]:
+        """A random element of every group's full class (or its permutations): matrices, scales and signs."""
+        return transform.random(self, generator, classes)
+
+    def transform(self, weights: Weights, chosen: Elements, without: tuple[Member, ...] = ()) -> dict[str, Tensor]:
+        """The weight set moved by elements of the groups' classes; see ``vfx.analyse.transform``.
+
+        Raises ArgumentError for a map that is not in its group's class.
+        """
+        return transform.apply(self, weights, chosen, without)
 
     def identity(self) -> dict[int, Index]:
         """The group element that moves nothing."""
@@ -184,6 +229,21 @@ class Symmetry:
                 part = tensor.index_select(other, where).index_select(dim, torch.from_numpy(index).to(tensor.device))
                 result.index_copy_(other, where, part)
         return result
+
+    def blocks_of(self, group: Group, member: Member) -> Index | tuple[int, Index]:
+        """The block of each copy of an inner group along a member's axis (0 without a parent).
+
+        Where its parent stands on another axis of the tensor: that axis, and the block of each position there.
+        """
+        copies = member.position[0]
+        if group.parent is None:
+            return np.zeros(len(copies), np.int64)
+        for dim, labels in sorted(self.axes_of(member.fqn), key=lambda own: own[0] != member.dim):
+            for leaf, index, mask in self._digits(labels):
+                if index == group.parent:
+                    channels = self._channels(labels, leaf, mask)
+                    return channels[copies] if dim == member.dim else (dim, channels)
+        raise AssertionError(f"group {group.parent} does not stand on {member.fqn}")
 
     def gather(self, node: fx.Node, dim: int, permutations: Permutations) -> Index:
         """Old position of each new position along one axis of an activation."""
@@ -290,12 +350,13 @@ class Symmetry:
     def table(self) -> Table:
         """Groups with their members, for a terminal."""
         table = Table(title=f"{len(self.groups)} symmetry groups, {self.channels:,} channels")
-        for column, justify in (("group", "right"), ("size", "right"), ("members", "left")):
+        columns = (("group", "right"), ("size", "right"), ("kind", "left"), ("members", "left"))
+        for column, justify in columns:
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for group in self.groups:
             members = ", ".join(f"{m.fqn}[{m.dim}] {m.role}{_copies(m)}" for m in group.members)
             size = str(group.size) if group.parent is None else f"{group.outer} × {group.size}"
-            table.add_row(str(group.index), size, members)
+            table.add_row(str(group.index), size, _kind(group), members)
         return table
 
     def __str__(self) -> str:
@@ -313,8 +374,15 @@ def _copies(member: Member) -> str:
     return f" x{member.position.shape[1]}" if member.position.shape[1] > 1 else ""
 
 
+def _kind(group: Group) -> str:
+    """The class, what lowered it, and the larger classes of single sides."""
+    more = sorted({side.kind for side in group.sides if side.members and side.kind & ~group.kind})
+    beside = f"; a side of its own: {', '.join(kind.title for kind in more)}" if more else ""
+    return group.kind.title + (f": {group.reason}" if group.reason else "") + beside
+
+
 def symmetry(program: Program) -> Symmetry:
-    """Infer the permutation symmetries of a Program."""
+    """Infer the symmetries of a Program."""
     with collection_paused():
         return _groups(program, Inference(program))
 
@@ -338,8 +406,11 @@ def _groups(program: Program, inference: Inference) -> Symmetry:
             members.setdefault(leaf, []).append(Member(fqn, dim, role, position))
     index_of = {leaf: index for index, leaf in enumerate(members)}
     outer = parents(inference, members)
-    groups = tuple(_group(leaf, tuple(found), leaves, index_of, outer.get(leaf)) for leaf, found in members.items())
-    return Symmetry(
+    owner: list[Symmetry] = []
+    groups = tuple(
+        _group(leaf, tuple(found), leaves, index_of, outer.get(leaf), owner) for leaf, found in members.items()
+    )
+    result = Symmetry(
         program=program,
         groups=groups,
         pinned=_pinned(inference, labels),
@@ -348,14 +419,21 @@ def _groups(program: Program, inference: Inference) -> Symmetry:
         _inference=inference,
         _group_of_leaf=index_of,
     )
+    owner.append(result)
+    return result
 
 
 def _group(
-    leaf: int, members: tuple[Member, ...], leaves: Leaves, index_of: Mapping[int, int], outer: int | None
+    leaf: int,
+    members: tuple[Member, ...],
+    leaves: Leaves,
+    index_of: Mapping[int, int],
+    outer: int | None,
+    owner: list[Symmetry],
 ) -> Group:
     if outer is None:
-        return Group(index_of[leaf], leaves.sizes[leaf], members)
-    return Group(index_of[leaf], leaves.sizes[leaf], members, index_of[outer], leaves.sizes[outer])
+        return Group(index_of[leaf], leaves.sizes[leaf], members, _owner=owner)
+    return Group(index_of[leaf], leaves.sizes[leaf], members, index_of[outer], leaves.sizes[outer], owner)
 
 
 _CONFLICTS = ({"out", "in"}, {"tied", "in"}, {"tied", "out"})

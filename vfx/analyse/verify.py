@@ -27,17 +27,19 @@ _FEW = 16  # positions of a channel, over the batch too
 
 
 @torch.no_grad()
-def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = ()) -> float:
-    """Largest relative output error in float64 between the network and a randomly permuted one.
+def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (), classes: str = "full") -> float:
+    """Largest relative output error in float64 between the network and one moved by a random element.
 
-    ``without`` leaves parameter axes out of the permutation (a negative control: the error must become large).
+    Every group goes through a map of its full class (orthogonal and invertible ones, scales and signs), or is only
+    permuted (``classes="permutation"``). ``without`` leaves parameter axes out (a negative control: the error must
+    become large).
     """
     generator = torch.Generator().manual_seed(seed)
     program = in_double(symmetry.program.select(0))
     inputs = [_random_input(x, generator) for x in program.example_inputs]
     weights = randomise(program, inputs, generator)
-    permutations = symmetry.random(np.random.default_rng(seed))
-    return function_error(program, weights, symmetry.permute(weights, permutations, without), inputs)
+    chosen = symmetry.random_maps(np.random.default_rng(seed), classes)
+    return function_error(program, weights, symmetry.transform(weights, chosen, without), inputs)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ its axes are pinned and reported. In-place variants (``relu_``) use the line of 
 
 from __future__ import annotations
 
+from vfx.analyse.classes import Maps
 from vfx.analyse.rules import (
     contraction,
     einsum,
@@ -18,7 +19,7 @@ from vfx.analyse.rules import (
     windows,
     writes,
 )
-from vfx.analyse.rules.rule import Maps, Rule
+from vfx.analyse.rules.rule import Rule
 
 _PERMUTATION, _SIGNED, _LINEAR = Maps.PERMUTATION, Maps.SIGNED, Maps.LINEAR
 _POSITIVE, _MONOMIAL = Maps.POSITIVE_MONOMIAL, Maps.MONOMIAL

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import fx
 
+from vfx.analyse.classes import Maps
+
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
-
-
-class Maps(Enum):
-    """Classes of maps on a channel axis, each the largest that an operator commutes with."""
-
-    PERMUTATION = "permutation"
-    SIGNED = "signed permutation"
-    POSITIVE_MONOMIAL = "permutation with positive scales"
-    MONOMIAL = "permutation with scales"
-    LINEAR = "invertible linear"
 
 
 Apply = Callable[["Inference", fx.Node, dict[str, Any]], Any]

@@ -1,0 +1,216 @@
+"""Operators that move positions: they are run on the slot numbers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from vfx.analyse.action.contraction import sum_of
+from vfx.analyse.action.entries import ANY, Entries, Ids, constant, padded, shrunk
+from vfx.analyse.action.walk import SAMPLES, Walk
+from vfx.analyse.rules import TABLE, movement, windows, writes
+from vfx.analyse.rules.rule import normal
+from vfx.operators import operator
+from vfx.program import Value
+
+Arguments = dict[str, Any]
+
+_TURNS = {movement.permute, movement.transpose, movement.reverse_axes, movement.move_axis}
+_VIEWS = {movement.view}
+_SEVERAL = {movement.meshgrid}
+
+
+def moved(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """One tensor whose positions go elsewhere, or into several tensors."""
+    rule = TABLE[operator(node).removesuffix("_")].apply
+    (x, *others) = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Value)]
+    if rule in _SEVERAL or any(w.entries(other) for other in others):
+        return None
+    own = w.entries(x)
+    if any(axis != ANY for _, axis in own):
+        return _turned(w, node, a, x) if rule in _TURNS else None
+    value = node.meta["val"]
+    ranks = [len(one.shape) for one in value] if isinstance(value, list) else [len(value.shape)]
+    results: list[Entries] = [{} for _ in ranks]
+    for key, ids in own.items():
+        if ids.size == 1:
+            found: list[Ids] = [constant(int(ids.flat[0]), rank) for rank in ranks]
+        else:
+            run = _run(w, node, x, ids, rule in _VIEWS)
+            if run is None:
+                return None
+            found = run
+        for result, one in zip(results, found):
+            if (one >= 0).any():
+                result[key] = one
+    return results if isinstance(value, list) else results[0]
+
+
+def _run(w: Walk, node: fx.Node, x: fx.Node, ids: Ids, view: bool) -> list[Ids] | None:
+    """The operator on slot numbers: every position takes its slot with it."""
+    tensor = torch.from_numpy(ids).expand(w.sizes(x))
+    if view:
+        return [_compact(tensor.reshape(w.sizes(node)))]
+    try:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda one: tensor if one is x else _known(w, one))
+        out = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError):
+        return None
+    return [_compact(one) for one in (out if isinstance(out, (list, tuple)) else [out])]
+
+
+def _known(w: Walk, node: fx.Node) -> Any:
+    """A constant, or a size."""
+    value = w.t.constant(node)
+    if value is not None:
+        return value
+    size = node.meta["val"]
+    if isinstance(size, Value):
+        raise KeyError(node.name)
+    return int(Value((size,), torch.int64).sizes(SAMPLES)[0])
+
+
+def _compact(tensor: torch.Tensor) -> Ids:
+    for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride())):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(d, 0, 1)
+    return shrunk(tensor.numpy())
+
+
+def _turned(w: Walk, node: fx.Node, a: Arguments, x: fx.Node) -> Entries | None:
+    """Axes change places, and with them the leaves that stand on several."""
+    rank = len(w.sizes(x))
+    marks = torch.zeros([2 + d for d in range(rank)])
+    args, kwargs = map_arg((node.args, node.kwargs), lambda one: marks if one is x else _known(w, one))
+    order = [size - 2 for size in node.target(*args, **kwargs).shape]  # type: ignore[operator]
+    return {
+        (leaf, order.index(axis) if axis != ANY else ANY): ids.transpose(order)
+        for (leaf, axis), ids in w.entries(x).items()
+    }
+
+
+def expanded(w: Walk, node: fx.Node, a: Arguments) -> Entries:
+    """Broadcasting: what does not vary goes on not varying."""
+    x = next(one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Value))
+    rank = len(w.sizes(node))
+    gain = rank - len(w.sizes(x))
+    return {
+        (leaf, axis + gain if axis != ANY else ANY): padded(ids, rank) for (leaf, axis), ids in w.entries(x).items()
+    }
+
+
+def broadcast_tensors(w: Walk, node: fx.Node, a: Arguments) -> list[Entries]:
+    results = []
+    for x, value in zip(a["tensors"], node.meta["val"]):
+        gain = len(value.shape) - len(w.sizes(x))
+        results.append(
+            {
+                (leaf, axis + gain if axis != ANY else ANY): padded(ids, len(value.shape))
+                for (leaf, axis), ids in w.entries(x).items()
+            }
+        )
+    return results
+
+
+def concatenated(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    rank = len(w.sizes(node))
+    tensors = [x for x in a["tensors"] if len(w.sizes(x)) == rank]
+    return _beside(w, tensors, [w.entries(x) for x in tensors], normal(a["dim"], rank))
+
+
+def stacked(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    d = normal(a["dim"], len(w.sizes(node)))
+    own = [
+        {(leaf, axis + (axis >= d) if axis != ANY else ANY): np.expand_dims(ids, d) for (leaf, axis), ids in w.entries(x).items()}
+        for x in a["tensors"]
+    ]  # fmt: skip
+    return _beside(w, None, own, d)
+
+
+def _beside(w: Walk, tensors: list[fx.Node] | None, own: list[Entries], d: int) -> Entries | None:
+    """Arrays one after the other along an axis; -1 where a tensor has no slot."""
+    result: Entries = {}
+    sizes = [1] * len(own) if tensors is None else [w.sizes(x)[d] for x in tensors]
+    for key in dict.fromkeys(key for entries in own for key in entries):
+        if key[1] == d and sum(key in entries for entries in own) < len(own):
+            return None
+        arrays = [entries.get(key) for entries in own]
+        shape = np.broadcast_shapes(*(_without(ids, d) for ids in arrays if ids is not None))
+        parts = [
+            np.broadcast_to(-1 if ids is None else ids, (*shape[:d], size, *shape[d + 1 :]))
+            for ids, size in zip(arrays, sizes)
+        ]
+        result[key] = shrunk(np.concatenate(parts, d))
+    return result
+
+
+def _without(ids: Ids, d: int) -> tuple[int, ...]:
+    return tuple(1 if k == d else size for k, size in enumerate(ids.shape))
+
+
+def padding(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    """Zeros go through any map; other modes repeat positions."""
+    x = a.get("self", a.get("input"))
+    amounts = list(a.get("pad") or a.get("padding") or ())
+    rank = len(w.sizes(node))
+    if any(isinstance(amount, fx.Node) for amount in amounts):
+        return None
+    zeros = a.get("mode", "constant") == "constant" and operator(node) in ("aten.pad", "aten.constant_pad_nd")
+    if zeros and a.get("value") not in (None, 0, 0.0):
+        return None
+    touched = {rank - 1 - index // 2 for index, amount in enumerate(amounts) if amount != 0}
+    over = w.on(x, touched)
+    result: Entries = {}
+    for key, ids in w.entries(x).items():
+        if key in over and not zeros:
+            return None
+        if key in over:
+            sizes = [size if d in touched else ids.shape[d] for d, size in enumerate(w.sizes(x))]
+            pairs = [(0, 0)] * rank
+            for index in range(len(amounts) // 2):
+                pairs[rank - 1 - index] = (amounts[2 * index], amounts[2 * index + 1])
+            if any(amount < 0 for pair in pairs for amount in pair):
+                return None
+            result[key] = np.pad(np.broadcast_to(ids, sizes), pairs, constant_values=-1)
+        else:
+            result[key] = w.slots.collapse(ids, touched)
+    return result
+
+
+def one_kind(w: Walk, node: fx.Node, a: Arguments) -> Entries:
+    """Sampling, and windows written out or summed: linear in each channel, one map for all positions."""
+    x = a.get("input", a.get("self"))
+    rank = len(w.sizes(node))
+    result: Entries = {}
+    for key, ids in w.entries(x).items():
+        ids = w.slots.collapse(ids, range(ids.ndim))
+        result[key[0], ANY] = constant(int(ids.flat[0]), rank)
+    return result
+
+
+def sampled(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    return None if w.entries(a["grid"]) else one_kind(w, node, a)
+
+
+def copied(w: Walk, node: fx.Node, a: Arguments) -> Entries:
+    """Written in place the source goes through the map of what it overwrites."""
+    rank = len(w.sizes(node))
+    names = ("self", "src") if operator(node).endswith("_") else ("src",)
+    return sum_of(w, [(w.entries(a[name]), len(w.sizes(a[name]))) for name in names], rank)
+
+
+MOVING: dict[Callable[..., Any], Any] = {
+    movement.expand: expanded,
+    movement.broadcast_tensors: broadcast_tensors,
+    movement.concatenate: concatenated,
+    movement.stack: stacked,
+    movement.pad: padding,
+    windows.columns: one_kind,
+    windows.sampled: sampled,
+    writes.copy: copied,
+}

@@ -1,0 +1,216 @@
+"""The walk over a graph that finds which maps each operator lets pass.
+
+A node's value is given by its entries (``vfx.analyse.action.entries``). Handlers, one for each rule function of the
+operator table, say how the slots of an operator's operands and result hang together. An operator without a handler lets
+only permutations pass, which is what its rule has proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from vfx.analyse.action.entries import ANY, Entries, Ids, Joint, Key, constant, shrunk
+from vfx.analyse.classes import Maps
+from vfx.analyse.infer import Inference
+from vfx.analyse.places import places
+from vfx.analyse.rules import TABLE, movement
+from vfx.analyse.rules.rule import Rule
+from vfx.analyse.rules.spaces import Spaces
+from vfx.analyse.shapes import Digit, Shape
+from vfx.analyse.store import Rows
+from vfx.analyse.terms import Axis
+from vfx.operators import arguments, operator
+from vfx.program import Value
+
+Result = Entries | list[Any] | None
+Handler = Callable[["Walk", fx.Node, dict[str, Any]], Result]
+
+SAMPLES = 2  # the batch size that arrays of slots are written out with
+
+
+class Walk:
+    """Slots of every parameter axis and activation of a finished inference.
+
+    ``parameters[fqn, dim][leaf]`` is the slot of each copy of the leaf along that axis, in the order of
+    ``vfx.analyse.places``.
+    """
+
+    def __init__(self, inference: Inference, labels: Mapping[tuple[str, int], Rows]):
+        self.t, self.labels, self.spaces = inference, labels, Spaces(inference)
+        self.slots = Joint()
+        self.parameters: dict[tuple[str, int], dict[int, Ids]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self._own: dict[str, Entries] = {}
+        self._still: dict[int, int] = {}
+
+    def run(self) -> Walk:
+        for node in self.t.shapes:
+            self.slots.context = node.name
+            if node.op == "get_attr":
+                self.values[node] = self._attribute(str(node.target))
+            elif node.op == "call_function":
+                self.values[node] = self._call(node)
+        return self
+
+    # for handlers -------------------------------------------------------------------------------------------------
+
+    def entries(self, value: Any) -> Entries:
+        """The entries of an argument; none for what is no tensor, or has no leaf."""
+        found = self.values.get(value) if isinstance(value, fx.Node) else None
+        return found if isinstance(found, dict) else {}
+
+    def shape(self, node: Any) -> Shape | None:
+        return self.spaces.shape(node)
+
+    def sizes(self, node: fx.Node) -> tuple[int, ...]:
+        """A value's shape, with a batch of SAMPLES."""
+        value = node.meta["val"]
+        return value.sizes(SAMPLES) if isinstance(value, Value) else ()
+
+    def stands(self, node: fx.Node) -> list[frozenset[int]]:
+        """The leaves that stand on each axis of a value."""
+        shape = self.shape(node)
+        return [] if shape is None else [self.spaces.leaves(axis) for axis in shape.axes]
+
+    def on(self, node: fx.Node, dims: set[int]) -> dict[Key, Ids]:
+        """The entries whose leaf stands on one of some axes."""
+        stands = self.stands(node)
+        return {
+            key: ids
+            for key, ids in self.entries(node).items()
+            if (key[1] in dims if key[1] != ANY else any(key[0] in stands[d] for d in dims))
+        }
+
+    def fresh(self, leaf: int, rank: int) -> Ids:
+        return constant(self.slots.fresh(leaf), rank)
+
+    # nodes --------------------------------------------------------------------------------------------------------
+
+    def _attribute(self, fqn: str) -> Entries:
+        """A parameter has slots of its own; constants are uniform along the leaves that stand on them."""
+        if fqn not in self.t.parameters:
+            return {}
+        if fqn not in self._own:
+            self._own[fqn] = self._parameter(fqn)
+        return self._own[fqn]
+
+    def _parameter(self, fqn: str) -> Entries:
+        rank = len(self.t.parameters[fqn])
+        found: list[tuple[int, int, Ids]] = []
+        for dim in range(rank):
+            rows = self.labels[fqn, dim]
+            own = self.parameters[fqn, dim] = {}
+            for leaf, table in self.t.leaves.once(places, rows).items():
+                assert table is not None
+                own[leaf], line = self._copies(leaf, table, rows)
+                found.append((leaf, dim, line.reshape([-1 if d == dim else 1 for d in range(rank)])))
+        leaves = [leaf for leaf, _, _ in found]
+        return {(leaf, dim if leaves.count(leaf) > 1 else ANY): ids for leaf, dim, ids in found}
+
+    def _copies(self, leaf: int, table: Ids, rows: Rows) -> tuple[Ids, Ids]:
+        """A slot for each tag: (copies,) and along the axis, (size,) or (1,)."""
+        tags, inverse = np.unique(rows[table[0], 0], return_inverse=True)
+        slots = np.array([self.slots.fresh(leaf) for _ in tags])
+        if rows.shape[1] > 2 and ((self.t.leaves.leaf_of(rows[:, 1:]) == leaf).sum(axis=1) > 1).any():
+            self.slots.restrict(slots, Maps.PERMUTATION)  # an outer product with itself
+        line = np.full(len(rows), -1, np.int64)
+        line[table] = slots[inverse.reshape(-1)]
+        return slots[inverse.reshape(-1)], shrunk(line)
+
+    def _call(self, node: fx.Node) -> Any:
+        name = operator(node)
+        if name == "getitem":
+            container = self.values.get(node.args[0])  # type: ignore[arg-type]
+            return container[int(node.args[1])] if isinstance(container, list) else None  # type: ignore[arg-type]
+        if not any(map(self._moves, node.all_input_nodes)):
+            return None
+        rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
+        result = self._handled(node, rule)
+        if result is None:
+            result = self.still(node)
+        if name.endswith("_") and isinstance(result, dict):
+            result = self._in_place(node, result)
+        return result
+
+    def _moves(self, node: fx.Node) -> bool:
+        value = self.values.get(node)
+        return any(value) if isinstance(value, list) else bool(value)
+
+    def _handled(self, node: fx.Node, rule: Rule | None) -> Result:
+        from vfx.analyse.action import HANDLERS, moving
+
+        value = node.meta["val"]
+        first = value[0] if isinstance(value, list) and value else value
+        if rule is None or not isinstance(first, Value) or not first.dtype.is_floating_point:
+            return None
+        moves = rule.apply.__module__ == movement.__name__
+        handler = HANDLERS.get(rule.apply, moving.moved if moves else None)
+        return None if handler is None else handler(self, node, arguments(node))
+
+    def _in_place(self, node: fx.Node, result: Entries) -> Entries:
+        """Others see what was written: it must go through the map of what stood there."""
+        before = self.entries(node.args[0])
+        if len(self.sizes(node)) != len(self.sizes(node.args[0])):  # type: ignore[arg-type]
+            return self.still(node)
+        for key in {**before, **result}:
+            if key in before and key in result:
+                self.slots.equal([before[key], result[key]])
+            else:
+                self.slots.restrict(before.get(key, result.get(key)), Maps.PERMUTATION)  # type: ignore[arg-type]
+        return before
+
+    # only permutations --------------------------------------------------------------------------------------------
+
+    def still(self, node: fx.Node) -> Any:
+        """The operator lets permutations pass and no more."""
+        for operand in node.all_input_nodes:
+            self._hold(self.values.get(operand))
+        return self.permuted(self.t.shapes[node])
+
+    def _hold(self, value: Any) -> None:
+        for entries in value if isinstance(value, list) else [value]:
+            for ids in (entries or {}).values():
+                self.slots.restrict(ids, Maps.PERMUTATION)
+
+    def permuted(self, shape: Any, but: Iterable[Key] = ()) -> Any:
+        """Entries of a result that only permutations move, for all its leaves ``but`` some."""
+        if isinstance(shape, (list, tuple)):
+            return [self.permuted(one) for one in shape]
+        if not isinstance(shape, Shape):
+            return None
+        stands = [self.spaces.leaves(axis) for axis in shape.axes]
+        result: Entries = {}
+        for leaf in frozenset().union(*stands) - {leaf for leaf, _ in but}:
+            dims = [d for d, own in enumerate(stands) if leaf in own]
+            if leaf not in self._still:
+                self._still[leaf] = self.slots.fresh(leaf)
+                self.slots.lower(self._still[leaf], Maps.PERMUTATION)
+            for d in dims if len(dims) > 1 else [ANY]:
+                mask = self._mask(shape, leaf, dims[0] if d == ANY else d)
+                result[leaf, d] = np.where(mask, self._still[leaf], -1)
+        return result
+
+    def _mask(self, shape: Shape, leaf: int, dim: int) -> Any:
+        """Where a leaf stands, as an array that broadcasts over the tensor."""
+        rank, entry = len(shape.axes), shape.axes[dim]
+        whole = np.ones((1,) * rank, bool)
+        if isinstance(entry, Digit):
+            labels = entry.block.labels
+            mask = (self.t.leaves.leaf_of(labels[..., 1:]) == leaf).any(axis=-1)
+            where = [d for d, e in enumerate(shape.axes) if isinstance(e, Digit) and e.block is entry.block]
+            positions = [shape.axes[d].position for d in where]  # type: ignore[union-attr]
+            if mask.all() or len(positions) < mask.ndim:
+                return whole
+            return mask.transpose(positions).reshape([s.size if d in where else 1 for d, s in enumerate(shape.axes)])
+        return self._along(entry, leaf, whole, dim)
+
+    def _along(self, axis: Axis, leaf: int, whole: Any, dim: int) -> Any:
+        if len(axis.factors) > 1 or not isinstance(axis.factors[0], np.ndarray):
+            return whole
+        rows = self.t.leaves.resolve(axis.factors[0])
+        mask = (self.t.leaves.leaf_of(rows[:, 1:]) == leaf).any(axis=1)
+        return whole if mask.all() else mask.reshape([-1 if d == dim else 1 for d in range(whole.ndim)])
