@@ -17,22 +17,24 @@ families, worked out by hand; here they form a lattice, ordered by inclusion::
 The class of an axis is the meet of what its operators allow (orthogonal ∧ monomial = signed permutation).
 
 **On leaves.** Classes are worked out on the leaves that unification left, so a leaf that was split or factored has a
-class for each of its parts, and two leaves that were merged have one, the meet of both sides. What an operator asks is
-said of *slots*: one slot is one place where a leaf stands, those of its copies along a tensor that share a tag (q, k and
-v of a packed weight are three, the heads of each are one). Two slots carry the same map, or dual ones (T and T⁻ᵀ: the
-two sides of a contraction, queries and keys); slots joined so are one *side* of the leaf, with one class. If T and T⁻ᵀ
+class for each of its parts, and two leaves that were merged have one, the meet of both. What an operator asks is said
+of *slots*: one slot is one place where a leaf stands, those of its copies along a tensor that share a tag (q, k and v
+of a packed weight are three, the heads of each are one). Two slots carry the same map, or dual ones (T and T⁻ᵀ: the two
+operands of a contraction, queries and keys); slots joined so are one *side* of the leaf, with one class. If T and T⁻ᵀ
 meet on one slot, T is orthogonal. An operator that multiplies channel by channel (gains, depthwise kernels, gates)
 leaves sides apart: the permutation is shared and so all sides are monomial, scales and signs differ and obey the
-equation of the product, out = gain · in. So a gain may take a scale in and another out; the equations of a leaf are
-solved as units of measure are (Kennedy, 1997), and what is left free is each side's class.
+equation of the product, out = gain · in. So a gain may take one scale in and give another out (BatchNorm needs no
+folding: its mean takes the scale in, its gain the ratio, the variance none). The equations of a leaf are solved as
+units of measure are (Kennedy, 1997); what they leave free is each side's class.
 
 **In blocks.** A leaf inside the blocks of another (``vfx.analyse.blocks``) has a map of its own in each block, all of
-one class: T_b acts on what stands in block b after the blocks were permuted. The outer leaf is only permuted: its scales
-would be the inner ones' again, and nothing larger goes through a softmax.
+one class: T_b acts on what stands in block b after the blocks were permuted. The outer leaf is only permuted: its
+scales would be the inner ones' again, and nothing larger goes through a softmax.
 
-The class of a group, ``Group.kind``, is the meet of the sides that make or read the feature: a map that may stand on
-every side. ``Group.sides`` says which sides have more. Orthogonal maps that LayerNorm lets pass fix the span of the
-all-ones vector; here they fix the vector itself: the rest is one global sign.
+The class of a group, ``Group.kind``, holds the maps T that may stand on all sides that make or read the feature at once
+(T where it is made, T⁻ᵀ along the axis where it is read, gains left alone); ``Group.sides`` says which sides have more.
+Orthogonal maps that LayerNorm lets pass fix the span of the all-ones vector; here they fix the vector itself: the rest
+is one global sign.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ def reflected(size: int, generator: np.random.Generator, ones: bool = False) -> 
 
 def contragredient(matrix: Matrix) -> Matrix:
     """T⁻ᵀ, the map of an axis that is contracted with one that goes through T; stacks of matrices too."""
-    return np.linalg.inv(matrix).swapaxes(-1, -2)
+    return np.asarray(np.linalg.inv(matrix).swapaxes(-1, -2), np.float64)
 
 
 def contains(maps: Maps, matrix: Matrix, tolerance: float = 1e-9) -> bool:

@@ -1,10 +1,12 @@
-"""The class of every group: what the walk over the graph left of each leaf's sides, and which operators took the rest."""
+"""The class of every group: what the walk over the graph left of each side, and which operator took the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vfx.analyse.action import Walk
 from vfx.analyse.action.entries import Ids
@@ -15,14 +17,12 @@ from vfx.operators import operator
 if TYPE_CHECKING:
     from vfx.analyse.symmetry import Group, Symmetry
 
-_FEATURES = ("out", "in", "tied")
-
 
 @dataclass(frozen=True, eq=False)
 class Side:
     """A set of places that carry one map T of a leaf, or T⁻ᵀ: its class and what lowered it, its members.
 
-    ``members`` are (FQN, dim, whether it carries T⁻ᵀ).
+    ``members`` are (FQN, dim, whether it carries T⁻ᵀ); what makes the feature carries T.
     """
 
     index: int
@@ -35,7 +35,8 @@ class Side:
 class Class:
     """The class of a group, what lowered it, and its sides; ``scales`` is what their equations leave free.
 
-    ``slots`` gives for each member (FQN, dim) the side of each copy and whether it carries T⁻ᵀ, both (copies,).
+    ``slots`` gives for each member (FQN, dim) the side of each copy and whether it carries T⁻ᵀ, both (copies,);
+    ``features`` are the sides that make or read the feature. ``scales`` is None where the class mixes channels.
     """
 
     kind: Maps
@@ -43,94 +44,133 @@ class Class:
     sides: tuple[Side, ...]
     scales: Scales | None
     slots: Mapping[tuple[str, int], tuple[Ids, Ids]]
+    features: frozenset[int] = frozenset()
 
 
 def classes(symmetry: Symmetry) -> dict[int, Class]:
     """The class of each group, by index."""
-    return _Classes(symmetry).found
+    found = _Classes(symmetry)
+    return {group.index: found.of(group) for group in symmetry.groups}
 
 
 class _Classes:
     def __init__(self, symmetry: Symmetry):
-        self.symmetry = symmetry
         self.walk = Walk(symmetry._inference, symmetry._labels).run()
         self.slots: Slots = self.walk.slots
         self.nodes = {node.name: node for node in symmetry._inference.shapes}
         self.order = {name: index for index, name in enumerate(self.nodes)}
-        leaf_of = {group: leaf for leaf, group in symmetry._group_of_leaf.items()}
-        sides: dict[int, dict[int, None]] = {}
+        self.leaf_of = {group: leaf for leaf, group in symmetry._group_of_leaf.items()}
+        self.outer = {group.parent for group in symmetry.groups}
+        self.own: dict[int, list[int]] = {}
         for slot, leaf in enumerate(self.slots.leaf):
-            sides.setdefault(leaf, {})[self.slots.find(slot)[0]] = None
-        outer = {group.parent for group in symmetry.groups}
-        self.found = {
-            group.index: self._class(group, leaf_of[group.index], tuple(sides.get(leaf_of[group.index], ())), outer)
-            for group in symmetry.groups
-        }
+            self.own.setdefault(leaf, []).append(slot)
 
-    def _class(self, group: Group, leaf: int, sides: tuple[int, ...], outer: set[int | None]) -> Class:
-        slots = self.slots
-        slots.context = ""
-        if group.index in outer:
+    def of(self, group: Group) -> Class:
+        leaf, slots = self.leaf_of[group.index], self.slots
+        sides = tuple(dict.fromkeys(slots.find(slot)[0] for slot in self.own[leaf]))
+        if group.index in self.outer:
+            slots.context = "its channels are the blocks of another group"
             for side in sides:
                 slots.lower(side, Maps.PERMUTATION)
-        several = len(sides) > 1 or bool(slots.products.get(leaf))
-        for side in sides if several else ():
-            slots.lower(side, Maps.MONOMIAL)
-        monomial = all(not slots.maps(side).mixes for side in sides)
-        scales = slots.solve(leaf, sides) if monomial else None
-        members = self._members(group, leaf)
-        kinds = {side: self._kind(side, scales) for side in sides}
-        found = tuple(
-            Side(side, kinds[side], self._reason(side, kinds[side], leaf), members.get(side, ())) for side in sides
-        )
-        roles = {(m.fqn, m.dim): m.role for m in group.members}
-        features = [s for s in found if any(roles.get((f, d)) in _FEATURES for f, d, _ in s.members)] or found
-        kind = meet(*(side.kind for side in features))
-        reason = next((s.reason for s in features if s.kind is kind), "") or " ∧ ".join(
-            dict.fromkeys(s.reason for s in features if s.reason)
-        )
-        return Class(kind, reason, found, scales, self._slots_of(group, leaf))
+        sides = self._joined(leaf, sides)
+        members = _Members(group, leaf, self.walk)
+        scales = None if slots.maps(sides[0]).mixes else _turned(slots.solve(leaf, sides), members)
+        found = tuple(self._side(side, leaf, scales, members) for side in sides)
+        kind = self._kind(leaf, sides, found, scales, members)
+        return Class(kind, self._why(kind, found, members), found, scales, members.slots, members.features)
 
-    def _kind(self, side: int, scales: Scales | None) -> Maps:
+    def _joined(self, leaf: int, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Sides that nothing but their permutation ties: one map for all where all mix channels, else monomial ones."""
+        products = self.slots.products.get(leaf)
+        self.slots.context = "its sides share the permutation alone"
+        if len(sides) > 1 and not products and all(self.slots.maps(side).mixes for side in sides):
+            for side in sides[1:]:
+                self.slots.tie(sides[0], side)
+            return (self.slots.find(sides[0])[0],)
+        for side in sides if len(sides) > 1 or products else ():
+            self.slots.lower(side, Maps.MONOMIAL)
+        return sides
+
+    def _side(self, side: int, leaf: int, scales: Scales | None, members: _Members) -> Side:
+        kind = self.slots.maps(side) if scales is None else _free(scales, side)
+        return Side(side, kind, self._reason(side, kind, leaf), members.of(side))
+
+    def _kind(
+        self, leaf: int, sides: tuple[int, ...], found: tuple[Side, ...], scales: Scales | None, members: _Members
+    ) -> Maps:
+        """One map on all sides that make or read the feature."""
         if scales is None:
-            return self.slots.maps(side)
-        scaled = Maps.POSITIVE_MONOMIAL if scales.magnitudes.get(side) else Maps.PERMUTATION
-        return Maps(scaled | (Maps.SIGNED if scales.signs.get(side) else Maps.PERMUTATION))
+            return found[0].kind
+        features = [side for side in sides if side in members.features]
+        alike = self.slots.solve(leaf, sides, [(side, members.sign(side)) for side in features])
+        return meet(*(_free(alike, side) for side in features))
 
-    def _members(self, group: Group, leaf: int) -> dict[int, tuple[tuple[str, int, bool], ...]]:
-        found: dict[int, dict[tuple[str, int, bool], None]] = {}
-        for member in group.members:
-            for slot in self.walk.parameters[member.fqn, member.dim][leaf].tolist():
-                side, dual = self.slots.find(slot)
-                found.setdefault(side, {})[member.fqn, member.dim, dual] = None
-        return {side: tuple(own) for side, own in found.items()}
-
-    def _slots_of(self, group: Group, leaf: int) -> dict[tuple[str, int], tuple[Ids, Ids]]:
-        import numpy as np
-
-        found = {}
-        for member in group.members:
-            pairs = [self.slots.find(slot) for slot in self.walk.parameters[member.fqn, member.dim][leaf].tolist()]
-            found[member.fqn, member.dim] = (
-                np.array([side for side, _ in pairs], np.int64),
-                np.array([dual for _, dual in pairs], np.int64),
-            )
-        return found
+    def _why(self, kind: Maps, sides: tuple[Side, ...], members: _Members) -> str:
+        reasons = {side.reason: side.kind for side in sides if side.index in members.features and side.reason}
+        return next((why for why, own in reasons.items() if own is kind), " ∧ ".join(reasons))
 
     def _reason(self, side: int, kind: Maps, leaf: int) -> str:
         """The first node behind which no more was left than is left in the end, or the product that took the rest."""
-        if kind is Maps.LINEAR:
-            return ""
         left = Maps.LINEAR
-        for maps, node in sorted(self.slots.lowered.get(side, ()), key=lambda x: self.order.get(x.node, -1)):
+        lowered = self.slots.lowered.get(side, ()) if kind is not left else ()
+        for maps, node in sorted(lowered, key=lambda x: self.order.get(x.node, len(self.order))):
             left = meet(left, maps)
             if left is kind:
                 return self._node(node)
-        products = [p for p in self.slots.products.get(leaf, ()) if self._touches(p, side)]
-        return self._node(products[0].node) if products else ""
+        products = self.slots.products.get(leaf, ()) if kind is not Maps.LINEAR else ()
+        return next((self._node(product.node) for product in products if self._touches(product, side)), "")
 
     def _touches(self, product: Product, side: int) -> bool:
         return any(self.slots.find(slot)[0] == side for slot, _ in product.terms)
 
     def _node(self, name: str) -> str:
-        return f"{operator(self.nodes[name])} ({name})" if name in self.nodes else "blocks of another group"
+        return f"{operator(self.nodes[name])} ({name})" if name in self.nodes else name
+
+
+class _Members:
+    """The sides on which a group's members stand; each is turned so that what makes the feature carries T."""
+
+    def __init__(self, group: Group, leaf: int, walk: Walk):
+        found = {
+            (m.fqn, m.dim): [walk.slots.find(slot) for slot in walk.parameters[m.fqn, m.dim][leaf].tolist()]
+            for m in group.members
+        }
+        roles = [(m.role, (m.fqn, m.dim)) for m in group.members]
+        self._flipped: dict[int, bool] = {}
+        for wanted in ("out", "tied", "in", "elementwise"):
+            for role, place in roles:
+                for side, dual in found[place] if role == wanted else ():
+                    self._flipped.setdefault(side, dual ^ (wanted == "in"))
+        own = {side for role, place in roles if role != "elementwise" for side, _ in found[place]}
+        self.features = frozenset(own or self._flipped)
+        self.slots = {place: self._arrays(pairs) for place, pairs in found.items()}
+
+    def _arrays(self, pairs: list[tuple[int, bool]]) -> tuple[Ids, Ids]:
+        sides = [side for side, _ in pairs]
+        duals = [dual ^ self._flipped[side] for side, dual in pairs]
+        return np.array(sides, np.int64), np.array(duals, np.int64)
+
+    def sign(self, side: int) -> int:
+        """The power of the walk's scale that the turned side has."""
+        return -1 if self._flipped.get(side) else 1
+
+    def of(self, side: int) -> tuple[tuple[str, int, bool], ...]:
+        found: dict[tuple[str, int, bool], None] = {}
+        for (fqn, dim), (sides, duals) in self.slots.items():
+            for one, dual in zip(sides.tolist(), duals.tolist()):
+                if one == side:
+                    found[fqn, dim, bool(dual)] = None
+        return tuple(found)
+
+
+def _turned(scales: Scales, members: _Members) -> Scales:
+    """The same with each side's scale as the turned side has it."""
+    sign = members.sign
+    magnitudes = {s: {x: c * sign(s) * sign(x) for x, c in own.items()} for s, own in scales.magnitudes.items()}
+    return Scales(magnitudes, scales.signs)
+
+
+def _free(scales: Scales, side: int) -> Maps:
+    """What the equations leave a side."""
+    scaled = Maps.POSITIVE_MONOMIAL if scales.magnitudes.get(side) else Maps.PERMUTATION
+    return Maps(scaled | (Maps.SIGNED if scales.signs.get(side) else Maps.PERMUTATION))

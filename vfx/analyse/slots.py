@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 from vfx.analyse.classes import Maps
@@ -106,11 +107,13 @@ class Slots:
             self.lower(slot, Maps.MONOMIAL if exponent.denominator == 1 else Maps.POSITIVE_MONOMIAL)
         self.products.setdefault(self.leaf[product.terms[0][0]], []).append(product)
 
-    def solve(self, leaf: int, sides: Sequence[int]) -> Scales:
-        """The scales of a leaf's sides, all monomial."""
-        return Scales(*(self._solved(leaf, sides, signs) for signs in (False, True)))
+    def solve(self, leaf: int, sides: Sequence[int], alike: Sequence[tuple[int, int]] = ()) -> Scales:
+        """The scales of a leaf's sides, all monomial; those of ``alike`` sides, each with ±1, are powers of one."""
+        return Scales(*(self._solved(leaf, sides, alike, signs) for signs in (False, True)))
 
-    def _solved(self, leaf: int, sides: Sequence[int], signs: bool) -> dict[int, Vector]:
+    def _solved(
+        self, leaf: int, sides: Sequence[int], alike: Sequence[tuple[int, int]], signs: bool
+    ) -> dict[int, Vector]:
         bit = Maps.SIGNED if signs else Maps.POSITIVE_MONOMIAL
         moving = [side for side in sides if self._maps[side] & bit]
         equations = []
@@ -123,6 +126,9 @@ class Slots:
                 if self._maps[side] & bit:
                     row[side] = row.get(side, Fraction(0)) + (-exponent if dual and not signs else exponent)
             equations.append(row)
+        for (first, one), (other, two) in pairwise(alike):
+            row = {first: Fraction(one), other: Fraction(-two)}
+            equations.append({side: c for side, c in row.items() if self._maps[side] & bit})
         return nullspace(moving, equations, 2 if signs else 0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ def _scales(group: Group, own: Class, generator: np.random.Generator) -> dict[in
     }
 
 
-def _sum(vector: Vector, values: Mapping[int, NDArray[np.generic]], shape: tuple[int, ...]) -> Matrix:
+def _sum(vector: Vector, values: Mapping[int, NDArray[Any]], shape: tuple[int, ...]) -> Matrix:
     return sum((float(c) * values[x] for x, c in vector.items()), np.zeros(shape))
 
 

@@ -24,6 +24,8 @@ HANDLERS: dict[Callable[..., Any], Handler] = {
     contractions.attention: contraction.attention,
     contractions.fused_attention: contraction.fused_attention,
     products.einsum: contraction.einsum,
+    products.dot: contraction.dot,
+    products.bilinear: contraction.bilinear,
     elementwise.pointwise: pointwise.pointwise,
     elementwise.same: pointwise.same,
     elementwise.fill: pointwise.fill,

@@ -241,7 +241,7 @@ def attention(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
     rank = len(w.sizes(q))
     mask = a.get("attn_mask") or a.get("attn_bias")
     for x in (q, k, v, mask):
-        inner = w.on(x, {rank - 1}) if x is not mask else {}
+        inner = w.on(x, {rank - 1}) if x is not None and x is not mask else {}
         for key, ids in w.entries(x).items():
             if key not in inner:
                 w.slots.restrict(ids, Maps.PERMUTATION)
@@ -276,6 +276,23 @@ def einsum(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
         return None
     out = list(result)
     return entries(contract(w, [operand(w, x, list(term)) for x, term in zip(tensors, terms)], out), out)
+
+
+def dot(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
+    """Two vectors; those of spectral norm are kept at their length."""
+    tensors = [value for value in a.values() if isinstance(value, fx.Node)]
+    for x in tensors:
+        for ids in w.entries(x).values():
+            w.slots.restrict(ids, Maps.ORTHOGONAL)
+    return entries(contract(w, [operand(w, x, ["i"]) for x in tensors], []), [])
+
+
+def bilinear(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
+    rank = len(w.sizes(node))
+    batch = list(range(rank - 1))
+    letters: dict[str, list[Letter]] = {"input1": [*batch, "i"], "input2": [*batch, "j"], "weight": ["o", "i", "j"]}
+    factors = [operand(w, a[name], own) for name, own in letters.items()]
+    return added(w, entries(contract(w, factors, [*batch, "o"]), [*batch, "o"]), a.get("bias"), rank - 1, rank)
 
 
 def product(w: Walk, node: fx.Node, operands: Sequence[tuple[fx.Node, int]]) -> Entries:

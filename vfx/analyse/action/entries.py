@@ -8,7 +8,6 @@ reads what it makes) has an entry for each, with the axis in its key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,10 +58,10 @@ class Joint(Slots):
         Where one array has no slot its values are uniform along the leaf: the others' map must keep them so.
         """
         if all(ids.size == 1 for ids in arrays):
-            for a, b in combinations([int(ids.flat[0]) for ids in arrays], 2) if len(arrays) == 2 else ():
-                self._pair(a, b, dual)
-            if len(arrays) == 2:
-                return np.maximum(*arrays)
+            slots = [int(ids.flat[0]) for ids in arrays]
+            for slot in slots[1:]:
+                self._pair(slots[0], slot, dual)
+            return arrays[0]
         result = arrays[0]
         for ids in arrays[1:]:
             a, b = np.broadcast_arrays(result, ids)

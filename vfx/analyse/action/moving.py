@@ -125,11 +125,15 @@ def concatenated(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
 
 def stacked(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     d = normal(a["dim"], len(w.sizes(node)))
-    own = [
-        {(leaf, axis + (axis >= d) if axis != ANY else ANY): np.expand_dims(ids, d) for (leaf, axis), ids in w.entries(x).items()}
-        for x in a["tensors"]
-    ]  # fmt: skip
-    return _beside(w, None, own, d)
+    return _beside(w, None, [_widened(w.entries(x), d) for x in a["tensors"]], d)
+
+
+def _widened(entries: Entries, d: int) -> Entries:
+    """A new axis of size 1."""
+    return {
+        (leaf, axis + (axis >= d) if axis != ANY else ANY): np.expand_dims(ids, d)
+        for (leaf, axis), ids in entries.items()
+    }
 
 
 def _beside(w: Walk, tensors: list[fx.Node] | None, own: list[Entries], d: int) -> Entries | None:
@@ -155,7 +159,7 @@ def _without(ids: Ids, d: int) -> tuple[int, ...]:
 
 def padding(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     """Zeros go through any map; other modes repeat positions."""
-    x = a.get("self", a.get("input"))
+    x = a["self"]
     amounts = list(a.get("pad") or a.get("padding") or ())
     rank = len(w.sizes(node))
     if any(isinstance(amount, fx.Node) for amount in amounts):

@@ -71,7 +71,7 @@ def group_norm(w: Walk, node: fx.Node, a: Arguments) -> Any:
 
 
 def weight_norm(w: Walk, node: fx.Node, a: Arguments) -> Any:
-    """v to the length g along one axis: the length is g's scale there, and orthogonal maps of the other axes keep it."""
+    """v to the length g along one axis: g scales there, and orthogonal maps of the other axes keep the length."""
     v, g = w.entries(a["v"]), w.entries(a["g"])
     result: Entries = {}
     for key, ids in v.items():
