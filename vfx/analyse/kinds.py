@@ -11,7 +11,7 @@ import numpy as np
 from vfx.analyse.action import Walk
 from vfx.analyse.action.entries import Ids
 from vfx.analyse.classes import Maps, meet
-from vfx.analyse.slots import Product, Scales, Slots
+from vfx.analyse.slots import Product, Scales, Slots, Vector, alike
 from vfx.operators import operator
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _Classes:
         members = _Members(group, leaf, self.walk)
         scales = None if slots.maps(sides[0]).mixes else _turned(slots.solve(leaf, sides), members)
         found = tuple(self._side(side, leaf, scales, members) for side in sides)
-        kind = self._kind(leaf, sides, found, scales, members)
+        kind = self._kind(found, scales, members)
         return Class(kind, self._why(kind, found, members), found, scales, members.slots, members.features)
 
     def _joined(self, leaf: int, sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -92,18 +92,16 @@ class _Classes:
         return sides
 
     def _side(self, side: int, leaf: int, scales: Scales | None, members: _Members) -> Side:
-        kind = self.slots.maps(side) if scales is None else _free(scales, side)
-        return Side(side, kind, self._reason(side, kind, leaf), members.of(side))
+        kind = self.slots.maps(side) if scales is None else _free(scales.magnitudes.get(side), scales.signs.get(side))
+        return Side(side, kind, self._reason(side, kind, leaf), tuple(members.of.get(side, ())))
 
-    def _kind(
-        self, leaf: int, sides: tuple[int, ...], found: tuple[Side, ...], scales: Scales | None, members: _Members
-    ) -> Maps:
+    def _kind(self, sides: tuple[Side, ...], scales: Scales | None, members: _Members) -> Maps:
         """One map on all sides that make or read the feature."""
         if scales is None:
-            return found[0].kind
-        features = [side for side in sides if side in members.features]
-        alike = self.slots.solve(leaf, sides, [(side, members.sign(side)) for side in features])
-        return meet(*(_free(alike, side) for side in features))
+            return sides[0].kind
+        features = [side.index for side in sides if side.index in members.features]
+        # scales are turned already: sides have the same sign
+        return _free(*alike(scales, [(side, 1) for side in features]))
 
     def _why(self, kind: Maps, sides: tuple[Side, ...], members: _Members) -> str:
         reasons = {side.reason: side.kind for side in sides if side.index in members.features and side.reason}
@@ -144,6 +142,10 @@ class _Members:
         own = {side for role, place in roles if role != "elementwise" for side, _ in found[place]}
         self.features = frozenset(own or self._flipped)
         self.slots = {place: self._arrays(pairs) for place, pairs in found.items()}
+        self.of: dict[int, dict[tuple[str, int, bool], None]] = {}
+        for (fqn, dim), (sides, duals) in self.slots.items():
+            for side, flag in set(zip(sides.tolist(), duals.tolist())):
+                self.of.setdefault(side, {})[fqn, dim, bool(flag)] = None
 
     def _arrays(self, pairs: list[tuple[int, bool]]) -> tuple[Ids, Ids]:
         sides = [side for side, _ in pairs]
@@ -154,14 +156,6 @@ class _Members:
         """The power of the walk's scale that the turned side has."""
         return -1 if self._flipped.get(side) else 1
 
-    def of(self, side: int) -> tuple[tuple[str, int, bool], ...]:
-        found: dict[tuple[str, int, bool], None] = {}
-        for (fqn, dim), (sides, duals) in self.slots.items():
-            for one, dual in zip(sides.tolist(), duals.tolist()):
-                if one == side:
-                    found[fqn, dim, bool(dual)] = None
-        return tuple(found)
-
 
 def _turned(scales: Scales, members: _Members) -> Scales:
     """The same with each side's scale as the turned side has it."""
@@ -170,7 +164,6 @@ def _turned(scales: Scales, members: _Members) -> Scales:
     return Scales(magnitudes, scales.signs)
 
 
-def _free(scales: Scales, side: int) -> Maps:
-    """What the equations leave a side."""
-    scaled = Maps.POSITIVE_MONOMIAL if scales.magnitudes.get(side) else Maps.PERMUTATION
-    return Maps(scaled | (Maps.SIGNED if scales.signs.get(side) else Maps.PERMUTATION))
+def _free(magnitude: Vector | None, sign: Vector | None) -> Maps:
+    """The class of a side whose scale and sign depend on these free ones."""
+    return Maps((Maps.POSITIVE_MONOMIAL if magnitude else 0) | (Maps.SIGNED if sign else 0))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import pairwise
 from typing import NamedTuple
 
 from vfx.analyse.classes import Maps
 
-Vector = dict[int, Fraction]  # by side, or by free scale
+Vector = dict[int, int | Fraction]  # by side, or by free scale
+
+
+_ALL = Maps.LINEAR.value
 
 
 class Lowering(NamedTuple):
@@ -28,7 +30,7 @@ class Lowering(NamedTuple):
 class Product(NamedTuple):
     """Σ exponent · log(scale of slot) = 0; signs obey it too unless ``signs`` is False."""
 
-    terms: tuple[tuple[int, Fraction], ...]
+    terms: tuple[tuple[int, int | Fraction], ...]
     signs: bool
     node: str
 
@@ -51,7 +53,7 @@ class Slots:
     products: dict[int, list[Product]] = field(default_factory=dict)  # by leaf
     _parent: list[int] = field(default_factory=list)
     _dual: list[bool] = field(default_factory=list)  # relative to the parent
-    _maps: list[Maps] = field(default_factory=list)  # of roots
+    _maps: list[int] = field(default_factory=list)  # of roots
 
     def fresh(self, leaf: int) -> int:
         """A new slot, free of everything."""
@@ -59,7 +61,7 @@ class Slots:
         self.leaf.append(leaf)
         self._parent.append(slot)
         self._dual.append(False)
-        self._maps.append(Maps.LINEAR)
+        self._maps.append(_ALL)
         return slot
 
     def find(self, slot: int) -> tuple[int, bool]:
@@ -76,7 +78,7 @@ class Slots:
 
     def maps(self, side: int) -> Maps:
         """What the operators on a side allow, its products' equations aside."""
-        return self._maps[side]
+        return Maps(self._maps[side])
 
     def tie(self, left: int, right: int, dual: bool = False) -> None:
         """Two slots carry the same map, or dual ones."""
@@ -88,34 +90,32 @@ class Slots:
                 self.lower(a, Maps.ORTHOGONAL)
             return
         self._parent[b], self._dual[b] = a, dual
-        self._maps[a] = Maps(self._maps[a] & self._maps[b])
+        self._maps[a] &= self._maps[b]
         if b in self.lowered:
             self.lowered.setdefault(a, []).extend(self.lowered.pop(b))
 
     def lower(self, slot: int, maps: Maps) -> None:
         """A slot's map is of a class; a class and its duals are the same."""
         side = self.find(slot)[0]
-        before = self._maps[side]
-        if before & maps != before:
-            self._maps[side] = Maps(before & maps)
+        before, own = self._maps[side], maps.value
+        if before & own != before:
+            self._maps[side] = before & own
             self.lowered.setdefault(side, []).append(Lowering(maps, self.context))
 
-    def multiply(self, terms: Iterable[tuple[int, Fraction]], signs: bool = True) -> None:
+    def multiply(self, terms: Iterable[tuple[int, int | Fraction]], signs: bool = True) -> None:
         """The channels of some slots of one leaf, to these powers, multiply to one that no scale moves."""
         product = Product(tuple(terms), signs, self.context)
         for slot, exponent in product.terms:
             self.lower(slot, Maps.MONOMIAL if exponent.denominator == 1 else Maps.POSITIVE_MONOMIAL)
         self.products.setdefault(self.leaf[product.terms[0][0]], []).append(product)
 
-    def solve(self, leaf: int, sides: Sequence[int], alike: Sequence[tuple[int, int]] = ()) -> Scales:
-        """The scales of a leaf's sides, all monomial; those of ``alike`` sides, each with ±1, are powers of one."""
-        return Scales(*(self._solved(leaf, sides, alike, signs) for signs in (False, True)))
+    def solve(self, leaf: int, sides: Sequence[int]) -> Scales:
+        """The scales of a leaf's sides, all monomial."""
+        return Scales(self._solved(leaf, sides, False), self._solved(leaf, sides, True))
 
-    def _solved(
-        self, leaf: int, sides: Sequence[int], alike: Sequence[tuple[int, int]], signs: bool
-    ) -> dict[int, Vector]:
-        bit = Maps.SIGNED if signs else Maps.POSITIVE_MONOMIAL
-        moving = [side for side in sides if self._maps[side] & bit]
+    def _solved(self, leaf: int, sides: Sequence[int], signs: bool) -> dict[int, Vector]:
+        bit = (Maps.SIGNED if signs else Maps.POSITIVE_MONOMIAL).value
+        moving = {side for side in sides if self._maps[side] & bit}
         equations = []
         for product in self.products.get(leaf, ()):
             if signs and not product.signs:
@@ -123,42 +123,58 @@ class Slots:
             row: Vector = {}
             for slot, exponent in product.terms:
                 side, dual = self.find(slot)
-                if self._maps[side] & bit:
-                    row[side] = row.get(side, Fraction(0)) + (-exponent if dual and not signs else exponent)
+                if side in moving:
+                    row[side] = row.get(side, 0) + (-exponent if dual and not signs else exponent)
             equations.append(row)
-        for (first, one), (other, two) in pairwise(alike):
-            row = {first: Fraction(one), other: Fraction(-two)}
-            equations.append({side: c for side, c in row.items() if self._maps[side] & bit})
         return nullspace(moving, equations, 2 if signs else 0)
 
 
-def nullspace(variables: Sequence[int], equations: Iterable[Vector], modulus: int = 0) -> dict[int, Vector]:
+def alike(scales: Scales, sides: Sequence[tuple[int, int]]) -> tuple[Vector, Vector]:
+    """The log-scale and the sign that some sides, each to the power ±1, may have in common."""
+    return _common(scales.magnitudes, sides, 0), _common(scales.signs, [(side, 1) for side, _ in sides], 2)
+
+
+def _common(vectors: Mapping[int, Vector], sides: Sequence[tuple[int, int]], modulus: int) -> Vector:
+    rows = [{x: sign * c for x, c in vectors.get(side, {}).items()} for side, sign in sides]
+    equations = ({x: one.get(x, 0) - rows[0].get(x, 0) for x in {**one, **rows[0]}} for one in rows[1:])
+    free = {x for row in rows for x in row}
+    return _reduced(rows[0], nullspace(free, equations, modulus), modulus) if rows else {}
+
+
+def nullspace(variables: Iterable[int], equations: Iterable[Vector], modulus: int = 0) -> dict[int, Vector]:
     """Each variable in terms of free ones, under equations Σ c x = 0 over ℚ (or modulo a prime).
 
     Variables that must be 0 have an empty vector; a free one is itself.
     """
-    solved: dict[int, Vector] = {}  # variable -> what it equals
+    solved: dict[int, Vector] = {}  # variable -> what it equals, maybe in terms of others that were solved later
     for equation in equations:
-        row = _reduced(equation, solved, modulus)
-        if not row:
-            continue
-        pivot = max(row)  # the first slots of a leaf stay free
-        own = row.pop(pivot)
-        value = {x: _number(-c / own, modulus) for x, c in row.items()}
-        solved = {x: _reduced(old, {pivot: value}, modulus) for x, old in solved.items()}
-        solved[pivot] = value
-    return {x: solved.get(x, {x: Fraction(1)}) for x in variables}
+        row = _expanded(equation, solved, modulus)
+        if row:
+            pivot = max(row)  # the first slots of a leaf stay free
+            own = row.pop(pivot)
+            solved[pivot] = {x: _number(Fraction(-c) / own, modulus) for x, c in row.items()}
+    return {x: _expanded({x: 1}, solved, modulus) for x in sorted(variables)}
+
+
+def _expanded(row: Vector, solved: Mapping[int, Vector], modulus: int) -> Vector:
+    """A row with solved variables replaced until none is left."""
+    row = {x: c for x, c in ((x, _number(c, modulus)) for x, c in row.items()) if c}
+    while any(x in solved for x in row):
+        row = _reduced(row, solved, modulus)
+    return row
 
 
 def _reduced(row: Vector, solved: Mapping[int, Vector], modulus: int) -> Vector:
-    """A row with solved variables replaced."""
+    """A row with solved variables replaced once."""
     result: Vector = {}
     for x, coefficient in row.items():
-        for y, own in solved.get(x, {x: Fraction(1)}).items():
-            result[y] = result.get(y, Fraction(0)) + coefficient * own
-    numbers = ((x, _number(c, modulus)) for x, c in result.items())
-    return {x: c for x, c in numbers if c}
+        for y, own in solved[x].items() if x in solved else ((x, 1),):
+            result[y] = result.get(y, 0) + coefficient * own
+    return {x: c for x, c in ((x, _number(c, modulus)) for x, c in result.items()) if c}
 
 
-def _number(value: Fraction, modulus: int) -> Fraction:
-    return value % modulus if modulus else value
+def _number(value: int | Fraction, modulus: int) -> int | Fraction:
+    """An int where it is one."""
+    if modulus:
+        return int(value) % modulus
+    return value.numerator if value.denominator == 1 else value

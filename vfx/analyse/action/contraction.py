@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -85,19 +84,24 @@ def _aligned(ids: Ids, letters: Sequence[Letter], names: Sequence[Letter]) -> Id
 
 def multiplied(w: Walk, factors: Sequence[tuple[Ids, Any]], leaf: int, summed: bool = False, signs: bool = True) -> Ids:
     """Slots of a product of powers, channel by channel; ``summed``: of one whose sum over the channels stays."""
+    if all(ids.size == 1 for ids, _ in factors):
+        return np.full_like(
+            factors[0][0], _power(w, [(int(ids.flat[0]), p) for ids, p in factors], leaf, summed, signs)
+        )
     arrays = np.broadcast_arrays(*(ids for ids, _ in factors))
     rows, inverse = unique_rows(np.stack([ids.reshape(-1) for ids in arrays], axis=1))
-    found = []
-    for row in rows.tolist():
-        terms = [(slot, Fraction(power)) for slot, (_, power) in zip(row, factors) if slot >= 0]
-        if summed or not terms:
-            found.append(-1)
-        else:
-            found.append(w.slots.fresh(leaf))
-            terms.append((found[-1], Fraction(-1)))
-        if terms:
-            w.slots.multiply(terms, signs)
+    powers = [power for _, power in factors]
+    found = [_power(w, list(zip(row, powers)), leaf, summed, signs) for row in rows.tolist()]
     return np.array(found)[inverse].reshape(arrays[0].shape)
+
+
+def _power(w: Walk, factors: Sequence[tuple[int, Any]], leaf: int, summed: bool, signs: bool) -> int:
+    terms = [(slot, power) for slot, power in factors if slot >= 0]
+    if not terms:
+        return -1
+    result = -1 if summed else w.slots.fresh(leaf)
+    w.slots.multiply(terms if summed else [*terms, (result, -1)], signs)
+    return result
 
 
 def entries(found: dict[Place, Ids], result: Sequence[Letter]) -> Entries:

@@ -42,15 +42,36 @@ def padded(ids: Ids, rank: int) -> Ids:
     return ids.reshape((1,) * (rank - ids.ndim) + ids.shape)
 
 
+def distinct(ids: Ids) -> list[int]:
+    """The slots in an array."""
+    last = int(ids.max())
+    if last < 0:
+        return []
+    if ids.size == 1 or ((ids == last) | (ids < 0)).all():  # the usual case
+        return [last]
+    return [slot for slot in np.unique(ids).tolist() if slot >= 0]
+
+
+def pairs(left: Ids, right: Ids) -> list[tuple[int, int]]:
+    """The pairs of slots that stand together in two arrays that broadcast."""
+    if left.shape == right.shape:
+        a, b = int(left.max()), int(right.max())
+        mask = left >= 0
+        if (mask == (right >= 0)).all() and (left[mask] == a).all() and (right[mask] == b).all():  # the usual case
+            return [(a, b)]
+    both = np.broadcast_arrays(left, right)
+    found, _ = unique_rows(np.stack([ids.reshape(-1) for ids in both], axis=1))
+    return [(a, b) for a, b in found.tolist()]
+
+
 class Joint(Slots):
     """Slots, and what is said of whole arrays of them."""
 
     def restrict(self, ids: Ids, maps: Maps) -> None:
         """All these slots go through maps of a class."""
         if maps is not Maps.LINEAR:
-            for slot in [int(ids.flat[0])] if ids.size == 1 else np.unique(ids).tolist():
-                if slot >= 0:
-                    self.lower(slot, maps)
+            for slot in distinct(ids):
+                self.lower(slot, maps)
 
     def equal(self, arrays: Sequence[Ids], dual: bool = False) -> Ids:
         """Arrays that broadcast carry the same map position by position (the last the dual one); the common array.
@@ -64,11 +85,9 @@ class Joint(Slots):
             return arrays[0]
         result = arrays[0]
         for ids in arrays[1:]:
-            a, b = np.broadcast_arrays(result, ids)
-            pairs, _ = unique_rows(np.stack([a.reshape(-1), b.reshape(-1)], axis=1))
-            for left, right in pairs.tolist():
+            for left, right in pairs(result, ids):
                 self._pair(left, right, dual)
-            result = np.maximum(a, b)
+            result = np.maximum(result, ids)
         return result
 
     def _pair(self, left: int, right: int, dual: bool) -> None:

@@ -24,17 +24,18 @@ def per_channel(w: Walk, node: fx.Node, a: Arguments) -> Any:
     running = isinstance(a.get("running_mean"), fx.Node) and isinstance(a.get("running_var"), fx.Node)
     running = running and not a.get("training", a.get("use_input_stats", False))
     result: Entries = {}
+    channels = w.on(x, {1})
+    mean = {key[0]: _placed(ids, 1, rank) for key, ids in w.entries(a.get("running_mean")).items()}
+    for ids in w.entries(a.get("running_var")).values():
+        w.slots.restrict(ids, Maps.PERMUTATION)
     for key, ids in w.entries(x).items():
-        if key not in w.on(x, {1}):
+        if key not in channels:
             w.slots.restrict(ids, Maps.PERMUTATION)
             result[key] = ids
             continue
         ids = w.slots.collapse(ids, [d for d in range(rank) if d != 1])
         w.slots.restrict(ids, Maps.MONOMIAL if running else Maps.SIGNED)
-        ids = _tied(w, ids, a.get("running_mean"), key[0], rank, 1)
-        for ids_of in w.entries(a.get("running_var")).values():
-            w.slots.restrict(ids_of, Maps.PERMUTATION)
-        result[key] = ids
+        result[key] = w.slots.equal([ids, mean[key[0]]]) if key[0] in mean else ids
     return _listed(node, _affine(w, result, a, 1, rank))
 
 
@@ -110,11 +111,6 @@ def _affine(w: Walk, result: Entries, a: Arguments, first: int, rank: int) -> En
 def _placed(ids: Ids, first: int, rank: int) -> Ids:
     """A parameter of the normalized axes, aligned with a tensor."""
     return ids.reshape((1,) * first + ids.shape + (1,) * (rank - first - ids.ndim))
-
-
-def _tied(w: Walk, ids: Ids, vector: Any, leaf: int, rank: int, first: int) -> Ids:
-    own = {key[0]: found for key, found in w.entries(vector).items()}.get(leaf)
-    return ids if own is None else w.slots.equal([ids, _placed(own, first, rank)])
 
 
 def _listed(node: fx.Node, result: Entries) -> Any:

@@ -113,7 +113,11 @@ class Walk:
 
     def _copies(self, leaf: int, table: Ids, rows: Rows) -> tuple[Ids, Ids]:
         """A slot for each tag: (copies,) and along the axis, (size,) or (1,)."""
-        tags, inverse = np.unique(rows[table[0], 0], return_inverse=True)
+        tags = rows[table[0], 0]
+        if table.shape == (len(rows), 1):  # the usual case: the leaf alone
+            slot = self.slots.fresh(leaf)
+            return np.array([slot]), np.array([slot])
+        tags, inverse = np.unique(tags, return_inverse=True)
         slots = np.array([self.slots.fresh(leaf) for _ in tags])
         if rows.shape[1] > 2 and ((self.t.leaves.leaf_of(rows[:, 1:]) == leaf).sum(axis=1) > 1).any():
             self.slots.restrict(slots, Maps.PERMUTATION)  # an outer product with itself
