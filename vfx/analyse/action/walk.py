@@ -21,7 +21,7 @@ from vfx.analyse.rules import TABLE, movement
 from vfx.analyse.rules.rule import Rule
 from vfx.analyse.rules.spaces import Spaces
 from vfx.analyse.shapes import Digit, Shape
-from vfx.analyse.store import Rows
+from vfx.analyse.store import Rows, Store
 from vfx.analyse.terms import Axis
 from vfx.operators import arguments, operator
 from vfx.program import Value
@@ -104,26 +104,15 @@ class Walk:
         for dim in range(rank):
             rows = self.labels[fqn, dim]
             own = self.parameters[fqn, dim] = {}
-            for leaf, table in self.t.leaves.once(places, rows).items():
-                assert table is not None
-                own[leaf], line = self._copies(leaf, table, rows)
-                found.append((leaf, dim, line.reshape([-1 if d == dim else 1 for d in range(rank)])))
+            shape = [-1 if d == dim else 1 for d in range(rank)]
+            for leaf, (count, copies, along, twice) in self.t.leaves.once(_copies, rows).items():
+                slots = np.array([*(self.slots.fresh(leaf) for _ in range(count)), -1])
+                if twice:
+                    self.slots.restrict(slots, Maps.PERMUTATION)
+                own[leaf] = slots[copies]
+                found.append((leaf, dim, slots[along].reshape(shape)))
         leaves = [leaf for leaf, _, _ in found]
         return {(leaf, dim if leaves.count(leaf) > 1 else ANY): ids for leaf, dim, ids in found}
-
-    def _copies(self, leaf: int, table: Ids, rows: Rows) -> tuple[Ids, Ids]:
-        """A slot for each tag: (copies,) and along the axis, (size,) or (1,)."""
-        tags = rows[table[0], 0]
-        if table.shape == (len(rows), 1):  # the usual case: the leaf alone
-            slot = self.slots.fresh(leaf)
-            return np.array([slot]), np.array([slot])
-        tags, inverse = np.unique(tags, return_inverse=True)
-        slots = np.array([self.slots.fresh(leaf) for _ in tags])
-        if rows.shape[1] > 2 and ((self.t.leaves.leaf_of(rows[:, 1:]) == leaf).sum(axis=1) > 1).any():
-            self.slots.restrict(slots, Maps.PERMUTATION)  # an outer product with itself
-        line = np.full(len(rows), -1, np.int64)
-        line[table] = slots[inverse.reshape(-1)]
-        return slots[inverse.reshape(-1)], shrunk(line)
 
     def _call(self, node: fx.Node) -> Any:
         name = operator(node)
@@ -218,3 +207,20 @@ class Walk:
         rows = self.t.leaves.resolve(axis.factors[0])
         mask = (self.t.leaves.leaf_of(rows[:, 1:]) == leaf).any(axis=1)
         return whole if mask.all() else mask.reshape([-1 if d == dim else 1 for d in range(whole.ndim)])
+
+
+def _copies(leaves: Store, rows: Rows) -> dict[int, tuple[int, Ids, Ids, bool]]:
+    """For each leaf on an axis: how many tags its copies have, the tag of each copy, of each position, and a flag.
+
+    Tags are numbered; -1 where the leaf does not stand, size 1 where all positions are alike. The flag says that the
+    leaf stands twice on one position (an outer product with itself).
+    """
+    found = {}
+    for leaf, table in places(leaves, rows).items():
+        assert table is not None
+        tags, copies = np.unique(rows[table[0], 0], return_inverse=True)
+        along = np.full(len(rows), -1, np.int64)
+        along[table] = copies.reshape(-1)
+        twice = rows.shape[1] > 2 and bool(((leaves.leaf_of(rows[:, 1:]) == leaf).sum(axis=1) > 1).any())
+        found[leaf] = len(tags), copies.reshape(-1), shrunk(along), twice
+    return found
