@@ -64,10 +64,15 @@ class _Classes:
         self.own: dict[int, list[int]] = {}
         for slot, leaf in enumerate(self.slots.leaf):
             self.own.setdefault(leaf, []).append(slot)
+        held = {slot for own in self.walk.parameters.values() for slots in own.values() for slot in slots.tolist()}
+        sides = {self.slots.find(slot)[0] for slot in held}
+        sides |= {self.slots.find(s)[0] for own in self.slots.products.values() for p in own for s, _ in p.terms}
+        free = {s for s in range(len(self.slots.leaf)) if self.slots.maps(self.slots.find(s)[0]) is Maps.LINEAR}
+        self.idle = {slot for slot in free if self.slots.find(slot)[0] not in sides}  # zeros that nothing is added to
 
     def of(self, group: Group) -> Class:
         leaf, slots = self.leaf_of[group.index], self.slots
-        sides = tuple(dict.fromkeys(slots.find(slot)[0] for slot in self.own[leaf]))
+        sides = tuple(dict.fromkeys(slots.find(slot)[0] for slot in self.own[leaf] if slot not in self.idle))
         if group.index in self.outer:
             slots.context = "its channels are the blocks of another group"
             for side in sides:

@@ -51,7 +51,7 @@ class Walk:
         for node in self.t.shapes:
             self.slots.context = node.name
             if node.op == "get_attr":
-                self.values[node] = self._attribute(str(node.target))
+                self.values[node] = self._attribute(node)
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
         return self
@@ -90,10 +90,11 @@ class Walk:
 
     # nodes --------------------------------------------------------------------------------------------------------
 
-    def _attribute(self, fqn: str) -> Entries:
-        """A parameter has slots of its own; constants are uniform along the leaves that stand on them."""
+    def _attribute(self, node: fx.Node) -> Entries:
+        """A parameter has slots of its own; constants are uniform along the leaves that stand on them, zeros free."""
+        fqn = str(node.target)
         if fqn not in self.t.parameters:
-            return {}
+            return self._standing(self.t.shapes[node], self.slots.fresh) if self._is_zero(fqn) else {}
         if fqn not in self._own:
             self._own[fqn] = self._parameter(fqn)
         return self._own[fqn]
@@ -173,19 +174,28 @@ class Walk:
         """Entries of a result that only permutations move, for all its leaves ``but`` some."""
         if isinstance(shape, (list, tuple)):
             return [self.permuted(one) for one in shape]
-        if not isinstance(shape, Shape):
-            return None
+        return self._standing(shape, self._still_slot, but) if isinstance(shape, Shape) else None
+
+    def _standing(self, shape: Shape, slot: Callable[[int], int], but: Iterable[Key] = ()) -> Entries:
+        """Entries with a slot for each leaf that stands on a tensor."""
         stands = [self.spaces.leaves(axis) for axis in shape.axes]
         result: Entries = {}
         for leaf in frozenset().union(*stands) - {leaf for leaf, _ in but}:
             dims = [d for d, own in enumerate(stands) if leaf in own]
-            if leaf not in self._still:
-                self._still[leaf] = self.slots.fresh(leaf)
-                self.slots.lower(self._still[leaf], Maps.PERMUTATION)
             for d in dims if len(dims) > 1 else [ANY]:
                 mask = self._mask(shape, leaf, dims[0] if d == ANY else d)
-                result[leaf, d] = np.where(mask, self._still[leaf], -1)
+                result[leaf, d] = np.where(mask, slot(leaf), -1)
         return result
+
+    def _still_slot(self, leaf: int) -> int:
+        if leaf not in self._still:
+            self._still[leaf] = self.slots.fresh(leaf)
+            self.slots.lower(self._still[leaf], Maps.PERMUTATION)
+        return self._still[leaf]
+
+    def _is_zero(self, fqn: str) -> bool:
+        values = [weights.get(fqn) for weights in self.t.program.weights]
+        return all(value is not None and not value.is_meta and not value.any() for value in values)
 
     def _mask(self, shape: Shape, leaf: int, dim: int) -> Any:
         """Where a leaf stands, as an array that broadcasts over the tensor."""
