@@ -1,15 +1,17 @@
-"""Permutation symmetries of public networks: are they captured, understood operator by operator, and true?
+"""Symmetries of public networks: are they captured, understood operator by operator, and true?
 
 The papers' networks, every classification, segmentation and video network of torchvision, timm networks of different
 families, and Hugging Face families from tiny configurations, all with random weights and images as small as each
 network allows. For each one line: its groups and channels, how many groups lie inside the blocks of another (attention
 heads, groups of a convolution), how many positions of parameter axes are pinned, operators without a rule, seconds that
 capture and inference took (processor time on one thread), the largest relative output error in float64 when every group
-is permuted, and peak memory.
+goes through a random map of its class, and peak memory. A second table has the classes: how many groups of each network
+may be permuted only, how many go through signs, scales, orthogonal or any invertible maps, on all their sides at once,
+and how many have a side with more freedom (a gain that takes a scale up), with the seconds that classes took.
 
-The error must stay below 1e-10; what a network itself casts to float32 is computed in float64 for this. Networks of
-more than 400 million parameters give up the memory of their weights (meta): they are captured and analysed, not
-verified. Each network runs in a process of its own.
+The error must stay below 1e-10 (lines without classes were measured with permutations alone); what a network itself
+casts to float32 is computed in float64 for this. Networks of more than 400 million parameters give up the memory of
+their weights (meta): they are captured and analysed, not verified. Each network runs in a process of its own.
 
 Results go to ``benchmarks/results``: zoo.json and zoo.md, written after each network.
 """
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from benchmarks.fashion import RESULTS
 from benchmarks.memory import peak_memory
 from benchmarks.pairs_report import grid
+from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import trace
 from vfx.files import write_atomic
@@ -249,7 +252,9 @@ def measure(network: Network, threads: int = 1) -> dict[str, Any]:
     before = peak_memory()
     program, capture_seconds = _timed(lambda: trace(model, inputs.to("meta") if meta else inputs))
     facts, seconds = _timed(lambda: symmetry(program))
+    _, class_seconds = _timed(lambda: facts.classes)
     line = describe(facts) | {"capture_seconds": capture_seconds, "inference_seconds": seconds}
+    line |= {"class_seconds": class_seconds}
     error, verify_seconds = (None, 0.0) if meta else _timed(facts.verify)
     return line | {
         "verify_error": error,
@@ -284,6 +289,10 @@ def describe(facts: Symmetry) -> dict[str, Any]:
         "pinned": sum(reasons.values()),
         "reasons": dict(reasons.most_common()),
         "unknown": {name: len(nodes) for name, nodes in facts.unknown_ops.items()},
+        "kinds": {kind.title: count for kind, count in Counter(group.kind for group in facts.groups).items()},
+        "richer_sides": sum(
+            any(side.members and side.kind & ~group.kind for side in group.sides) for group in facts.groups
+        ),
     }
 
 
@@ -317,8 +326,26 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         rows = [_row(key, line) for key, line in results.items() if key.startswith(f"{source}/")]
         if rows:
             lines += [f"## {source}", "", *grid(HEAD, rows), ""]
+    lines += _classes(results)
     failures = [f"- {key}: {_why(line)}" for key, line in results.items() if not passes(line)]
     return "\n".join([*lines, "## Failures", "", *(failures or ["None."]), ""])
+
+
+def _classes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The number of groups of each class, network by network."""
+    rows = [
+        [
+            key.partition("/")[2],
+            *(str(line["kinds"].get(kind.title, 0)) for kind in Maps.__members__.values()),
+            str(line["richer_sides"]),
+            _seconds(line, "class_seconds", 2),
+        ]
+        for key, line in results.items()
+        if "kinds" in line
+    ]
+    titles = [kind.title for kind in Maps.__members__.values()]
+    head = ["network", *titles, "a side with more", "classes s"]
+    return ["## Classes", "", *grid(head, rows), ""] if rows else []
 
 
 def _row(key: str, line: dict[str, Any]) -> list[str]:
@@ -385,7 +412,7 @@ def main(
     file = output / "zoo.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     chosen = {k: n for k, n in known.items() if only in (None, n.source) and (not network or n.name in network)}
-    missing = {k: n for k, n in chosen.items() if fresh or network or k not in results or "failure" in results[k]}
+    missing = {k: n for k, n in chosen.items() if fresh or network or "kinds" not in results.get(k, ())}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for key, one in progress.track(list(missing.items())[:limit], description="networks"):

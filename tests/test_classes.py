@@ -22,6 +22,7 @@ from vfx.analyse.symmetry import Group, Symmetry, symmetry
 from vfx.analyse.transform import Element
 from vfx.analyse.verify import _random_input, function_error, in_double, randomise
 from vfx.capture import capture
+from vfx.errors import ArgumentError
 
 EXACT, BROKEN = 1e-11, 1e-5
 ALL = list(Maps.__members__.values())
@@ -170,11 +171,6 @@ def standard(h: Tensor) -> Tensor:
 def pre_norm(norm: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A residual stream of seven features with one block."""
     return within(lambda s, h: h + s.d(F.gelu(s.c(s.norm(h)))), norm=norm, c=linear(7, 6), d=linear(6, 7))
-
-
-def tied(norm: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
-    """Tied embeddings over a stream of seven features; what is read is a probability."""
-    return lambda: net(lambda s, x: F.linear(norm(s.table(x)), s.table.weight), table=nn.Embedding(9, 7))
 
 
 CASES = [
@@ -335,3 +331,119 @@ def test_the_reason_names_a_node_of_the_graph(case: Case) -> None:
         assert bool(group.reason) == (group.kind is not L)
         if "(" in group.reason:
             assert group.reason.partition("(")[2].rstrip(")") in nodes
+
+
+# elements -------------------------------------------------------------------------------------------------------------
+
+
+def _named(name: str) -> Symmetry:
+    return _of(next(case for case in CASES if case.name == name))
+
+
+def test_a_gain_takes_one_scale_in_and_gives_another_out() -> None:
+    facts = _named("batch_norm_relu")
+    (group,) = facts.groups
+    sides = {(fqn, dim): side for side in group.sides for fqn, dim, _ in side.members}
+    before, behind = sides["a.weight", 0], sides["b.weight", 1]
+    assert (before.kind, behind.kind, sides["n.running_var", 0].kind) == (M, A, P)
+    assert sides["n.running_mean", 0] is sides["a.bias", 0] is before
+    assert sides["n.bias", 0] is behind
+    scales = facts.random_maps(np.random.default_rng(0))[group.index].scales
+    gain = sides["n.weight", 0]
+    np.testing.assert_allclose(scales[before.index] * scales[gain.index], scales[behind.index], rtol=1e-12)
+    assert (scales[behind.index] > 0).all()
+    assert (scales[before.index] < 0).any()
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "layer_norm_without_gain", "attention", "grouped_convolution"])
+def test_a_transformed_weight_set_is_a_literal_product(name: str) -> None:
+    """Along each axis a member is T times itself where the feature is made, T⁻ᵀ times where it is read."""
+    facts = _named(name)
+    weights = {n: t.double() for n, t in facts.program.weights[0].items()}
+    chosen = {
+        index: Element(matrix=element.matrix, scales=element.scales)
+        for index, element in facts.random_maps(np.random.default_rng(2)).items()
+    }
+    expected = {name: tensor.numpy().copy() for name, tensor in weights.items()}
+    for group in facts.groups:
+        own, element = facts.classes[group.index], chosen[group.index]
+        for member in group.members:
+            sides, duals = own.slots[member.fqn, member.dim]
+            blocks = facts.blocks_of(group, member)
+            array = np.moveaxis(expected[member.fqn], member.dim, 0)
+            for copy, (side, dual) in enumerate(zip(sides, duals)):
+                for block in range(group.outer if isinstance(blocks, tuple) else 1):
+                    b = block if isinstance(blocks, tuple) else blocks[copy]
+                    if element.matrix is not None:
+                        matrix = element.matrix if group.parent is None else element.matrix[b]
+                    else:
+                        ones = np.ones(group.size)
+                        matrix = np.diag(element.scales.get(side, ones if group.parent is None else [ones] * 9)[...])
+                    matrix = np.linalg.inv(matrix).T if dual else matrix
+                    rows = member.position[:, copy]
+                    if isinstance(blocks, tuple):
+                        axis, there = blocks
+                        part = np.moveaxis(array, axis if axis > member.dim else axis + 1, 1)
+                        where = np.ix_(rows, there == b)
+                        part[where] = np.tensordot(matrix, part[where], 1)
+                    else:
+                        array[rows] = np.tensordot(matrix, array[rows], 1)
+    moved = facts.transform(weights, chosen)
+    assert any(not torch.equal(moved[name], weights[name]) for name in weights)
+    for name, tensor in moved.items():
+        np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_and_the_wrong_dual_change_the_function() -> None:
+    facts = _named("linear")
+    matrix = draw(L, 7, np.random.default_rng(0))
+    good = {0: Element(matrix=matrix)}
+    assert _error(facts, lambda weights: facts.transform(weights, good)) <= EXACT
+    (member,) = (m for m in facts.groups[0].members if m.role == "in")
+    assert _error(facts, lambda weights: transform.apply(facts, weights, good, (member,))) >= BROKEN
+
+
+def test_maps_outside_their_class_are_refused() -> None:
+    linear_map = draw(L, 7, np.random.default_rng(0))
+    for name, message in (("relu", "positive monomial"), ("rms_norm_without_gain", "not orthogonal")):
+        facts = _named(name)
+        with pytest.raises(ArgumentError, match=message):
+            facts.transform(facts.program.weights[0], {0: Element(matrix=linear_map)})
+    facts = _named("relu")
+    side = facts.groups[0].sides[0].index
+    with pytest.raises(ArgumentError, match="equations of its sides"):
+        facts.transform(facts.program.weights[0], {0: Element(scales={side: -np.ones(7)})})
+    with pytest.raises(ArgumentError, match="no such sides"):
+        facts.transform(facts.program.weights[0], {0: Element(scales={-5: np.ones(7)})})
+    with pytest.raises(ArgumentError, match="full, permutation"):
+        facts.verify(classes="orthogonal")
+
+
+def test_permutations_alone_move_nothing_else() -> None:
+    facts = _named("linear")
+    chosen = facts.random_maps(np.random.default_rng(0), "permutation")
+    assert all(element.matrix is None and not element.scales for element in chosen.values())
+    weights = facts.program.weights[0]
+    moved = facts.transform(weights, chosen)
+    assert all(torch.equal(moved[name].sort().values, weights[name].sort().values) for name in ("a.bias", "b.weight"))
+
+
+@pytest.mark.parametrize(("norm", "kind"), [(lambda h: h, Q), (lambda h: F.layer_norm(h, (7,)), ONES)])
+def test_tied_embeddings_are_orthogonal(norm: Callable[[Tensor], Tensor], kind: Maps) -> None:
+    """One axis both makes and reads the stream: T and T⁻ᵀ meet on it."""
+    torch.manual_seed(0)
+    model = net(lambda s, x: F.linear(norm(s.table(x)), s.table.weight), table=nn.Embedding(9, 7))
+    facts = symmetry(capture(model, (torch.randint(0, 9, (3, 4)),)))
+    assert [group.kind for group in facts.groups] == [kind]
+    assert facts.verify() <= EXACT
+    for maps in COVERS[kind]:
+        assert _forced(facts, facts.groups[0], maps) >= BROKEN
+
+
+def test_the_table_shows_classes_and_what_lowered_them() -> None:
+    text = str(_named("batch_norm_relu"))
+    assert "positive monomial: aten.relu (relu)" in " ".join(text.split())
+    assert "a side of its own: monomial" in " ".join(text.split())
+    graph = _named("relu").to_networkx()
+    assert graph.nodes[0]["maps"] == "positive monomial"
+    assert graph.nodes[0]["reason"] == "aten.relu (relu)"

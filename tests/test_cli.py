@@ -122,7 +122,10 @@ def test_options_of_normalization_and_preparation(checkpoints: list[str], tmp_pa
 
 def test_analyses_print_what_they_found() -> None:
     assert "9 layers" in invoke("layers", *MODEL)
-    assert "verified: relative error" in invoke("symmetry", *MODEL)
+    found = invoke("symmetry", *MODEL)
+    assert "verified: relative error" in found
+    assert "positive monomial: aten.relu" in found
+    assert "verified: relative error" in invoke("symmetry", *MODEL, "--classes", "permutation")
     assert "features.0" in invoke("profile", *MODEL)
 
 

@@ -234,7 +234,12 @@ def test_the_benchmark_reports_what_fails() -> None:
     results = {"timm/a": line, "timm/b": broken, "timm/c": unknown, "torchvision/d": failed}
     assert [passes(result) for result in results.values()] == [True, False, False, False]
     text = markdown(results)
+    assert "## Classes" not in text  # lines of earlier runs have none
     assert "1 of 4 networks measured pass" in text
     assert "- timm/b: error 1.0e-01" in text
     assert "- timm/c: no rule for aten.fft_fft.default" in text
     assert "- torchvision/d: CaptureError: a reason" in text
+    classes = {"kinds": {"permutation": 3, "linear": 4}, "richer_sides": 1, "class_seconds": 0.25}
+    table = markdown(results | {"timm/e": line | classes}).partition("## Classes")[2]
+    assert "| e | 3 | 0 | 0 | 0 | 0 | 0 | 4 | 1 | 0.25 |" in table
+    assert "| a |" not in table

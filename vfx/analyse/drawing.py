@@ -22,12 +22,14 @@ FORMATS = (".png", ".svg", ".pdf")
 def to_networkx(symmetry: Symmetry) -> nx.MultiGraph:
     """Groups (``kind="group"``, named by index) and weights (``kind="weight"``, by FQN), an edge for each member.
 
-    Edges carry ``dim``, ``role`` and ``copies``; an inner group has an edge of role ``inside`` to the group of its
-    blocks. Pinned axes are a weight's attribute ``pinned``, {dim: reason}.
+    A group has its class of maps and what lowered it as ``maps`` and ``reason``. Edges carry ``dim``, ``role`` and
+    ``copies``; an inner group has an edge of role ``inside`` to the group of its blocks. Pinned axes are a weight's
+    attribute ``pinned``, {dim: reason}.
     """
     graph = nx.MultiGraph()
     for group in symmetry.groups:
-        graph.add_node(group.index, kind="group", size=group.size, name=group.name, blocks=group.blocks)
+        about = {"size": group.size, "name": group.name, "blocks": group.blocks}
+        graph.add_node(group.index, kind="group", **about, maps=group.kind.title, reason=group.reason)
         for member in group.members:
             graph.add_node(member.fqn, kind="weight")
             edge = {"dim": member.dim, "role": member.role, "copies": member.position.shape[1]}

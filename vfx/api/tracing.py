@@ -60,7 +60,7 @@ _symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
 
 
 def symmetry(model: nn.Module | Program, example_inputs: Any = None) -> Symmetry:
-    """Permutation symmetries of a network: ``.groups``, ``.pinned``, ``.verify()``; prints as a table."""
+    """Symmetries of a network: ``.groups`` and their classes, ``.pinned``, ``.verify()``; prints as a table."""
     program = program_of(model, example_inputs)
     found = _symmetries.get(program.graph)
     if found is None or found.program.weights[0] is not program.weights[0]:

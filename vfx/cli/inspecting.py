@@ -40,15 +40,16 @@ def symmetry(
     arguments: Arguments = [],  # noqa: B006
     verify: Annotated[bool, typer.Option(help="Check the groups numerically in float64.")] = True,
     draw: Annotated[Path | None, typer.Option(help="Picture of the tie graph: .png, .svg or .pdf.")] = None,
+    classes: Annotated[str, typer.Option(help="What is checked: full (each group's class) or permutation.")] = "full",
     seed: Seed = 0,
 ) -> None:
-    """Permutation symmetries: groups, members, pinned axes."""
+    """Symmetries: groups with their classes and members, pinned axes."""
     from vfx import api
 
     found = api.symmetry(construct(model, arguments), examples_of(inputs))
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if verify:
-        print(f"verified: relative error {found.verify(seed):.1e} (float64, random group elements)")
+        print(f"verified: relative error {found.verify(seed, classes=classes):.1e} (float64, random group elements)")
     if draw is not None:
         print(f"wrote {found.draw(draw)}")
 

@@ -22,7 +22,6 @@ from vfx.analyse.rules.rule import Rule
 from vfx.analyse.rules.spaces import Spaces
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.analyse.terms import Axis
 from vfx.operators import arguments, operator
 from vfx.program import Value
 
@@ -202,21 +201,20 @@ class Walk:
         rank, entry = len(shape.axes), shape.axes[dim]
         whole = np.ones((1,) * rank, bool)
         if isinstance(entry, Digit):
-            labels = entry.block.labels
-            mask = (self.t.leaves.leaf_of(labels[..., 1:]) == leaf).any(axis=-1)
+            labels = self.t.leaves.resolve(entry.block.flat)
+            mask = (self.t.leaves.leaf_of(labels[:, 1:]) == leaf).any(axis=1)
             where = [d for d, e in enumerate(shape.axes) if isinstance(e, Digit) and e.block is entry.block]
             positions = [shape.axes[d].position for d in where]  # type: ignore[union-attr]
-            if mask.all() or len(positions) < mask.ndim:
+            sizes = entry.block.labels.shape[:-1]
+            if mask.all() or len(positions) < len(sizes):
                 return whole
-            return mask.transpose(positions).reshape([s.size if d in where else 1 for d, s in enumerate(shape.axes)])
-        return self._along(entry, leaf, whole, dim)
-
-    def _along(self, axis: Axis, leaf: int, whole: Any, dim: int) -> Any:
-        if len(axis.factors) > 1 or not isinstance(axis.factors[0], np.ndarray):
+            turned = mask.reshape(sizes).transpose(positions)
+            return turned.reshape([s.size if d in where else 1 for d, s in enumerate(shape.axes)])
+        if len(entry.factors) > 1 or not isinstance(entry.factors[0], np.ndarray):
             return whole
-        rows = self.t.leaves.resolve(axis.factors[0])
+        rows = self.t.leaves.resolve(entry.factors[0])
         mask = (self.t.leaves.leaf_of(rows[:, 1:]) == leaf).any(axis=1)
-        return whole if mask.all() else mask.reshape([-1 if d == dim else 1 for d in range(whole.ndim)])
+        return whole if mask.all() else mask.reshape([-1 if d == dim else 1 for d in range(rank)])
 
 
 def _copies(leaves: Store, rows: Rows) -> dict[int, tuple[int, Ids, Ids, bool]]:
