@@ -39,9 +39,10 @@ def pointwise(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     tensors = _tensors(a)
     if name == "_prelu_kernel":
         return prelu(w, node, a)
-    if name in _PRODUCTS and a.get("rounding_mode") is None and tensors != [tensors[0]] * 2:
+    squared = name in ("mul", "multiply") and len(tensors) == 2 and tensors[0] is tensors[1]
+    if name in _PRODUCTS and a.get("rounding_mode") is None and not squared:
         return product(w, node, list(zip(tensors, _PRODUCTS[name])))
-    if name in _POWERS or name == "pow" or tensors == [tensors[0]] * 2:
+    if name in _POWERS or name == "pow" or squared:
         return _power(w, node, a, tensors)
     if name in ("abs", "absolute"):
         return {key: _even(w, key[0], ids) for key, ids in w.entries(tensors[0]).items()}
@@ -94,7 +95,7 @@ def _even(w: Walk, leaf: int, ids: Any) -> Any:
 
 
 def _power(w: Walk, node: fx.Node, a: Arguments, tensors: Sequence[fx.Node]) -> Entries | None:
-    power = Fraction(2) if name_of(node) == "mul" else _POWERS.get(name_of(node), a.get("exponent"))
+    power = Fraction(2) if name_of(node) in _PRODUCTS else _POWERS.get(name_of(node), a.get("exponent"))
     if len(set(tensors)) != 1 or not isinstance(power, (int, float, Fraction)) or float(power) * 2 % 1:
         return None
     summed = set() if power != 2 else _summed(w, node)
