@@ -167,7 +167,7 @@ def _curves(axis: Axes, result: Mapping[str, Any]) -> None:
     axis.set(xlabel="α (weight of the second edge)", ylabel="accuracy (%)", ylim=(0, 100))
     axis.grid(alpha=0.25)
     if axis.get_lines():
-        axis.legend(fontsize=7, ncols=2)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _line(axis: Axes, values: Sequence[float | None], label: str, color: str, style: str) -> None:

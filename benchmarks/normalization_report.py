@@ -136,7 +136,7 @@ def draw(results: Results, path: Path) -> None:
     shown = {name: result for name, result in results.items() if result["studies"]}
     if not shown:
         return
-    figure, axes = plt.subplots(len(shown), 3, figsize=(15, 4.2 * len(shown)), squeeze=False)
+    figure, axes = plt.subplots(len(shown), 3, figsize=(19, 4.2 * len(shown)), squeeze=False)
     for row, (name, result) in zip(axes, shown.items()):
         studies = (
             ("methods", "preserved layers l"),
@@ -144,13 +144,16 @@ def draw(results: Results, path: Path) -> None:
             ("partial", "aligned layers"),
         )
         for axis, (study, label) in zip(row, studies):
+            axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
             for method, points in series(result["studies"].get(study, {})).items():
                 numbers = sorted(points)
                 axis.plot(numbers, [points[n] for n in numbers], marker="o", markersize=3, label=method)
+            if not axis.lines:  # a study that this network has no use for
+                axis.axis("off")
+                continue
             axis.set(title=f"{name}: {study}", xlabel=label, ylabel="accuracy (%)")
             axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)

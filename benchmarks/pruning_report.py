@@ -124,6 +124,9 @@ def draw(networks: Mapping[str, Any], path: Path) -> None:
                 if curve:
                     style = ":" if samples == "256" else "-"
                     axis.plot([100 * s for s in curve], list(curve.values()), style, label=label, linewidth=1.2)
+            if not axis.lines:  # not measured
+                axis.axis("off")
+                continue
             if "dense" in network:
                 axis.axhline(network["dense"], color="grey", linewidth=0.6)
             axis.set_title(method, fontsize=7)
