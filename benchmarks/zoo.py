@@ -4,10 +4,11 @@ The papers' networks, every classification, segmentation and video network of to
 families, and Hugging Face families from tiny configurations, all with random weights and images as small as each
 network allows. For each one line: its groups and channels, how many groups lie inside the blocks of another (attention
 heads, groups of a convolution), how many positions of parameter axes are pinned, operators without a rule, seconds that
-capture and inference took (processor time on one thread), the largest relative output error in float64 when every group
-goes through a random map of its class, and peak memory. A second table has the classes: how many groups of each network
-may be permuted only, how many go through signs, scales, orthogonal or any invertible maps, on all their sides at once,
-and how many have a side with more freedom (a gain that takes a scale up), with the seconds that classes took.
+capture and inference took (processor time on one thread, an upper bound where other processes ran), the largest
+relative output error in float64 when every group goes through a random map of its class, and peak memory. A second
+table has the classes: how many groups of each network may be permuted only, how many go through signs, scales,
+orthogonal or any invertible maps, on all their sides at once, and how many have a side with more freedom (a gain that
+takes a scale up), with the seconds that classes took.
 
 The error must stay below 1e-10 (lines without classes were measured with permutations alone); what a network itself
 casts to float32 is computed in float64 for this. Networks of more than 400 million parameters give up the memory of
@@ -367,7 +368,7 @@ def _row(key: str, line: dict[str, Any]) -> list[str]:
 
 
 def _seconds(line: dict[str, Any], name: str, digits: int) -> str:
-    """A time, or a dash where it was not measured in a process that had a core for itself."""
+    """A time, or a dash where it was not measured on code as fast as today's."""
     return f"{line[name]:.{digits}f}" if name in line else "–"
 
 
