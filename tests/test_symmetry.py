@@ -84,6 +84,12 @@ def test_pins_say_why_and_where(micro: Micro) -> None:
         if fqn not in groups.program.buffers:
             for dim, size in enumerate(groups.program.weights[0][fqn].shape):
                 assert size == 1 or (fqn, dim) in free | pinned, f"{fqn}[{dim}] is neither free nor pinned"
+                moving = {int(p) for g in groups.groups for m in g.members if (m.fqn, m.dim) == (fqn, dim)
+                          for p in m.position.flat}  # fmt: skip
+                stuck = sum(pin.count for pin in groups.pinned if (pin.fqn, pin.dim) == (fqn, dim))
+                assert size == 1 or len(moving) + stuck == size, (
+                    f"positions of {fqn}[{dim}] are pinned without a reason"
+                )
 
 
 @pytest.mark.parametrize("micro", MICRO, ids=lambda micro: micro.name)

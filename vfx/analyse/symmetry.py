@@ -452,17 +452,21 @@ def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
     return roles
 
 
+ALONE = "no other channel is used alike"
+
+
 def _pinned(inference: Inference, labels: Mapping[tuple[str, int], Rows]) -> tuple[Pinned, ...]:
-    """Pinned parameter axes."""
+    """Pinned parameter axes; a channel that is free but alone is named by its parameter."""
+    own = {str(node.target): node.name for node in inference.shapes if node.op == "get_attr"}
     return tuple(
-        Pinned(fqn, dim, count, pin.reason, pin.node)
+        Pinned(fqn, dim, count, pin.reason if pin else ALONE, pin.node if pin else own[fqn])
         for (fqn, dim), rows in labels.items()
         for pin, count in inference.leaves.once(_pins, rows)
+        if pin or rows.shape[0] > 1
     )
 
 
-def _pins(leaves: Store, rows: Rows) -> list[tuple[Pin, int]]:
-    """Why positions of an axis cannot move, with how many they are."""
+def _pins(leaves: Store, rows: Rows) -> list[tuple[Pin | None, int]]:
+    """Why positions of an axis cannot move, with how many they are; None for those that nothing holds."""
     stuck = rows[(rows[:, 1:] < 0).all(axis=1), 0]
-    found = (leaves.pin_of(tag) for tag in stuck.tolist())
-    return list(Counter(pin for pin in found if pin is not None).items())
+    return list(Counter(leaves.pin_of(tag) for tag in stuck.tolist()).items())
