@@ -20,20 +20,17 @@ from torch import Tensor
 from vfx.analyse.symmetry import symmetry
 from vfx.freedom.attention import Pair, Side, attention_pairs
 from vfx.program import Program
-from vfx.rewrite import Pass, require_own_frame
+from vfx.rewrite import Pass
 
 
 class BalanceAttention(Pass):
     """Balance q–k and v–o pairs of every head, in every weight set."""
 
     preserves_function = True
+    changes_values = True
 
     def __init__(self, verify: bool = True):
         self.verify = verify
-
-    def requires(self, program: Program) -> None:
-        super().requires(program)
-        require_own_frame(program, self.name)
 
     def apply(self, program: Program) -> Program:
         pairs, notes = attention_pairs(symmetry(program))

@@ -26,7 +26,7 @@ from torch import Tensor
 from vfx.analyse.symmetry import symmetry
 from vfx.freedom import Freedom, MapKind, Member
 from vfx.program import Program, Weights
-from vfx.rewrite import Pass, require_own_frame
+from vfx.rewrite import Pass
 
 TOLERANCE = 1e-10  # of λ, in one sweep over all channels
 SWEEPS = 2000
@@ -40,13 +40,10 @@ class BalanceScales(Pass):
     """Rescale channels so that what writes them weighs as much as what reads them, in every weight set."""
 
     preserves_function = True
+    changes_values = True
 
     def __init__(self, verify: bool = True):
         self.verify = verify
-
-    def requires(self, program: Program) -> None:
-        super().requires(program)
-        require_own_frame(program, self.name)
 
     def apply(self, program: Program) -> Program:
         freedom = Freedom(symmetry(program), MapKind.POSITIVE)

@@ -22,7 +22,7 @@ from vfx.analyse.symmetry import symmetry
 from vfx.freedom import Freedom, MapKind, Member, Normed
 from vfx.operators import arguments, operator
 from vfx.program import Program, copy_graph
-from vfx.rewrite import Pass, require_own_frame
+from vfx.rewrite import Pass
 
 
 class CenterStream(Pass):
@@ -32,13 +32,10 @@ class CenterStream(Pass):
     """
 
     preserves_function = True
+    changes_values = True
 
     def __init__(self, readers: bool = True, verify: bool = True):
         self.readers, self.verify = readers, verify
-
-    def requires(self, program: Program) -> None:
-        super().requires(program)
-        require_own_frame(program, self.name)
 
     def apply(self, program: Program) -> Program:
         freedom = Freedom(symmetry(program), MapKind.DENSE)

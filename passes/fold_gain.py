@@ -26,7 +26,7 @@ from vfx.freedom.shift import shift_readers
 from vfx.normalization import add_bias
 from vfx.operators import arguments, layer_arguments, weight_name
 from vfx.program import Program, Value, copy_graph
-from vfx.rewrite import Pass, require_own_frame
+from vfx.rewrite import Pass
 
 Sets = list[dict[str, Tensor]]
 
@@ -38,13 +38,10 @@ class FoldGain(Pass):
     """
 
     preserves_function = True
+    changes_values = True
 
     def __init__(self, biases: bool = True, verify: bool = True):
         self.biases, self.verify = biases, verify
-
-    def requires(self, program: Program) -> None:
-        super().requires(program)
-        require_own_frame(program, self.name)
 
     def apply(self, program: Program) -> Program:
         run = _Run(program, self.biases)

@@ -17,9 +17,13 @@ ROUNDED = 1e-2  # relative difference between a tensor in the network's own prec
 
 
 class Pass(ABC):
-    """One rewrite. ``requires`` is checked on the input, ``ensures`` on the result; neither Program is changed."""
+    """One rewrite. ``requires`` is checked on the input, ``ensures`` on the result; neither Program is changed.
+
+    A pass that ``changes_values`` between layers would leave known statistics and maps behind, so it runs before them.
+    """
 
     preserves_function: ClassVar[bool] = False
+    changes_values: ClassVar[bool] = False
     verify: bool = True
 
     def __call__(self, program: Program) -> Program:
@@ -32,6 +36,8 @@ class Pass(ABC):
         """Raise PassError if the pass cannot run here."""
         if not program.weights:
             raise PassError(f"{self.name} needs a Program that holds weights")
+        if self.changes_values and (program.goals or program.transport is not None):
+            raise PassError(f"{self.name} changes values that statistics or maps are known of; run it before Align")
 
     @abstractmethod
     def apply(self, program: Program) -> Program:
@@ -68,12 +74,6 @@ def require_edges(program: Program, single: bool, name: str) -> None:
         raise PassError(f"{name} acts on a merged network, this Program holds {program.edges}; run Interpolate first")
     if not single and program.edges < 2:
         raise PassError(f"{name} acts on two or more weight sets, this Program holds one; run it before Interpolate")
-
-
-def require_own_frame(program: Program, name: str) -> None:
-    """What changes the layers' values in between would leave known statistics and maps behind."""
-    if program.goals or program.transport is not None:
-        raise PassError(f"{name} changes values that statistics or maps are known of; run it before Align")
 
 
 @torch.no_grad()
