@@ -67,7 +67,7 @@ def measure(pair: Pair, name: str, checkpoints: Path, data: Path, samples: int |
     program = trace(pair.edges(checkpoints), train[:2])
     if finder is not None and not finder.exact:
         program = FoldNormalization(batch_norm=True)(program)
-    within = finder is not None and "within" in finder.needs
+    within = finder is not None and ("within" in finder.needs or not finder.exact)
     statistics = collect(program, data=batches, within=within, progress=False)
     result: dict[str, Any] = {}
     if finder is not None:

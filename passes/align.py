@@ -1,22 +1,26 @@
-"""Align: permute every edge but the first so that its channels stand where the first edge's do.
+"""Align: bring every edge but the first to where its channels are the first edge's.
 
-Each permutation is a symmetry of the network, so every edge keeps its function: f(x) = f_π(x) is checked before the
-result is used (Git Re-Basin §2; proof by ``vfx.analyse.verify``). The edges' layer statistics, where they are known,
-are permuted with the weights: no second pass over the data.
+What an edge goes through (permutations; scales, signs, orthogonal and invertible maps where its full classes were
+matched) is a symmetry of the network, so every edge keeps its function: f(x) = f_g(x) is checked before the result is
+used (Git Re-Basin §2; proof by ``vfx.analyse.verify``). The edges' layer statistics, where they are known, go through
+the same: no second pass over the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
+from vfx.analyse.activation_maps import along
 from vfx.analyse.activations import statistics_channels
-from vfx.analyse.symmetry import Permutations, Symmetry, symmetry
+from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
-from vfx.errors import ArgumentError, PassError, VerificationError
+from vfx.errors import PassError, VerificationError
+from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.maps import Transport
 from vfx.match.matcher import Matcher, Matching, Problem
@@ -26,9 +30,10 @@ from vfx.statistics.collect import Statistics, collect
 
 
 class Align(Pass):
-    """Permute edges 1…N−1 to edge 0 with ``match``: a matcher, its name, or None to leave them as they are.
+    """Bring edges 1…N−1 to edge 0 with ``match``: a matcher, its name, or None to leave them as they are.
 
-    ``data`` (a loader) or ``statistics`` are needed by matchers that read activations.
+    ``data`` (a loader) or ``statistics`` are needed by matchers that read activations; ``classes`` is for "weight" and
+    "activation": each group's "full" class, or "permutation".
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class Align(Pass):
         match: str | Matcher | None = "weight",
         data: object = None,
         *,
+        classes: str = "full",
         statistics: Statistics | None = None,
         weights: float | Sequence[float] | None = None,
         facts: Symmetry | None = None,
@@ -43,7 +49,7 @@ class Align(Pass):
         verify: bool = True,
         progress: bool = True,
     ):
-        self.matcher = find_matcher(match)
+        self.matcher = find_matcher(match, classes=classes)
         self.data, self.statistics, self.weights, self.facts = data, statistics, weights, facts
         self.seed, self.verify, self.progress = seed, verify, progress
         self.matching: Matching | None = None
@@ -59,38 +65,38 @@ class Align(Pass):
         statistics = self.statistics
         if statistics is None and self.data is not None:
             needs = self.matcher.needs if self.matcher is not None else {"features"}
+            mixed = self.matcher is not None and maps_layers(self.matcher, facts)
             statistics = collect(
                 program,
                 facts,
                 self.data,
                 features="data" not in needs or "features" in needs,
-                within="within" in needs or (self.matcher is not None and not self.matcher.exact),
+                within="within" in needs or (self.matcher is not None and not self.matcher.exact) or mixed,
                 progress=self.progress,
             )
         if statistics is not None:
             statistics.check(program)
         if self.matcher is None:
-            return _with_goals(program, program, facts, statistics, ({},) * program.edges)
+            return _with_goals(program, program, facts, statistics, Matching(({},) * program.edges))
         shares = tuple(edge_weights(self.weights, program.edges))
         self.matching = self.matcher(Problem(program, facts, statistics, shares, self.data, self.seed, self.progress))
-        permutations = self.matching.permutations
         if self.verify:
-            self.error = self._prove(program, facts, permutations)
-        weights = [facts.permute(w, p) for w, p in zip(program.weights, permutations)]
+            self.error = self._prove(program, facts, self.matching)
+        weights = [self.matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
         note = f"Align({type(self.matcher).__name__})"
         result = program.with_weights(weights, note)
         result = replace(result, notes=(*result.notes, *self.matching.notes))
         if any(self.matching.maps):
             result = replace(result, transport=Transport(facts, self.matching.maps))
-        return _with_goals(program, result, facts, statistics, permutations)
+        return _with_goals(program, result, facts, statistics, self.matching)
 
-    def _prove(self, program: Program, facts: Symmetry, permutations: tuple[Permutations, ...]) -> float:
+    def _prove(self, program: Program, facts: Symmetry, matching: Matching) -> float:
         worst = 0.0
-        for edge, permutation in enumerate(permutations[1:], start=1):
-            error = preserved(facts, program.weights[edge], permutation, self.seed)
+        for edge in range(1, program.edges):
+            error = preserved(facts, program.weights[edge], matching.element(edge), self.seed)
             if not error <= PRESERVED:
                 raise VerificationError(
-                    f"the permutation found for edge {edge} changes its function (relative error {error:.1e} in "
+                    f"what was found for edge {edge} changes its function (relative error {error:.1e} in "
                     "float64); a symmetry rule must be wrong: please report the architecture"
                 )
             worst = max(worst, error)
@@ -98,13 +104,9 @@ class Align(Pass):
 
 
 def _with_goals(
-    program: Program,
-    result: Program,
-    facts: Symmetry,
-    statistics: Statistics | None,
-    permutations: tuple[Permutations, ...],
+    program: Program, result: Program, facts: Symmetry, statistics: Statistics | None, matching: Matching
 ) -> Program:
-    """The edges' layer statistics in the aligned channel order, kept on the result.
+    """The edges' layer statistics in the aligned channels, kept on the result.
 
     Behind a linear map T they are those of T y: mean T μ and variances on the diagonal of T Σ Tᵀ.
     """
@@ -112,22 +114,44 @@ def _with_goals(
         return result
     nodes = {node.name: node for node in program.graph.nodes}
     channels = statistics_channels(program)
-    goals = {}
+    goals, unknown = {}, []
     for name, known in statistics.goals().items():
         node, rows = nodes[name], []
-        for edge, permutation in enumerate(permutations):
+        for edge, permutation in enumerate(matching.permutations):
             order = torch.from_numpy(facts.gather(node, channels[name], permutation)).to(known.mean.device)
             mean, std = known.mean[edge][order], known.std[edge][order]
-            matrix = result.transport.axis(edge, node, channels[name]) if result.transport is not None else None
-            if matrix is not None:
-                if name not in statistics.covariances:
-                    raise ArgumentError(
-                        "behind linear maps the layers' statistics need covariances; collect them with within=True"
-                    )
-                matrix = matrix.to(mean.device)
-                spread = statistics.covariances[name][edge][order][:, order]
-                mean = matrix @ mean
-                std = torch.einsum("mc,cd,md->m", matrix, spread, matrix).clamp_min(0).sqrt()
+            for own in _maps(facts, result, matching, edge, node, channels[name]):
+                spread = None
+                if own.ndim == 2:
+                    if name not in statistics.covariances:
+                        unknown.append(name)
+                        break
+                    spread = statistics.covariances[name][edge][order][:, order]
+                mean, std = _mapped(own.to(mean.device), mean, std, spread)
             rows.append((mean, std))
-        goals[name] = Goal(*(torch.stack(column) for column in zip(*rows)))
-    return replace(result, goals=goals)
+        if name not in unknown:
+            goals[name] = Goal(*(torch.stack(column) for column in zip(*rows)))
+    return replace(result, goals=goals, notes=(*result.notes, *_unknown_notes(unknown)))
+
+
+def _unknown_notes(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: what the edges give behind maps that mix channels is not known without covariances; "
+        "collect the statistics with within=True to normalize these layers"
+    ]
+
+
+def _maps(facts: Symmetry, result: Program, matching: Matching, edge: int, node: fx.Node, dim: int) -> Iterator[Tensor]:
+    """What an edge's layer goes through behind the permutations: of an exact matching, or of a linear one."""
+    behind = along(facts, node, dim, matching.elements[edge]) if matching.elements else None
+    linear = result.transport.axis(edge, node, dim) if result.transport is not None else None
+    assert behind is None or linear is None
+    yield from (own for own in (behind, linear) if own is not None)
+
+
+def _mapped(own: Tensor, mean: Tensor, std: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
+    if spread is None:
+        return own * mean, own.abs() * std
+    return own @ mean, torch.einsum("mc,cd,md->m", own, spread, own).clamp_min(0).sqrt()

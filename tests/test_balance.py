@@ -322,12 +322,12 @@ def test_merge_balances_its_edges() -> None:
         twin[0].weight *= scale[:, None]  # type: ignore[index]
         twin[0].bias *= scale  # type: ignore[index]
         twin[2].weight /= scale  # type: ignore[index]
-    options: dict[str, Any] = {"match": "weight", "normalize": None, "progress": False}
+    options: dict[str, Any] = {"match": "weight", "classes": "permutation", "normalize": None, "progress": False}
     balanced = merge([model, twin], VECTORS, prepare="balance", **options)
     close(balanced.module(VECTORS), model(VECTORS), 1e-6)
     assert balanced.report.own_class
     assert "BalanceScales" in " ".join(balanced.report.passes)
     plain = merge([model, twin], VECTORS, **options).module(VECTORS)
     assert (plain - model(VECTORS)).abs().max() > 1e-2
-    with pytest.raises(ArgumentError, match="'balance' or 'remove_bias'"):
+    with pytest.raises(ArgumentError, match="'lift', 'balance', 'remove_bias'"):
         merge([model, twin], VECTORS, prepare="polish", **options)

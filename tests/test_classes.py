@@ -290,9 +290,9 @@ def _forced(facts: Symmetry, group: Group, maps: Maps, seed: int = 0) -> float:
         result = facts.permute(weights, {group.index: permutation})
         element, dual = Element(matrix=matrix), contragredient(matrix)
         for member in group.members:
-            for part in transform._parts(facts, group, member, own):
+            for part in transform.parts(facts, group, member):
                 if part.side in own.features:
-                    result[member.fqn] = transform._mapped(result[member.fqn], member.dim, part, element, dual)
+                    result[member.fqn] = transform.mapped(result[member.fqn], member.dim, part, element, dual)
         return result
 
     return _error(facts, move, seed)

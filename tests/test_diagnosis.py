@@ -99,9 +99,11 @@ def aligned(merged: vfx.Result, pair: list[nn.Module], program: vfx.Program) -> 
     """The edges in the merged network's order, in their own class."""
     facts = vfx.symmetry(program)
     found = []
-    for edge, permutation in enumerate(merged.report.matching.permutations):  # type: ignore[union-attr]
+    matching = merged.report.matching
+    assert matching is not None
+    for edge, weights in enumerate(program.weights):
         twin = copy.deepcopy(pair[edge])
-        twin.load_state_dict(facts.permute(program.weights[edge], permutation), strict=False)
+        twin.load_state_dict(matching.aligned(facts, weights, edge), strict=False)
         found.append(twin.eval())
     return found
 
@@ -122,7 +124,8 @@ def literal_variance(model: Any, name: str) -> float:
     return float(sum(np.var(np.take(output, c, 1)) for c in range(output.shape[1])))
 
 
-def test_features_and_offsets(diagnosis: Any, merged: vfx.Result, pair: list[nn.Module]) -> None:
+def test_features_and_offsets(diagnosis: Any, merged: vfx.Result, pair: list[nn.Module], program: vfx.Program) -> None:
+    pair = aligned(merged, pair, program)
     own, others = literal_norms(merged.module), [literal_norms(edge) for edge in pair]
     for name, row in rows(diagnosis).items():
         np.testing.assert_allclose((row.feature, row.offset), own[name], rtol=1e-10)
@@ -151,7 +154,10 @@ def test_the_bound_is_the_recursion_of_the_paper(diagnosis: Any) -> None:
     assert vanishing_bound([None, None]) == [None, None]
 
 
-def test_variance_magnitude_and_statistics(diagnosis: Any, merged: vfx.Result, pair: list[nn.Module]) -> None:
+def test_variance_magnitude_and_statistics(
+    diagnosis: Any, merged: vfx.Result, pair: list[nn.Module], program: vfx.Program
+) -> None:
+    pair = aligned(merged, pair, program)
     for name, row in rows(diagnosis).items():
         v = [literal_variance(model, name) for model in (merged.module, *pair)]
         np.testing.assert_allclose(row.variance_ratio, 2 * v[0] / (v[1] + v[2]), rtol=1e-10)
@@ -228,7 +234,8 @@ def test_folding_changes_no_measure(program: vfx.Program) -> None:
 def test_preserved_layers_are_marked_and_the_rest_compared(
     pair: list[nn.Module], program: vfx.Program, preserve: int
 ) -> None:
-    result = vfx.merge(program, data=BATCHES, normalize=None, preserve=preserve, progress=False)
+    options = {"classes": "permutation", "normalize": None, "preserve": preserve, "progress": False}
+    result = vfx.merge(program, data=BATCHES, **options)
     found = rows(vfx.diagnose(result, program, data=BATCHES, progress=False))
     chain = [row for row in found.values() if not row.shortcut]
     states = [row.state for row in chain]

@@ -255,7 +255,7 @@ def _wrong(found: Matching, pair: Pair, silent: dict[int, np.ndarray] | None = N
 @pytest.mark.parametrize("case", [*SMALL, *PAPERS, *ZOO], ids=lambda case: case.name)
 def test_weight_matching_recovers_the_permutation(case: Case) -> None:
     pair = _pair(case)
-    found = WeightMatching()(Problem(pair.program, pair.facts))
+    found = WeightMatching(classes="permutation")(Problem(pair.program, pair.facts))
     assert len(pair.facts.groups) == len(found.permutations[1]) > 0
     assert all((p == np.arange(p.shape[-1])).all() for p in found.permutations[0].values())
     assert _wrong(found, pair) == {}
@@ -266,7 +266,7 @@ def test_activation_matching_recovers_the_permutation(case: Case) -> None:
     pair = _pair(case)
     statistics = collect(pair.program, data=pair.x.split(16), progress=False)
     silent = _free(statistics, pair.facts, pair.expected)
-    found = ActivationMatching()(Problem(pair.program, pair.facts, statistics))
+    found = ActivationMatching(classes="permutation")(Problem(pair.program, pair.facts, statistics))
     free = sum(int(mask.sum()) for mask in silent.values())
     assert free <= 0.2 * pair.facts.channels, "too little is left to be recovered"
     assert _wrong(found, pair, silent) == {}
@@ -275,7 +275,7 @@ def test_activation_matching_recovers_the_permutation(case: Case) -> None:
 def test_a_wrong_permutation_is_seen() -> None:
     """Negative control of the two tests above."""
     pair = _pair(SMALL[0])
-    found = WeightMatching()(Problem(pair.program, pair.facts))
+    found = WeightMatching(classes="permutation")(Problem(pair.program, pair.facts))
     found.permutations[1][0][[0, 1]] = found.permutations[1][0][[1, 0]]
     assert sum(_wrong(found, pair).values()) == 2
 
@@ -324,7 +324,7 @@ def test_weight_matching_never_loses_ground(case: Case, monkeypatch: pytest.Monk
             values.append(self._objective())
 
     monkeypatch.setattr(weight_module.Descent, "_improve", watched)
-    found = WeightMatching()(Problem(program, facts))
+    found = WeightMatching(classes="permutation")(Problem(program, facts))
     assert len(values) >= len(units(facts))
     steps = np.diff(values)
     assert (steps >= -1e-6 * abs(values[-1])).all()
@@ -332,14 +332,14 @@ def test_weight_matching_never_loses_ground(case: Case, monkeypatch: pytest.Monk
     before = sum(float((program.weights[0][n] * program.weights[1][n]).sum()) for n in program.names()
                  if n not in program.buffers)  # fmt: skip
     assert found.objective[0] > before
-    assert WeightMatching(restarts=2)(Problem(program, facts)).objective[0] >= found.objective[0]
+    assert WeightMatching(restarts=2, classes="permutation")(Problem(program, facts)).objective[0] >= found.objective[0]
 
 
 def test_the_objective_is_the_inner_product_of_the_aligned_weights() -> None:
     x = images(4, 8)
     program = trace(edges(residual, x), x[:2])
     facts = symmetry(program)
-    found = WeightMatching()(Problem(program, facts))
+    found = WeightMatching(classes="permutation")(Problem(program, facts))
     moved = facts.permute(program.weights[1], found.permutations[1])
     members = {m.fqn for g in facts.groups for m in g.members} - program.buffers
     expected = sum(float((program.weights[0][n].double() * moved[n].double()).sum()) for n in members)
@@ -350,11 +350,11 @@ def test_running_statistics_do_not_sway_weight_matching() -> None:
     x = images(8, 8)
     models = edges(residual, x)
     program = trace(models, x[:2])
-    found = WeightMatching()(Problem(program, symmetry(program)))
+    found = WeightMatching(classes="permutation")(Problem(program, symmetry(program)))
     models[1].n0.running_mean.mul_(100)
     models[1].n0.running_var.mul_(1e4)
     program = trace(models, x[:2])
-    again = WeightMatching()(Problem(program, symmetry(program)))
+    again = WeightMatching(classes="permutation")(Problem(program, symmetry(program)))
     assert all((found.permutations[1][g] == again.permutations[1][g]).all() for g in found.permutations[1])
 
 
@@ -477,6 +477,6 @@ def test_gpt2_gives_its_permutation_back() -> None:
     pair = program.with_weights([program.weights[0], moved])
     statistics = collect(pair, data=[{"input_ids": ids}], progress=False)
     expected = facts.inverse(element)
-    for finder in (WeightMatching(), ActivationMatching()):
+    for finder in (WeightMatching(classes="permutation"), ActivationMatching(classes="permutation")):
         found = finder(Problem(pair, facts, statistics)).permutations[1]
         assert all((found[group] == expected[group]).all() for group in expected), type(finder).__name__

@@ -240,7 +240,7 @@ def test_independent_pairwise_matchings_do_not_close() -> None:
 
     def between(i: int, j: int) -> Any:
         pair = program.with_weights([program.weights[i], program.weights[j]])
-        return WeightMatching()(Problem(pair, facts)).permutations[1]
+        return WeightMatching(classes="permutation")(Problem(pair, facts)).permutations[1]
 
     around = facts.compose(facts.compose(between(1, 0), between(2, 1)), between(0, 2))
     assert any((around[g] != p).any() for g, p in facts.identity().items())
@@ -368,7 +368,7 @@ def test_everything_preserved_gives_the_weighted_ensemble_of_many() -> None:
 @pytest.mark.parametrize(
     ("build", "method"),
     [
-        (residual, lambda k: WeightMatching(restarts=k)),
+        (residual, lambda k: WeightMatching(k, classes="permutation")),
         (normed, lambda k: C2M3(iterations=2, restarts=k)),
         (residual, lambda k: StraightThrough(epochs=1, restarts=k)),
     ],
@@ -443,7 +443,7 @@ def test_straight_through_is_the_literal_algorithm() -> None:
     facts = symmetry(program)
     kept, best = literal_ste(program, facts, data_of(x), epochs=4, lr=0.02)
     found = StraightThrough(4, 0.02)(Problem(program, facts, data=data_of(x)))
-    (start,) = WeightMatching()(Problem(program, facts)).permutations[1].values()
+    (start,) = WeightMatching(classes="permutation")(Problem(program, facts)).permutations[1].values()
     assert (kept != start).any(), "nothing was learnt: the test shows nothing"
     (ours,) = found.permutations[1].values()
     assert (ours == kept).all()
@@ -551,7 +551,9 @@ def test_iterated_matching_is_the_literal_iteration(build: Callable[[], nn.Modul
     statistics = collect(program, data=x, progress=False)
     matcher = IteratedMatching(6, normalize=None)
     found = matcher(Problem(program, facts, statistics, data=x))
-    elements: Sequence[Any] = ActivationMatching()(Problem(program, facts, statistics)).permutations
+    elements: Sequence[Any] = ActivationMatching(classes="permutation")(
+        Problem(program, facts, statistics)
+    ).permutations
     values, kept = [], elements
     for _ in range(7):
         merged = mean_weights([facts.permute(w, e) for w, e in zip(program.weights, elements)], [1 / 3] * 3)
@@ -561,7 +563,9 @@ def test_iterated_matching_is_the_literal_iteration(build: Callable[[], nn.Modul
         kept = elements
         both = [program.with_weights([merged, w]) for w in program.weights]
         seen = [collect(p, data=x, progress=False) for p in both]
-        elements = [ActivationMatching()(Problem(p, facts, s)).permutations[1] for p, s in zip(both, seen)]
+        elements = [
+            ActivationMatching(classes="permutation")(Problem(p, facts, s)).permutations[1] for p, s in zip(both, seen)
+        ]
     assert [value for (value,) in found.attempts] == pytest.approx(values, rel=1e-8)
     assert found.objective[0] == pytest.approx(max(values), rel=1e-8)
     if build is deep:

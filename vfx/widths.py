@@ -216,9 +216,9 @@ def _paired_taps(pairings: Sequence[Pairing]) -> list[list[Tap]]:
     """The taps of the first edge, each with those of the other edges at the same place."""
     found = [[tap] for tap in feature_taps(pairings[0].one)]
     for pairing in pairings[1:]:
-        theirs = {(tap.node, tap.dim, frozenset(tap.groups)): tap for tap in feature_taps(pairing.other)}
+        theirs = {(tap.node, tap.dim, frozenset(tap.groups), tap.part): tap for tap in feature_taps(pairing.other)}
         for own in found:
-            key = own[0].node, own[0].dim, frozenset(pairing.twin[g] for g in own[0].groups)
+            key = own[0].node, own[0].dim, frozenset(pairing.twin[g] for g in own[0].groups), own[0].part
             if key not in theirs or theirs[key].position.shape[1] != own[0].position.shape[1]:
                 raise ArchitectureError(
                     f"the features of node {own[0].node} do not stand in {pairing.name} as they do in edge 0"

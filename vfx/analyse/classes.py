@@ -45,7 +45,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix = NDArray[np.float64]
+Matrix = NDArray[np.floating]
 
 SPREAD = 0.35  # scales and singular values are drawn from exp(±SPREAD): well-conditioned
 _REFLECTIONS = 24

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import fx
 
 from vfx.analyse.action import Walk
-from vfx.analyse.action.entries import Ids
+from vfx.analyse.action.entries import ANY, Ids
 from vfx.analyse.classes import Maps, meet
 from vfx.analyse.slots import Product, Scales, Slots, Vector, alike
 from vfx.operators import operator
 
 if TYPE_CHECKING:
+    from vfx.analyse.elements import Index
     from vfx.analyse.symmetry import Group, Symmetry
 
 
@@ -36,7 +38,8 @@ class Class:
     """The class of a group, what lowered it, and its sides; ``scales`` is what their equations leave free.
 
     ``slots`` gives for each member (FQN, dim) the side of each copy and whether it carries T⁻ᵀ, both (copies,);
-    ``features`` are the sides that make or read the feature. ``scales`` is None where the class mixes channels.
+    ``features`` are the sides that make or read the feature; ``running`` those that a running statistic stands on.
+    ``scales`` is None where the class mixes channels.
     """
 
     kind: Maps
@@ -45,12 +48,27 @@ class Class:
     scales: Scales | None
     slots: Mapping[tuple[str, int], tuple[Ids, Ids]]
     features: frozenset[int] = frozenset()
+    running: frozenset[int] = frozenset()
 
 
-def classes(symmetry: Symmetry) -> dict[int, Class]:
-    """The class of each group, by index."""
-    found = _Classes(symmetry)
-    return {group.index: found.of(group) for group in symmetry.groups}
+class Classes(dict[int, Class]):
+    """The class of each group, by index; and the sides on which activations stand."""
+
+    def __init__(self, symmetry: Symmetry):
+        self._inferred = _Classes(symmetry)
+        super().__init__({group.index: self._inferred.of(group) for group in symmetry.groups})
+
+    def slots(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
+        """The side of each copy (copies,) of a group along an activation's axis, and whether it carries T⁻ᵀ.
+
+        ``position`` (size, copies) is where its channels stand. None where positions apart from this axis differ.
+        """
+        return self._inferred.standing(node, dim, group, position)
+
+
+def classes(symmetry: Symmetry) -> Classes:
+    """The class of each group."""
+    return Classes(symmetry)
 
 
 class _Classes:
@@ -58,6 +76,8 @@ class _Classes:
         self.walk = Walk(symmetry._inference, symmetry._labels).run()
         self.slots: Slots = self.walk.slots
         self.nodes = {node.name: node for node in symmetry._inference.shapes}
+        self.buffers = symmetry.program.buffers
+        self.turned: dict[int, _Members] = {}
         self.order = {name: index for index, name in enumerate(self.nodes)}
         self.leaf_of = {group: leaf for leaf, group in symmetry._group_of_leaf.items()}
         self.outer = {group.parent for group in symmetry.groups}
@@ -78,11 +98,24 @@ class _Classes:
             for side in sides:
                 slots.lower(side, Maps.PERMUTATION)
         sides = self._joined(leaf, sides)
-        members = _Members(group, leaf, self.walk)
+        members = self.turned[group.index] = _Members(group, leaf, self.walk)
         scales = None if slots.maps(sides[0]).mixes else _turned(slots.solve(leaf, sides), members)
         found = tuple(self._side(side, leaf, scales, members) for side in sides)
         kind = self._kind(found, scales, members)
-        return Class(kind, self._why(kind, found, members), found, scales, members.slots, members.features)
+        running = frozenset(s.index for s in found if any(fqn in self.buffers for fqn, _, _ in s.members))
+        why = self._why(kind, found, members)
+        return Class(kind, why, found, scales, members.slots, members.features, running)
+
+    def standing(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
+        entries = self.walk.entries(self.nodes.get(node.name))
+        leaf = self.leaf_of[group.index]
+        ids = entries.get((leaf, dim), entries.get((leaf, ANY)))
+        if ids is None or any(size > 1 for d, size in enumerate(ids.shape) if d != dim):
+            return None
+        along = np.broadcast_to(ids.reshape(-1), (max(ids.size, int(position.max()) + 1),))
+        if (along[position] < 0).any() or (along[position] != along[position[0]]).any():
+            return None
+        return self.turned[group.index].arrays([self.slots.find(slot) for slot in along[position[0]].tolist()])
 
     def _joined(self, leaf: int, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Sides that nothing but their permutation ties: one map for all where all mix channels, else monomial ones."""
@@ -146,15 +179,16 @@ class _Members:
                     self._flipped.setdefault(side, dual ^ (wanted == "in"))
         own = {side for role, place in roles if role != "elementwise" for side, _ in found[place]}
         self.features = frozenset(own or self._flipped)
-        self.slots = {place: self._arrays(pairs) for place, pairs in found.items()}
+        self.slots = {place: self.arrays(pairs) for place, pairs in found.items()}
         self.of: dict[int, dict[tuple[str, int, bool], None]] = {}
         for (fqn, dim), (sides, duals) in self.slots.items():
             for side, flag in set(zip(sides.tolist(), duals.tolist())):
                 self.of.setdefault(side, {})[fqn, dim, bool(flag)] = None
 
-    def _arrays(self, pairs: list[tuple[int, bool]]) -> tuple[Ids, Ids]:
+    def arrays(self, pairs: list[tuple[int, bool]]) -> tuple[Ids, Ids]:
+        """Sides, and whether they carry T⁻ᵀ."""
         sides = [side for side, _ in pairs]
-        duals = [dual ^ self._flipped[side] for side, dual in pairs]
+        duals = [dual ^ self._flipped.get(side, False) for side, dual in pairs]
         return np.array(sides, np.int64), np.array(duals, np.int64)
 
     def sign(self, side: int) -> int:

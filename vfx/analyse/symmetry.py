@@ -23,7 +23,7 @@ from vfx.analyse.blocks import parents
 from vfx.analyse.classes import Maps
 from vfx.analyse.elements import Index, Permutations
 from vfx.analyse.infer import BATCH, Inference
-from vfx.analyse.kinds import Class, Side, classes
+from vfx.analyse.kinds import Class, Classes, Side, classes
 from vfx.analyse.places import find, places
 from vfx.analyse.rows import distinct, unique_rows
 from vfx.analyse.shapes import Digit, Shape
@@ -124,7 +124,7 @@ class Symmetry:
         return sum(group.size for group in self.groups)
 
     @cached_property
-    def classes(self) -> dict[int, Class]:
+    def classes(self) -> Classes:
         """The class of each group by index, worked out when it is first asked for; see ``vfx.analyse.classes``."""
         return classes(self)
 

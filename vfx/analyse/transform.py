@@ -53,8 +53,7 @@ def random(symmetry: Symmetry, generator: np.random.Generator, classes: str = "f
 
     Raises ArgumentError for another name of classes.
     """
-    if classes not in CLASSES:
-        raise ArgumentError(f"classes is one of {', '.join(CLASSES)}, not {classes!r}")
+    check_classes(classes)
     moved = elements.draw(symmetry.groups, generator)
     if classes == "permutation":
         return {index: Element(permutation) for index, permutation in moved.items()}
@@ -66,6 +65,13 @@ def random(symmetry: Symmetry, generator: np.random.Generator, classes: str = "f
         else:
             found[group.index] = Element(moved[group.index], scales=_scales(group, own, generator))
     return found
+
+
+def check_classes(classes: str) -> str:
+    """The name of what is matched or drawn: "full" or "permutation"; raises ArgumentError for another."""
+    if classes not in CLASSES:
+        raise ArgumentError(f"classes is one of {', '.join(CLASSES)}, not {classes!r}")
+    return classes
 
 
 def _matrices(group: Group, kind: Maps, generator: np.random.Generator) -> Matrix:
@@ -111,17 +117,17 @@ def apply(
     permutations = {index: e.permutation for index, e in chosen.items() if e.permutation is not None}
     result = symmetry.permute(weights, permutations, without)
     for index, element in chosen.items():
-        group, own = symmetry.groups[index], symmetry.classes[index]
+        group = symmetry.groups[index]
         dual = None if element.matrix is None else contragredient(element.matrix)
         for member in group.members:
             if member not in without and member.fqn in result:
-                for part in _parts(symmetry, group, member, own):
-                    result[member.fqn] = _mapped(result[member.fqn], member.dim, part, element, dual)
+                for part in parts(symmetry, group, member):
+                    result[member.fqn] = mapped(result[member.fqn], member.dim, part, element, dual)
     return result
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
     """Copies of a group's channels along one axis that go through one map: ``position`` (size, copies)."""
 
     position: Index
@@ -131,29 +137,30 @@ class _Part:
     elsewhere: tuple[int, Index] | None = None  # where the block stands on another axis: that axis, its positions
 
 
-def _parts(symmetry: Symmetry, group: Group, member: Member, own: Class) -> Iterator[_Part]:
-    sides, duals = own.slots[member.fqn, member.dim]
+def parts(symmetry: Symmetry, group: Group, member: Member) -> Iterator[Part]:
+    """The parts of a member: one for each block and map."""
+    sides, duals = symmetry.classes[group.index].slots[member.fqn, member.dim]
     copies = np.arange(len(sides))
     blocks = symmetry.blocks_of(group, member)
     if isinstance(blocks, tuple):  # on another axis
         axis, there = blocks
         for block in range(group.outer):
             where = axis, np.flatnonzero(there == block)
-            for side, dual, columns in _alike(copies, sides, duals):
-                yield _Part(member.position[:, columns], block, side, dual, where)
+            for side, dual, columns in alike(copies, sides, duals):
+                yield Part(member.position[:, columns], block, side, dual, where)
         return
     for block in np.unique(blocks).tolist():
         inside = copies[blocks == block]
-        for side, dual, columns in _alike(inside, sides[inside], duals[inside]):
-            yield _Part(member.position[:, columns], block, side, dual)
+        for side, dual, columns in alike(inside, sides[inside], duals[inside]):
+            yield Part(member.position[:, columns], block, side, dual)
 
 
-def _alike(copies: Index, sides: Index, duals: Index) -> Iterator[tuple[int, bool, Index]]:
+def alike(copies: Index, sides: Index, duals: Index) -> Iterator[tuple[int, bool, Index]]:
     for side, dual in sorted(set(zip(sides.tolist(), duals.tolist()))):
         yield side, bool(dual), copies[(sides == side) & (duals == dual)]
 
 
-def _mapped(tensor: Tensor, dim: int, part: _Part, element: Element, dual: Matrix | None) -> Tensor:
+def mapped(tensor: Tensor, dim: int, part: Part, element: Element, dual: Matrix | None) -> Tensor:
     """One part of a tensor multiplied along an axis."""
     scales = element.scales.get(part.side)
     if element.matrix is not None and dual is not None:
@@ -182,6 +189,27 @@ def _along(tensor: Tensor, dim: int, position: Index, matrix: Matrix) -> Tensor:
     factor = torch.from_numpy(np.ascontiguousarray(matrix)).to(flat)
     mixed = factor @ flat if factor.ndim == 2 else factor[:, None] * flat
     return tensor.index_copy(dim, index, mixed.reshape(rows.shape).movedim(0, dim).to(tensor.dtype))
+
+
+def stacked(symmetry: Symmetry, group: Group, weights: Weights, dual: bool) -> list[Tensor]:
+    """What carries T (or T⁻ᵀ) of a group, side by side: (size, n) for each of its blocks, float64."""
+    found: list[list[Tensor]] = [[] for _ in range(group.outer if group.parent is not None else 1)]
+    for member in group.members:
+        if member.fqn not in weights:
+            continue
+        for part in parts(symmetry, group, member):
+            if part.dual is dual:
+                found[part.block].append(rows_of(weights[member.fqn], member.dim, part))
+    return [torch.cat(own, 1) if own else torch.zeros(group.size, 0, dtype=torch.float64) for own in found]
+
+
+def rows_of(tensor: Tensor, dim: int, part: Part) -> Tensor:
+    """The slices of a part, (size, everything else), float64."""
+    if part.elsewhere is not None:
+        axis, where = part.elsewhere
+        tensor = tensor.index_select(axis, torch.from_numpy(where).to(tensor.device))
+    index = torch.from_numpy(part.position.reshape(-1)).to(tensor.device)
+    return tensor.index_select(dim, index).movedim(dim, 0).reshape(len(part.position), -1).double().cpu()
 
 
 def _checked(group: Group, own: Class, element: Element) -> None:

@@ -16,11 +16,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from vfx.analyse.transform import apply
 from vfx.operators import BATCH_NORMS, operator, weight_name
 from vfx.program import Execution, Program, Weights, copy_graph, run
 
 if TYPE_CHECKING:
-    from vfx.analyse.symmetry import Member, Permutations, Symmetry
+    from vfx.analyse.symmetry import Member, Symmetry
+    from vfx.analyse.transform import Elements
 
 
 _FEW = 16  # positions of a channel, over the batch too
@@ -43,12 +45,13 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
 
 
 @torch.no_grad()
-def preserved(symmetry: Symmetry, weights: Weights, permutations: Permutations, seed: int = 0) -> float:
-    """Relative output error of one given permutation on the given weights, in float64 on random inputs."""
+def preserved(symmetry: Symmetry, weights: Weights, element: Elements, seed: int = 0) -> float:
+    """Relative output error of one given element on the given weights, in float64 on random inputs."""
     generator = torch.Generator().manual_seed(seed)
     program = in_double(symmetry.program.with_weights([weights]))
     inputs = [_random_input(x, generator) for x in program.example_inputs]
-    return function_error(program, program.weights[0], symmetry.permute(program.weights[0], permutations), inputs)
+    moved = apply(symmetry, program.weights[0], element, check=False)
+    return function_error(program, program.weights[0], moved, inputs)
 
 
 def in_double(program: Program) -> Program:

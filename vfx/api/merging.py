@@ -12,11 +12,14 @@ from passes.align import Align
 from passes.balance_attention import BalanceAttention
 from passes.balance_scales import BalanceScales
 from passes.catalogue import choose, normalizing
+from passes.center_stream import CenterStream
 from passes.duplicate_branches import DuplicateBranches
 from passes.duplicate_heads import DuplicateHeads, HeadOutput
+from passes.fold_gain import FoldGain
 from passes.interpolate import Interpolate
 from passes.least_squares import LeastSquares
 from passes.remove_bias import DEFAULT_LAYERS, RemoveBias
+from passes.restore_structure import RestoreStructure
 from passes.transform import Transform
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Join, number_layers
@@ -27,8 +30,8 @@ from vfx.api.tracing import program_of, symmetry
 from vfx.api.widths import one_width
 from vfx.checks import check_finite
 from vfx.diagnosis.skew import skew_notes
-from vfx.errors import ArgumentError, PassError
-from vfx.match.catalogue import matcher, name_of
+from vfx.errors import ArgumentError, PassError, VerificationError
+from vfx.match.catalogue import maps_layers, matcher, name_of
 from vfx.match.growth import grow
 from vfx.match.matcher import Matcher, Matching
 from vfx.normalize.catalogue import Normalization, normalization
@@ -48,6 +51,7 @@ def merge(
     *,
     data: Any = None,
     match: str | Matcher | None = "auto",
+    classes: str = "full",
     restarts: int = 0,
     weights: float | Sequence[float] | None = None,
     normalize: str | Normalization | None = "auto",
@@ -69,17 +73,22 @@ def merge(
 
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
     dicts (labels, where there are any, are read by "ste" and help "auto" to choose).
-    ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are data
-    or statistics. ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best
-    by the method's own objective is kept. "ot" takes models whose numbers of channels differ, too: the result has those
-    of the first.
+    ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are
+    data or statistics. ``classes``: "weight" and "activation" match each group's "full" class (scales, signs,
+    orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation" alone.
+    ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best by the
+    method's own objective is kept. "ot" takes models whose numbers of channels differ, too: the result has those of
+    the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
-    ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options; "auto"
-    keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first layers kept
-    for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before ("preactivation") or after norm
-    and activation. ``prepare``: "balance" brings the scales that the edges leave free, and queries and keys, to a
-    canonical form before they are matched (the function stays); "remove_bias" takes their biases off. ``references``:
-    other networks whose statistics are the normalization's goal (aligned to the first edge with ``match``).
+    ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options;
+    "auto" keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first
+    layers kept for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before
+    ("preactivation") or after norm and activation. ``prepare``: "lift" folds norms' gains and centres the streams
+    that LayerNorms read, which lets orthogonal maps pass, and puts the merged weights back into the user's own
+    class where they fit; "balance" brings the scales that the edges leave free, and queries and keys, to a
+    canonical form before they are matched (the function stays); "remove_bias" takes their biases off.
+    ``references``: other networks whose statistics are the normalization's goal (aligned to the first edge with
+    ``match``).
     ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
     may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
     averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
@@ -98,13 +107,14 @@ def merge(
     with watch("trace"):
         program = program_of(models, example_inputs, heads)
     check_edges_of(program)
+    captured = program
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
     program = prepared(program, prepare, verify, watch)
     asked = normalization(normalize, data is not None)
     if match == "auto":
         match = "weight" if data is None and statistics is None else "activation"
-    finder = matcher(match, restarts)
+    finder = matcher(match, restarts, classes)
     if finder is not None and not finder.exact:
         program, asked = without_batch_norm(program, asked, verify)
     numbering = number_layers(program)
@@ -142,6 +152,8 @@ def merge(
         chosen, scores = choose(asked, program, aligned, merging, alphas, data, options)
     before, after = normalizing(chosen, alphas, data, options, verify)
     result = run_passes(aligned, [*before, *merging, *after], watch)
+    if prepare == "lift":
+        result = restored(result, captured, watch)
     result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, device, progress)))
     if carried is not None:
         align.matching = carried.matching
@@ -182,7 +194,9 @@ def gathered(
         raise ArgumentError(f"{who} needs {missing}; match='weight' and normalize=None do without")
     if given is None and reads:
         asks = {name: name in reads for name in READS}
-        asks["within"] |= finder is not None and not finder.exact
+        asks["within"] |= finder is not None and (
+            not finder.exact or ("layers" in reads and maps_layers(finder, facts))
+        )
         given = collect_statistics(program, facts, data, **asks, **options)
     check_statistics(given, reads, asked)
     return given
@@ -192,13 +206,22 @@ def prepared(program: Program, prepare: str | None, verify: bool, watch: Stopwat
     """The edges as they are matched."""
     known: dict[str | None, list[Pass]] = {
         None: [],
+        "lift": [FoldGain(verify=verify), CenterStream(verify=verify)],
         "balance": [BalanceScales(verify), BalanceAttention(verify)],
         "remove_bias": [RemoveBias(None)],
     }
     if prepare not in known:
-        names = " or ".join(repr(name) for name in known if name)
+        names = ", ".join(repr(name) for name in known if name)
         raise ArgumentError(f"prepare={prepare!r} is unknown; it is {names}, or None")
     return run_passes(program, known[prepare], watch)
+
+
+def restored(result: Program, captured: Program, watch: Stopwatch) -> Program:
+    """A lifted network back in the structure that it was captured with, where its weights fit there."""
+    try:
+        return run_passes(result, [RestoreStructure(captured)], watch)
+    except (PassError, VerificationError) as error:
+        return replace(result, notes=(*result.notes, f"the merged network keeps its rewritten structure: {error}"))
 
 
 def least_squares(

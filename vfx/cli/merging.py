@@ -50,7 +50,10 @@ def merge(
     bias_direction: Annotated[str | None, typer.Option(help="backward or forward; default: chosen.")] = None,
     memory_limit: Memory = None,
     match_layers: Annotated[int | None, typer.Option(help="Align only what the first layers produce.")] = None,
-    prepare: Annotated[str, typer.Option(help="Before matching: none, balance (scales), or remove_bias.")] = "none",
+    classes: Annotated[
+        str, typer.Option(help="What weight and activation matching find: full or permutation.")
+    ] = "full",
+    prepare: Annotated[str, typer.Option(help="Before matching: none, lift, balance, or remove_bias.")] = "none",
     references: Annotated[
         list[Path] | None, typer.Option("--reference", help="Networks whose statistics are the goal, repeatable.")
     ] = None,
@@ -74,6 +77,7 @@ def merge(
         match=match_of(match, match_layers, data),
         restarts=restarts,
         normalize=normalization_of(normalize, layers, memory_limit, **asked),
+        classes=classes,
         prepare=optional(prepare),
         references=load_all(references or [], model, arguments),
         preserve=cut_of(preserve),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfx.analyse.verify import preserved as function_change
+from vfx.analyse.verify import preserved
 from vfx.api import Result, symmetry, trace
 from vfx.diagnosis.compare import compare
 from vfx.diagnosis.diagnosis import Diagnosis, Logits
@@ -16,7 +16,7 @@ from vfx.diagnosis.rows import LayerRow, overall
 from vfx.diagnosis.verdict import judge
 from vfx.errors import ArchitectureError, ArgumentError, VerificationError
 from vfx.match.catalogue import matcher
-from vfx.match.matcher import Matcher, Problem
+from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.rewrite import PRESERVED
@@ -123,7 +123,7 @@ def _align(
         # linear maps act on folded networks, whose groups may have other numbers
         if len(found.permutations) != edges.edges or (any(found.maps) and _batch_norm(edges)):
             return edges, False
-        return _permuted(edges, found.permutations, seed), True
+        return _aligned(edges, found, seed), True
     finder = matcher(match)
     if finder is None or edges.edges < 2:
         return edges, True
@@ -133,16 +133,17 @@ def _align(
         options: dict[str, Any] = {"max_samples": limit, "device": device, "progress": progress}
         statistics = collect(edges, facts, data, layers=False, within="within" in finder.needs, **options)
     matching = finder(Problem(edges, facts, statistics, (), data, seed, progress))
-    return _permuted(edges, matching.permutations, seed), True
+    return _aligned(edges, matching, seed), True
 
 
-def _permuted(edges: Program, permutations: Sequence[Any], seed: int) -> Program:
+def _aligned(edges: Program, matching: Matching, seed: int) -> Program:
     facts = symmetry(edges)
-    for edge, permutation in enumerate(permutations):
-        error = function_change(facts, edges.weights[edge], permutation, seed) if permutation else 0.0
+    for edge, weights in enumerate(edges.weights):
+        element = matching.element(edge)
+        error = preserved(facts, weights, element, seed) if element else 0.0
         if not error <= PRESERVED:
-            raise VerificationError(f"the permutation of reference {edge} changes its function ({error:.1e})")
-    return edges.with_weights([facts.permute(w, p) for w, p in zip(edges.weights, permutations)])
+            raise VerificationError(f"what reference {edge} was aligned by changes its function ({error:.1e})")
+    return edges.with_weights([matching.aligned(facts, own, edge) for edge, own in enumerate(edges.weights)])
 
 
 def _notes(merged: Any, match: Any, aligned: bool) -> tuple[str, ...]:

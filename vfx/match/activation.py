@@ -1,137 +1,47 @@
-"""Activation matching (Li et al. 2015; Git Re-Basin §3.1; *Vanishing Feature* App. F.2).
+"""Activation matching: one assignment for each group on the correlations of its features, over its full class.
 
-For each group the Pearson correlation between the features of two edges is summed over the group's taps and maximised
-by one linear assignment; a group with others inside its blocks is matched with them (``vfx.match.units``). Where two
-other groups share features, the first is matched on the best order of the second for each pair of its channels; then
-they are optimised in turn until the sum stops growing.
+``classes="permutation"`` restricts it to permutations (``vfx.match.ascent``). With the full classes signs, orthogonal
+and invertible maps and scales are matched too (``vfx.match.class_ascent``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 
-import numpy as np
-
-from vfx.analyse.elements import moved
-from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
+from vfx.analyse.transform import Element, check_classes
 from vfx.errors import ArgumentError
-from vfx.match.grids import grid
-from vfx.match.matcher import Gain, Matching, Problem, assign, best_over_blocks
-from vfx.match.units import Unit, assign_unit, units
-from vfx.statistics.collect import Statistics
-from vfx.statistics.taps import Tap
-
-MAX_SWEEPS = 100
+from vfx.match.ascent import Ascent
+from vfx.match.class_ascent import Classed
+from vfx.match.class_descent import beyond_permutations, split
+from vfx.match.matcher import Matching, Problem
 
 
 class ActivationMatching:
-    """One assignment per group on the correlations of ``statistics``."""
+    """One assignment per group on the correlations of ``statistics``; ``classes``: "full" or "permutation"."""
 
     needs = frozenset({"features"})
     exact = True
+
+    def __init__(self, classes: str = "full"):
+        self.classes = check_classes(classes)
 
     def __call__(self, problem: Problem) -> Matching:
         symmetry, statistics = problem.symmetry, problem.statistics
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
-        start = time.perf_counter()
-        results = [Ascent(symmetry, statistics, edge).run() for edge in range(1, problem.program.edges)]
+        start, edges = time.perf_counter(), range(1, problem.program.edges)
+        full = self.classes == "full" and beyond_permutations(symmetry)
+        if full:
+            classed = Classed(symmetry, statistics, problem.program.weights)
+            results = [classed.match(edge) for edge in edges]
+        else:
+            permuted = [Ascent(symmetry, statistics, edge).run() for edge in edges]
+            results = [({i: Element(own) for i, own in found.items()}, value, n) for found, value, n in permuted]
+        found = [split(symmetry, element) for element, _, _ in results]
         return Matching(
-            permutations=(symmetry.identity(), *(permutations for permutations, _, _ in results)),
+            permutations=(symmetry.identity(), *(permutations for permutations, _ in found)),
+            elements=({}, *(behind for _, behind in found)) if full else (),
             objective=tuple(objective for _, objective, _ in results),
             sweeps=tuple(sweeps for _, _, sweeps in results),
             seconds=time.perf_counter() - start,
         )
-
-
-class Ascent:
-    """Matches one edge to the first, unit after unit.
-
-    ``only`` restricts it to units that hold one of these groups; the others stay as they are.
-    """
-
-    def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int, only: Collection[int] | None = None):
-        self.symmetry = symmetry
-        self.found = symmetry.identity()
-        self.gains: list[tuple[Tap, Gain]] = []
-        self.taps_of: dict[int, list[tuple[Tap, Gain]]] = {}
-        for tap in statistics.taps:
-            gain = statistics.features[tap.key].correlation(0, edge).cpu().numpy()
-            self.gains.append((tap, gain))
-            for group in tap.groups:
-                self.taps_of.setdefault(group, []).append((tap, gain))
-        tapped = [unit for unit in units(symmetry) if unit.groups & set(self.taps_of)]
-        self.units = [unit for unit in tapped if only is None or unit.groups & set(only)]
-        owner = {group: k for k, unit in enumerate(self.units) for group in unit.groups}
-        self.coupled = any(len({owner[g] for g in tap.groups if g in owner}) > 1 for tap in statistics.taps)
-
-    def run(self) -> tuple[dict[int, Index], float, int]:
-        """Permutations, the sum of correlations reached, and the number of sweeps."""
-        unmatched = {group for unit in self.units for group in unit.groups}
-        total, sweeps = -np.inf, 0
-        while sweeps < (MAX_SWEEPS if self.coupled else 1):
-            sweeps += 1
-            value = 0.0
-            for unit in self.units:
-                unmatched -= unit.groups
-                best, own = self._blocks(unit) if unit.inner else self._single(unit.outer, unmatched)
-                self.found |= best
-                value += own
-            if value <= total * (1 + 1e-12):
-                break
-            total = value
-        return self.found, float(total), sweeps
-
-    def value(self, element: Permutations) -> float:
-        """Sum of correlations over all taps, each once, under a given group element."""
-        self.found = dict(element)
-        images = ((gain, self._image(tap, keep=())) for tap, gain in self.gains)
-        return float(sum(gain[np.arange(len(image)), image].sum() for gain, image in images))
-
-    def _single(self, group: Group, unmatched: Collection[int]) -> tuple[dict[int, Index], float]:
-        gains = [self._marginal(tap, gain, group, unmatched) for tap, gain in self.taps_of[group.index]]
-        permutation, value = assign(np.sum(gains, axis=0))
-        return {group.index: permutation}, value
-
-    def _blocks(self, unit: Unit) -> tuple[dict[int, Index], float]:
-        """What taps of the outer group alone give counts whatever the inner order."""
-        outer = np.zeros((unit.outer.size,) * 2)
-        for tap, gain in self.taps_of.get(unit.outer.index, ()):
-            if not unit.groups & set(tap.groups) - {unit.outer.index}:
-                outer += self._by_channel(tap, gain, [unit.outer])
-        return assign_unit(unit, outer, lambda group, orders: self._inner(unit, group), unit.inner)
-
-    def _inner(self, unit: Unit, group: Group) -> Gain:
-        total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
-        for tap, gain in self.taps_of.get(group.index, ()):
-            if unit.outer.index in tap.groups:
-                total += self._by_channel(tap, gain, [unit.outer, group])
-        return total
-
-    def _by_channel(self, tap: Tap, gain: Gain, chosen: list[Group]) -> Gain:
-        """Gain (n…, n…) between channels of the chosen groups: (n, n), or (n, n, size, size) for two."""
-        sizes = [group.size for group in chosen]
-        indices = [group.index for group in chosen]
-        one = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], indices, sizes)
-        other = grid(tap.groups, tap.digits, self._image(tap, keep=indices)[:, None], indices, sizes)
-        if len(chosen) == 1:
-            return gain[one[:, None], other[None]].sum(-1)
-        return gain[one[:, None, :, None], other[None, :, None, :]].sum(-1)
-
-    def _image(self, tap: Tap, keep: Collection[int]) -> Index:
-        """The old feature that each new one comes from, the groups in ``keep`` left as they are."""
-        element = {g: p for g, p in self.found.items() if g not in keep}
-        old = moved(self.symmetry.groups, tap.groups, tap.digits, element)
-        row = {tuple(digits): index for index, digits in enumerate(tap.digits.tolist())}
-        return np.array([row[tuple(digits)] for digits in old.tolist()])
-
-    def _marginal(self, tap: Tap, gain: Gain, group: Group, unmatched: Collection[int]) -> Gain:
-        """Gain (size, size) of one group's channels: the tap's other groups stay as they are, or count in their best
-        order if they have none yet."""
-        if len(tap.groups) == 1:
-            return gain
-        if not set(tap.groups) & set(unmatched):
-            return self._by_channel(tap, gain, [group])
-        features = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], [group.index], [group.size])
-        return best_over_blocks(gain[features[:, None, :, None], features[None, :, None, :]])

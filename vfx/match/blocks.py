@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
-from vfx.match.grids import grid
 from vfx.match.matcher import Gain
 from vfx.match.units import PairOrders, Unit
 from vfx.program import Weights
@@ -118,6 +118,13 @@ class BlockGains:
                 moved = np.moveaxis(other[j], axis - 1, 0)
                 for k, g in enumerate(rest, start=1):
                     if g in orders:
-                        moved = np.take(moved, orders[g][i, j], axis=k)
+                        moved = _reordered(moved, orders[g][i, j], k)
                 total[i, j] += first[i].reshape(group.size, -1) @ moved.reshape(group.size, -1).T
         return total
+
+
+def _reordered(array: Gain, order: Gain | Index, axis: int) -> Gain:
+    """An axis in a new order (size,), or through a map (size, size)."""
+    if order.ndim == 1:
+        return np.take(array, order.astype(np.int64), axis=axis)
+    return np.moveaxis(np.tensordot(order, array, (1, axis)), 0, axis)

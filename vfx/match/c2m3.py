@@ -30,10 +30,10 @@ from torch import Tensor
 
 from vfx.analyse.symmetry import Permutations, Symmetry
 from vfx.errors import ArgumentError
+from vfx.match.descent import CHUNK, Descent, inner_product
 from vfx.match.matcher import Gain, Matching, Problem
 from vfx.match.relaxation import Piece, Point, barycentre, best_vertex, blend, pieces, vertex
 from vfx.match.universe import cycle_error, pair_objective, scored_names, to_first
-from vfx.match.weight import CHUNK, Descent, inner_product
 from vfx.program import Weights
 from vfx.progress import track
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.transform import check_classes
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3
 from vfx.match.cca import CCAMerging
+from vfx.match.class_descent import mixing
 from vfx.match.iterated import IteratedMatching
 from vfx.match.matcher import Matcher
 from vfx.match.partial import PartialMatching
@@ -16,7 +20,7 @@ from vfx.match.transport import OptimalTransport
 from vfx.match.weight import WeightMatching
 from vfx.match.zipit import ZipIt
 
-MATCHERS: dict[str, Callable[[], Matcher]] = {
+MATCHERS: dict[str, Callable[..., Matcher]] = {
     "weight": WeightMatching,
     "activation": ActivationMatching,
     "c2m3": C2M3,
@@ -28,22 +32,33 @@ MATCHERS: dict[str, Callable[[], Matcher]] = {
     "pleas": PartialMatching,
 }
 
-RESTARTED: dict[str, Callable[..., Matcher]] = {"weight": WeightMatching, "c2m3": C2M3, "ste": StraightThrough}
+RESTARTED = {"weight", "c2m3", "ste"}  # the best of several runs from random permutations
+CLASSED = {"weight", "activation"}  # match each group's full class of maps, or permutations alone
 
 
-def matcher(match: str | Matcher | None, restarts: int = 0) -> Matcher | None:
+def matcher(match: str | Matcher | None, restarts: int = 0, classes: str = "full") -> Matcher | None:
     """A matcher by name; a Matcher or None is returned as it is.
 
     ``restarts`` further runs from random permutations, the best by the method's own objective, where it has such runs.
+    ``classes`` is "full" or "permutation"; all other exact methods find permutations.
     """
+    check_classes(classes)
     if restarts and (not isinstance(match, str) or (match in MATCHERS and match not in RESTARTED)):
         name = match if isinstance(match, str) else type(match).__name__
-        raise ArgumentError(f"restarts={restarts}: {name} takes none here; {', '.join(RESTARTED)} do (by name)")
+        raise ArgumentError(f"restarts={restarts}: {name} takes none here; {', '.join(sorted(RESTARTED))} do (by name)")
     if not isinstance(match, str):
         return match
     if match not in MATCHERS:
         raise ArgumentError(f"match={match!r} is unknown; choose one of {', '.join(MATCHERS)}, None or a Matcher")
-    return RESTARTED[match](restarts=restarts) if restarts else MATCHERS[match]()
+    options: dict[str, Any] = {"restarts": restarts} if restarts else {}
+    if match in CLASSED:
+        options["classes"] = classes
+    return MATCHERS[match](**options)
+
+
+def maps_layers(finder: Matcher, symmetry: Symmetry) -> bool:
+    """Whether a matcher may mix the channels of layers' outputs, so that their variances take covariances."""
+    return getattr(finder, "classes", None) == "full" and mixing(symmetry)
 
 
 def name_of(finder: Matcher) -> str:

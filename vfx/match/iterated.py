@@ -26,7 +26,8 @@ from torch import Tensor
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Permutations
 from vfx.errors import ArgumentError
-from vfx.match.activation import ActivationMatching, Ascent
+from vfx.match.activation import ActivationMatching
+from vfx.match.ascent import Ascent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, to_first
 from vfx.normalization import affines, reset_readers
@@ -63,7 +64,7 @@ class IteratedMatching:
         if problem.data is None:
             raise ArgumentError("iterated matching runs the networks: give data= (statistics do not do)")
         begin = time.perf_counter()
-        elements: Sequence[Permutations] = ActivationMatching()(problem).permutations
+        elements: Sequence[Permutations] = ActivationMatching(classes="permutation")(problem).permutations
         best, kept, values = 0.0, elements, []
         for _ in range(self.iterations + 1):
             ascents = self._against_merged(problem, elements)

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError
-from vfx.match.activation import Ascent
-from vfx.match.grids import grid
+from vfx.match.ascent import Ascent
 from vfx.match.maps import Map, mappable
 from vfx.match.matcher import Matching, Problem, assign
 from vfx.progress import track

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.elements import Index
+from vfx.analyse.grids import grid
 from vfx.analyse.store import Rows
-from vfx.match.grids import grid
 
 if TYPE_CHECKING:
     from vfx.analyse.symmetry import Group, Member, Symmetry

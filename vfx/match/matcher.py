@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.analyse.transform import Element, Elements, apply
 from vfx.match.maps import Maps
-from vfx.program import Program
+from vfx.program import Program, Weights
 from vfx.statistics.collect import Statistics
 
 Gain = NDArray[np.floating]
@@ -45,11 +46,13 @@ class Problem:
 class Matching:
     """One permutation per group for each edge (the first edge's is the identity), and the objective reached.
 
-    ``maps`` holds what is left to do behind the permutations where the method finds more than a permutation: for each
-    edge a linear map by group, close to the identity. ``objective`` is one figure for each edge but the first, or one
-    for all where they are matched together; ``attempts`` holds the same for each start (``restarts``) or iteration, of
-    which the best was kept. ``apart`` names, by group, aligned channels that are not to be merged; where ``ridge`` is
-    given, the merged layers are solved by least squares with it (PLeaS). ``notes`` says what was not done, and why.
+    ``elements`` holds what stands behind the permutations where the groups' full classes were matched: for each
+    edge scales, signs and matrices by group, which keep its function. ``maps`` holds what is left to do behind them
+    where a method finds linear maps that do not: for each edge one by group, close to the identity. ``objective``
+    is one figure for each edge but the first, or one for all where they are matched together; ``attempts`` holds
+    the same for each start (``restarts``) or iteration, of which the best was kept. ``apart`` names, by group,
+    aligned channels that are not to be merged; where ``ridge`` is given, the merged layers are solved by least
+    squares with it (PLeaS). ``notes`` says what was not done, and why.
     """
 
     permutations: tuple[Permutations, ...]
@@ -62,6 +65,19 @@ class Matching:
     details: Mapping[str, float] = field(default_factory=dict)
     attempts: tuple[tuple[float, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    elements: tuple[Elements, ...] = ()
+
+    def element(self, edge: int) -> Elements:
+        """What an edge goes through: its permutations, and what stands behind them."""
+        behind = self.elements[edge] if self.elements else {}
+        return {
+            index: replace(behind.get(index, Element()), permutation=own)
+            for index, own in self.permutations[edge].items()
+        }
+
+    def aligned(self, symmetry: Symmetry, weights: Weights, edge: int) -> dict[str, Tensor]:
+        """An edge's weights in the first edge's channels."""
+        return apply(symmetry, weights, self.element(edge), check=False)
 
 
 class Matcher(Protocol):

@@ -49,7 +49,11 @@ class PartialMatching:
 
     @torch.no_grad()
     def __call__(self, problem: Problem) -> Matching:
-        found = (ActivationMatching() if self.by == "activation" else WeightMatching())(problem)
+        found = (
+            ActivationMatching(classes="permutation")
+            if self.by == "activation"
+            else WeightMatching(classes="permutation")
+        )(problem)
         if isinstance(self.budget, Mapping):
             unknown = set(self.budget) - {group.name for group in problem.symmetry.groups}
             if unknown:

@@ -28,9 +28,9 @@ from torch import Tensor, fx
 
 from vfx.analyse.symmetry import Permutations, Symmetry
 from vfx.errors import ArgumentError, DataError
+from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, scored_names
-from vfx.match.weight import Descent
 from vfx.operators import arguments, operator
 from vfx.outputs import named_tensors
 from vfx.program import Program, Weights, copy_graph, run

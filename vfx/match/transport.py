@@ -24,11 +24,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index
 from vfx.errors import ArgumentError
 from vfx.match import coupling
 from vfx.match.carry import Carried, Carrier, Pairing
-from vfx.match.grids import grid
 from vfx.match.maps import Map, Maps, mappable, places
 from vfx.match.matcher import Gain, Matching, Problem
 from vfx.match.units import Unit, units

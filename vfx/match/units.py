@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.match.matcher import Gain, assign
 
-PairOrders = dict[int, Index]  # inner group -> its best order for each pair of blocks, (outer, outer, size)
+# inner group -> for each pair of blocks its best order (outer, outer, size), or map (outer, outer, size, size)
+PairOrders = dict[int, Any]
+Solve = Callable[[Group, Gain], tuple[Any, Gain]]  # the best order or map of each pair of blocks, and what it gives
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,22 @@ def units(symmetry: Symmetry) -> list[Unit]:
     return sorted(found, key=lambda unit: min(unit.groups))
 
 
+def assign_pairs(group: Group, gains: Gain) -> tuple[Index, Gain]:
+    """The best inner order of each pair of blocks (n, n, size), and what it gives (n, n)."""
+    count, size = len(gains), gains.shape[2]
+    orders, values = np.empty((count, count, size), np.int64), np.empty((count, count))
+    for i, j in np.ndindex(count, count):
+        orders[i, j], values[i, j] = assign(gains[i, j])
+    return orders, values
+
+
 def assign_unit(
-    unit: Unit, outer: Gain, gain: Callable[[Group, PairOrders], Gain], order: Sequence[Group]
-) -> tuple[dict[int, Index], float]:
+    unit: Unit,
+    outer: Gain,
+    gain: Callable[[Group, PairOrders], Gain],
+    order: Sequence[Group],
+    solve: Solve = assign_pairs,
+) -> tuple[dict[int, Any], float]:
     """The best element of a unit, and its value.
 
     ``outer`` (n, n) is what pairs of blocks give whatever their inner order; ``gain`` gives (n, n, size, size) for an
@@ -50,17 +66,8 @@ def assign_unit(
     orders: PairOrders = {}
     total = outer.copy()
     for group in order:
-        orders[group.index], values = _assign_pairs(gain(group, orders))
+        orders[group.index], values = solve(group, gain(group, orders))
         total += values
     blocks, value = assign(total)
     rows = np.arange(len(blocks))
     return {unit.outer.index: blocks} | {g: pairs[rows, blocks] for g, pairs in orders.items()}, value
-
-
-def _assign_pairs(gains: Gain) -> tuple[Index, Gain]:
-    """The best inner order of each pair of blocks (n, n, size), and what it gives (n, n)."""
-    count, size = len(gains), gains.shape[2]
-    orders, values = np.empty((count, count, size), np.int64), np.empty((count, count))
-    for i, j in np.ndindex(count, count):
-        orders[i, j], values[i, j] = assign(gains[i, j])
-    return orders, values

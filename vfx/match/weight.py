@@ -1,206 +1,78 @@
-"""Weight matching (Git Re-Basin, Ainsworth et al. 2022, algorithm 1).
+"""Weight matching: Git Re-Basin's coordinate descent (Ainsworth et al. 2022, §3.2), over each group's full class.
 
-For group P the gain is A = Σ over its members of ⟨W_0, W_1⟩ contracted over every other axis, W_1 already permuted by
-the other groups; tr(PᵀA) is maximised by a linear assignment, group after group, until a sweep gains nothing. A group
-with others inside its blocks (heads × dim) is matched with them (``vfx.match.units``). The first sweep goes in
-topological order and counts only members whose other axes are settled already: from a random order alone the search
-gets stuck on residual networks. Where two unsettled groups share an axis, the first is settled on the best order of the
-second for each pair of its channels. Later sweeps are in random order and skip what nothing changed. A group on both
-axes of one weight makes the objective quadratic: a step that would lower it is not taken. Running statistics never
-enter the gain.
+``classes="permutation"`` restricts it to permutations (``vfx.match.descent``). With the full classes both networks are
+balanced first, and scales, signs, orthogonal and invertible maps are matched too (``vfx.match.class_descent``).
 """
 
 from __future__ import annotations
 
 import time
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from vfx.analyse.symmetry import Group, Index, Member, Permutations, Symmetry
-from vfx.match.blocks import BlockGains
-from vfx.match.matcher import Gain, Matching, Problem, assign, best_over_blocks
-from vfx.match.units import Unit, assign_unit, units
+from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.transform import Element, Elements, check_classes
+from vfx.match.class_descent import Balanced, ClassDescent, between, beyond_permutations, split
+from vfx.match.descent import Descent
+from vfx.match.matcher import Matching, Problem
 from vfx.program import Weights
 
-MAX_SWEEPS = 100
-TOLERANCE = 1e-12
+Run = tuple[Elements, float, int]  # what an edge goes through, the objective and the number of sweeps
 
 
 class WeightMatching:
-    """Coordinate descent over groups; ``restarts`` further descents begin from random permutations."""
+    """Coordinate descent over groups; ``restarts`` further descents begin from random permutations.
+
+    ``classes``: "full" or "permutation".
+    """
 
     needs: frozenset[str] = frozenset()
     exact = True
 
-    def __init__(self, restarts: int = 0):
-        self.restarts = restarts
+    def __init__(self, restarts: int = 0, classes: str = "full"):
+        self.restarts, self.classes = restarts, check_classes(classes)
 
     @torch.no_grad()
     def __call__(self, problem: Problem) -> Matching:
         begin = time.perf_counter()
-        program, symmetry = problem.program, problem.symmetry
-        generator = np.random.default_rng(problem.seed)
+        symmetry, generator = problem.symmetry, np.random.default_rng(problem.seed)
+        full = self.classes == "full" and beyond_permutations(symmetry)
+        match = (_in_classes if full else _permuted)(symmetry, problem.program.weights[0])
         best, attempts = [], []
-        for weights in program.weights[1:]:
+        for weights in problem.program.weights[1:]:
             starts = (None if attempt == 0 else symmetry.random(generator) for attempt in range(1 + self.restarts))
-            descents = [Descent(symmetry, program.weights[0], weights).run(generator, start=first) for first in starts]
-            attempts.append(tuple(objective for _, objective, _ in descents))
-            best.append(max(descents, key=lambda result: result[1]))
+            runs = match(weights, starts, generator)
+            attempts.append(tuple(objective for _, objective, _ in runs))
+            best.append(max(runs, key=lambda run: run[1]))
+        found = [split(symmetry, element) for element, _, _ in best]
         return Matching(
-            permutations=(symmetry.identity(), *(result[0] for result in best)),
-            objective=tuple(result[1] for result in best),
-            sweeps=tuple(result[2] for result in best),
+            permutations=(symmetry.identity(), *(permutations for permutations, _ in found)),
+            elements=({}, *(behind for _, behind in found)) if full else (),
+            objective=tuple(objective for _, objective, _ in best),
+            sweeps=tuple(sweeps for _, _, sweeps in best),
             seconds=time.perf_counter() - begin,
             attempts=tuple(zip(*attempts)),
         )
 
 
-class Descent:
-    """One coordinate descent that brings ``other`` to ``target``."""
+def _permuted(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
+    def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
+        runs = (Descent(symmetry, first, other).run(generator, start) for start in starts)
+        return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]
 
-    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
-        self.symmetry, self.units = symmetry, units(symmetry)
-        moved = {m.fqn for g in symmetry.groups for m in g.members} - symmetry.program.buffers
-        scored = {name for name in moved if target[name].shape == other[name].shape}  # not heads for other classes
-        self.target = {name: target[name].float() for name in scored}
-        self.original = {name: other[name].float() for name in scored}
-        self.groups_of: dict[str, set[int]] = {}
-        self.stale: set[int] = set()
-        self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
-        for group in symmetry.groups:
-            for member in group.members:
-                self.groups_of.setdefault(member.fqn, set()).add(group.index)
-                where = (group.index, set(member.position.reshape(-1).tolist()))
-                self.on_axis.setdefault((member.fqn, member.dim), []).append(where)
-
-    def run(
-        self, generator: np.random.Generator, start: Permutations | None = None
-    ) -> tuple[dict[int, Index], float, int]:
-        """Permutations, objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps.
-
-        From ``start`` on every step raises the objective; without one the first sweep goes in topological order.
-        """
-        warm = start is None
-        self.permutations = self.symmetry.identity() if start is None else dict(start)
-        moved = self.symmetry.permute(self.original, {} if start is None else start)
-        self.current = {name: tensor.clone() for name, tensor in moved.items()}
-        self.stale = set(self.permutations)
-        settled: set[int] | None = set() if warm else None
-        objective, sweep = self._objective(), 0
-        for sweep in range(1, MAX_SWEEPS + 1):
-            order = range(len(self.units)) if warm and sweep == 1 else generator.permutation(len(self.units))
-            for index in order:
-                self._improve(self.units[index], settled, sweep)
-            settled = None
-            before, objective = objective, self._objective()
-            if sweep > 1 and objective - before <= TOLERANCE * abs(objective):
-                break
-        return self.permutations, objective, sweep
-
-    def _improve(self, unit: Unit, settled: set[int] | None, sweep: int) -> None:
-        """The best permutation of one unit, all others held; nothing to do if none of its weights changed since."""
-        names = {m.fqn for g in (unit.outer, *unit.inner) for m in g.members if m.fqn in self.target}
-        if not names or not unit.groups & self.stale:
-            return
-        relative = self._best_in_blocks(unit, names, settled, sweep) if unit.inner else self._best(unit.outer, settled)
-        if settled is None:
-            self.stale -= unit.groups
-        if all((p == np.arange(p.shape[-1])).all() for p in relative.values()):
-            return
-        step = self.symmetry.permute({name: self.current[name] for name in names}, relative)
-        quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
-        exact = not quadratic and not unit.inner
-        if settled is None and not exact and self._value(names, step) <= self._value(names, self.current):
-            return
-        self.permutations = self.symmetry.compose(self.permutations, relative)
-        for name, tensor in step.items():  # in place: long-lived tensors between short-lived ones fragment the heap
-            self.current[name].copy_(tensor)
-        neighbours = set().union(*(self.groups_of[name] for name in names))
-        self.stale |= neighbours - unit.groups if exact else neighbours
-
-    def _quadratic(self, group: Group) -> bool:
-        """Whether a group stands on two axes of one weight."""
-        axes = {(m.fqn, m.dim) for m in group.members if m.fqn in self.target}
-        return len(axes) > len({fqn for fqn, _ in axes})
-
-    # a group of its own ---------------------------------------------------------------------------------------------
-
-    def _best(self, group: Group, settled: set[int] | None) -> dict[int, Index]:
-        members = [m for m in group.members if m.fqn in self.target]
-        gain = self._first_gain(group, members, settled) if settled is not None else self._gain(members, group.size)
-        return {group.index: assign(gain)[0]}
-
-    def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Gain:
-        """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""
-        known = [m for m in members if self.groups_of[m.fqn] - {group.index} <= settled]
-        shared = [m for m in members if self.groups_of[m.fqn] - {group.index} - settled == self._sharing(group, m)]
-        settled.add(group.index)
-        if known or not shared:
-            return self._gain(known or members, group.size)
-        copies = shared[0].position.shape[1]
-        blocks = [self._blocks([m for m in shared if m.position.shape[1] == copies], w, group.size)
-                  for w in (self.target, self.current)]  # fmt: skip
-        return best_over_blocks(np.einsum("iax,jbx->ijab", *blocks, optimize=True))
-
-    def _sharing(self, group: Group, member: Member) -> set[int]:
-        """Other groups that move the same positions of a member's axis."""
-        own = set(member.position.reshape(-1).tolist())
-        return {g for g, where in self.on_axis[member.fqn, member.dim] if g != group.index and where & own}
-
-    def _blocks(self, members: list[Member], weights: Weights, size: int) -> Gain:
-        """(size, copies, everything else) of the members side by side."""
-        parts = [_rows(m, weights[m.fqn]).reshape(size, m.position.shape[1], -1) for m in members]
-        return torch.cat(parts, 2).cpu().numpy()
-
-    def _gain(self, members: list[Member], size: int) -> Gain:
-        """⟨W_0, W_1⟩ between any two channels (size, size), contracted over all else."""
-        total = np.zeros((size, size))
-        for member in members:
-            rows = [_rows(member, weights[member.fqn]).reshape(size, -1) for weights in (self.target, self.current)]
-            total += (rows[0] @ rows[1].T).cpu().numpy()
-        return total
-
-    # a group with others inside its blocks --------------------------------------------------------------------------
-
-    @cached_property
-    def _block_gains(self) -> BlockGains:
-        return BlockGains(self.symmetry)
-
-    def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Index]:
-        """Inner groups take turns in going first: two that share a weight see each other's order."""
-        if settled is not None:
-            names = {n for n in names if self.groups_of[n] - unit.groups <= settled} or names
-            settled |= unit.groups
-        parts = [part for name in sorted(names) for part in self._block_gains.parts(unit, name)]
-        order = unit.inner if sweep % 2 else unit.inner[::-1]
-        arrays = [(part, part.array(self.target), part.array(self.current)) for part in parts]
-        outer = self._block_gains.outer(unit, arrays)
-        return assign_unit(unit, outer, lambda g, orders: self._block_gains.inner(unit, g, orders, arrays), order)[0]
-
-    # values ---------------------------------------------------------------------------------------------------------
-
-    def _value(self, names: set[str], weights: Weights) -> float:
-        return sum(inner_product(self.target[name], weights[name]) for name in names)
-
-    def _objective(self) -> float:
-        return self._value(set(self.target), self.current)
+    return match
 
 
-def _rows(member: Member, tensor: Tensor) -> Tensor:
-    """A weight's slices at the member's positions, channel after channel."""
-    front, where = tensor.movedim(member.dim, 0), member.position.reshape(-1)
-    if len(where) == len(front) and (where == np.arange(len(front))).all():
-        return front
-    return front[torch.from_numpy(where).to(tensor.device)]
+def _in_classes(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
+    target = Balanced.of(symmetry, first)
 
+    def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
+        balanced = Balanced.of(symmetry, other)
+        descent = ClassDescent(symmetry, target.weights, balanced.weights)
+        runs = [descent.run(generator, start and descent.permuted(start)) for start in starts]
+        return [(between(symmetry, target, balanced, found), value, sweeps) for found, value, sweeps in runs]
 
-CHUNK = 1 << 18  # elements that are widened at a time
-
-
-def inner_product(x: Tensor, y: Tensor) -> float:
-    """Σ x y in float64, without float64 copies of large tensors."""
-    pairs = zip(x.reshape(-1).split(CHUNK), y.reshape(-1).split(CHUNK))
-    return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)
+    return match

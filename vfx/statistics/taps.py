@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
+from vfx.analyse.rows import unique_rows
 from vfx.analyse.symmetry import Index, Symmetry
 from vfx.operators import DROPOUTS, LAYERS, operator
 from vfx.program import Value
@@ -28,13 +29,18 @@ _PRODUCTS = {"aten.addmm", "aten.mm", "aten.matmul", "aten.baddbmm", "aten.bmm"}
 _PASSED = DROPOUTS | {f"aten.{name}" for name in _PASSED_NAMES.split()}
 
 
+Standing = tuple[int, bool]  # a side, and whether the dual map is carried
+
+
 @dataclass(frozen=True, eq=False)
 class Tap:
     """One axis of one value and the channels that stand on it.
 
     ``groups`` are the groups that move them (several for a product such as groups × channels), ``digits`` (n, groups)
     the channel of each group at each feature, ``position`` (n, copies) where the feature stands along the axis,
-    ``whole`` whether the features are the axis itself, in order.
+    ``whole`` whether the features are the axis itself, in order. ``sides`` says for each group on which side of it all
+    copies stand, and whether they carry the dual map (None where that is not known): queries and keys that stand side
+    by side are two taps, ``part`` 0 and 1.
     """
 
     node: str
@@ -43,6 +49,8 @@ class Tap:
     digits: Index
     position: Index
     whole: bool
+    sides: tuple[Standing | None, ...] = ()
+    part: int = 0
 
     @property
     def size(self) -> int:
@@ -50,7 +58,7 @@ class Tap:
 
     @property
     def key(self) -> str:
-        return f"{self.node}:{self.dim}:{','.join(map(str, self.groups))}"
+        return f"{self.node}:{self.dim}:{','.join(map(str, self.groups))}:{self.part}"
 
 
 def feature_taps(symmetry: Symmetry) -> list[Tap]:
@@ -105,12 +113,43 @@ def _sources(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def axis_taps(symmetry: Symmetry, node: fx.Node, dim: int) -> list[Tap]:
-    """The features along one axis, a tap for each set of groups that moves them."""
+    """The features along one axis, a tap for each set of groups that moves them and each map that they go through."""
     labels = symmetry.labels(node, dim)
     if labels is None:
         return []
     found = []
     for groups, digits, position in symmetry.features(labels):
-        whole = position.shape == (len(labels), 1) and bool((position[:, 0] == np.arange(len(labels))).all())
-        found.append(Tap(node.name, dim, groups, digits, position, whole))
+        for part, (own, sides) in enumerate(_by_side(symmetry, node, dim, groups, position)):
+            whole = own.shape == (len(labels), 1) and bool((own[:, 0] == np.arange(len(labels))).all())
+            found.append(Tap(node.name, dim, groups, digits, own, whole, sides, part))
     return found
+
+
+def _by_side(
+    symmetry: Symmetry, node: fx.Node, dim: int, groups: tuple[int, ...], position: Index
+) -> Iterator[tuple[Index, tuple[Standing | None, ...]]]:
+    """The copies of features by the sides that they stand on."""
+    keys = np.stack([_standing(symmetry, node, dim, index, position) for index in groups], axis=-1)  # (n, copies, k)
+    rows, numbers = unique_rows(keys.reshape(-1, len(groups)))
+    unsorted = numbers.reshape(position.shape)
+    numbers = np.sort(unsorted, axis=1)
+    if (numbers != numbers[0]).any():  # copies that differ from feature to feature
+        yield position, (None,) * len(groups)
+        return
+    order = np.argsort(unsorted, axis=1, kind="stable")
+    ordered = np.take_along_axis(position, order, axis=1)
+    for number in np.unique(numbers[0]).tolist():
+        sides = tuple(None if key < 0 else (key // 2, bool(key % 2)) for key in rows[number].tolist())
+        yield ordered[:, numbers[0] == number], sides
+
+
+def _standing(symmetry: Symmetry, node: fx.Node, dim: int, group: int, position: Index) -> Index:
+    """2 · side + dual of a group at some positions of an axis, -1 where it is not known."""
+    table = symmetry.positions(node, dim)[group]
+    found = symmetry.classes.slots(node, dim, symmetry.groups[group], table)
+    along = np.full(int(position.max()) + 1, -1, np.int64)
+    if found is not None:
+        sides, duals = found
+        inside = table < len(along)
+        along[table[inside]] = np.broadcast_to(2 * sides + duals, table.shape)[inside]
+    return along[position]

@@ -1,0 +1,300 @@
+"""Balanced weights: the one form among all that a network's scales and invertible maps lead to.
+
+What a class leaves beyond a compact group (signed permutations, orthogonal maps) can make weights as large or small as
+one likes. Of all weight sets on such an orbit the balanced one has the smallest sum of squares. It is where every free
+channel's scale has d/dλ Σ W² = 0 (Stock et al., *Equi-normalization of Neural Networks*, 2019, §3; for two layers the
+scales of Nagel et al. 2019, §4.1), and where both sides of an invertible map have the same Gram matrix. The sum is
+convex along scales and along one-parameter groups of invertible maps, so its minimum is unique up to the compact part:
+two networks of one orbit have balanced forms that differ by signed permutations and orthogonal maps alone.
+
+- Scales: λ ← λ + ¼ log(N/P), channel by channel, with P and N the sums of squares of what carries e^λ and e^−λ.
+- Invertible maps (queries and keys, values and outputs): with X what carries T and Y what carries T⁻ᵀ, of the product
+  Xᵀ Y = U S Vᵀ the sides become √S Uᵀ and √S Vᵀ. It is of rank d, the size of a head, so only R₁ R₂ᵀ of the thin
+  factors Xᵀ = Q₁R₁, Yᵀ = Q₂R₂ is decomposed; T = S^−½ Vᵀ R₂.
+
+Sides on which a running statistic stands keep their scale: statistics that are measured anew are those of the layer as
+it is. A scale that only makes or only reads has no minimum and stays, and so does a pair of deficient rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfx.analyse.classes import Maps
+from vfx.analyse.composition import compose
+from vfx.analyse.slots import Vector, nullspace
+from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.transform import Element, Part, apply, parts, stacked
+from vfx.program import Weights
+
+TOLERANCE = 1e-10  # of λ, in one sweep over all channels
+SWEEPS = 2000
+NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
+ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
+DEFICIENT = 1e-7  # singular values below this share of the largest
+
+Variable = tuple[int, int]  # group, free scale
+
+
+def balance(symmetry: Symmetry, weights: Weights, scales: bool = True, linear: bool = True) -> dict[int, Element]:
+    """The element that brings a weight set to its balanced form: positive ``scales``, ``linear`` maps, or both."""
+    balancer = Scales(symmetry) if scales else None
+    pairs = [g for g in symmetry.groups if symmetry.classes[g.index].kind is Maps.LINEAR] if linear else []
+    moved = {m.fqn for g in symmetry.groups for m in g.members}
+    current: Weights = {n: t.double().cpu() for n, t in weights.items() if n in moved and t.is_floating_point()}
+    total: dict[int, Element] = {}
+    if not pairs:
+        return balancer(current) if balancer is not None else {}
+    for _ in range(ROUNDS):
+        step = balancer(current, IN_TURN) if balancer is not None else {}
+        current = apply(symmetry, current, step, check=False)
+        maps = dict(_paired(symmetry, pairs, current))
+        current = apply(symmetry, current, maps, check=False)
+        total = compose(symmetry, compose(symmetry, total, step), maps)
+        if not step or _settled(step):
+            break
+    return total
+
+
+def _settled(step: Mapping[int, Element]) -> bool:
+    return all(np.abs(np.log(s)).max() <= TOLERANCE for e in step.values() for s in e.scales.values())
+
+
+# invertible maps ------------------------------------------------------------------------------------------------------
+
+
+def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> Iterator[tuple[int, Element]]:
+    for group in groups:
+        sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
+        found = [_balanced(x, y) for x, y in zip(*sides)]
+        if all(one is not None for one in found):
+            matrix = np.stack([one for one in found if one is not None])
+            yield group.index, Element(matrix=matrix[0] if group.parent is None else matrix)
+
+
+def _balanced(first: Tensor, second: Tensor) -> np.ndarray | None:
+    """T (d, d) for (d, n) and (d, m), the second of which carries T⁻ᵀ; None where their product has a rank below d."""
+    if min(first.shape[1], second.shape[1]) < len(first):
+        return None
+    r1, r2 = (torch.linalg.qr(side.T, mode="r").R for side in (first, second))
+    s, vt = torch.linalg.svd(r1 @ r2.T)[1:]
+    if not bool(s[-1] > DEFICIENT * s[0]):
+        return None
+    vt = vt * torch.where(vt.gather(1, vt.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    return (vt @ r2 / s.sqrt()[:, None]).numpy()
+
+
+# scales ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a free scale stands in a tensor: ``parts`` (one for each block) and the power it has there."""
+
+    fqn: str
+    dim: int
+    exponent: float
+    parts: tuple[Part, ...]
+
+
+class Scales:
+    """The positive scales of every group that has them; called with weights it gives those that balance them."""
+
+    def __init__(self, symmetry: Symmetry):
+        self.symmetry = symmetry
+        self.vectors = {g.index: _vectors(symmetry, g) for g in symmetry.groups}
+        self.places: dict[Variable, list[Place]] = {}
+        for group in symmetry.groups:
+            for variable, place in _places(symmetry, group, self.vectors[group.index]):
+                self.places.setdefault(variable, []).append(place)
+        self.places = {v: own for v, own in self.places.items() if _two_sided(own)}
+
+    def __call__(self, weights: Weights, sweeps: int = SWEEPS) -> dict[int, Element]:
+        found = _minimum(weights, self.places, self.symmetry, sweeps)
+        elements = {}
+        for index in dict.fromkeys(group for group, _ in found):
+            logs = {x: own for (group, x), own in found.items() if group == index}
+            own = {
+                side: np.exp(sum(float(c) * logs[x] for x, c in vector.items() if x in logs))
+                for side, vector in self.vectors[index].items()
+                if any(x in logs for x in vector)
+            }
+            elements[index] = Element(scales=own)
+        return elements
+
+
+def _vectors(symmetry: Symmetry, group: Group) -> dict[int, Vector]:
+    """The log-scale of each side in terms of free ones."""
+    own = symmetry.classes[group.index]
+    found = {} if own.scales is None else restrained(own.scales.magnitudes, own.running)
+    return {side: vector for side, vector in found.items() if vector}
+
+
+def restrained(vectors: Mapping[int, Vector], running: Iterable[int], modulus: int = 0) -> dict[int, Vector]:
+    """Scales (or signs, modulo 2) of sides in terms of free ones, those of some sides being neutral."""
+    free = {x for vector in vectors.values() for x in vector}
+    solved = nullspace(free, [vectors[side] for side in running if vectors.get(side)], modulus)
+    found: dict[int, Vector] = {}
+    for side, vector in vectors.items():
+        total: Vector = {}
+        for x, c in vector.items():
+            for y, share in solved[x].items():
+                total[y] = total.get(y, 0) + c * share
+        found[side] = {y: c for y, c in total.items() if (c % modulus if modulus else c)}
+    return found
+
+
+def _places(symmetry: Symmetry, group: Group, vectors: Mapping[int, Vector]) -> Iterator[tuple[Variable, Place]]:
+    for member in group.members if vectors else ():
+        alike: dict[tuple[int, bool], list[Part]] = {}
+        for part in parts(symmetry, group, member):
+            alike.setdefault((part.side, part.dual), []).append(part)
+        for (side, dual), own in alike.items():
+            for x, power in vectors.get(side, {}).items():
+                exponent = -float(power) if dual else float(power)
+                yield (group.index, x), Place(member.fqn, member.dim, exponent, tuple(own))
+
+
+def _two_sided(places: list[Place]) -> bool:
+    """Whether a feature is made and read: else its scale has no minimum."""
+    return min(p.exponent for p in places) < 0 < max(p.exponent for p in places)
+
+
+def _minimum(
+    weights: Weights, places: Mapping[Variable, list[Place]], symmetry: Symmetry, sweeps: int
+) -> dict[Variable, np.ndarray]:
+    """λ of every variable, (size,) or (blocks, size)."""
+    squares = _squares(weights, places)
+    shapes = {v: _shape(symmetry.groups[v[0]]) for v in places}
+    logs = {v: torch.zeros(math.prod(shape), dtype=torch.float64) for v, shape in shapes.items()}
+    changes = [float("inf")]
+    for _ in range(sweeps):
+        relaxation, largest = _relaxation(changes), 0.0
+        for variable, own in places.items():
+            own = [p for p in own if p.fqn in squares]
+            if own:
+                step = relaxation * _step(squares, own, symmetry.groups[variable[0]])
+                logs[variable] += step
+                for place in own:
+                    squares[place.fqn].scale(place, step)
+                largest = max(largest, float(step.abs().max()))
+        changes.append(largest)
+        if largest <= TOLERANCE:
+            break
+    return {v: one.numpy().reshape(shapes[v]) for v, one in logs.items()}
+
+
+def _shape(group: Group) -> tuple[int, ...]:
+    return (group.size,) if group.parent is None else group.blocks
+
+
+def _relaxation(changes: list[float]) -> float:
+    """Steps are made longer where sweeps converge slowly: 2/(1 + √(1 − ρ)) for a rate ρ (Young 1971, §6.2).
+
+    Only close to the minimum, where the function is nearly quadratic, and never where sweeps diverge.
+    """
+    plain = [c for c in changes if c <= NEAR][:PLAIN]
+    if len(plain) < PLAIN or changes[-1] > plain[-1]:
+        return 1.0
+    rate = min((plain[-1] / plain[0]) ** (1 / (PLAIN - 1)), SLOWEST)
+    return 2 / (1 + math.sqrt(1 - rate))
+
+
+@dataclass
+class _Squares:
+    """The squares of one tensor, summed over the axes that no scale moves; ``axes`` are those that are left."""
+
+    values: Tensor
+    axes: list[int]
+
+    def sums(self, place: Place, group: Group) -> Tensor:
+        """Of each channel (blocks · size,)."""
+        total = torch.zeros(group.outer if group.parent is not None else 1, group.size, dtype=torch.float64)
+        axis = self.axes.index(place.dim)
+        lines: dict[int, Tensor] = {}
+        for part in place.parts:
+            other = -1 if part.elsewhere is None else self.axes.index(part.elsewhere[0])
+            if other not in lines:
+                kept = [axis] if other < 0 else [other, axis]
+                rest = [d for d in range(self.values.ndim) if d not in kept]
+                line = self.values.sum(rest) if rest else self.values
+                lines[other] = line.T if other > axis else line
+            line = lines[other]
+            if part.elsewhere is not None:
+                line = line[torch.from_numpy(part.elsewhere[1])].sum(0)
+            total[part.block] += line[torch.from_numpy(part.position)].sum(1)
+        return total.reshape(-1)
+
+    def scale(self, place: Place, step: Tensor) -> None:
+        axis = self.axes.index(place.dim)
+        factors = (2 * place.exponent * step).exp().reshape(-1, len(place.parts[0].position))
+        along = torch.ones(self.values.shape[axis], dtype=torch.float64)
+        for part in place.parts:
+            position = torch.from_numpy(part.position)
+            if part.elsewhere is None:
+                along[position] = factors[part.block][:, None]
+                continue
+            own = torch.ones_like(along)
+            own[position] = factors[part.block][:, None]
+            where = torch.from_numpy(part.elsewhere[1])
+            other = self.axes.index(part.elsewhere[0])
+            rows = self.values.index_select(other, where) * self._shaped(own, axis)
+            self.values.index_copy_(other, where, rows)
+        self.values *= self._shaped(along, axis)
+
+    def _shaped(self, along: Tensor, axis: int) -> Tensor:
+        return along.reshape([-1 if d == axis else 1 for d in range(self.values.ndim)])
+
+
+def _squares(weights: Weights, places: Mapping[Variable, list[Place]]) -> dict[str, _Squares]:
+    dims: dict[str, set[int]] = {}
+    for own in places.values():
+        for place in own:
+            found = dims.setdefault(place.fqn, set())
+            found.add(place.dim)
+            found.update(part.elsewhere[0] for part in place.parts if part.elsewhere is not None)
+    result = {}
+    for name, kept in dims.items():
+        if name in weights:
+            tensor = weights[name].double().cpu().square()
+            rest = [d for d in range(tensor.ndim) if d not in kept]
+            result[name] = _Squares(tensor.sum(rest) if rest else tensor.clone(), sorted(kept))
+    return result
+
+
+def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) -> Tensor:
+    """By how much λ changes for each channel of one feature: the minimum if all else stays.
+
+    A channel that nothing makes, or nothing reads, keeps its scale. Where a tensor holds the feature on several axes
+    (it reads the stream that it writes) channels do not change alone: a step is divided by their number, and the
+    average of steps on one axis each does not increase a convex function.
+    """
+    exponents = torch.tensor([place.exponent for place in places], dtype=torch.float64)
+    sums = torch.stack([squares[place.fqn].sums(place, group) for place in places])
+    up, down = sums[exponents > 0].sum(0), sums[exponents < 0].sum(0)
+    alive = (up > 0) & (down > 0)
+    up, down = torch.where(alive, up, 1.0), torch.where(alive, down, 1.0)
+    size = float(exponents.abs().max())
+    step = (down.log() - up.log()) / (4 * size)
+    if float(exponents.abs().min()) != size:
+        step = _newton(exponents, sums)
+    axes: dict[str, set[int]] = {}
+    for place in places:
+        axes.setdefault(place.fqn, set()).add(place.dim)
+    return torch.where(alive, step, 0.0) / max(len(own) for own in axes.values())
+
+
+def _newton(exponents: Tensor, sums: Tensor) -> Tensor:
+    """The minimum over λ of Σ sums e^{2 e λ}, for exponents that are not all ±1."""
+    step = torch.zeros(sums.shape[1], dtype=torch.float64)
+    for _ in range(50):
+        terms = sums * (2 * exponents[:, None] * step).exp()
+        slope, bend = (exponents[:, None] * terms).sum(0), (2 * exponents[:, None] ** 2 * terms).sum(0)
+        step = step - (slope / bend.clamp_min(1e-300)).clamp(-1, 1)
+    return step

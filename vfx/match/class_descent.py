@@ -1,0 +1,188 @@
+"""Weight matching over the full symmetry classes.
+
+Both networks are brought to their balanced form (``vfx.analyse.balance``): what is left free between two of them is
+compact, a signed permutation or an orthogonal map for each group, so that ⟨W₀, g(W₁)⟩ has a maximum and rises with
+every step. The descent is that of weight matching, each group solved by its class (``vfx.match.solve``; *Generalized
+Linear Mode Connectivity for Transformers*, Theus et al. 2025, §4). The element found goes back to the first network's
+own scales: S₀⁻¹ g S₁. A midpoint does not depend on the common form that two networks are brought to.
+
+Signs inside the blocks of another group are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vfx.analyse.balance import balance, restrained
+from vfx.analyse.classes import Maps, Matrix
+from vfx.analyse.composition import compose, inverse, permutations_of
+from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
+from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
+from vfx.match.descent import Descent
+from vfx.match.matcher import Gain
+from vfx.match.solve import Signs, assign_signed, procrustes
+from vfx.match.units import Unit, assign_pairs
+from vfx.program import Weights
+
+ROUNDED = 1e-5  # of entries, up to which an element counts as the smaller one that is nearest
+STILL = 1e-10  # entries of a map that differ from the identity by no more
+
+
+def compact(symmetry: Symmetry, group: Group) -> Maps:
+    """What is left of a group's class between two balanced networks."""
+    own = symmetry.classes[group.index]
+    if own.scales is None:
+        return own.kind & Maps.ORTHOGONAL
+    return Maps.SIGNED if any(sign_vectors(symmetry, group).values()) else Maps.PERMUTATION
+
+
+def sign_vectors(symmetry: Symmetry, group: Group) -> dict[int, frozenset[int]]:
+    """The free signs whose product each side has, those of running statistics being positive."""
+    own = symmetry.classes[group.index]
+    if own.scales is None or group.parent is not None:
+        return {}
+    return {side: frozenset(vector) for side, vector in restrained(own.scales.signs, own.running, 2).items()}
+
+
+def mixing(symmetry: Symmetry) -> bool:
+    """Whether the channels of any group may be mixed."""
+    return any(own.kind.mixes for own in symmetry.classes.values())
+
+
+def beyond_permutations(symmetry: Symmetry) -> bool:
+    """Whether any group takes more than permutations, on any of its sides."""
+    return any(side.kind for own in symmetry.classes.values() for side in own.sides)
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """A weight set in its balanced form, and the element that brings it there."""
+
+    weights: Weights
+    element: Elements
+
+    @classmethod
+    def of(cls, symmetry: Symmetry, weights: Weights) -> Balanced:
+        element = balance(symmetry, weights)
+        return cls(apply(symmetry, weights, element, check=False), element)
+
+
+def between(symmetry: Symmetry, first: Balanced, other: Balanced, found: Elements) -> dict[int, Element]:
+    """The element that brings the other network to the first as it is, from that between their balanced forms."""
+    there = compose(symmetry, other.element, found)
+    return compose(symmetry, there, inverse(symmetry, first.element))
+
+
+def split(symmetry: Symmetry, element: Elements) -> tuple[Permutations, Elements]:
+    """An element's permutations, of every group, and what stands behind them."""
+    element = {index: snapped(own) for index, own in element.items()}
+    permutations = symmetry.identity() | permutations_of(element)
+    behind = {index: replace(own, permutation=None) for index, own in element.items()}
+    return permutations, {index: own for index, own in behind.items() if own.matrix is not None or own.scales}
+
+
+def snapped(element: Element) -> Element:
+    """An element without what differs from one by rounding: scales of one, matrices that only permute."""
+    neutral = all(np.abs(own - 1).max() <= ROUNDED for own in element.scales.values())
+    scales = {} if neutral else element.scales
+    matrix = element.matrix
+    if matrix is None or (element.permutation is not None and not _in_order(element.permutation)):
+        return replace(element, scales=scales)
+    permutation = np.abs(matrix).argmax(-1)
+    nearest = np.eye(matrix.shape[-1])[permutation]
+    if np.abs(matrix - nearest).max() > ROUNDED or (np.sort(permutation, -1) != np.arange(matrix.shape[-1])).any():
+        return replace(element, scales=scales)
+    return Element(permutation, None, scales)
+
+
+class ClassDescent(Descent):
+    """A coordinate descent over the compact part of every group's class; both networks balanced."""
+
+    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
+        self.kinds = {group.index: compact(symmetry, group) for group in symmetry.groups}
+        if any(kind.mixes for kind in self.kinds.values()):
+            self.dtype = torch.float64
+        super().__init__(symmetry, target, other)
+
+    def permuted(self, permutations: Permutations) -> dict[int, Element]:
+        """The element of permutations, those of groups whose channels are mixed left out."""
+        return {index: Element(own) for index, own in permutations.items() if not self.kinds[index].mixes}
+
+    def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
+        """Orders, or maps, of each pair of blocks."""
+        kind = self.kinds[group.index]
+        return procrustes(gains, kind) if kind.mixes else assign_pairs(group, gains)
+
+    def _best(self, group: Group, settled: set[int] | None) -> dict[int, Any]:
+        kind = self.kinds[group.index]
+        if not kind.mixes and (kind is Maps.PERMUTATION or (settled is not None and self._shares(group, settled))):
+            return {index: Element(own) for index, own in super()._best(group, settled).items()}
+        gains = self._gains_by_sign(group, settled)
+        if kind.mixes:
+            return {group.index: Element(matrix=procrustes(sum(gains.values(), np.zeros(1)), kind)[0])}
+        permutation, signs = assign_signed(gains)
+        return {group.index: Element(permutation, scales=self._signs_of_sides(group, signs))}
+
+    def _shares(self, group: Group, settled: set[int]) -> bool:
+        """Whether the first sweep needs another group's best order for each pair of channels."""
+        members = [m for m in group.members if m.fqn in self.target]
+        known = any(self.groups_of[m.fqn] - {group.index} <= settled for m in members)
+        return not known and any(
+            self.groups_of[m.fqn] - {group.index} - settled == self._sharing(group, m) for m in members
+        )
+
+    def _gains_by_sign(self, group: Group, settled: set[int] | None) -> dict[Signs, Gain]:
+        """⟨W₀, W₁⟩ between channels, apart for parts that carry different signs."""
+        members = [m for m in group.members if m.fqn in self.target]
+        if settled is not None:
+            members = [m for m in members if self.groups_of[m.fqn] - {group.index} <= settled] or members
+            settled.add(group.index)
+        vectors = sign_vectors(self.symmetry, group)
+        gains: dict[Signs, Gain] = {}
+        for member in members:
+            for part in parts(self.symmetry, group, member):
+                one, other = (rows_of(w[member.fqn], member.dim, part) for w in (self.target, self.current))
+                key = vectors.get(part.side, frozenset())
+                gains[key] = gains.get(key, 0.0) + (one @ other.T).numpy()
+        return gains or {frozenset(): np.zeros((group.size, group.size))}
+
+    def _signs_of_sides(self, group: Group, signs: Mapping[int, Matrix]) -> dict[int, Matrix]:
+        vectors = sign_vectors(self.symmetry, group)
+        ones = np.ones(group.size)
+        return {side: np.prod([signs.get(x, ones) for x in own], axis=0) for side, own in vectors.items() if own}
+
+    def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
+        found = super()._best_in_blocks(unit, names, settled, sweep)
+        mixing = {g.index for g in unit.inner if self.kinds[g.index].mixes}
+        return {index: Element(matrix=own) if index in mixing else Element(own) for index, own in found.items()}
+
+    # elements -------------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[int, Any]:
+        return {}
+
+    def _still(self, relative: dict[int, Any]) -> bool:
+        return all(_is_identity(element) for element in relative.values())
+
+    def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
+        return apply(self.symmetry, weights, relative, check=False)
+
+    def _compose(self, relative: dict[int, Any]) -> None:
+        self.element = compose(self.symmetry, self.element, relative)
+
+
+def _is_identity(element: Element) -> bool:
+    if element.permutation is not None and not _in_order(element.permutation):
+        return False
+    if element.matrix is not None and np.abs(element.matrix - np.eye(element.matrix.shape[-1])).max() > STILL:
+        return False
+    return all((scale == 1).all() for scale in element.scales.values())
+
+
+def _in_order(permutation: Index) -> bool:
+    return bool((permutation == np.arange(permutation.shape[-1])).all())

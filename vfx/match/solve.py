@@ -1,0 +1,85 @@
+"""The best map of one class on a gain: assignment, signed assignment, Procrustes.
+
+With G = ⟨W₀, W₁⟩ between channels (size, size), the T of a class that maximises ⟨T, G⟩ is
+
+- for permutations a linear assignment;
+- for signed ones an assignment on what each pair of channels gives with its best signs (with one side |G|;
+  *Signed-Permutation Coordinate Transport*, 2026), each side having a sign of its own;
+- for orthogonal maps the polar factor U Vᵀ of G = U S Vᵀ (Procrustes; Schönemann 1966). Directions that G does not see
+  are left as they are as far as possible. Maps that fix the vector of ones are found on the space orthogonal to it.
+
+Beyond the compact classes there is no bounded maximum; networks are balanced first (``vfx.analyse.balance``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+
+from vfx.analyse.classes import Maps
+from vfx.analyse.symmetry import Index
+from vfx.match.matcher import Gain, assign
+
+Signs = frozenset[int]  # free signs whose product a side has
+ENUMERATED = 8  # free signs that are tried in all combinations
+UNSEEN = 1e-9  # share of the largest singular value that the identity counts
+
+
+def procrustes(gain: Gain, kind: Maps = Maps.ORTHOGONAL) -> tuple[Gain, Gain]:
+    """T maximising ⟨T, G⟩ and that value, for a gain (…, size, size) or a stack of them."""
+    size = gain.shape[-1]
+    scale = np.linalg.norm(gain, axis=(-2, -1), keepdims=True)
+    seen = gain + UNSEEN * np.where(scale > 0, scale, 1.0) * np.eye(size)
+    if kind is Maps.ORTHOGONAL_ONES:
+        ones = np.full((size, size), 1 / size)
+        centre = np.eye(size) - ones
+        seen = centre @ seen @ centre + ones * np.abs(seen).sum((-2, -1), keepdims=True)
+    u, _, vt = np.linalg.svd(seen)
+    found = u @ vt
+    return found, (found * gain).sum((-2, -1))
+
+
+def assign_signed(gains: Mapping[Signs, Gain]) -> tuple[Index, dict[int, Gain]]:
+    """The permutation, and each free sign by channel, that maximise Σ sign · G[c, p[c]] over the sides' gains.
+
+    ``gains`` (size, size) by the free signs whose product multiplies them.
+    """
+    free = sorted(set().union(*gains))
+    value = _signed(gains, {x: np.ones_like(next(iter(gains.values()))) for x in free})
+    best = {x: np.ones_like(value) for x in free}
+    if len(free) <= ENUMERATED:
+        for choice in product((1.0, -1.0), repeat=len(free)):
+            own = _signed(gains, dict(zip(free, choice)))
+            better = own > value
+            value = np.where(better, own, value)
+            for x, sign in zip(free, choice):
+                best[x] = np.where(better, sign, best[x])
+    else:
+        value = _in_turn(gains, best, value)
+    permutation = assign(value)[0]
+    rows = np.arange(len(permutation))
+    return permutation, {x: best[x][rows, permutation] for x in free}
+
+
+def _signed(gains: Mapping[Signs, Gain], signs: Mapping[int, float | Gain]) -> Gain:
+    total = np.zeros_like(next(iter(gains.values())))
+    for own, gain in gains.items():
+        factor: float | Gain = 1.0
+        for x in own:
+            factor = factor * signs[x]
+        total = total + factor * gain
+    return total
+
+
+def _in_turn(gains: Mapping[Signs, Gain], best: dict[int, Gain], value: Gain) -> Gain:
+    """One sign after the other, while that gains."""
+    while True:
+        before = value
+        for x in best:
+            flipped = _signed(gains, best | {x: -best[x]})
+            best[x] = np.where(flipped > value, -best[x], best[x])
+            value = np.maximum(flipped, value)
+        if (value == before).all():
+            return value
