@@ -292,7 +292,7 @@ def test_a_permutation_that_changes_the_function_is_refused(monkeypatch: pytest.
         return permute(self, weights, permutations, (member,))
 
     monkeypatch.setattr(Symmetry, "permute", broken)
-    with pytest.raises(VerificationError, match="the permutation found for edge 1 changes its function"):
+    with pytest.raises(VerificationError, match="what was found for edge 1 changes its function"):
         Align("weight", facts=facts)(program)
 
 

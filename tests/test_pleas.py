@@ -48,8 +48,8 @@ def _lstsq(rows: Tensor, goal: Tensor, weight: Tensor, bias: Tensor, ridge: floa
 def test_layers_are_those_of_least_squares_on_explicit_activations() -> None:
     models = edges(chain, X)
     merged = _merge(models, match=PartialMatching(ridge=1e-3)).module
-    permuted = _merge(models, match="activation", weights=1.0).module  # the second edge, aligned
-    average = _merge(models, match="activation").module
+    permuted = _merge(models, match="activation", classes="permutation", weights=1.0).module  # the second edge, aligned
+    average = _merge(models, match="activation", classes="permutation").module
     x, ys = X, [X, X]
     for name in ("a", "b", "fc"):
         layers = [model.get_submodule(name) for model in (models[0], permuted)]
@@ -196,7 +196,7 @@ def test_a_matching_found_before_is_solved_alike() -> None:
     program = trace(edges(chain, X), X[:2])
     own, found = (_merge(program, match=match) for match in (PartialMatching(0.5), Found()))
     assert torch.equal(own.module(X), found.module(X))
-    plain = _merge(program, match="activation")
+    plain = _merge(program, match="activation", classes="permutation")
     assert not torch.equal(own.module(X), plain.module(X))
 
 

@@ -57,13 +57,22 @@ def balance(symmetry: Symmetry, weights: Weights, scales: bool = True, linear: b
         maps = dict(_paired(symmetry, pairs, current))
         current = apply(symmetry, current, maps, check=False)
         total = compose(symmetry, compose(symmetry, total, step), maps)
-        if not step or _settled(step):
+        if _settled([*step.values(), *maps.values()]):
             break
     return total
 
 
-def _settled(step: Mapping[int, Element]) -> bool:
-    return all(np.abs(np.log(s)).max() <= TOLERANCE for e in step.values() for s in e.scales.values())
+def _settled(steps: Iterable[Element]) -> bool:
+    """Whether scales stay and maps are orthogonal: the sum of squares does not fall any more."""
+    for step in steps:
+        if any(np.abs(np.log(scale)).max() > TOLERANCE for scale in step.scales.values()):
+            return False
+        matrix = step.matrix
+        if matrix is not None:
+            excess = matrix @ matrix.swapaxes(-1, -2) - np.eye(matrix.shape[-1])
+            if np.abs(excess).max() > TOLERANCE:
+                return False
+    return True
 
 
 # invertible maps ------------------------------------------------------------------------------------------------------

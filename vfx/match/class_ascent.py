@@ -5,11 +5,11 @@ Features of two networks are compared where the taps read them. By class of the 
 - permutations maximise the sum of correlations, signed ones that of signed correlations (a correlation does not depend
   on scales);
 - orthogonal maps minimise E‖x₀ − T x₁‖² over all taps: Procrustes on E[x₀ x₁ᵀ], each tap in units of its own size;
-- invertible maps (queries and keys, values and outputs) are first taken off their arbitrary part: each network's pair
-  is brought to its balanced form (``vfx.analyse.balance``), what is left between two of them is orthogonal. Keys carry
-  the dual map;
-- scales are the ratios of the standard deviations of matched channels, the least-squares solution where several taps
-  read one scale.
+- invertible maps (queries and keys, values and outputs) are first rid of their arbitrary part: each network's pair is
+  brought to its balanced form (``vfx.analyse.balance``), what is left between two of them is orthogonal. Keys carry the
+  dual map;
+- scales are those between the balanced forms. (Ratios of the features' deviations would do for equal networks; where a
+  channel is nearly silent in one of two different ones they explode.)
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from vfx.analyse.balance import balance, restrained
+from vfx.analyse.balance import balance
 from vfx.analyse.classes import Matrix, contragredient
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.analyse.transform import Element, Elements
 from vfx.match.ascent import Ascent
-from vfx.match.class_descent import compact, mixing, sign_vectors
+from vfx.match.class_descent import compact, sign_vectors
 from vfx.match.matcher import Gain
 from vfx.match.solve import Signs, assign_signed, procrustes
 from vfx.match.units import Unit, assign_pairs
@@ -41,7 +41,7 @@ class Classed:
 
     def __init__(self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights]):
         self.symmetry, self.statistics = symmetry, statistics
-        self.frames = [_matrices(balance(symmetry, own)) if mixing(symmetry) else {} for own in weights]
+        self.frames = [balance(symmetry, own) for own in weights]
 
     def match(self, edge: int) -> tuple[dict[int, Element], float, int]:
         """The element that brings an edge to the first one, the objective reached and the number of sweeps."""
@@ -51,14 +51,7 @@ class Classed:
         behind = ascent.behind
         found = {index: Element(own, *_parts(behind.get(index))) for index, own in permutations.items()}
         found = compose(self.symmetry, frames[1], found)
-        found = compose(self.symmetry, found, inverse(self.symmetry, frames[0]))
-        scales = Scaling(self.symmetry, self.statistics, edge, permutations).run()
-        return compose(self.symmetry, found, scales), objective, sweeps
-
-
-def _matrices(element: Elements) -> dict[int, Element]:
-    """What is left of an element without its scales."""
-    return {index: Element(matrix=own.matrix) for index, own in element.items() if own.matrix is not None}
+        return compose(self.symmetry, found, inverse(self.symmetry, frames[0])), objective, sweeps
 
 
 def _parts(element: Element | None) -> tuple[Matrix | None, Mapping[int, Matrix]]:
@@ -149,74 +142,3 @@ def _table(tap: Tap, group: Group, symmetry: Symmetry) -> Index:
     chosen = [*others, *outer, group.index]  # type: ignore[list-item]
     sizes = [symmetry.groups[index].size for index in chosen]
     return grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], chosen, sizes).reshape(-1, group.size)
-
-
-class Scaling:
-    """The positive scales of one edge's channels, given its permutations."""
-
-    def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int, permutations: Mapping[int, Index]):
-        self.symmetry, self.permutations = symmetry, permutations
-        self.equations: dict[int, list[tuple[int, Matrix]]] = {}  # by group: side, log-ratios (blocks, size)
-        for tap in statistics.taps:
-            if len(tap.groups) == 1 or self._parent_beside(tap):
-                self._read(tap, statistics.features[tap.key], edge)
-
-    def run(self) -> dict[int, Element]:
-        """The scales of each side."""
-        found = {}
-        for index, equations in self.equations.items():
-            scales = self._solved(self.symmetry.groups[index], equations)
-            if scales:
-                found[index] = Element(scales=scales)
-        return found
-
-    def _parent_beside(self, tap: Tap) -> bool:
-        parents = {self.symmetry.groups[index].parent for index in tap.groups}
-        return len(tap.groups) == 2 and bool(parents & set(tap.groups))
-
-    def _read(self, tap: Tap, moments: CrossMoments, edge: int) -> None:
-        for column, index in enumerate(tap.groups):
-            group, standing = self.symmetry.groups[index], tap.sides[column]
-            own = self.symmetry.classes[index]
-            if own.scales is None or standing is None or not own.scales.magnitudes.get(standing[0]):
-                continue
-            table = _table(tap, group, self.symmetry)
-            logs = [_log_std(moments, k) for k in (0, edge)]
-            ratio = logs[0][table] - logs[1][self._old(group, table)]
-            ratio = ratio * (-1.0 if standing[1] else 1.0)
-            self.equations.setdefault(index, []).append((standing[0], ratio))
-
-    def _old(self, group: Group, table: Index) -> Index:
-        """Where the other edge has the channels that stand in a table after its permutations."""
-        own = self.permutations[group.index]
-        if group.parent is None:
-            return table[:, own]
-        return np.take_along_axis(table[self.permutations[group.parent]], own, axis=1)
-
-    def _solved(self, group: Group, equations: list[tuple[int, Matrix]]) -> dict[int, Matrix]:
-        own = self.symmetry.classes[group.index]
-        assert own.scales is not None
-        vectors = restrained(own.scales.magnitudes, own.running)
-        free = sorted({x for vector in vectors.values() for x in vector})
-        if not free:
-            return {}
-        rows = np.array([[float(vectors[side].get(x, 0)) for x in free] for side, _ in equations])
-        ratios = np.stack([ratio.reshape(-1) for _, ratio in equations])
-        seen = np.isfinite(ratios)  # channels that do not vary at a tap say nothing
-        normal = np.einsum("ec,ex,ey->cxy", seen, rows, rows)
-        logs = np.einsum("cxy,ey,ec->xc", np.linalg.pinv(normal), rows, np.where(seen, ratios, 0.0))
-        shape = (group.size,) if group.parent is None else group.blocks
-        found = {}
-        for side, vector in vectors.items():
-            if vector:
-                total = sum(float(c) * logs[free.index(x)] for x, c in vector.items())
-                found[side] = np.exp(total).reshape(shape)
-        return found
-
-
-def _log_std(moments: CrossMoments, edge: int) -> Matrix:
-    """NaN for channels that do not vary."""
-    own = moments.moments[edge]
-    std = own.std.cpu().numpy()
-    with np.errstate(divide="ignore"):
-        return np.where(own.constant.cpu().numpy(), np.nan, np.log(std))

@@ -1,0 +1,270 @@
+"""Matching over the full symmetry classes: a network against itself moved by its whole group, and each solver alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vfx
+from tests.conftest import close
+from vfx.analyse.balance import balance
+from vfx.analyse.classes import Maps, draw
+from vfx.analyse.composition import compose, inverse
+from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.transform import apply
+from vfx.analyse.verify import in_double, randomise
+from vfx.errors import ArgumentError
+from vfx.match.activation import ActivationMatching
+from vfx.match.class_descent import ClassDescent, beyond_permutations
+from vfx.match.matcher import Matching, Problem
+from vfx.match.solve import assign_signed, procrustes
+from vfx.match.weight import WeightMatching
+from vfx.models import vit_tiny
+from vfx.program import Program
+
+DOUBLE = torch.float64
+
+
+class RMSNet(nn.Module):
+    """A residual stream read through RMSNorms without gain: orthogonal maps pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.out = nn.Linear(9, 12), nn.Linear(12, 4)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.norms = nn.ModuleList(nn.RMSNorm(12, elementwise_affine=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inside(x)
+        x = x + self.down(nn.functional.gelu(self.up(self.norms[0](x))))
+        return self.out(self.norms[1](x))
+
+
+class Residual(nn.Module):
+    """Convolutions with BatchNorm and ReLU, one block with a shortcut: positive scales pass once they are folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = (nn.Conv2d(i, o, 3, s, 1) for i, o, s in ((1, 6, 4), (6, 8, 2), (8, 6, 1)))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (6, 8, 6))
+        self.up, self.out = nn.Upsample(scale_factor=2), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.first(x)).relu()
+        x = x + self.up(self.norms[2](self.b(self.norms[1](self.a(x)).relu())))
+        return self.out(x.relu().mean((2, 3)))
+
+
+def _tanh() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 16), nn.Tanh(), nn.Linear(16, 11), nn.Tanh(), nn.Linear(11, 4))
+
+
+def _linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 6), nn.Linear(6, 7))
+
+
+def _vectors() -> Tensor:
+    return torch.randn(96, 9, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+
+
+def _images(channels: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(24, channels, 32, 32, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+
+
+def _lift(program: Program) -> Program:
+    return vfx.CenterStream()(vfx.FoldGain()(program))
+
+
+def _fold(program: Program) -> Program:
+    return vfx.FoldNormalization(batch_norm=True)(program)
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[[Program], Program]]
+CASES: dict[str, Case] = {
+    "tanh": (_tanh, _vectors, lambda p: p),
+    "linear": (_linear, _vectors, lambda p: p),
+    "rms": (RMSNet, _vectors, lambda p: p),
+    "vit": (lambda: vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2), _images(1), lambda p: p),
+    "vit_lifted": (lambda: vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2), _images(1), _lift),
+    "residual": (Residual, _images(1), _fold),
+}
+_known: dict[str, tuple[Program, Symmetry, Tensor]] = {}
+
+
+def _pair(name: str) -> tuple[Program, Symmetry, Tensor]:
+    """A and g(A), g of the full classes."""
+    if name not in _known:
+        build, inputs, form = CASES[name]
+        torch.manual_seed(0)
+        x = inputs()
+        program = in_double(vfx.trace(build().double().eval(), x[:2]))
+        weights = randomise(program, [x], torch.Generator().manual_seed(0))
+        program = form(program.with_weights([weights]))
+        facts = vfx.symmetry(program)
+        moved = facts.transform(program.weights[0], facts.random_maps(np.random.default_rng(3)))
+        pair = program.with_weights([program.weights[0], moved])
+        _known[name] = pair, vfx.symmetry(pair), x
+    return _known[name]
+
+
+def _matching(match: str, classes: str, program: Program, facts: Symmetry, x: Tensor) -> Matching:
+    if match == "weight":
+        return WeightMatching(classes=classes)(Problem(program, facts))
+    statistics = vfx.collect(program, data=x, progress=False)
+    return ActivationMatching(classes=classes)(Problem(program, facts, statistics))
+
+
+def _midpoint(program: Program, facts: Symmetry, matching: Matching) -> Program:
+    aligned = [matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
+    return vfx.Interpolate(0.5)(program.with_weights(aligned))
+
+
+@pytest.mark.parametrize("match", ["weight", "activation"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_moved_by_its_whole_group_comes_back(name: str, match: str) -> None:
+    program, facts, x = _pair(name)
+    assert beyond_permutations(facts)
+    wanted = program.select(0)(x)
+    spread = float((wanted - wanted.mean(0)).abs().max())
+    found = _matching(match, "full", program, facts, x)
+    close(program.with_weights([found.aligned(facts, program.weights[1], 1)])(x), wanted, 1e-9 * spread)
+    close(_midpoint(program, facts, found)(x), wanted, 1e-6 * spread)
+    control = _matching(match, "permutation", program, facts, x)
+    assert float((_midpoint(program, facts, control)(x) - wanted).abs().max()) > 1e-3 * spread
+
+
+def test_merge_matches_the_full_classes_by_default() -> None:
+    program, _, x = _pair("rms")
+    options: dict[str, Any] = {"match": "weight", "normalize": None, "progress": False}
+    close(vfx.merge(program, **options).module(x), program.select(0)(x), 1e-6)
+    control = vfx.merge(program, classes="permutation", **options).module(x)
+    assert float((control - program.select(0)(x)).detach().abs().max()) > 1e-2
+    with pytest.raises(ArgumentError, match="full, permutation"):
+        vfx.merge(program, classes="signed", **options)
+
+
+@pytest.mark.parametrize("normalize", ["repair", "rescale"])
+def test_goals_go_through_the_maps(normalize: str) -> None:
+    """REPAIR and RESCALE behind orthogonal and invertible maps: A with g(A) is A, whatever is normalized."""
+    for name in ("rms", "linear", "tanh"):
+        program, _, x = _pair(name)
+        merged = vfx.merge(program, data=x, normalize=normalize, progress=False).module(x)
+        close(merged, program.select(0)(x), 1e-6)
+
+
+def test_statistics_without_covariances_leave_mixed_layers_alone() -> None:
+    program, facts, x = _pair("rms")
+    statistics = vfx.collect(program, data=x, progress=False)
+    align = vfx.Align("activation", statistics=statistics, facts=facts, progress=False)
+    result = align(program)
+    assert "linear" not in result.goals  # its channels are the stream's
+    assert any("within=True" in note for note in result.notes)
+    known = vfx.collect(program, data=x, within=True, progress=False)
+    assert "linear" in vfx.Align("activation", statistics=known, facts=facts, progress=False)(program).goals
+
+
+def test_a_lifted_transformer_comes_back_in_its_own_class() -> None:
+    torch.manual_seed(0)
+    models = [vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2).eval() for _ in range(2)]
+    x = _images(1)().float()
+    plain = vfx.merge(models, x[:2], data=x, normalize=None, progress=False)
+    lifted = vfx.merge(models, x[:2], data=x, normalize=None, prepare="lift", progress=False)
+    assert {"FoldGain", "CenterStream"} <= {name.split("(")[0] for name in lifted.report.passes}
+    assert lifted.report.own_class, lifted.report.notes
+    assert isinstance(lifted.module, type(models[0]))
+    assert float((plain.module(x) - lifted.module(x)).detach().abs().max()) > 1e-3
+    edge = vfx.merge(models, x[:2], data=x, normalize=None, prepare="lift", weights=0.0, progress=False)
+    close(edge.module(x), models[0](x), 1e-4)
+
+
+# elements -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rms", "vit", "residual", "tanh"])
+def test_elements_compose_and_undo(name: str) -> None:
+    program, facts, _ = _pair(name)
+    one, two = (facts.random_maps(np.random.default_rng(seed)) for seed in (1, 2))
+    weights = program.weights[0]
+    there = apply(facts, apply(facts, weights, one), two)
+    at_once = apply(facts, weights, compose(facts, one, two), check=False)
+    back = apply(facts, apply(facts, weights, one), inverse(facts, one), check=False)
+    for fqn, tensor in weights.items():
+        close(at_once[fqn], there[fqn], 1e-11)
+        close(back[fqn], tensor, 1e-11)
+    swapped = apply(facts, weights, compose(facts, two, one), check=False)
+    assert max(float((swapped[n] - there[n]).abs().max()) for n in weights) > 1e-3  # the order matters
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_balanced_forms_differ_by_compact_maps(name: str) -> None:
+    """Norms of balanced weights are those of the orbit, and the function stays."""
+    program, facts, x = _pair(name)
+    forms = [apply(facts, own, balance(facts, own), check=False) for own in program.weights]
+    for fqn, tensor in forms[0].items():
+        if tensor.is_floating_point():
+            assert float(tensor.norm()) == pytest.approx(float(forms[1][fqn].norm()), rel=1e-6, abs=1e-9), fqn
+    total = [sum(float(own[name].square().sum()) for name in forms[0]) for own in (program.weights[0], forms[0])]
+    assert total[1] <= total[0] * (1 + 1e-12)
+    close(program.with_weights([forms[0]])(x), program.select(0)(x), 1e-8)
+
+
+def test_each_step_raises_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, facts, _ = _pair("vit_lifted")
+    rng = np.random.default_rng(0)
+    other = {n: t + 0.3 * t.std() * torch.randn(t.shape, dtype=DOUBLE) for n, t in program.weights[1].items()}
+    forms = [apply(facts, own, balance(facts, own), check=False) for own in (program.weights[0], other)]
+    descent, values = ClassDescent(facts, *forms), []
+    improve = ClassDescent._improve
+
+    def watched(self: ClassDescent, unit: Any, settled: Any, sweep: int) -> None:
+        improve(self, unit, settled, sweep)
+        if settled is None:
+            values.append(self._objective())
+
+    monkeypatch.setattr(ClassDescent, "_improve", watched)
+    _, objective, _ = descent.run(rng)
+    assert len(values) > 3
+    assert (np.diff(values) >= -1e-9 * abs(values[-1])).all()
+    assert objective == pytest.approx(values[-1], rel=1e-12)
+
+
+# solvers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Maps.ORTHOGONAL, Maps.ORTHOGONAL_ONES])
+def test_procrustes_is_the_best_of_its_class(kind: Maps) -> None:
+    rng = np.random.default_rng(0)
+    gain = rng.standard_normal((3, 6, 6))
+    found, value = procrustes(gain, kind)
+    np.testing.assert_allclose(found @ found.swapaxes(1, 2), np.broadcast_to(np.eye(6), (3, 6, 6)), atol=1e-12)
+    if kind is Maps.ORTHOGONAL_ONES:
+        np.testing.assert_allclose(found.sum(2), 1, atol=1e-8)
+    for _ in range(300):
+        assert ((draw(kind, 6, rng) * gain).sum((1, 2)) <= value + 1e-9).all()
+    np.testing.assert_allclose(procrustes(np.zeros((6, 6)))[0], np.eye(6), atol=1e-12)  # nothing seen, nothing moved
+
+
+def test_signed_assignment_is_the_best_of_all() -> None:
+    """Two free signs, three kinds of sides, against all permutations and signs."""
+    rng = np.random.default_rng(0)
+    gains = {frozenset(own): rng.standard_normal((4, 4)) for own in ((), (0,), (0, 1))}
+    permutation, signs = assign_signed(gains)
+
+    def value(p: Any, s: Any) -> float:
+        rows = np.arange(4)
+        return sum(float((np.prod([s[x] for x in own], axis=0) * g[rows, p]).sum()) for own, g in gains.items())
+
+    every = list(itertools.product((1.0, -1.0), repeat=4))
+    best = max(
+        value(np.array(p), {0: np.array(a), 1: np.array(b)})
+        for p in itertools.permutations(range(4))
+        for a in every
+        for b in every
+    )
+    assert value(permutation, signs) == pytest.approx(best, rel=1e-12)
