@@ -120,7 +120,7 @@ PAIRS = {
         Pair(
             "vit_fashion", "ViT, Fashion-MNIST",
             "3 blocks of 64 channels and 4 heads, 16 patches; 60,000 images of 32×32 pixels",
-            partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 6, 128, 2000, flip=True,
+            partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 4, 128, 2000, flip=True,
         ),
         Pair(
             "gpt_text", "GPT-2, characters",

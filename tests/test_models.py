@@ -222,7 +222,7 @@ def test_text_is_its_own_continuation_and_the_held_out_part_is_unseen() -> None:
     assert torch.equal(test_x[1:, 0], test_y[:-1, -1])  # and follow each other behind it
     covered = 8 * (len(train_x) - 1) + 33, 32 * len(test_x) + 1
     assert covered[1] / sum(covered) == pytest.approx(0.1, abs=1e-3)
-    assert '"yield" expression' in "".join(CHARACTERS[code] for code in test_x.flatten())
+    assert 'full details of "yield"' in "".join(CHARACTERS[code] for code in test_x.flatten())
 
 
 def test_fit_learns_sequences() -> None:
