@@ -45,7 +45,7 @@ def markdown(results: Results) -> str:
         "# Transformers from different seeds: loss barriers",
         "",
         "11 values of α, no normalization. A barrier is the most that the merged network's loss lies above (its",
-        "accuracy below) the line between the edges'. “Lifted”: norm gains are folded and the residual stream is centred",
+        "accuracy below) the line between the edges'. “Lifted”: norm gains folded and the residual stream centred",
         "before matching, so that the stream's class is orthogonal instead of permutations. Loss in nats on held-out",
         "samples, accuracy in percent (GPT-2: of the next character). “Edge drift”: how far the ends of the curve,",
         "merged at α = 0 and 1, lie from the losses of the edges as trained. Written by",
