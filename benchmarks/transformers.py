@@ -37,7 +37,7 @@ from vfx.models import ViT, digits, fit, gpt_tiny, text
 from vfx.program import Program
 
 SEEDS = (0, 1)
-POINTS, BATCH = 11, 128
+POINTS, BATCH, SAMPLES = 11, 128, 2000
 console = Console(stderr=True)
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # train_x, train_y, test_x, test_y
 
@@ -135,7 +135,7 @@ PAIRS = {
 class Subject:
     """The edges of a pair as one Program, with the samples that calibrate and those that are measured on."""
 
-    def __init__(self, edges: Sequence[nn.Module], data: Data, calibration: int, samples: int | None):
+    def __init__(self, edges: Sequence[nn.Module], data: Data, calibration: int, samples: int):
         train, _, inputs, labels = data
         self.program = trace(list(edges), train[:2])
         self.calibration = train[:: max(1, len(train) // calibration)][:calibration].split(BATCH)
@@ -180,7 +180,7 @@ def cell_key(cell: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def measure(
-    pair: Pair, edges: Sequence[nn.Module], data: Data, known: dict[str, Any], epochs: int, samples: int | None
+    pair: Pair, edges: Sequence[nn.Module], data: Data, known: dict[str, Any], epochs: int, samples: int
 ) -> Iterator[dict[str, Any]]:
     """The pair's results after every method; what is known of the same networks and samples is kept."""
     subject = Subject(edges, data, pair.calibration, samples)
@@ -203,7 +203,7 @@ def main(
     output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this pair (may be repeated).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training (default: each pair's own).", min=1)] = None,
-    samples: Annotated[int | None, typer.Option(help="Test samples to use (default: all).")] = None,
+    samples: Annotated[int, typer.Option(help="Test samples to use at most.", min=1)] = SAMPLES,
     train: Annotated[bool, typer.Option(help="Only train the networks.")] = False,
     fresh: Fresh = False,
     render: Render = False,
