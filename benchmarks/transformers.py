@@ -187,12 +187,14 @@ def measure(
     result = {"title": pair.title, "setting": pair.describe(epochs)} | subject.facts()
     same = all(known.get(name) == value for name, value in result.items())
     result["curves"] = list(known["curves"]) if same else []
+    order = [method.key for method in METHODS]
     done = {cell_key(cell) for cell in result["curves"]}
     left = [method for method in METHODS if method.key not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         for method in progress.track(left, description=pair.title):
-            result["curves"].append(subject.measure(method))
+            curves = [*result["curves"], subject.measure(method)]
+            result["curves"] = sorted(curves, key=lambda curve: order.index(cell_key(curve)))
             yield result
     yield result
 
