@@ -5,11 +5,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vfx.models import MODELS, LayerNorm2d, accuracy, digits, fit, linear_net, predict, resnet20_fixup, vgg16
+from vfx.api import symmetry, trace
+from vfx.models import (
+    MODELS,
+    LayerNorm2d,
+    accuracy,
+    digits,
+    fit,
+    gpt_tiny,
+    linear_net,
+    predict,
+    resnet20_fixup,
+    text,
+    vgg16,
+)
 from vfx.models.resnet20 import FixupBlock, PlainResNet
+from vfx.models.text import CHARACTERS
 from vfx.models.training import _augment, _rate
 
-IMAGE_MODELS = sorted(set(MODELS) - {"linear_net"})
+IMAGE_MODELS = sorted(set(MODELS) - {"gpt_tiny", "linear_net"})
 
 # 3×32×32 images, 10 classes. VGG16, VGG16-BN and ResNet20: Vanishing Feature tables; the others by hand.
 PARAMETERS = {
@@ -26,6 +40,8 @@ PARAMETERS = {
     "resnet32": 466_906,
     # patches, positions, 6 blocks of (norm, qkv, projection, norm, up, down), norm, head
     "vit_tiny": 49 * 192 + 64 * 192 + 6 * (4 * 192 + 193 * (3 + 1 + 4) * 192 + 769 * 192) + 2 * 192 + 1930,
+    # characters, positions, 4 blocks as in the ViT, norm, head without bias
+    "gpt_tiny": (96 + 64) * 128 + 4 * (4 * 128 + 129 * (3 + 1 + 4) * 128 + 513 * 128) + 2 * 128 + 96 * 128,
     "linear_net": 785 * 32 + 6 * 33 * 32 + 330,
 }
 
@@ -153,6 +169,72 @@ def test_linear_net_is_affine_and_its_residuals_are_inner() -> None:
             layer.bias.zero_()
     skipped = net.layers[-1](net.layers[0](x.flatten(1)))
     assert torch.equal(net(x), skipped)
+
+
+def _gpt(tied: bool = False) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = gpt_tiny(width=0.125, vocabulary=11, context=8, depth=2, tied=tied).double().eval()
+    return model, torch.randint(0, 11, (3, 8))
+
+
+@pytest.mark.parametrize("length", [8, 5])
+def test_gpt_looks_at_no_later_token(length: int) -> None:
+    model, tokens = _gpt()
+    tokens = tokens[:, :length]
+    logits = model(tokens)
+    assert logits.shape == (3, length, 11)
+    changed = tokens.clone()
+    changed[:, 3] = (tokens[:, 3] + 1) % 11
+    assert torch.equal(model(changed)[:, :3], logits[:, :3])
+    assert ((model(changed) - logits).abs().amax((0, 2))[3:] > 0).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gpt_is_captured_and_its_symmetry_proved(tied: bool) -> None:
+    model, tokens = _gpt(tied)
+    program = trace(model, tokens)
+    torch.testing.assert_close(program(tokens), model(tokens), rtol=1e-12, atol=1e-12)
+    facts = symmetry(program)
+    # the stream, and in each of two blocks the heads, their queries, their values, and the hidden channels
+    assert len(facts.groups) == 1 + 2 * 4
+    assert facts.verify() <= 1e-10
+    assert (model.head.weight is model.token.weight) is tied
+
+
+def test_gpt_starts_as_gpt2_does() -> None:
+    torch.manual_seed(0)
+    model = gpt_tiny()
+    stds = {name: p.std().item() for name, p in model.named_parameters() if p.ndim > 1}
+    for name, std in stds.items():
+        added = name.endswith(("proj.weight", "down.weight"))
+        assert std == pytest.approx(0.02 / 8**0.5 if added else 0.02, rel=0.05), name
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_text_is_its_own_continuation_and_the_held_out_part_is_unseen() -> None:
+    train_x, train_y, test_x, test_y = text(context=32, stride=8)
+    for x, y in ((train_x, train_y), (test_x, test_y)):
+        assert x.dtype == y.dtype == torch.int64
+        assert x.shape == y.shape == (len(x), 32)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert 0 <= int(x.min()) <= int(x.max()) < len(CHARACTERS) == 96
+    assert torch.equal(train_x[1:, :24], train_x[:-1, 8:])  # windows overlap in training,
+    assert torch.equal(test_x[1:, 0], test_y[:-1, -1])  # and follow each other behind it
+    covered = 8 * (len(train_x) - 1) + 33, 32 * len(test_x) + 1
+    assert covered[1] / sum(covered) == pytest.approx(0.1, abs=1e-3)
+    assert 'full details of "yield"' in "".join(CHARACTERS[code] for code in test_x.flatten())
+
+
+def test_fit_learns_sequences() -> None:
+    """Each token is followed by its successor: a network that looks at one token alone can learn it."""
+    tokens = (torch.arange(8) + torch.arange(64)[:, None]) % 5
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 16), nn.Linear(16, 5))
+    data = tokens[:, :-1], tokens[:, 1:]
+    before = accuracy(model, *data)
+    fit(model, *data, epochs=40, lr=0.05, adam=True, augment=False, progress=False)
+    assert before < 0.9
+    assert accuracy(model, *data) == 1
 
 
 def _tiny() -> tuple[nn.Module, Tensor, Tensor]:

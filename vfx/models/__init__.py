@@ -1,10 +1,11 @@
-"""The papers' networks, small enough to train on two cores, with the training loop and the offline digits."""
+"""The papers' networks, small enough to train on two cores, the training loop, offline digits and text."""
 
 from collections.abc import Callable
 
 from torch import nn
 
 from vfx.models.digits import digits
+from vfx.models.gpt import GPT, gpt_tiny
 from vfx.models.linear import LinearNet, linear_net
 from vfx.models.resnet20 import (
     FixupResNet,
@@ -21,6 +22,7 @@ from vfx.models.resnet20 import (
     resnet32_ln,
     resnet32_plain,
 )
+from vfx.models.text import text
 from vfx.models.training import accuracy, fit, predict
 from vfx.models.vgg import (
     VGG,
@@ -63,11 +65,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_fixup": resnet32_fixup,
     "resnet32_ln": resnet32_ln,
     "resnet32_plain": resnet32_plain,
+    "gpt_tiny": gpt_tiny,
     "linear_net": linear_net,
     "vit_tiny": vit_tiny,
 }
 
 __all__ = [
+    "GPT",
     "MODELS",
     "VGG",
     "FixupResNet",
@@ -79,6 +83,7 @@ __all__ = [
     "accuracy",
     "digits",
     "fit",
+    "gpt_tiny",
     "linear_net",
     "predict",
     "resnet20",
@@ -91,6 +96,7 @@ __all__ = [
     "resnet32_fixup",
     "resnet32_ln",
     "resnet32_plain",
+    "text",
     "vgg11",
     "vgg11_bn",
     "vgg11_ln",

@@ -33,8 +33,9 @@ def fit(
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> Model:
-    """Train `model` in place by SGD on (N, …) inputs and (N,) class labels and return it in eval mode.
+    """Train `model` in place by SGD on (N, …) inputs and class labels and return it in eval mode.
 
+    Labels (N,) go with outputs (N, C), labels (N, T) with those of a sequence, (N, T, C).
     `adam` takes AdamW instead, which transformers need. `warmup` is the share of steps over which the rate rises
     linearly to `lr`; it then falls linearly to 0. `augment` shifts images (N, C, H, W) by up to ±`shift` pixels and,
     with `flip`, mirrors them. The order of the data and the augmentation depend on `seed` alone. Raises ValueError on
@@ -59,7 +60,7 @@ def fit(
                 batch = inputs[chosen]
                 if augment:
                     batch = _augment(batch, shift, flip, generator)
-                loss = F.cross_entropy(model(batch.to(target)), labels[chosen].to(target))
+                loss = F.cross_entropy(model(batch.to(target)).movedim(-1, 1), labels[chosen].to(target))
                 _step(model, optimizer, loss, clip)
                 schedule.step()
                 total += loss.detach() * len(chosen)
@@ -80,8 +81,8 @@ def predict(model: nn.Module, inputs: Tensor, batch_size: int = 500) -> Tensor:
 
 
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Return the share (0 to 1) of (N, …) inputs whose largest logit is at their (N,) label."""
-    return (predict(model, inputs, batch_size).argmax(1) == labels).double().mean().item()
+    """Return the share (0 to 1) of (N,) or (N, T) labels at which the largest logit, (N, C) or (N, T, C), stands."""
+    return (predict(model, inputs, batch_size).argmax(-1) == labels).double().mean().item()
 
 
 def _check(inputs: Tensor, labels: Tensor, epochs: int, augment: bool) -> None:

@@ -8,25 +8,27 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (N, L, width)."""
+    """Multi-head self-attention over tokens (N, L, width); a causal one looks at no later token."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        if width % heads:
+            raise ValueError(f"{heads} heads must divide a width of {width}")
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Attention and a GELU network of four times the width, each behind a LayerNorm and added to the stream."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, causal)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +43,8 @@ class ViT(nn.Module):
         self, size: int, patch: int, width: int, depth: int, heads: int, in_channels: int, num_classes: int
     ) -> None:
         super().__init__()
-        if size % patch or width % heads:
-            raise ValueError(f"patches of {patch} must tile {size} pixels, and {heads} heads divide a width of {width}")
+        if size % patch:
+            raise ValueError(f"patches of {patch} must tile {size} pixels")
         self.patch = nn.Conv2d(in_channels, width, patch, patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
