@@ -3,7 +3,8 @@
 Features of two networks are compared where the taps read them. By class of the group
 
 - permutations maximise the sum of correlations, signed ones that of signed correlations (a correlation does not depend
-  on scales);
+  on scales); a sign that parameters alone absorb (norm gains) is what makes those agree, since no feature sees that
+  its flip would cancel them in the average;
 - orthogonal maps minimise E‖x₀ − T x₁‖² over all taps: Procrustes on E[x₀ x₁ᵀ], each tap in units of its own size;
 - invertible maps (queries and keys, values and outputs) are first rid of their arbitrary part: each network's pair is
   brought to its balanced form (``vfx.analyse.balance``), what is left between two of them is orthogonal. Keys carry the
@@ -24,7 +25,7 @@ from vfx.analyse.classes import Matrix, contragredient
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
-from vfx.analyse.transform import Element, Elements
+from vfx.analyse.transform import Element, Elements, parts, rows_of
 from vfx.match.ascent import Ascent
 from vfx.match.class_descent import compact, sign_vectors
 from vfx.match.matcher import Gain
@@ -40,13 +41,14 @@ class Classed:
     """Several networks whose features are matched over their groups' classes."""
 
     def __init__(self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights]):
-        self.symmetry, self.statistics = symmetry, statistics
+        self.symmetry, self.statistics, self.weights = symmetry, statistics, weights
         self.frames = [balance(symmetry, own) for own in weights]
 
     def match(self, edge: int) -> tuple[dict[int, Element], float, int]:
         """The element that brings an edge to the first one, the objective reached and the number of sweeps."""
         frames = self.frames[0], self.frames[edge]
-        ascent = ClassAscent(self.symmetry, self.statistics, edge, frames)
+        weights = self.weights[0], self.weights[edge]
+        ascent = ClassAscent(self.symmetry, self.statistics, edge, frames, weights)
         permutations, objective, sweeps = ascent.run()
         behind = ascent.behind
         found = {index: Element(own, *_parts(behind.get(index))) for index, own in permutations.items()}
@@ -61,10 +63,13 @@ def _parts(element: Element | None) -> tuple[Matrix | None, Mapping[int, Matrix]
 class ClassAscent(Ascent):
     """Matches one edge to the first, each group by its class; ``behind`` is what stands behind the permutations."""
 
-    def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int, frames: tuple[Elements, Elements]):
+    def __init__(
+        self, symmetry: Symmetry, statistics: Statistics, edge: int, frames: tuple[Elements, Elements],
+        weights: tuple[Weights, Weights],
+    ):  # fmt: skip
         self.kinds = {group.index: compact(symmetry, group) for group in symmetry.groups}
         self.signs = {group.index: sign_vectors(symmetry, group) for group in symmetry.groups}
-        self.frames = frames
+        self.frames, self.weights = frames, weights
         self.behind: dict[int, Element] = {}
         super().__init__(symmetry, statistics, edge)
 
@@ -112,11 +117,37 @@ class ClassAscent(Ascent):
             matrix, value = procrustes(sum(gains.values(), np.zeros(1)), kind)
             self.behind[group.index] = Element(matrix=matrix)
             return {group.index: np.arange(group.size)}, float(value)
-        permutation, free = assign_signed(gains)
+        permutation, free = assign_signed(self._with_gains(group, gains))
         ones = np.ones(group.size)
         scales = {side: np.prod([free.get(x, ones) for x in own], axis=0) for side, own in signs.items() if own}
         self.behind[group.index] = Element(scales=scales)
         return {group.index: permutation}, self._signed_value(gains, permutation, free)
+
+    def _with_gains(self, group: Group, gains: Mapping[Signs, Gain]) -> dict[Signs, Gain]:
+        """The gains, and whether the signs of elementwise parameters agree, which counts for more than all of them.
+
+        Where they agree by the best sign, all pairs of channels gain alike, and the assignment is that of the features.
+        """
+        result, more = dict(gains), 1.0 + sum(float(np.abs(gain).max()) for gain in gains.values())
+        for side, agree in self._agreement(group).items():
+            key = self.signs[group.index][side]
+            result[key] = result.get(key, 0.0) + more * agree
+        return result
+
+    def _agreement(self, group: Group) -> dict[int, Gain]:
+        """sign γ₀ · sign γ₁ between channels (size, size), for the sides that hold elementwise parameters alone."""
+        signs = {side: own for side, own in self.signs[group.index].items() if own}
+        found: dict[int, list[Gain]] = {side: [] for side in signs}
+        for member in group.members:
+            for part in parts(self.symmetry, group, member):
+                if part.side not in found:
+                    continue
+                if member.role != "elementwise":
+                    del found[part.side]
+                    continue
+                one, other = (rows_of(own[member.fqn], member.dim, part).sign() for own in self.weights)
+                found[part.side].append((one @ other.T).numpy() / one.shape[1])
+        return {side: np.mean(tables, axis=0) for side, tables in found.items() if tables}
 
     @staticmethod
     def _signed_value(gains: Mapping[Signs, Gain], permutation: Index, free: Mapping[int, Gain]) -> float:
