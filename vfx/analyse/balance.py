@@ -47,10 +47,11 @@ def balance(symmetry: Symmetry, weights: Weights, scales: bool = True, linear: b
     balancer = Scales(symmetry) if scales else None
     pairs = [g for g in symmetry.groups if symmetry.classes[g.index].kind is Maps.LINEAR] if linear else []
     moved = {m.fqn for g in symmetry.groups for m in g.members}
-    current: Weights = {n: t.double().cpu() for n, t in weights.items() if n in moved and t.is_floating_point()}
-    total: dict[int, Element] = {}
+    current: Weights = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
     if not pairs:
         return balancer(current) if balancer is not None else {}
+    total: dict[int, Element] = {}
+    current = {name: tensor.double().cpu() for name, tensor in current.items()}
     for _ in range(ROUNDS):
         step = balancer(current, IN_TURN) if balancer is not None else {}
         current = apply(symmetry, current, step, check=False)
@@ -179,7 +180,7 @@ def _minimum(
     weights: Weights, places: Mapping[Variable, list[Place]], symmetry: Symmetry, sweeps: int
 ) -> dict[Variable, np.ndarray]:
     """λ of every variable, (size,) or (blocks, size)."""
-    squares = _squares(weights, places)
+    squares, tolerance = _squares(weights, places), _tolerance(weights)
     shapes = {v: _shape(symmetry.groups[v[0]]) for v in places}
     logs = {v: torch.zeros(math.prod(shape), dtype=torch.float64) for v, shape in shapes.items()}
     changes = [float("inf")]
@@ -194,9 +195,15 @@ def _minimum(
                     squares[place.fqn].scale(place, step)
                 largest = max(largest, float(step.abs().max()))
         changes.append(largest)
-        if largest <= TOLERANCE:
+        if largest <= tolerance:
             break
     return {v: one.numpy().reshape(shapes[v]) for v, one in logs.items()}
+
+
+def _tolerance(weights: Weights) -> float:
+    """What the weights' precision can tell."""
+    exact = any(tensor.dtype == torch.float64 for tensor in weights.values())
+    return TOLERANCE if exact else max(TOLERANCE, torch.finfo(torch.float32).eps)
 
 
 def _shape(group: Group) -> tuple[int, ...]:
@@ -215,12 +222,12 @@ def _relaxation(changes: list[float]) -> float:
     return 2 / (1 + math.sqrt(1 - rate))
 
 
-@dataclass
 class _Squares:
-    """The squares of one tensor, summed over the axes that no scale moves; ``axes`` are those that are left."""
+    """The squares of one tensor, summed over the axes that no scale moves, and what its axes are multiplied by."""
 
-    values: Tensor
-    axes: list[int]
+    def __init__(self, values: Tensor, axes: list[int]):
+        self.values, self.axes = values, axes
+        self.factors = [torch.ones(size, dtype=torch.float64) for size in values.shape]
 
     def sums(self, place: Place, group: Group) -> Tensor:
         """Of each channel (blocks · size,)."""
@@ -230,35 +237,42 @@ class _Squares:
         for part in place.parts:
             other = -1 if part.elsewhere is None else self.axes.index(part.elsewhere[0])
             if other not in lines:
-                kept = [axis] if other < 0 else [other, axis]
-                rest = [d for d in range(self.values.ndim) if d not in kept]
-                line = self.values.sum(rest) if rest else self.values
-                lines[other] = line.T if other > axis else line
+                lines[other] = self._line([axis] if other < 0 else [other, axis])
             line = lines[other]
             if part.elsewhere is not None:
                 line = line[torch.from_numpy(part.elsewhere[1])].sum(0)
             total[part.block] += line[torch.from_numpy(part.position)].sum(1)
         return total.reshape(-1)
 
+    def _line(self, kept: list[int]) -> Tensor:
+        """Summed over all axes but those kept, in their order."""
+        line, left = self.values, list(range(self.values.ndim))
+        for d in [d for d in left if d not in kept]:
+            line = line.movedim(left.index(d), -1) @ self.factors[d]
+            left.remove(d)
+        line = line.permute([left.index(d) for d in kept])
+        for k, d in enumerate(kept):
+            line = line * _shaped(self.factors[d], k, line.ndim)
+        return line
+
     def scale(self, place: Place, step: Tensor) -> None:
         axis = self.axes.index(place.dim)
         factors = (2 * place.exponent * step).exp().reshape(-1, len(place.parts[0].position))
-        along = torch.ones(self.values.shape[axis], dtype=torch.float64)
         for part in place.parts:
             position = torch.from_numpy(part.position)
             if part.elsewhere is None:
-                along[position] = factors[part.block][:, None]
+                self.factors[axis][position] *= factors[part.block][:, None]
                 continue
-            own = torch.ones_like(along)
+            own = torch.ones_like(self.factors[axis])
             own[position] = factors[part.block][:, None]
             where = torch.from_numpy(part.elsewhere[1])
             other = self.axes.index(part.elsewhere[0])
-            rows = self.values.index_select(other, where) * self._shaped(own, axis)
+            rows = self.values.index_select(other, where) * _shaped(own, axis, self.values.ndim)
             self.values.index_copy_(other, where, rows)
-        self.values *= self._shaped(along, axis)
 
-    def _shaped(self, along: Tensor, axis: int) -> Tensor:
-        return along.reshape([-1 if d == axis else 1 for d in range(self.values.ndim)])
+
+def _shaped(vector: Tensor, axis: int, rank: int) -> Tensor:
+    return vector.reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
 def _squares(weights: Weights, places: Mapping[Variable, list[Place]]) -> dict[str, _Squares]:

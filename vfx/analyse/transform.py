@@ -170,11 +170,20 @@ def mapped(tensor: Tensor, dim: int, part: Part, element: Element, dual: Matrix 
         matrix = 1 / own if part.dual else own
     else:
         return tensor
+    if part.elsewhere is None and matrix.ndim == 1:
+        return _scaled(tensor, dim, part.position, matrix)
     if part.elsewhere is not None:
         axis, where = part.elsewhere
         index = torch.from_numpy(where).to(tensor.device)
         return tensor.index_copy(axis, index, _along(tensor.index_select(axis, index), dim, part.position, matrix))
     return _along(tensor, dim, part.position, matrix)
+
+
+def _scaled(tensor: Tensor, dim: int, position: Index, scale: Matrix) -> Tensor:
+    """Slices at ``position`` (size, copies) along ``dim`` multiplied channel by channel."""
+    factor = torch.ones(tensor.shape[dim], dtype=torch.float64)
+    factor[torch.from_numpy(position)] = torch.from_numpy(np.ascontiguousarray(scale, np.float64))[:, None]
+    return tensor * factor.to(tensor).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
 
 
 def _block(values: Matrix, block: int, rank: int) -> Matrix:

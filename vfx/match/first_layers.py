@@ -37,7 +37,8 @@ class FirstLayers:
             for permutations in matching.permutations
         )
         maps = tuple({g: m for g, m in own.items() if first[g] <= self.count} for own in matching.maps)
-        return replace(matching, permutations=kept, maps=maps)
+        elements = tuple({g: e for g, e in own.items() if first[g] <= self.count} for own in matching.elements)
+        return replace(matching, permutations=kept, maps=maps, elements=elements)
 
 
 def first_layer_of_groups(program: Program, symmetry: Symmetry) -> dict[int, int]:
