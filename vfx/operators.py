@@ -48,7 +48,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     values = defaults(node.target)
     if values is None:
         return {str(i): value for i, value in enumerate(node.args)} | dict(node.kwargs)
-    return values | dict(zip(values, node.args)) | dict(node.kwargs)
+    return {**values, **dict(zip(values, node.args)), **node.kwargs}
 
 
 @cache

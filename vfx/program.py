@@ -35,7 +35,7 @@ class Value:
 
     def sizes(self, batch: int) -> tuple[int, ...]:
         """The shape with the batch symbol replaced by ``batch``."""
-        return tuple(size if isinstance(size, int) else int(_substitute(size, batch)) for size in self.shape)
+        return tuple([size if isinstance(size, int) else int(_substitute(size, batch)) for size in self.shape])
 
 
 @lru_cache(maxsize=4096)

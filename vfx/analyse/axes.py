@@ -19,6 +19,9 @@ result is sound whatever the order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -45,7 +48,7 @@ class Leaves(Store):
             a, b = _same_width(left, right)
             if (a[:, 1:] == b[:, 1:]).all() and self._same_copies(a, b):
                 return
-            if not (self._pin_against_pinned(a, b) or self._unify_class(a, b)):
+            if not (self._pin_against_pinned(a, b) or self._unify_classes(a, b)):
                 self.pin(np.concatenate([a, b]), "two structures of one axis cannot be reconciled")
 
     def _same_copies(self, left: Rows, right: Rows) -> bool:
@@ -81,19 +84,25 @@ class Leaves(Store):
                 return True
         return False
 
-    def _unify_class(self, left: Rows, right: Rows) -> bool:
-        """Reconcile the first class of positions whose two labels still differ; False when none can be."""
-        leaves = [self.leaf_of(rows[:, 1:]) for rows in (left, right)]
-        signature = np.concatenate([left[:, :1], right[:, :1], *leaves], axis=1)
+    def _unify_classes(self, left: Rows, right: Rows) -> bool:
+        """Reconcile classes of positions whose two labels still differ; False when none can be."""
+        signature = np.concatenate(
+            [left[:, :1], right[:, :1], *(self.leaf_of(x[:, 1:]) for x in (left, right))], axis=1
+        )
         found = classes(signature)
         if len(found) > MAX_CLASSES:
             return False
-        for members in found:
-            version = self.version
+        version = self.version
+        for members in self._untouched(found, signature[:, 2:]):
             self._reconcile(_digits(left[members]), _digits(right[members]))
-            if self.version != version:
-                return True
-        return False
+        return self.version != version
+
+    def _untouched(self, found: list[NDArray[np.int64]], leaves: Rows) -> Iterator[NDArray[np.int64]]:
+        """Classes of positions in turn, without those a leaf of which has changed: they are resolved first."""
+        version = self.version
+        for members in found:
+            if self.version == version or self._bound.isdisjoint(leaves[members[0]].tolist()):
+                yield members
 
     def _reconcile(self, left: Rows, right: Rows) -> None:
         """Positions that share leaves and tags on both sides; only digits are given."""
@@ -116,21 +125,26 @@ class Leaves(Store):
             rows = self.resolve(rows)
             if rows.shape[1] == 2 and all(found is not None for found in self.once(places, rows).values()):
                 return
-            signature = np.concatenate([rows[:, :1], self.leaf_of(rows[:, 1:])], axis=1)
-            if not any(self._complete(_digits(rows[members])) for members in classes(signature)):
+            owner = self.leaf_of(rows[:, 1:])
+            found = classes(np.concatenate([rows[:, :1], owner], axis=1))
+            version = self.version
+            for members in self._untouched(found, owner):
+                self._complete(_digits(rows[members]))
+            if self.version == version:
                 return
 
     def _complete(self, digits: Rows) -> bool:
         """Split leaves until the labels are a full product of theirs; True if something had to change."""
         if not digits.shape[1]:
             return False
-        leaves = [int(self.leaf_of(column)[0]) for column in digits.T]
+        leaves = self.leaf_of(digits[0]).tolist()
         for leaf, column in zip(leaves, digits.T):
-            used = np.unique(column)
-            if len(used) < self.sizes[leaf]:
-                self.split(leaf, np.isin(self.elements(leaf), used).astype(np.int64))
+            used = np.zeros(self.sizes[leaf], np.int64)
+            used[column - self.starts[leaf]] = 1
+            if not used.all():
+                self.split(leaf, used)
                 return True
-        if len(digits) == int(np.prod([self.sizes[leaf] for leaf in leaves])):
+        if len(digits) == prod([self.sizes[leaf] for leaf in leaves]):
             return False
         for index, leaf in enumerate(leaves):
             patterns = _patterns(digits, index, self.elements(leaf))
@@ -208,9 +222,8 @@ def _same_width(left: Rows, right: Rows) -> tuple[Rows, Rows]:
 
 
 def _digits(rows: Rows) -> Rows:
-    """The digits of positions that all have the same number of them."""
-    digits = rows[:, 1:]
-    return digits[:, (digits >= 0).all(axis=0)]
+    """The digits of positions that all have the same leaves."""
+    return rows[:, 1:][:, rows[0, 1:] >= 0]
 
 
 def _patterns(digits: Rows, index: int, elements: NDArray[np.int64]) -> NDArray[np.int64]:

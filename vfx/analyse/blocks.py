@@ -15,10 +15,13 @@ heads share ties them again, and GroupNorm's groups are blocks of their channels
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, takewhile
 from typing import Any
+
+from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.infer import Inference
@@ -26,7 +29,6 @@ from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
 from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.operators import arguments
 
 Signature = tuple[int, ...]  # the leaves that move one position
 
@@ -68,55 +70,64 @@ def parents(inference: Inference, free: Iterable[int]) -> dict[int, int]:
 
 
 class _Allowed:
-    """For each leaf, the leaves that may be its blocks; operators and tensors cross them out."""
+    """For each leaf, the leaves that may be its blocks; tensors and operators cross them out.
+
+    Most leaves are out at once, and what only they move is not looked at again.
+    """
 
     def __init__(self, inference: Inference, free: frozenset[int]):
         self.t, self.free = inference, free
+        self.inner = set(free - _alone(inference))  # leaves that may yet have blocks
         self.allowed: dict[int, frozenset[int]] = {}
         self._known: dict[Axis, tuple[Piece, ...]] = {}
+        self._moving = Moving(inference.leaves)
         self._seen: set[tuple[Any, ...]] = set()  # axes, and pieces
 
     def find(self) -> dict[int, frozenset[int]]:
         """Only leaves with at least one candidate are listed."""
-        parameters = (Shape(axes) for axes in self.t.parameters.values())
-        for shape in (*parameters, *self._shapes(self.t.shapes.values())):
-            self._tensor(shape)
-        if any(self.allowed.values()):
-            spaces = Spaces(self.t)
-            for node, shape in self.t.shapes.items():
-                if node.op == "call_function" and shape is not None:
-                    self._operator(space_of(spaces, node, arguments(node)), node)
-        return {leaf: outer for leaf, outer in self.allowed.items() if outer}
+        tensors = chain(self.t.parameters.values(), (shape.axes for shape in _flat(self.t.shapes.values())))
+        for axes in takewhile(lambda _: self.inner, tensors):
+            self._tensor(axes)
+        spaces = Spaces(self.t)
+        for node in self._operators() if self.inner else ():
+            self._operator(space_of(spaces, node), node)
+        return {leaf: self.allowed[leaf] for leaf in self.inner}
 
-    def _shapes(self, values: Iterable[object]) -> Iterable[Shape]:
-        for value in values:
-            if isinstance(value, Shape):
-                yield value
-            elif isinstance(value, (list, tuple)):
-                yield from self._shapes(value)
+    def _operators(self) -> list[fx.Node]:
+        """The operators with an operand or a result that a leaf moves that may have blocks."""
+        values = self.t.shapes.items()
+        moved = {node for node, value in values if any(self._moves(shape.axes) for shape in _flat([value]))}
+        called = (node for node, value in values if node.op == "call_function" and value is not None)
+        return [node for node in called if node in moved or not moved.isdisjoint(node.all_input_nodes)]
+
+    def _moves(self, axes: tuple[Axis | Digit, ...]) -> bool:
+        """Whether a leaf moves a tensor that may have blocks."""
+        return not self.inner.isdisjoint(chain.from_iterable(map(self._moving.__getitem__, axes)))
+
+    def _keep(self, leaf: int, outer: Iterable[int]) -> None:
+        """Cross out all but these leaves as blocks of one that may have some."""
+        self.allowed[leaf] = self.allowed.get(leaf, self.free).intersection(outer)
+        if not self.allowed[leaf]:
+            self.inner.remove(leaf)
 
     # tensors ------------------------------------------------------------------------------------------------------
 
-    def _tensor(self, shape: Shape) -> None:
-        pieces = tuple(self._pieces_of(shape.axes)) if shape.axes not in self._seen else ()
-        self._seen.add(shape.axes)
-        if not pieces or pieces in self._seen:
+    def _tensor(self, axes: tuple[Axis | Digit, ...]) -> None:
+        """Blocks of a leaf stand beside it, once, wherever it stands."""
+        if axes in self._seen or not self._moves(axes):
             return
-        self._seen.add(pieces)
-        if not any(self.allowed.get(leaf, True) for piece in pieces for leaf in piece.leaves):
+        pieces = tuple(self._pieces_of(axes))
+        seen = pieces in self._seen
+        self._seen |= {axes, pieces}
+        if seen:
             return
         count = Counter(leaf for piece in pieces for leaf in piece.leaves)
         throughout = {h for piece in pieces for h in piece.throughout if count[h] == 1}
         for piece in pieces:
-            for leaf in piece.leaves:
-                if self.allowed.get(leaf, True):
-                    beside = {h for h in piece.beside(leaf) if count[h] == 1} if count[leaf] == 1 else set()
-                    once = all(leaf not in own.repeated for own in pieces)
-                    self._keep(leaf, (throughout | beside) - {leaf} if once else ())
-
-    def _keep(self, leaf: int, outer: Iterable[int]) -> None:
-        found = frozenset(outer) & self.free if leaf in self.free else frozenset()
-        self.allowed[leaf] = self.allowed.get(leaf, found) & found
+            for leaf in piece.leaves & self.inner:
+                beside = {h for h in piece.beside(leaf) if count[h] == 1} if count[leaf] == 1 else set()
+                once = all(leaf not in own.repeated for own in pieces)
+                self._keep(leaf, (throughout | beside) - {leaf} if once else ())
 
     def _pieces_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Piece]:
         blocks: set[Block] = set()
@@ -137,22 +148,57 @@ class _Allowed:
 
     # operators ----------------------------------------------------------------------------------------------------
 
-    def _operator(self, space: list[Dim] | None, node: object) -> None:
+    def _operator(self, space: list[Dim] | None, node: fx.Node) -> None:
         if space is None:
-            touched = self._shapes(self.t.shapes[x] for x in (node, *node.all_input_nodes))  # type: ignore[attr-defined]
-            for shape in touched:
-                for leaf in {leaf for piece in self._pieces_of(shape.axes) for leaf in piece.leaves}:
+            for shape in _flat(self.t.shapes[value] for value in (node, *node.all_input_nodes)):
+                for leaf in self.inner & {leaf for piece in self._pieces_of(shape.axes) for leaf in piece.leaves}:
                     self._keep(leaf, ())
             return
-        count: dict[int, int] = {}
+        count = Counter(chain.from_iterable(dim.leaves for dim in space))
         for dim in space:
-            for leaf in dim.leaves:
-                count[leaf] = count.get(leaf, 0) + 1
-        for dim in space:
-            partners = {h for other in space if _together(dim, other) for h in other.leaves if count[h] == 1}
-            for leaf in dim.leaves:
-                if self.allowed.get(leaf):
-                    self._keep(leaf, partners - {leaf})
+            for leaf in dim.leaves & self.inner:
+                partners = {h for other in space if _together(dim, other) for h in other.leaves if count[h] == 1}
+                self._keep(leaf, partners - {leaf})
+
+
+class Moving(dict[Axis | Digit, frozenset[int]]):
+    """The free leaves that may move an axis (or the block it is a digit of), without resolving its labels.
+
+    They are what the leaves on it have become: too many where it holds but some of the channels of one.
+    """
+
+    def __init__(self, leaves: Store):
+        super().__init__()
+        self.leaves = leaves
+        self._become: dict[int, Sequence[int]] = {}
+
+    def __missing__(self, entry: Axis | Digit) -> frozenset[int]:
+        own = (entry.block.flat,) if isinstance(entry, Digit) else entry.factors
+        held = [self.leaves.leaves_on(rows) for rows in own if not isinstance(rows, Opaque)]
+        self[entry] = found = frozenset().union(*map(self._ends, chain.from_iterable(held)))
+        return found
+
+    def _ends(self, leaf: int) -> Sequence[int]:
+        if leaf not in self._become:
+            rows = self.leaves.bindings[leaf]
+            self._become[leaf] = [leaf] if rows is None else self.leaves.free_leaves(self.leaves.resolve(rows))
+        return self._become[leaf]
+
+
+def _alone(inference: Inference) -> set[int]:
+    """Leaves with a vector of parameters on which no other leaf stands beside them: they have no blocks."""
+    leaves, vectors = inference.leaves, [axes[0] for axes in inference.parameters.values() if len(axes) == 1]
+    labels = [leaves.resolve(rows) for axis in vectors if (rows := inference.rows(axis)) is not None]
+    different = {id(rows): rows for rows in labels if rows.shape[1] == 2}
+    return {leaf for rows in different.values() for leaf in leaves.free_leaves(rows)}
+
+
+def _flat(values: Iterable[object]) -> Iterator[Shape]:
+    for value in values:
+        if isinstance(value, Shape):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _flat(value)
 
 
 def piece_of(leaves: Store, rows: Rows) -> Piece:

@@ -93,10 +93,10 @@ class Parts(Algebra):
 
     def open_parts(self, node: fx.Node, shapes: list[Shape], keeps: bool) -> set[Axis]:
         """The parts among an operator's operands; closed unless it ``keeps`` them."""
-        found = {axis for shape in shapes for axis in shape.axes if axis in self.parts}
+        found = dict.fromkeys(axis for shape in shapes for axis in shape.axes if axis in self.parts)
         if keeps:
-            return found  # type: ignore[return-value]
-        for axis in found:
+            return set(found)  # type: ignore[arg-type]
+        for axis in found:  # in order: the numbers of groups depend on it
             self.close(axis)  # type: ignore[arg-type]
         return set()
 

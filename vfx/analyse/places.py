@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vfx.analyse.rows import row_ids
+from vfx.analyse.rows import count_rows, row_ids
 from vfx.analyse.store import Rows, Store
 
 Index = NDArray[np.int64]
@@ -16,12 +16,31 @@ def places(leaves: Store, rows: Rows) -> dict[int, Index | None]:
 
     None where the labels are not closed under the leaf.
     """
-    if rows.shape[1] == 2:
-        found = _runs(leaves, rows)
-    else:
+    if rows.shape[1] > 2:
         owner = leaves.leaf_of(rows[:, 1:])
         found = {x: _table(rows, owner == x, leaves.starts[x], leaves.sizes[x]) for x in leaves.free_leaves(rows)}
+    elif not leaves.free_leaves(rows):
+        return {}
+    else:
+        found = _side_by_side(leaves, rows) or _runs(leaves, rows)
     return {x: table if table is None else table[:, np.argsort(table[0])] for x, table in found.items()}
+
+
+def _side_by_side(leaves: Store, rows: Rows) -> dict[int, Index | None] | None:
+    """The usual labels of one digit, whole leaves one after the other (a concatenation), each in order; else None."""
+    tags, elements = rows.T
+    owner = leaves.leaf_of(elements)
+    ends = (np.diff(elements) != 1) | (tags[1:] != tags[:-1]) | (owner[1:] != owner[:-1])
+    bounds = np.concatenate([[0], np.flatnonzero(ends) + 1, [len(rows)]])
+    first = bounds[:-1]
+    starts: dict[int, list[int]] = {}
+    for leaf, start, size in zip(owner[first].tolist(), first.tolist(), np.diff(bounds).tolist()):
+        if leaf >= 0 and size != leaves.sizes[leaf]:
+            return None
+        starts.setdefault(leaf, []).append(start)
+    if any(len(set(tags[own].tolist())) < len(own) for leaf, own in starts.items() if leaf >= 0 and len(own) > 1):
+        return None
+    return {x: np.add.outer(np.arange(leaves.sizes[x]), starts[x]) for x in leaves.free_leaves(rows)}
 
 
 def _runs(leaves: Store, rows: Rows) -> dict[int, Index | None]:
@@ -45,11 +64,14 @@ def _runs(leaves: Store, rows: Rows) -> dict[int, Index | None]:
 def _table(rows: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index | None:
     where, column = np.nonzero(mask)
     element = rows[where, 1 + column] - start
-    if np.bincount(where).max(initial=0) > 1:  # two digits of one leaf on one position (an outer product with itself)
+    if (where[1:] == where[:-1]).any():  # two digits of one leaf on one position (an outer product with itself)
         keep = np.unique(where, return_index=True)[1]
         where, column, element = where[keep], column[keep], element[keep]
-    rest = rows[where].copy()
+    rest = rows[where]
     rest[np.arange(len(where)), 1 + column] = -1
+    table = _grid(where, element, rest, size)
+    if table is not None:
+        return table
     copy = row_ids(rest)
     copies = int(copy.max()) + 1
     if len(where) != size * copies:
@@ -57,6 +79,20 @@ def _table(rows: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index 
     table = np.full((size, copies), -1, np.int64)
     table[element, copy] = where
     return table if (table >= 0).all() else None
+
+
+def _grid(where: Index, element: Index, rest: Rows, size: int) -> Index | None:
+    """The usual product: channels at equal steps, over and over; None for any other order."""
+    step = int(np.argmax(element != element[0]))
+    if not step or len(where) % (step * size):
+        return None
+    shape = -1, size, step
+    others = rest.reshape(*shape, rest.shape[1])
+    if (element.reshape(shape) != np.arange(size)[:, None]).any() or (others != others[:, :1]).any():
+        return None
+    if count_rows(others[:, 0].reshape(-1, rest.shape[1])) * size < len(where):
+        return None
+    return where.reshape(shape).transpose(1, 0, 2).reshape(size, -1)
 
 
 def find(labels: Rows, wanted: Rows) -> Index:

@@ -112,6 +112,10 @@ class Store:
     def elements(self, leaf: int) -> NDArray[np.int64]:
         return self.starts[leaf] + np.arange(self.sizes[leaf])
 
+    def leaves_on(self, rows: Rows) -> Sequence[int]:
+        """The leaves that these labels name, bound or free, ascending."""
+        return self._entry(rows).leaves
+
     def free_leaves(self, rows: Rows) -> Sequence[int]:
         """The free leaves that move these (resolved) positions, ascending."""
         return self._entry(rows).leaves
@@ -156,9 +160,10 @@ class Store:
     def _entry(self, rows: Rows) -> _Entry:
         entry = self._entries.get(id(rows))
         if entry is None:
-            leaves = self.leaf_of(rows[:, 1:])
-            ordered = self._canonical(rows, leaves) if rows.shape[1] > 1 else rows
-            entry = self._note(rows, distinct(leaves), target=None if ordered is rows else ordered)
+            owner = self.leaf_of(rows[:, 1:])
+            leaves = distinct(owner)
+            ordered = self._canonical(rows, owner, leaves)
+            entry = self._note(rows, leaves, target=None if ordered is rows else ordered)
         return entry
 
     def _note(self, rows: Rows, leaves: Sequence[int], whole: int = -1, target: Rows | None = None) -> _Entry:
@@ -168,13 +173,15 @@ class Store:
         return entry
 
     @staticmethod
-    def _canonical(rows: Rows, leaves: NDArray[np.int64]) -> Rows:
+    def _canonical(rows: Rows, owner: NDArray[np.int64], leaves: Sequence[int]) -> Rows:
         """Digits ordered by leaf (one leaf's keep their order), without empty columns; maybe ``rows`` itself."""
-        if (leaves >= 0).all() and (leaves[:, 1:] >= leaves[:, :-1]).all():  # the usual case
+        if rows.shape[1] == 1 or (rows.shape[1] == 2 and leaves):
+            return rows
+        if (owner >= 0).all() and (owner[:, 1:] >= owner[:, :-1]).all():  # the usual case
             return rows
         digits = rows[:, 1:]
         if digits.shape[1] > 1:
-            rank = np.where(leaves < 0, np.iinfo(np.int64).max, leaves)
+            rank = np.where(owner < 0, np.iinfo(np.int64).max, owner)
             if (rank[:, 1:] < rank[:, :-1]).any():
                 order = np.argsort(rank, axis=1, kind="stable")
                 digits = np.take_along_axis(digits, order, axis=1)
@@ -198,8 +205,9 @@ class Store:
             digits.append(image[:, 1:])
         result = beside(tag, *digits)
         owner = self.leaf_of(result[:, 1:])
-        result = self._canonical(result, owner)
-        self._note(result, distinct(owner))
+        found = distinct(owner)
+        result = self._canonical(result, owner, found)
+        self._note(result, found)
         return result
 
     def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -239,14 +247,12 @@ class Store:
     def split(self, leaf: int, parts: NDArray[np.int64]) -> list[Rows]:
         """Replace a leaf by one new leaf for each set of elements with the same value of ``parts``; returns these."""
         rows = np.full((self.sizes[leaf], 2), -1, np.int64)
-        labels = np.unique(parts)
-        tags = self.tags(len(labels))
+        labels = distinct(parts)
         found = []
-        for label, tag in zip(labels, tags):
-            here = parts == label
-            count = int(np.count_nonzero(here))
-            new = self.fresh(count)
-            rows[here, 0] = tag if count > 1 else self.pinned(1, "used apart from every other channel")[0]
+        for label, tag in zip(labels, self.tags(len(labels))):
+            here = np.flatnonzero(parts == label)
+            new = self.fresh(len(here))
+            rows[here, 0] = tag if len(here) > 1 else self.pinned(1, "used apart from every other channel")[0]
             rows[here, 1 : new.shape[1]] = new[:, 1:]
             found.append(new)
         self.bind(leaf, rows)
@@ -254,13 +260,15 @@ class Store:
 
     def apart(self, rows: Rows) -> Rows | None:
         """The usual cut, some elements of one leaf in order: they become a leaf of their own. None for any other."""
-        leaves, digits = self.free_leaves(rows), rows[:, 1:]
-        if len(leaves) != 1 or not 1 < len(rows) < self.sizes[leaves[0]] or digits.shape[1] != 1:
+        leaves, (tags, *digits) = self.free_leaves(rows), rows.T
+        if len(leaves) != 1 or len(rows) < 2 or len(digits) != 1 or digits[0][0] < 0:
             return None
-        if (digits[1:] <= digits[:-1]).any() or (rows[:, 0] != rows[0, 0]).any():
+        if (digits[0][1:] <= digits[0][:-1]).any() or (tags != tags[0]).any():
             return None
+        if len(rows) == self.sizes[leaves[0]]:  # they are one already
+            return rows
         inside = np.zeros(self.sizes[leaves[0]], np.int64)
-        inside[digits[:, 0] - self.starts[leaves[0]]] = 1
+        inside[digits[0] - self.starts[leaves[0]]] = 1
         return self.split(leaves[0], inside)[1]
 
     def pin(self, rows: Rows, reason: str) -> None:

@@ -447,8 +447,9 @@ def _roles(inference: Inference) -> dict[tuple[str, int, int], str]:
         if rows is None:
             continue
         for leaf in inference.leaves.free_leaves(inference.leaves.resolve(rows)):
-            before = roles.get((fqn, dim, leaf), role)
-            roles[fqn, dim, leaf] = "tied" if {before, role} in _CONFLICTS else role
+            before = roles.setdefault((fqn, dim, leaf), role)
+            if before != role:
+                roles[fqn, dim, leaf] = "tied" if {before, role} in _CONFLICTS else role
     return roles
 
 
@@ -468,5 +469,7 @@ def _pinned(inference: Inference, labels: Mapping[tuple[str, int], Rows]) -> tup
 
 def _pins(leaves: Store, rows: Rows) -> list[tuple[Pin | None, int]]:
     """Why positions of an axis cannot move, with how many they are; None for those that nothing holds."""
+    if leaves.is_leaf(rows):
+        return []
     stuck = rows[(rows[:, 1:] < 0).all(axis=1), 0]
     return list(Counter(leaves.pin_of(tag) for tag in stuck.tolist()).items())

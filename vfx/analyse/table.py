@@ -14,36 +14,40 @@ NO_TAG = 0
 
 
 class Table:
-    """``owner`` (elements,): leaf of each; ``image`` (elements, 1 + digits): tag and elements in its place."""
+    """``owner`` (elements,): leaf of each; ``image`` (1 + digits, elements): tag and elements in its place."""
 
     def __init__(self) -> None:
-        self.owner = np.full(1024, -1, np.int64)
-        self.image = np.full((1024, 2), -1, np.int64)
-        self.image[:, 0] = NO_TAG
+        self.owner = np.full(1 << 14, -1, np.int64)
+        self.image = _blank(2, len(self.owner))
 
     def add(self, start: int, stop: int, leaf: int) -> Ints:
         """Elements of a new leaf, standing for themselves."""
         if stop >= len(self.owner):
             self._lengthen(2 * stop - len(self.owner))
         self.owner[start:stop] = leaf
-        elements = np.arange(start, stop)
-        self.image[start:stop, 1] = elements
+        elements = self.image[1, start:stop]
+        elements[:] = np.arange(start, stop)
         return elements
 
     def write(self, start: int, rows: Ints) -> None:
         """The elements from ``start`` on stand for these labels."""
-        extra = rows.shape[1] - self.image.shape[1]
+        extra = rows.shape[1] - len(self.image)
         if extra > 0:
-            self.image = np.pad(self.image, ((0, 0), (0, extra)), constant_values=-1)
-        place = self.image[start : start + len(rows)]
-        place[:, : rows.shape[1]] = rows
-        place[:, rows.shape[1] :] = -1
+            self.image = np.concatenate([self.image, np.full((extra, len(self.owner)), -1)])
+        place = self.image[:, start : start + len(rows)]
+        place[: rows.shape[1]] = rows.T
+        place[rows.shape[1] :] = -1
 
     def read(self, elements: Ints, width: int) -> Ints:
         """The labels (n, ``width``) in place of elements (n,), whose digits fit in."""
-        return self.image.take(elements, axis=0)[:, :width]
+        return self.image[:width].take(elements, axis=1).T
 
     def _lengthen(self, count: int) -> None:
-        self.owner = np.pad(self.owner, (0, count), constant_values=-1)
-        self.image = np.pad(self.image, ((0, count), (0, 0)), constant_values=-1)
-        self.image[-count:, 0] = NO_TAG
+        self.owner = np.concatenate([self.owner, np.full(count, -1)])
+        self.image = np.concatenate([self.image, _blank(len(self.image), count)], axis=1)
+
+
+def _blank(width: int, count: int) -> Ints:
+    image = np.full((width, count), -1, np.int64)
+    image[0] = NO_TAG
+    return image

@@ -20,7 +20,7 @@ from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement,
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.operators import operator
+from vfx.operators import arguments, operator
 
 
 class Dim(NamedTuple):
@@ -36,6 +36,7 @@ class Spaces:
 
     def __init__(self, inference: Inference):
         self.t = inference
+        self._leaves: dict[Axis | Digit, frozenset[int]] = {}
 
     def shape(self, node: Any) -> Shape | None:
         shape = self.t.shapes.get(node) if isinstance(node, fx.Node) else None
@@ -47,6 +48,11 @@ class Spaces:
 
     def leaves(self, entry: Axis | Digit) -> frozenset[int]:
         """The leaves that stand on an axis, or on its dimension of a block."""
+        if entry not in self._leaves:
+            self._leaves[entry] = self._standing(entry)
+        return self._leaves[entry]
+
+    def _standing(self, entry: Axis | Digit) -> frozenset[int]:
         if isinstance(entry, Digit):
             return self._varying(entry.block.flat, entry.block.sizes)[entry.position]
         factors = (factor for factor in entry.factors if not isinstance(factor, Opaque))
@@ -75,7 +81,7 @@ def varying(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[frozenset
 Space = Callable[[Spaces, fx.Node, dict[str, Any]], "list[Dim] | None"]
 
 
-def space_of(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
+def space_of(s: Spaces, node: fx.Node) -> list[Dim] | None:
     """The index space of a call, or None where nothing is known."""
     name = operator(node)
     rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
@@ -84,7 +90,7 @@ def space_of(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     if rule.apply.__module__ == movement.__name__:
         return []  # values stay as they are; the labels of the result say where they went
     space = SPACES.get(rule.apply)
-    return space(s, node, a) if space is not None else None
+    return space(s, node, arguments(node)) if space is not None else None
 
 
 def nothing(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim]:
