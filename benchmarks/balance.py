@@ -60,8 +60,8 @@ def measure(pair: Pair, form: str, checkpoints: Path, data: Path, samples: int, 
             scores = []
             for seed in range(seeds if match == "weight" and normalize else 1):
                 result = merge(
-                    program, data=train.split(BATCH), statistics=statistics, match=match, normalize=normalize,
-                    seed=seed, progress=False,
+                    program, data=train.split(BATCH), statistics=statistics, match=match, classes="permutation",
+                    normalize=normalize, seed=seed, progress=False,
                 )  # fmt: skip
                 scores.append(_score(result.module, images, labels))
             cells.append({"match": match, "normalize": normalize, "runs": scores, **_mean(scores)})

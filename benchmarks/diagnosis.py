@@ -62,6 +62,7 @@ class Subject:
             data=self.calibration,
             statistics=self.statistics,
             match=match,
+            classes="permutation",
             normalize=normalize,
             preserve=preserve,
             progress=False,
@@ -117,7 +118,7 @@ class Subject:
         """Match on one subset; goals and calibration on another."""
         method = "reset" if self.pair.batch_norm else "repair"
         aligned = vfx.Align("activation", statistics=matched)(self.program)
-        found = vfx.ActivationMatching()(Problem(self.program, vfx.symmetry(self.program), matched))
+        found = vfx.ActivationMatching("permutation")(Problem(self.program, vfx.symmetry(self.program), matched))
         result = vfx.merge(
             self.program,
             data=subset,

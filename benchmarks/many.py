@@ -95,7 +95,7 @@ class Subject:
 
     def matching(self, match: str) -> Matching:
         if match not in self.matchings:
-            finder = matcher(match)
+            finder = matcher(match, classes="permutation")
             assert finder is not None
             self.matchings[match] = finder(self.problem)
         return self.matchings[match]

@@ -55,7 +55,7 @@ def methods() -> list[str]:
 
 def build(name: str) -> Matcher | None:
     """A method's matcher."""
-    return VARIANTS[name]() if name in VARIANTS else matcher(None if name == "none" else name)
+    return VARIANTS[name]() if name in VARIANTS else matcher(None if name == "none" else name, classes="permutation")
 
 
 def measure(pair: Pair, name: str, checkpoints: Path, data: Path, samples: int | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from vfx.api import collect, merge, trace
 from vfx.emit.module import emit
 from vfx.files import write_atomic
+from vfx.match.activation import ActivationMatching
 from vfx.match.first_layers import FirstLayers
 from vfx.models.training import predict
 from vfx.normalize.catalogue import Normalization
@@ -70,7 +71,8 @@ class Subject:
         return round(100 * (outputs.argmax(1) == self.labels).double().mean().item(), 2)
 
     def merged(self, normalize: Any, *, labels: bool = False, **options: Any) -> Cell:
-        settings = {"match": "activation", "statistics": self.statistics, "verify": False, "progress": False} | options
+        settings: dict[str, Any] = {"match": "activation", "classes": "permutation", "statistics": self.statistics}
+        settings |= {"verify": False, "progress": False} | options
         result = merge(
             self.program, data=self.labelled if labels else self.calibration, normalize=normalize, **settings
         )
@@ -118,7 +120,7 @@ class Subject:
         method = "reset" if self.pair.batch_norm else "rescale"
         for count in range(0, self.layers, 1 if self.layers < 15 else 3):
             for name in (None, method):
-                match = FirstLayers("activation", count)
+                match = FirstLayers(ActivationMatching("permutation"), count)
                 yield f"{name or 'none'} {count}", lambda n=name, m=match: self.merged(n, match=m)
 
     def biases(self) -> Iterator[tuple[str, Any]]:

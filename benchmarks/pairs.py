@@ -81,6 +81,7 @@ class Subject:
             data=self.calibration.split(BATCH),
             statistics=self.statistics,
             match=match,
+            classes="permutation",
             normalize=normalize,
             preserve=cut,
             join=join,  # type: ignore[arg-type]

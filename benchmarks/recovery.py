@@ -208,7 +208,7 @@ def judge(problem: Problem, matching: Matching, identical: Any) -> dict[str, Any
 
 
 def weight_matching(problem: Problem) -> dict[str, Any]:
-    matching = WeightMatching()(MatchingProblem(problem.program, problem.facts))
+    matching = WeightMatching(classes="permutation")(MatchingProblem(problem.program, problem.facts))
     first, second = problem.program.weights
     scored = {m.fqn for g in problem.facts.groups for m in g.members} - problem.program.buffers
     best = inner(first, problem.facts.permute(second, problem.inverse()), scored)
@@ -224,7 +224,7 @@ def activation_matching(problem: Problem) -> dict[str, Any]:
     start = time.perf_counter()
     statistics = read(problem, problem.program)
     seconds = time.perf_counter() - start
-    matching = ActivationMatching()(MatchingProblem(problem.program, problem.facts, statistics))
+    matching = ActivationMatching("permutation")(MatchingProblem(problem.program, problem.facts, statistics))
     twins: list[Statistics] = []
 
     def identical(group: Group, pairs: Index) -> np.ndarray:

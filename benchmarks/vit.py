@@ -75,7 +75,7 @@ def measure(edges: list[ViT], data: tuple[Tensor, ...]) -> dict[str, Any]:
     with Progress(*columns, console=console) as progress:
         for match, normalize, alpha, preserve in progress.track(chosen, description="merges"):
             options: dict[str, Any] = {"match": match, "normalize": normalize, "weights": alpha, "preserve": preserve}
-            result = merge(program, data=train, statistics=statistics, progress=False, **options)
+            result = merge(program, data=train, statistics=statistics, classes="permutation", progress=False, **options)
             found.append(options | score(result.module, images, labels))
     return {
         "groups": len(facts.groups),

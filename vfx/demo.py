@@ -118,6 +118,7 @@ def _merge(
         program,  # type: ignore[arg-type]
         data=data,
         match=match,
+        classes="permutation",  # as in the papers
         normalize=normalize,
         preserve=preserve,
         statistics=statistics,

@@ -21,12 +21,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.classes import Maps
+from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.composition import compose
 from vfx.analyse.slots import Vector, nullspace
 from vfx.analyse.symmetry import Group, Symmetry
@@ -34,6 +35,7 @@ from vfx.analyse.transform import Element, Part, apply, parts, stacked
 from vfx.program import Weights
 
 TOLERANCE = 1e-10  # of λ, in one sweep over all channels
+ROUNDED = 1e-5  # the same for weights of single precision
 SWEEPS = 2000
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
@@ -103,7 +105,7 @@ def _balanced(first: Tensor, second: Tensor) -> np.ndarray | None:
 # scales ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Place:
     """Where a free scale stands in a tensor: ``parts`` (one for each block) and the power it has there."""
 
@@ -111,6 +113,13 @@ class Place:
     dim: int
     exponent: float
     parts: tuple[Part, ...]
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the channels are the axis itself, in order."""
+        position = self.parts[0].position
+        alone = len(self.parts) == 1 and self.parts[0].elsewhere is None and position.shape[1] == 1
+        return alone and bool((position[:, 0] == np.arange(len(position))).all())
 
 
 class Scales:
@@ -182,7 +191,7 @@ def _minimum(
     """λ of every variable, (size,) or (blocks, size)."""
     squares, tolerance = _squares(weights, places), _tolerance(weights)
     shapes = {v: _shape(symmetry.groups[v[0]]) for v in places}
-    logs = {v: torch.zeros(math.prod(shape), dtype=torch.float64) for v, shape in shapes.items()}
+    logs = {v: np.zeros(math.prod(shape)) for v, shape in shapes.items()}
     changes = [float("inf")]
     for _ in range(sweeps):
         relaxation, largest = _relaxation(changes), 0.0
@@ -193,17 +202,17 @@ def _minimum(
                 logs[variable] += step
                 for place in own:
                     squares[place.fqn].scale(place, step)
-                largest = max(largest, float(step.abs().max()))
+                largest = max(largest, float(np.abs(step).max()))
         changes.append(largest)
         if largest <= tolerance:
             break
-    return {v: one.numpy().reshape(shapes[v]) for v, one in logs.items()}
+    return {v: one.reshape(shapes[v]) for v, one in logs.items()}
 
 
 def _tolerance(weights: Weights) -> float:
-    """What the weights' precision can tell."""
+    """What the weights' precision can tell: an error ε of a scale moves a midpoint by ε²."""
     exact = any(tensor.dtype == torch.float64 for tensor in weights.values())
-    return TOLERANCE if exact else max(TOLERANCE, torch.finfo(torch.float32).eps)
+    return TOLERANCE if exact else ROUNDED
 
 
 def _shape(group: Group) -> tuple[int, ...]:
@@ -225,53 +234,57 @@ def _relaxation(changes: list[float]) -> float:
 class _Squares:
     """The squares of one tensor, summed over the axes that no scale moves, and what its axes are multiplied by."""
 
-    def __init__(self, values: Tensor, axes: list[int]):
+    def __init__(self, values: Matrix, axes: list[int]):
         self.values, self.axes = values, axes
-        self.factors = [torch.ones(size, dtype=torch.float64) for size in values.shape]
+        self.factors: list[Matrix] = [np.ones(size) for size in values.shape]
 
-    def sums(self, place: Place, group: Group) -> Tensor:
+    def sums(self, place: Place, group: Group) -> Matrix:
         """Of each channel (blocks · size,)."""
-        total = torch.zeros(group.outer if group.parent is not None else 1, group.size, dtype=torch.float64)
         axis = self.axes.index(place.dim)
-        lines: dict[int, Tensor] = {}
+        if place.whole and len(self.factors[axis]) == group.size:
+            return self._line([axis])
+        total = np.zeros((group.outer if group.parent is not None else 1, group.size))
+        lines: dict[int, Matrix] = {}
         for part in place.parts:
             other = -1 if part.elsewhere is None else self.axes.index(part.elsewhere[0])
             if other not in lines:
                 lines[other] = self._line([axis] if other < 0 else [other, axis])
             line = lines[other]
             if part.elsewhere is not None:
-                line = line[torch.from_numpy(part.elsewhere[1])].sum(0)
-            total[part.block] += line[torch.from_numpy(part.position)].sum(1)
+                line = line[part.elsewhere[1]].sum(0)
+            total[part.block] += line[part.position].sum(1)
         return total.reshape(-1)
 
-    def _line(self, kept: list[int]) -> Tensor:
+    def _line(self, kept: list[int]) -> Matrix:
         """Summed over all axes but those kept, in their order."""
         line, left = self.values, list(range(self.values.ndim))
         for d in [d for d in left if d not in kept]:
-            line = line.movedim(left.index(d), -1) @ self.factors[d]
+            line = np.moveaxis(line, left.index(d), -1) @ self.factors[d].astype(self.values.dtype, copy=False)
             left.remove(d)
-        line = line.permute([left.index(d) for d in kept])
+        line = line.transpose([left.index(d) for d in kept])
         for k, d in enumerate(kept):
             line = line * _shaped(self.factors[d], k, line.ndim)
         return line
 
-    def scale(self, place: Place, step: Tensor) -> None:
+    def scale(self, place: Place, step: Matrix) -> None:
         axis = self.axes.index(place.dim)
-        factors = (2 * place.exponent * step).exp().reshape(-1, len(place.parts[0].position))
+        factors = np.exp(2 * place.exponent * step)
+        if place.whole and len(self.factors[axis]) == len(factors):
+            self.factors[axis] = self.factors[axis] * factors
+            return
+        factors = factors.reshape(-1, len(place.parts[0].position))
         for part in place.parts:
-            position = torch.from_numpy(part.position)
             if part.elsewhere is None:
-                self.factors[axis][position] *= factors[part.block][:, None]
+                self.factors[axis][part.position] *= factors[part.block][:, None]
                 continue
-            own = torch.ones_like(self.factors[axis])
-            own[position] = factors[part.block][:, None]
-            where = torch.from_numpy(part.elsewhere[1])
+            own = np.ones_like(self.factors[axis])
+            own[part.position] = factors[part.block][:, None]
             other = self.axes.index(part.elsewhere[0])
-            rows = self.values.index_select(other, where) * _shaped(own, axis, self.values.ndim)
-            self.values.index_copy_(other, where, rows)
+            rows = (slice(None),) * other + (part.elsewhere[1],)
+            self.values[rows] *= _shaped(own, axis, self.values.ndim)
 
 
-def _shaped(vector: Tensor, axis: int, rank: int) -> Tensor:
+def _shaped(vector: Matrix, axis: int, rank: int) -> Matrix:
     return vector.reshape([-1 if d == axis else 1 for d in range(rank)])
 
 
@@ -285,39 +298,40 @@ def _squares(weights: Weights, places: Mapping[Variable, list[Place]]) -> dict[s
     result = {}
     for name, kept in dims.items():
         if name in weights:
-            tensor = weights[name].double().cpu().square()
+            tensor = weights[name].detach().cpu()  # in their own precision, up to which they are balanced
+            tensor = (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()).square()
             rest = [d for d in range(tensor.ndim) if d not in kept]
-            result[name] = _Squares(tensor.sum(rest) if rest else tensor.clone(), sorted(kept))
+            result[name] = _Squares((tensor.sum(rest) if rest else tensor).numpy(), sorted(kept))
     return result
 
 
-def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) -> Tensor:
+def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) -> Matrix:
     """By how much λ changes for each channel of one feature: the minimum if all else stays.
 
     A channel that nothing makes, or nothing reads, keeps its scale. Where a tensor holds the feature on several axes
     (it reads the stream that it writes) channels do not change alone: a step is divided by their number, and the
     average of steps on one axis each does not increase a convex function.
     """
-    exponents = torch.tensor([place.exponent for place in places], dtype=torch.float64)
-    sums = torch.stack([squares[place.fqn].sums(place, group) for place in places])
+    exponents = np.array([place.exponent for place in places])
+    sums = np.stack([squares[place.fqn].sums(place, group) for place in places])
     up, down = sums[exponents > 0].sum(0), sums[exponents < 0].sum(0)
     alive = (up > 0) & (down > 0)
-    up, down = torch.where(alive, up, 1.0), torch.where(alive, down, 1.0)
-    size = float(exponents.abs().max())
-    step = (down.log() - up.log()) / (4 * size)
-    if float(exponents.abs().min()) != size:
+    up, down = np.where(alive, up, 1.0), np.where(alive, down, 1.0)
+    size = float(np.abs(exponents).max())
+    step = np.log(down / up) / (4 * size)
+    if float(np.abs(exponents).min()) != size:
         step = _newton(exponents, sums)
     axes: dict[str, set[int]] = {}
     for place in places:
         axes.setdefault(place.fqn, set()).add(place.dim)
-    return torch.where(alive, step, 0.0) / max(len(own) for own in axes.values())
+    return np.where(alive, step, 0.0) / max(len(own) for own in axes.values())
 
 
-def _newton(exponents: Tensor, sums: Tensor) -> Tensor:
+def _newton(exponents: Matrix, sums: Matrix) -> Matrix:
     """The minimum over λ of Σ sums e^{2 e λ}, for exponents that are not all ±1."""
-    step = torch.zeros(sums.shape[1], dtype=torch.float64)
+    step = np.zeros(sums.shape[1], exponents.dtype)
     for _ in range(50):
-        terms = sums * (2 * exponents[:, None] * step).exp()
+        terms = sums * np.exp(2 * exponents[:, None] * step)
         slope, bend = (exponents[:, None] * terms).sum(0), (2 * exponents[:, None] ** 2 * terms).sum(0)
-        step = step - (slope / bend.clamp_min(1e-300)).clamp(-1, 1)
+        step -= (slope / bend.clip(1e-300)).clip(-1, 1)
     return step

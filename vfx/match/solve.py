@@ -24,7 +24,7 @@ from vfx.match.matcher import Gain, assign
 
 Signs = frozenset[int]  # free signs whose product a side has
 ENUMERATED = 8  # free signs that are tried in all combinations
-UNSEEN = 1e-9  # share of the largest singular value that the identity counts
+UNSEEN = 1e-13  # share of the largest singular value that the identity counts
 
 
 def procrustes(gain: Gain, kind: Maps = Maps.ORTHOGONAL) -> tuple[Gain, Gain]:
