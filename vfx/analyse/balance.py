@@ -318,9 +318,8 @@ def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) ->
     alive = (up > 0) & (down > 0)
     up, down = np.where(alive, up, 1.0), np.where(alive, down, 1.0)
     size = float(np.abs(exponents).max())
-    step = np.log(down / up) / (4 * size)
-    if float(np.abs(exponents).min()) != size:
-        step = _newton(exponents, sums)
+    alike = float(np.abs(exponents).min()) == size
+    step = np.log(down / up) / (4 * size) if alike else _newton(exponents, sums)
     axes: dict[str, set[int]] = {}
     for place in places:
         axes.setdefault(place.fqn, set()).add(place.dim)
