@@ -8,7 +8,7 @@ the same: no second pass over the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -114,7 +114,7 @@ def _with_goals(
         return result
     nodes = {node.name: node for node in program.graph.nodes}
     channels = statistics_channels(program)
-    goals, unknown = {}, []
+    goals, unknown = {}, dict[str, None]()
     for name, known in statistics.goals().items():
         node, rows = nodes[name], []
         for edge, permutation in enumerate(matching.permutations):
@@ -124,7 +124,7 @@ def _with_goals(
                 spread = None
                 if own.ndim == 2:
                     if name not in statistics.covariances:
-                        unknown.append(name)
+                        unknown[name] = None
                         break
                     spread = statistics.covariances[name][edge][order][:, order]
                 mean, std = _mapped(own.to(mean.device), mean, std, spread)
@@ -134,7 +134,7 @@ def _with_goals(
     return replace(result, goals=goals, notes=(*result.notes, *_unknown_notes(unknown)))
 
 
-def _unknown_notes(names: Sequence[str]) -> list[str]:
+def _unknown_notes(names: Collection[str]) -> list[str]:
     if not names:
         return []
     return [

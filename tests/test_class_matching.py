@@ -214,6 +214,21 @@ def test_balanced_forms_differ_by_compact_maps(name: str) -> None:
     close(program.with_weights([forms[0]])(x), program.select(0)(x), 1e-8)
 
 
+def test_heads_of_low_rank_keep_their_precision() -> None:
+    """Queries and keys whose product has a direction of 1e-9: single precision still holds the aligned network."""
+    torch.manual_seed(0)
+    models = [vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2) for _ in range(2)]
+    with torch.no_grad():
+        for model in models:
+            for block in model.blocks:
+                block.attention.qkv.weight[0] *= 1e-9
+                block.attention.qkv.bias[0] *= 1e-9
+    x = _images(1)().float()
+    merged = vfx.merge([m.eval() for m in models], x[:2], match="weight", normalize=None, weights=1.0, progress=False)
+    close(merged.module(x), models[1](x), 1e-4)
+    assert any(own.matrix is not None for own in merged.report.matching.elements[1].values())  # type: ignore[union-attr]
+
+
 def test_each_step_raises_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     program, facts, _ = _pair("vit_lifted")
     rng = np.random.default_rng(0)

@@ -13,7 +13,8 @@ two networks of one orbit have balanced forms that differ by signed permutations
   factors Xᵀ = Q₁R₁, Yᵀ = Q₂R₂ is decomposed; T = S^−½ Vᵀ R₂.
 
 Sides on which a running statistic stands keep their scale: statistics that are measured anew are those of the layer as
-it is. A scale that only makes or only reads has no minimum and stays, and so does a pair of deficient rank.
+it is. A scale that only makes or only reads has no minimum and stays. Directions in which a product all but vanishes
+(many trained heads have them) are left unequal: raising them would cost the weights their precision.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ ROUNDED = 1e-5  # the same for weights of single precision
 SWEEPS = 2000
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
-DEFICIENT = 1e-7  # singular values below this share of the largest
+FLOOR = 1e-4  # of a product's singular values, a share of the largest: smaller ones are not raised to balance
+DEFICIENT = 1e-7  # singular values of a map below this share of the largest
 
 Variable = tuple[int, int]  # group, free scale
 
@@ -91,15 +93,15 @@ def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> It
 
 
 def _balanced(first: Tensor, second: Tensor) -> np.ndarray | None:
-    """T (d, d) for (d, n) and (d, m), the second of which carries T⁻ᵀ; None where their product has a rank below d."""
+    """T (d, d) for (d, n) and (d, m), the second of which carries T⁻ᵀ; None where the second has a rank below d."""
     if min(first.shape[1], second.shape[1]) < len(first):
         return None
     r1, r2 = (torch.linalg.qr(side.T, mode="r").R for side in (first, second))
     s, vt = torch.linalg.svd(r1 @ r2.T)[1:]
-    if not bool(s[-1] > DEFICIENT * s[0]):
-        return None
     vt = vt * torch.where(vt.gather(1, vt.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    return (vt @ r2 / s.sqrt()[:, None]).numpy()
+    found = vt @ r2 / s.clamp_min(FLOOR * float(s[0])).sqrt()[:, None]
+    spread = torch.linalg.svdvals(found)
+    return found.numpy() if bool(spread[-1] > DEFICIENT * spread[0]) else None
 
 
 # scales ---------------------------------------------------------------------------------------------------------------
