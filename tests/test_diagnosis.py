@@ -566,8 +566,9 @@ def test_merge_warns_of_skewed_calibration_data(program: vfx.Program) -> None:
 
 
 def test_merge_checks_variances_on_held_out_batches(program: vfx.Program) -> None:
-    fair = vfx.merge(program, data=[X[:16]], normalize="reset", held_out=[X[16:]], progress=False)
+    options: dict[str, Any] = {"normalize": "reset", "classes": "permutation", "progress": False}
+    fair = vfx.merge(program, data=[X[:16]], held_out=[X[16:]], **options)
     assert not any("held-out" in note for note in fair.report.notes)
-    skewed = vfx.merge(program, data=[X[:16] / 10], normalize="reset", held_out=[X[16:]], progress=False)
+    skewed = vfx.merge(program, data=[X[:16] / 10], held_out=[X[16:]], **options)
     assert any("held-out" in note for note in skewed.report.notes)
     assert variance_note(()) is None

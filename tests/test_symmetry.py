@@ -16,6 +16,7 @@ from micro_models import MICRO, REFUSED, Micro, conv, net, parameter
 from torch import Tensor, nn
 
 from vfx.analyse.symmetry import Member, Symmetry, symmetry
+from vfx.analyse.transform import Element
 from vfx.analyse.verify import preserved, relative_error
 from vfx.capture import capture as trace
 from vfx.errors import ArgumentError
@@ -114,7 +115,7 @@ def test_moving_there_and_back_is_the_identity() -> None:
 
 def test_a_permutation_of_trained_weights_is_checked_by_preserved() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "residual"))
-    there = groups.random(np.random.default_rng(1))
+    there = {index: Element(own) for index, own in groups.random(np.random.default_rng(1)).items()}
     assert preserved(groups, groups.program.weights[0], there) <= EXACT
 
 

@@ -132,7 +132,7 @@ def merge(
     reader = Batches(program, data, max_samples, device) if finder is not None and "data" in finder.needs else None
     align = Align(finder, reader, statistics=statistics, facts=facts, **own)
     cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
-    aligned = run_passes(program, [align], watch)
+    aligned = edges = run_passes(program, [align], watch)
     found = align.matching
     solved = found is not None and found.ridge is not None
     if found is not None and solved:
@@ -154,7 +154,7 @@ def merge(
     result = run_passes(aligned, [*before, *merging, *after], watch)
     if prepare == "lift":
         result = restored(result, captured, watch)
-    result = replace(result, notes=(*result.notes, *skew_notes(result, program, data, held_out, device, progress)))
+    result = replace(result, notes=(*result.notes, *skew_notes(result, edges, data, held_out, device, progress)))
     if carried is not None:
         align.matching = carried.matching
     choices = {"normalize": chosen and chosen.method, "preserve": preserved} | (chosen.to_dict() if chosen else {})
