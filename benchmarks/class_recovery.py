@@ -121,7 +121,7 @@ def results(only: list[str] | None, seed: int) -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {"network": name, "form": form, "kinds": kinds, "methods": {}}
             for method in METHODS:
                 progress.update(task, description=f"{name}, {form}: {method}")
-                row["methods"][method] = measure(program, method, CASES[name][1](), inputs)
+                row["methods"][method] = measure(program, method, [CASES[name][1]()], inputs)
                 progress.advance(task)
             yield row
 

@@ -61,6 +61,22 @@ class Residual(nn.Module):
         return self.out(x.relu().mean((2, 3)))
 
 
+class GroupedQueries(nn.Module):
+    """Two heads of keys and values, each read by three heads of queries, in a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(24, 24), nn.Linear(24, 16), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (6, 4)).transpose(1, 2)
+        k, v = (y.unflatten(2, (2, 4)).transpose(1, 2)[:, :, None] for y in self.kv(x).chunk(2, 2))
+        k, v = (y.expand(-1, -1, 3, -1, -1).flatten(1, 2) for y in (k, v))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(x)
+
+
 def _tanh() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 16), nn.Tanh(), nn.Linear(16, 11), nn.Tanh(), nn.Linear(11, 4))
 
@@ -71,6 +87,10 @@ def _linear() -> nn.Module:
 
 def _vectors() -> Tensor:
     return torch.randn(96, 9, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+
+
+def _sequences() -> Tensor:
+    return torch.randn(24, 6, 24, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
 
 
 def _images(channels: int) -> Callable[[], Tensor]:
@@ -92,6 +112,7 @@ CASES: dict[str, Case] = {
     "rms": (RMSNet, _vectors, lambda p: p),
     "vit": (lambda: vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2), _images(1), lambda p: p),
     "vit_lifted": (lambda: vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2), _images(1), _lift),
+    "grouped": (GroupedQueries, _sequences, lambda p: p),
     "residual": (Residual, _images(1), _fold),
 }
 _known: dict[str, tuple[Program, Symmetry, Tensor]] = {}

@@ -9,7 +9,7 @@ than permutations.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from vfx.analyse.elements import moved
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
 from vfx.match.matcher import Gain, assign, best_over_blocks
-from vfx.match.units import Unit, assign_pairs, assign_unit, units
+from vfx.match.units import PairOrders, Unit, assign_pairs, assign_unit, units
 from vfx.statistics.collect import Statistics
 from vfx.statistics.moments import CrossMoments
 from vfx.statistics.taps import Tap
@@ -87,14 +87,49 @@ class Ascent:
         for tap, gain in self.taps_of.get(unit.outer.index, ()):
             if not unit.groups & set(tap.groups) - {unit.outer.index}:
                 outer += self._by_channel(tap, gain, [unit.outer])
-        return assign_unit(unit, outer, lambda group, orders: self._inner(unit, group), unit.inner, self.solve)
+        inner = lambda group, orders: self._inner(unit, group, orders)  # noqa: E731
+        return assign_unit(unit, outer, inner, self._in_turn(unit), self.solve)
 
-    def _inner(self, unit: Unit, group: Group) -> Gain:
+    def _in_turn(self, unit: Unit) -> Sequence[Group]:
+        """The inner groups in the order in which they are solved."""
+        return unit.inner
+
+    def _inner(self, unit: Unit, group: Group, orders: PairOrders) -> Gain:
         total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
         for tap, gain in self.taps_of.get(group.index, ()):
-            if unit.outer.index in tap.groups:
+            if unit.outer.index not in tap.groups:
+                continue
+            beside = [g for g in unit.inner if g.index in tap.groups and g.index != group.index]
+            if len(beside) == 1 and set(tap.groups) == {unit.outer.index, group.index, beside[0].index}:
+                total += self._beside(tap, gain, [unit.outer, group, beside[0]], orders)
+            else:
                 total += self._by_channel(tap, gain, [unit.outer, group])
         return total
+
+    def _beside(self, tap: Tap, gain: Gain, chosen: list[Group], orders: PairOrders) -> Gain:
+        """(n, n, size, size) for an inner group that shares features with another one of the same unit.
+
+        The other counts in its order (or map) for each pair of blocks, or, before it has one, at its best.
+        """
+        outer, group, other = chosen
+        sizes = [g.size for g in chosen]
+        table = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], [g.index for g in chosen], sizes)
+        table = table.reshape(sizes)
+        total = np.empty((outer.size,) * 2 + (group.size,) * 2)
+        for i, j in np.ndindex(outer.size, outer.size):
+            pairs = gain[table[i][:, :, None, None], table[j]].transpose(0, 2, 1, 3)  # (size, size, other, other)
+            order = orders.get(other.index)
+            if order is None:
+                total[i, j] = self._at_best(other, pairs)
+            elif order.ndim == 3:
+                total[i, j] = pairs[:, :, np.arange(other.size), order[i, j]].sum(-1)
+            else:
+                total[i, j] = (pairs * order[i, j]).sum((-2, -1))
+        return total
+
+    def _at_best(self, group: Group, gains: Gain) -> Gain:
+        """What gains (n, n, size, size) come to at the best order of the last two axes."""
+        return np.array([[assign(gain)[1] for gain in row] for row in gains])
 
     def _by_channel(self, tap: Tap, gain: Gain, chosen: list[Group]) -> Gain:
         """Gain (n…, n…) between channels of the chosen groups: (n, n), or (n, n, size, size) for two."""

@@ -90,19 +90,27 @@ class ClassAscent(Ascent):
         result = np.eye(tap.size)
         for column, index in enumerate(tap.groups):
             matrix = frame.get(index, Element()).matrix
-            if matrix is None:
-                continue
             group, standing = self.symmetry.groups[index], tap.sides[column]
+            if matrix is None or (matrix.ndim > 2 and group.parent not in tap.groups):
+                continue
             if standing is not None and standing[1]:
                 matrix = contragredient(matrix)
             for block, rows in enumerate(_table(tap, group, self.symmetry)):
-                result[rows[:, None], rows] = matrix if matrix.ndim == 2 else matrix[block]
+                result[rows[:, None], rows] = matrix if matrix.ndim == 2 else matrix[block % len(matrix)]
         return result
 
     def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""
         kind = self.kinds[group.index]
         return procrustes(gains, kind) if kind.mixes else assign_pairs(group, gains)
+
+    def _in_turn(self, unit: Unit) -> Sequence[Group]:
+        """Maps that mix channels last: they need the others' order, which does not need theirs."""
+        return sorted(unit.inner, key=lambda group: self.kinds[group.index].mixes)
+
+    def _at_best(self, group: Group, gains: Gain) -> Gain:
+        kind = self.kinds[group.index]
+        return procrustes(gains, kind)[1] if kind.mixes else super()._at_best(group, gains)
 
     def _single(self, group: Group, unmatched: Collection[int]) -> tuple[dict[int, Any], float]:
         kind, signs = self.kinds[group.index], self.signs[group.index]
@@ -167,7 +175,7 @@ class ClassAscent(Ascent):
 
 
 def _table(tap: Tap, group: Group, symmetry: Symmetry) -> Index:
-    """The features (blocks, size) of a group in a tap; other groups' channels count as blocks."""
+    """The features (blocks, size) of a group in a tap, for the channels of other groups one parent after the other."""
     others = [index for index in tap.groups if index not in (group.index, group.parent)]
     outer = [group.parent] if group.parent in tap.groups else []
     chosen = [*others, *outer, group.index]  # type: ignore[list-item]
