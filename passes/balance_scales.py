@@ -15,7 +15,6 @@ BatchNorms and products keep what they need. Two networks that differ by scales 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vfx.analyse.balance import SWEEPS, TOLERANCE, newton, relaxation
 from vfx.analyse.symmetry import symmetry
 from vfx.freedom import Freedom, MapKind, Member
 from vfx.program import Program, Weights
 from vfx.rewrite import Pass
 
-TOLERANCE = 1e-10  # of λ, in one sweep over all channels
-SWEEPS = 2000
-NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 NAMED = 3  # features without a free scale that a note names
 
 Variables = Mapping[Any, list[Member]]
@@ -108,7 +105,7 @@ def _balanced(weights: Weights, variables: Variables) -> dict[str, Tensor]:
     scales = {v: torch.zeros(len(members[0].position), dtype=torch.float64) for v, members in variables.items()}
     changes = [float("inf")]
     for _ in range(SWEEPS):
-        changes.append(_sweep(scales, where, _relaxation(changes)))
+        changes.append(_sweep(scales, where, relaxation(changes)))
         if changes[-1] <= TOLERANCE:
             break
     result = dict(weights)
@@ -120,28 +117,16 @@ def _balanced(weights: Weights, variables: Variables) -> dict[str, Tensor]:
     return result
 
 
-def _sweep(scales: dict[Any, Tensor], where: Mapping[Any, Places], relaxation: float) -> float:
+def _sweep(scales: dict[Any, Tensor], where: Mapping[Any, Places], over: float) -> float:
     """One step of every feature in turn; the largest change of λ."""
     largest = 0.0
     for variable, places in where.items():
-        step = relaxation * _step(places)
+        step = over * _step(places)
         scales[variable] += step
         for one, axis, member in places:
             one.scale(axis, member, step)
         largest = max(largest, float(step.abs().max()))
     return largest
-
-
-def _relaxation(changes: list[float]) -> float:
-    """Steps are made longer where sweeps converge slowly: 2/(1 + √(1 − ρ)) for a rate ρ (Young 1971, §6.2).
-
-    Only close to the minimum, where the function is nearly quadratic, and never where sweeps diverge.
-    """
-    plain = [c for c in changes if c <= NEAR][:PLAIN]
-    if len(plain) < PLAIN or changes[-1] > plain[-1]:
-        return 1.0
-    rate = min((plain[-1] / plain[0]) ** (1 / (PLAIN - 1)), SLOWEST)
-    return 2 / (1 + math.sqrt(1 - rate))
 
 
 def _squares(weights: Weights, variables: Variables) -> dict[str, _Squares]:
@@ -174,16 +159,6 @@ def _step(places: Places) -> Tensor:
     size = float(exponents.abs().max())
     step = (down.log() - up.log()) / (4 * size)
     if float(exponents.abs().min()) != size:
-        step = _newton(exponents, sums)
+        step = torch.from_numpy(newton(exponents.numpy(), sums.numpy()))
     names = [id(one) for one, _, _ in places]
     return torch.where(alive, step, 0.0) / max(names.count(name) for name in names)
-
-
-def _newton(exponents: Tensor, sums: Tensor) -> Tensor:
-    """The minimum over λ of Σ sums e^{2 e λ}, for exponents that are not all ±1."""
-    step = torch.zeros(sums.shape[1], dtype=torch.float64)
-    for _ in range(50):
-        terms = sums * (2 * exponents[:, None] * step).exp()
-        slope, bend = (exponents[:, None] * terms).sum(0), (2 * exponents[:, None] ** 2 * terms).sum(0)
-        step = step - (slope / bend.clamp_min(1e-300)).clamp(-1, 1)
-    return step

@@ -196,11 +196,11 @@ def _minimum(
     logs = {v: np.zeros(math.prod(shape)) for v, shape in shapes.items()}
     changes = [float("inf")]
     for _ in range(sweeps):
-        relaxation, largest = _relaxation(changes), 0.0
+        over, largest = relaxation(changes), 0.0
         for variable, own in places.items():
             own = [p for p in own if p.fqn in squares]
             if own:
-                step = relaxation * _step(squares, own, symmetry.groups[variable[0]])
+                step = over * _step(squares, own, symmetry.groups[variable[0]])
                 logs[variable] += step
                 for place in own:
                     squares[place.fqn].scale(place, step)
@@ -221,7 +221,7 @@ def _shape(group: Group) -> tuple[int, ...]:
     return (group.size,) if group.parent is None else group.blocks
 
 
-def _relaxation(changes: list[float]) -> float:
+def relaxation(changes: list[float]) -> float:
     """Steps are made longer where sweeps converge slowly: 2/(1 + √(1 − ρ)) for a rate ρ (Young 1971, §6.2).
 
     Only close to the minimum, where the function is nearly quadratic, and never where sweeps diverge.
@@ -321,14 +321,14 @@ def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) ->
     up, down = np.where(alive, up, 1.0), np.where(alive, down, 1.0)
     size = float(np.abs(exponents).max())
     alike = float(np.abs(exponents).min()) == size
-    step = np.log(down / up) / (4 * size) if alike else _newton(exponents, sums)
+    step = np.log(down / up) / (4 * size) if alike else newton(exponents, sums)
     axes: dict[str, set[int]] = {}
     for place in places:
         axes.setdefault(place.fqn, set()).add(place.dim)
     return np.where(alive, step, 0.0) / max(len(own) for own in axes.values())
 
 
-def _newton(exponents: Matrix, sums: Matrix) -> Matrix:
+def newton(exponents: Matrix, sums: Matrix) -> Matrix:
     """The minimum over λ of Σ sums e^{2 e λ}, for exponents that are not all ±1."""
     step = np.zeros(sums.shape[1], exponents.dtype)
     for _ in range(50):
