@@ -8,7 +8,7 @@ the same: no second pass over the data.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from vfx.analyse.activation_maps import along
 from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
-from vfx.errors import PassError, VerificationError
+from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.maps import Transport
@@ -120,13 +120,13 @@ def _with_goals(
         for edge, permutation in enumerate(matching.permutations):
             order = torch.from_numpy(facts.gather(node, channels[name], permutation)).to(known.mean.device)
             mean, std = known.mean[edge][order], known.std[edge][order]
-            for own in _maps(facts, result, matching, edge, node, channels[name]):
-                spread = None
-                if own.ndim == 2:
-                    if name not in statistics.covariances:
-                        unknown[name] = None
-                        break
-                    spread = statistics.covariances[name][edge][order][:, order]
+            maps = _maps(facts, result, matching, edge, node, channels[name])
+            covariance = statistics.covariances.get(name)
+            if maps is None or (covariance is None and any(own.ndim == 2 for own in maps)):
+                unknown[name] = None
+                continue
+            for own in maps:
+                spread = None if covariance is None else covariance[edge][order][:, order]
                 mean, std = _mapped(own.to(mean.device), mean, std, spread)
             rows.append((mean, std))
         if name not in unknown:
@@ -138,20 +138,25 @@ def _unknown_notes(names: Collection[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"{', '.join(names)}: what the edges give behind maps that mix channels is not known without covariances; "
-        "collect the statistics with within=True to normalize these layers"
+        f"{', '.join(names)}: not normalized, since what the edges give behind maps that mix channels is not known; "
+        "statistics collected with within=True tell it where one map goes through the whole layer"
     ]
 
 
-def _maps(facts: Symmetry, result: Program, matching: Matching, edge: int, node: fx.Node, dim: int) -> Iterator[Tensor]:
-    """What an edge's layer goes through behind the permutations: of an exact matching, or of a linear one."""
-    behind = along(facts, node, dim, matching.elements[edge]) if matching.elements else None
+def _maps(
+    facts: Symmetry, result: Program, matching: Matching, edge: int, node: fx.Node, dim: int
+) -> list[Tensor] | None:
+    """What an edge's layer goes through behind the permutations; None where that is not one map for all of it."""
+    try:
+        behind = along(facts, node, dim, matching.elements[edge]) if matching.elements else None
+    except ArchitectureError:
+        return None
     linear = result.transport.axis(edge, node, dim) if result.transport is not None else None
-    assert behind is None or linear is None
-    yield from (own for own in (behind, linear) if own is not None)
+    assert behind is None or linear is None, "a matching is exact or linear"
+    return [own for own in (behind, linear) if own is not None]
 
 
 def _mapped(own: Tensor, mean: Tensor, std: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
-    if spread is None:
+    if own.ndim == 1 or spread is None:
         return own * mean, own.abs() * std
     return own @ mean, torch.einsum("mc,cd,md->m", own, spread, own).clamp_min(0).sqrt()

@@ -190,6 +190,18 @@ def test_statistics_without_covariances_leave_mixed_layers_alone() -> None:
     assert "linear" in vfx.Align("activation", statistics=known, facts=facts, progress=False)(program).goals
 
 
+def test_layers_behind_several_maps_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose output does not go through one map is noted, and the merge goes on."""
+    program, facts, x = _pair("tanh")
+    statistics = vfx.collect(program, data=x, progress=False)
+    aligned = vfx.Align("activation", statistics=statistics, facts=facts, progress=False)
+    assert {"linear", "linear_1", "linear_2"} <= set(aligned(program).goals)
+    monkeypatch.setattr("vfx.analyse.kinds.Classes.slots", lambda *_: None)
+    result = aligned(program)
+    assert set(result.goals) == {"linear_2"}
+    assert any(note.startswith("linear, linear_1: not normalized") for note in result.notes)
+
+
 def test_a_lifted_transformer_comes_back_in_its_own_class() -> None:
     torch.manual_seed(0)
     models = [vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2).eval() for _ in range(2)]

@@ -13,14 +13,14 @@ from vfx.analyse.elements import Index
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Symmetry
 from vfx.analyse.transform import Element, Elements, Part, alike, mapped
-from vfx.errors import ArgumentError
+from vfx.errors import ArchitectureError
 
 
 def along(symmetry: Symmetry, node: fx.Node, dim: int, chosen: Elements) -> Tensor | None:
     """What an element does, behind its permutations, to an axis of an activation.
 
     A matrix (n, n) where channels are mixed, a vector (n,) where they are scaled, None where neither. Raises
-    ArgumentError where the axis goes through several maps (the rest of the tensor says which).
+    ArchitectureError where the axis goes through several maps (the rest of the tensor says which).
     """
     labels = symmetry.labels(node, dim)
     size = 0 if labels is None else len(labels)
@@ -47,7 +47,7 @@ def _standing(
     for block, own in enumerate(table):
         found = symmetry.classes.slots(node, dim, group, own)
         if found is None or (group.parent is not None and group.parent not in groups):
-            raise ArgumentError(f"axis {dim} of {node.name} goes through several maps of group {group.index}")
+            raise ArchitectureError(f"axis {dim} of {node.name} goes through several maps of group {group.index}")
         for side, dual, columns in alike(np.arange(own.shape[1]), *found):
             yield Part(own[:, columns], block, side, dual)
 
