@@ -117,7 +117,7 @@ def results(only: list[str] | None, seed: int) -> Iterator[dict[str, Any]]:
         for name, form in chosen:
             program, inputs = pair(name, form, seed)
             facts = vfx.symmetry(program)
-            kinds = dict(Counter(group.kind.title for group in facts.groups))
+            kinds = dict(Counter(group.kind.title for group in facts.moving))
             row: dict[str, Any] = {"network": name, "form": form, "kinds": kinds, "methods": {}}
             for method in METHODS:
                 progress.update(task, description=f"{name}, {form}: {method}")

@@ -35,9 +35,10 @@ from vfx.match.weight import WeightMatching
 
 MATCHERS: dict[str, Callable[[], Any]] = {
     "weight": WeightMatching,
+    "weight, permutations": lambda: WeightMatching(classes="permutation"),
     "c2m3, 10 steps": lambda: C2M3(iterations=10),
 }
-TARGETS = {("resnet50", "weight"): (60.0, 4.0)}
+TARGETS = {("resnet50", "weight"): (60.0, 4.0), ("resnet50", "weight, permutations"): (60.0, 4.0)}
 MARK = "result: "
 console = Console(stderr=True)
 

@@ -7,8 +7,9 @@ heads, groups of a convolution), how many positions of parameter axes are pinned
 capture and inference took (processor time on one thread, an upper bound where other processes ran), the largest
 relative output error in float64 when every group goes through a random map of its class, and peak memory. A second
 table has the classes: how many groups of each network may be permuted only, how many go through signs, scales,
-orthogonal or any invertible maps, on all their sides at once, and how many have a side with more freedom (a gain that
-takes a scale up), with the seconds that classes took.
+orthogonal or any invertible maps, on all their sides at once, how many planes of rotary embeddings' queries and keys
+may be turned (in so many attentions), and how many have a side with more freedom (a gain that takes a scale up), with
+the seconds that classes took.
 
 The error must stay below 1e-10 (lines without classes were measured with permutations alone); what a network itself
 casts to float32 is computed in float64 for this. Networks of more than 400 million parameters give up the memory of
@@ -290,7 +291,7 @@ def describe(facts: Symmetry) -> dict[str, Any]:
         "pinned": sum(reasons.values()),
         "reasons": dict(reasons.most_common()),
         "unknown": {name: len(nodes) for name, nodes in facts.unknown_ops.items()},
-        "kinds": {kind.title: count for kind, count in Counter(group.kind for group in facts.groups).items()},
+        "kinds": {kind.title: count for kind, count in Counter(group.kind for group in facts.moving).items()},
         "richer_sides": sum(
             any(side.members and side.kind & ~group.kind for side in group.sides) for group in facts.groups
         ),

@@ -58,9 +58,9 @@ class Heads(nn.Module):
 class GroupedQueries(nn.Module):
     """Six query heads, two key-value heads: heads are (2, 3)."""
 
-    def __init__(self, fused: bool = False) -> None:
+    def __init__(self, fused: bool = False, interleaved: bool = False) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused, self.interleaved = fused, interleaved
         self.patch = nn.Conv2d(3, 12, 4, 4)
         self.q, self.k, self.v = nn.Linear(12, 24), nn.Linear(12, 8), nn.Linear(12, 8)
         self.out, self.head = nn.Linear(24, 12), nn.Linear(12, 4)
@@ -69,7 +69,9 @@ class GroupedQueries(nn.Module):
         x = self.patch(x).flatten(2).transpose(1, 2)
         q = self.q(x).unflatten(2, (6, 4)).transpose(1, 2)
         k, v = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.k, self.v))
-        if not self.fused:
+        if self.interleaved:
+            k, v = (t.repeat_interleave(3, 1) for t in (k, v))
+        elif not self.fused:
             k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.fused).transpose(1, 2).flatten(2)
         return self.head((x + self.out(y)).mean(1))
@@ -128,6 +130,7 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, int]]]] = {
     "averaged heads": (lambda: Heads("averaged heads"), [(3, 4)]),  # v's channels meet in the mean: only q and k's
     "softmax over heads": (lambda: Heads("softmax over heads"), [(3, 4)]),  # the same channel of all heads is compared
     "grouped queries": (GroupedQueries, [(2, 3), (2, 4), (2, 4)]),
+    "grouped queries, interleaved": (lambda: GroupedQueries(interleaved=True), [(2, 3), (2, 4), (2, 4)]),
     "grouped queries, fused": (lambda: GroupedQueries(fused=True), [(2, 3), (2, 4), (2, 4)]),
     "grouped convolution": (grouped, [(3, 4), (3, 4)]),
     "resnext": (resnext_block, [(4, 3), (4, 5)]),

@@ -553,7 +553,7 @@ def test_only_the_first_layers_are_aligned(build: Any) -> None:
     program = _edges(build).program
     facts, statistics = symmetry(program), collect(program, data=X, progress=False)
     full = FirstLayers("activation", len(layers(program)))(Problem(program, facts, statistics)).permutations[1]
-    first = first_layer_of_groups(program, facts)
+    first = first_layer_of_groups(program, facts.groups)
     assert set(first.values()) >= {1, 2}
     for count in range(len(layers(program)) + 1):
         partial = FirstLayers("activation", count)(Problem(program, facts, statistics)).permutations[1]

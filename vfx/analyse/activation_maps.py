@@ -12,8 +12,9 @@ from vfx.analyse.classes import contragredient
 from vfx.analyse.elements import Index
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Symmetry
-from vfx.analyse.transform import Element, Elements, Part, alike, mapped
+from vfx.analyse.transform import Element, Elements, Part, alike, mapped, parts
 from vfx.errors import ArchitectureError
+from vfx.operators import is_layer, output_axis, weight_name
 
 
 def along(symmetry: Symmetry, node: fx.Node, dim: int, chosen: Elements) -> Tensor | None:
@@ -33,6 +34,11 @@ def along(symmetry: Symmetry, node: fx.Node, dim: int, chosen: Elements) -> Tens
             group = symmetry.groups[index]
             for part in _standing(symmetry, node, dim, group, groups, digits, position):
                 result = _onto(result, size, part, element)
+    for group in symmetry.rotations if any(index >= len(symmetry.groups) for index in chosen) else ():
+        for member in group.members if group.index in chosen and is_layer(node) else ():
+            if (member.fqn, member.dim) == (weight_name(node), output_axis(node)):
+                for part in parts(symmetry, group, member):
+                    result = _onto(result, node.meta["val"].sizes(1)[dim], part, chosen[group.index])
     return result
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.classes import Maps, Matrix
+from vfx.analyse.classes import Maps, Matrix, turning
 from vfx.analyse.composition import compose
 from vfx.analyse.slots import Vector, nullspace
 from vfx.analyse.symmetry import Group, Symmetry
@@ -49,7 +49,8 @@ Variable = tuple[int, int]  # group, free scale
 def balance(symmetry: Symmetry, weights: Weights, scales: bool = True, linear: bool = True) -> dict[int, Element]:
     """The element that brings a weight set to its balanced form: positive ``scales``, ``linear`` maps, or both."""
     balancer = Scales(symmetry) if scales else None
-    pairs = [g for g in symmetry.groups if symmetry.classes[g.index].kind is Maps.LINEAR] if linear else []
+    paired = (Maps.LINEAR, Maps.ROTATIONS)
+    pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired] if linear else []
     moved = {m.fqn for g in symmetry.groups for m in g.members}
     current: Weights = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
     if not pairs:
@@ -86,7 +87,8 @@ def _settled(steps: Iterable[Element]) -> bool:
 def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> Iterator[tuple[int, Element]]:
     for group in groups:
         sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
-        found = [_balanced(x, y) for x, y in zip(*sides)]
+        one = _balanced if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
+        found = [one(x, y) for x, y in zip(*sides)]
         if all(one is not None for one in found):
             matrix = np.stack([one for one in found if one is not None])
             yield group.index, Element(matrix=matrix[0] if group.parent is None else matrix)
@@ -102,6 +104,13 @@ def _balanced(first: Tensor, second: Tensor) -> np.ndarray | None:
     found = vt @ r2 / s.clamp_min(FLOOR * float(s[0])).sqrt()[:, None]
     spread = torch.linalg.svdvals(found)
     return found.numpy() if bool(spread[-1] > DEFICIENT * spread[0]) else None
+
+
+def _equal_planes(first: Tensor, second: Tensor) -> np.ndarray:
+    """Scales of planes (d, d) for (d, n) and (d, m): both sides get the same sum of squares, unless one is zero."""
+    one, other = (side.square().sum(1).reshape(-1, 2).sum(1).numpy() for side in (first, second))
+    ratio = np.where((one > 0) & (other > 0), other / np.where(one > 0, one, 1.0), 1.0)
+    return turning(ratio**0.25 + 0j)
 
 
 # scales ---------------------------------------------------------------------------------------------------------------

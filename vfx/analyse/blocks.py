@@ -131,7 +131,7 @@ class _Allowed:
 
     def _pieces_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Piece]:
         blocks: set[Block] = set()
-        for entry in entries:
+        for entry in map(self.t.separate, entries):
             if isinstance(entry, Digit):
                 if entry.block not in blocks:
                     blocks.add(entry.block)

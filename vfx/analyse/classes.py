@@ -61,6 +61,7 @@ class Maps(IntFlag):
     ORTHOGONAL_ONES = 4
     ORTHOGONAL = 13  # SIGNED | ORTHOGONAL_ONES | 8
     LINEAR = 31
+    ROTATIONS = 32  # of planes, which no permutation is part of: beside the lattice (``vfx.analyse.rotary``)
 
     @property
     def title(self) -> str:
@@ -70,7 +71,7 @@ class Maps(IntFlag):
     @property
     def mixes(self) -> bool:
         """Whether channels are mixed with each other: the class holds more than monomial maps."""
-        return bool(self & Maps.ORTHOGONAL_ONES)
+        return bool(self & (Maps.ORTHOGONAL_ONES | Maps.ROTATIONS))
 
 
 TITLES = {
@@ -81,6 +82,7 @@ TITLES = {
     Maps.ORTHOGONAL_ONES: "orthogonal, 1 fixed",
     Maps.ORTHOGONAL: "orthogonal",
     Maps.LINEAR: "linear",
+    Maps.ROTATIONS: "rotations of planes",
 }
 
 
@@ -91,6 +93,9 @@ def meet(*maps: Maps) -> Maps:
 
 def draw(maps: Maps, size: int, generator: np.random.Generator) -> Matrix:
     """A random well-conditioned element (size, size) of a class, with every freedom of the class in use."""
+    if maps is Maps.ROTATIONS:
+        angles = generator.uniform(-np.pi, np.pi, size // 2)
+        return turning(_scales(size // 2, generator) * np.exp(1j * angles))
     if maps is Maps.LINEAR:
         return draw(Maps.ORTHOGONAL, size, generator) * _scales(size, generator) @ reflected(size, generator)
     if maps.mixes:
@@ -113,6 +118,23 @@ def reflected(size: int, generator: np.random.Generator, ones: bool = False) -> 
     return matrix
 
 
+def turning(numbers: NDArray[np.complexfloating]) -> Matrix:
+    """Complex numbers (…, planes) as block-diagonal maps (…, 2 · planes, 2 · planes) of blocks [[a, −b], [b, a]]."""
+    count = numbers.shape[-1]
+    result = np.zeros((*numbers.shape[:-1], 2 * count, 2 * count))
+    even, odd = np.arange(0, 2 * count, 2), np.arange(1, 2 * count, 2)
+    result[..., even, even] = result[..., odd, odd] = numbers.real
+    result[..., odd, even], result[..., even, odd] = numbers.imag, -numbers.imag
+    return result
+
+
+def turns(matrix: Matrix) -> NDArray[np.complex128]:
+    """The numbers (…, planes) of the blocks [[a, −b], [b, a]] that are nearest to those of a matrix."""
+    even, odd = np.arange(0, matrix.shape[-1], 2), np.arange(1, matrix.shape[-1], 2)
+    real = matrix[..., even, even] + matrix[..., odd, odd]
+    return np.asarray((real + 1j * (matrix[..., odd, even] - matrix[..., even, odd])) / 2, np.complex128)
+
+
 def contragredient(matrix: Matrix) -> Matrix:
     """T⁻ᵀ, the map of an axis that is contracted with one that goes through T; stacks of matrices too."""
     return np.asarray(np.linalg.inv(matrix).swapaxes(-1, -2), np.float64)
@@ -122,6 +144,9 @@ def contains(maps: Maps, matrix: Matrix, tolerance: float = 1e-9) -> bool:
     """Whether a square matrix, or each of a stack, is an element of a class (up to ``tolerance`` an entry)."""
     if matrix.ndim > 2:
         return all(contains(maps, one, tolerance) for one in matrix)
+    if maps is Maps.ROTATIONS:
+        numbers = turns(matrix)
+        return bool(numbers.all() and np.abs(matrix - turning(numbers)).max() <= tolerance)
     if maps.mixes:
         if maps is Maps.LINEAR:
             return bool(np.isfinite(matrix).all() and np.linalg.matrix_rank(matrix) == len(matrix))

@@ -23,7 +23,7 @@ def compose(symmetry: Symmetry, first: Elements, then: Elements) -> dict[int, El
     """The element that does ``first``, and ``then`` to its result."""
     moved = elements.compose(symmetry.groups, permutations_of(first), permutations_of(then))
     found = {}
-    for group in symmetry.groups:
+    for group in symmetry.moving:
         one, two = _carried(group, first.get(group.index, Element()), then), then.get(group.index, Element())
         if group.index in moved or one.matrix is not None or one.scales or two.matrix is not None or two.scales:
             matrix = _product(two.matrix, one.matrix)

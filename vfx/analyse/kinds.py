@@ -52,11 +52,12 @@ class Class:
 
 
 class Classes(dict[int, Class]):
-    """The class of each group, by index; and the sides on which activations stand."""
+    """The class of each group and rotation, by index; and the sides on which activations stand."""
 
     def __init__(self, symmetry: Symmetry):
         self._inferred = _Classes(symmetry)
         super().__init__({group.index: self._inferred.of(group) for group in symmetry.groups})
+        self.update({group.index: own for group, own in symmetry._rotations})
 
     def slots(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
         """The side of each copy (copies,) of a group along an activation's axis, and whether it carries T⁻ᵀ.

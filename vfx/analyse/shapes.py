@@ -76,6 +76,11 @@ class Algebra(Axes):
         """An axis, or a digit of a block that is forced into a product."""
         return entry if isinstance(entry, Axis) else self.force(entry.block)[entry.position]
 
+    def separate(self, entry: Axis | Digit) -> Axis | Digit:
+        """A digit's own axis if its block was forced into a product by now."""
+        forced = self._forced.get(entry.block) if isinstance(entry, Digit) else None
+        return entry if forced is None else forced[entry.position]  # type: ignore[union-attr]
+
     def force(self, block: Block) -> list[Axis]:
         """Factor a block into independent axes."""
         axes = self._forced.get(block)

@@ -25,6 +25,7 @@ from vfx.analyse.elements import Index, Permutations
 from vfx.analyse.infer import BATCH, Inference
 from vfx.analyse.kinds import Class, Classes, Side, classes
 from vfx.analyse.places import find, places
+from vfx.analyse.rotary import rotations
 from vfx.analyse.rows import distinct, unique_rows
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Pin, Rows, Store
@@ -127,6 +128,27 @@ class Symmetry:
     def classes(self) -> Classes:
         """The class of each group by index, worked out when it is first asked for; see ``vfx.analyse.classes``."""
         return classes(self)
+
+    @cached_property
+    def rotations(self) -> tuple[Group, ...]:
+        """Planes of queries and keys that rotary embeddings leave free: indexed behind the groups, never permuted.
+
+        See ``vfx.analyse.rotary``.
+        """
+        return tuple(group for group, _ in self._rotations)
+
+    @cached_property
+    def _rotations(self) -> list[tuple[Group, Class]]:
+        return rotations(self)
+
+    @property
+    def moving(self) -> tuple[Group, ...]:
+        """The groups and the rotations: whatever an element of the full classes moves, in the order of the indices."""
+        return (*self.groups, *self.rotations)
+
+    def group(self, index: int) -> Group:
+        """The group or rotation of an index."""
+        return self.groups[index] if index < len(self.groups) else self.rotations[index - len(self.groups)]
 
     def verify(self, seed: int = 0, without: tuple[Member, ...] = (), classes: str = "full") -> float:
         """Largest relative output error in float64 over random elements; see ``vfx.analyse.verify``.
@@ -353,7 +375,7 @@ class Symmetry:
         columns = (("group", "right"), ("size", "right"), ("kind", "left"), ("members", "left"))
         for column, justify in columns:
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        for group in self.groups:
+        for group in self.moving:
             members = ", ".join(f"{m.fqn}[{m.dim}] {m.role}{_copies(m)}" for m in group.members)
             size = str(group.size) if group.parent is None else f"{group.outer} × {group.size}"
             table.add_row(str(group.index), size, _kind(group), members)

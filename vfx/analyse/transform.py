@@ -58,7 +58,7 @@ def random(symmetry: Symmetry, generator: np.random.Generator, classes: str = "f
     if classes == "permutation":
         return {index: Element(permutation) for index, permutation in moved.items()}
     found = {}
-    for group in symmetry.groups:
+    for group in symmetry.moving:
         own = symmetry.classes[group.index]
         if own.kind.mixes and own.scales is None:
             found[group.index] = Element(matrix=_matrices(group, own.kind, generator))
@@ -113,11 +113,11 @@ def apply(
     """
     if check:
         for index, element in chosen.items():
-            _checked(symmetry.groups[index], symmetry.classes[index], element)
+            _checked(symmetry.group(index), symmetry.classes[index], element)
     permutations = {index: e.permutation for index, e in chosen.items() if e.permutation is not None}
     result = symmetry.permute(weights, permutations, without)
     for index, element in chosen.items():
-        group = symmetry.groups[index]
+        group = symmetry.group(index)
         dual = None if element.matrix is None else contragredient(element.matrix)
         for member in group.members:
             if member not in without and member.fqn in result:

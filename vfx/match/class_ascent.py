@@ -9,6 +9,7 @@ Features of two networks are compared where the taps read them. By class of the 
 - invertible maps (queries and keys, values and outputs) are first rid of their arbitrary part: each network's pair is
   brought to its balanced form (``vfx.analyse.balance``), what is left between two of them is orthogonal. Keys carry the
   dual map;
+- rotations of rotary planes, which stand behind no feature that all tokens share, are those of the aligned weights;
 - scales are those between the balanced forms. (Ratios of the features' deviations would do for equal networks; where a
   channel is nearly silent in one of two different ones they explode.)
 """
@@ -25,7 +26,8 @@ from vfx.analyse.classes import Matrix, contragredient
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
-from vfx.analyse.transform import Element, Elements, parts, rows_of
+from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
+from vfx.match import planes
 from vfx.match.ascent import Ascent
 from vfx.match.class_descent import compact, sign_vectors
 from vfx.match.matcher import Gain
@@ -53,7 +55,11 @@ class Classed:
         behind = ascent.behind
         found = {index: Element(own, *_parts(behind.get(index))) for index, own in permutations.items()}
         found = compose(self.symmetry, frames[1], found)
-        return compose(self.symmetry, found, inverse(self.symmetry, frames[0])), objective, sweeps
+        found = compose(self.symmetry, found, inverse(self.symmetry, frames[0]))
+        if self.symmetry.rotations:
+            moved = apply(self.symmetry, weights[1], found, check=False)
+            found = compose(self.symmetry, found, planes.turns(self.symmetry, weights[0], moved))
+        return found, objective, sweeps
 
 
 def _parts(element: Element | None) -> tuple[Matrix | None, Mapping[int, Matrix]]:

@@ -23,6 +23,7 @@ from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.composition import compose, inverse, permutations_of
 from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
 from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
+from vfx.match import planes
 from vfx.match.descent import Descent
 from vfx.match.matcher import Gain
 from vfx.match.solve import Signs, assign_signed, procrustes
@@ -37,7 +38,7 @@ def compact(symmetry: Symmetry, group: Group) -> Maps:
     """What is left of a group's class between two balanced networks."""
     own = symmetry.classes[group.index]
     if own.scales is None:
-        return own.kind & Maps.ORTHOGONAL
+        return own.kind if own.kind is Maps.ROTATIONS else own.kind & Maps.ORTHOGONAL
     return Maps.SIGNED if any(sign_vectors(symmetry, group).values()) else Maps.PERMUTATION
 
 
@@ -81,7 +82,8 @@ def between(symmetry: Symmetry, first: Balanced, other: Balanced, found: Element
 def split(symmetry: Symmetry, element: Elements) -> tuple[Permutations, Elements]:
     """An element's permutations, of every group, and what stands behind them."""
     element = {index: snapped(own) for index, own in element.items()}
-    permutations = symmetry.identity() | permutations_of(element)
+    moved = permutations_of(element)
+    permutations = {index: moved.get(index, own) for index, own in symmetry.identity().items()}
     behind = {index: replace(own, permutation=None) for index, own in element.items()}
     return permutations, {index: own for index, own in behind.items() if own.matrix is not None or own.scales}
 
@@ -104,10 +106,14 @@ class ClassDescent(Descent):
     """A coordinate descent over the compact part of every group's class; both networks balanced."""
 
     def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
-        self.kinds = {group.index: compact(symmetry, group) for group in symmetry.groups}
+        self.kinds = {group.index: compact(symmetry, group) for group in symmetry.moving}
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
         super().__init__(symmetry, target, other)
+        self.units += [Unit(group) for group in symmetry.rotations if group.parent is None]
+
+    def _groups(self) -> tuple[Group, ...]:
+        return (*self.symmetry.groups, *(group for group in self.symmetry.rotations if group.parent is None))
 
     def permuted(self, permutations: Permutations) -> dict[int, Element]:
         """The element of permutations, those of groups whose channels are mixed left out."""
@@ -157,9 +163,28 @@ class ClassDescent(Descent):
         return {side: np.prod([signs.get(x, ones) for x in own], axis=0) for side, own in vectors.items() if own}
 
     def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
+        if settled is not None:
+            names = self._known(unit, names, settled)
         found = super()._best_in_blocks(unit, names, settled, sweep)
         mixing = {g.index for g in unit.inner if self.kinds[g.index].mixes}
-        return {index: Element(matrix=own) if index in mixing else Element(own) for index, own in found.items()}
+        result = {index: Element(matrix=own) if index in mixing else Element(own) for index, own in found.items()}
+        blocks = found[unit.outer.index]
+        for index, numbers in self._planes(unit, names).items():
+            result[index] = planes.turned(numbers[np.arange(len(blocks)), blocks])
+        return result
+
+    def _in_blocks(self, unit: Unit) -> bool:
+        return super()._in_blocks(unit) or any(g.parent == unit.outer.index for g in self.symmetry.rotations)
+
+    def _beside(self, unit: Unit, names: set[str]) -> Gain | float:
+        """What the best turns of rotary planes add."""
+        return sum((planes.at_best(numbers) for numbers in self._planes(unit, names).values()), 0.0)
+
+    def _planes(self, unit: Unit, names: set[str]) -> dict[int, planes.Numbers]:
+        """The products of rotary planes inside a unit's blocks, where all that they stand on counts."""
+        inside = [g for g in self.symmetry.rotations if g.parent == unit.outer.index]
+        chosen = [g for g in inside if {m.fqn for m in g.members} <= names]
+        return {g.index: planes.products(self.symmetry, g, self.target, self.current) for g in chosen}
 
     # elements -------------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class Descent:
         self.groups_of: dict[str, set[int]] = {}
         self.stale: set[int] = set()
         self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
-        for group in symmetry.groups:
+        for group in self._groups():
             for member in group.members:
                 self.groups_of.setdefault(member.fqn, set()).add(group.index)
                 where = (group.index, set(member.position.reshape(-1).tolist()))
@@ -61,7 +61,7 @@ class Descent:
         warm = start is None
         self.element = self._identity() if start is None else dict(start)
         self.current = {name: tensor.clone() for name, tensor in self._moved(self.original, self.element).items()}
-        self.stale = {group.index for group in self.symmetry.groups}
+        self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
         settled: set[int] | None = set() if warm else None
         objective, sweep = self._objective(), 0
         for sweep in range(1, MAX_SWEEPS + 1):
@@ -79,14 +79,15 @@ class Descent:
         names = {m.fqn for g in (unit.outer, *unit.inner) for m in g.members if m.fqn in self.target}
         if not names or not unit.groups & self.stale:
             return
-        relative = self._best_in_blocks(unit, names, settled, sweep) if unit.inner else self._best(unit.outer, settled)
+        inside = self._in_blocks(unit)
+        relative = self._best_in_blocks(unit, names, settled, sweep) if inside else self._best(unit.outer, settled)
         if settled is None:
             self.stale -= unit.groups
         if self._still(relative):
             return
         step = self._moved({name: self.current[name] for name in names}, relative)
         quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
-        exact = self._exact(unit) and not quadratic and not unit.inner
+        exact = self._exact(unit) and not quadratic and not inside
         if settled is None and not exact and self._value(names, step) <= self._value(names, self.current):
             return
         self._compose(relative)
@@ -94,6 +95,9 @@ class Descent:
             self.current[name].copy_(tensor)
         neighbours = set().union(*(self.groups_of[name] for name in names))
         self.stale |= neighbours - unit.groups if exact else neighbours
+
+    def _groups(self) -> tuple[Group, ...]:
+        return self.symmetry.groups
 
     # elements: here permutations -------------------------------------------------------------------------------------
 
@@ -108,6 +112,10 @@ class Descent:
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = self.symmetry.compose(self.element, relative)
+
+    def _in_blocks(self, unit: Unit) -> bool:
+        """Whether anything stands inside the unit's blocks."""
+        return bool(unit.inner)
 
     def _exact(self, unit: Unit) -> bool:
         """Whether a step is at its optimum when it is done, so that no further one is needed."""
@@ -164,14 +172,22 @@ class Descent:
     def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
         """Inner groups take turns in going first: two that share a weight see each other's order."""
         if settled is not None:
-            names = {n for n in names if self.groups_of[n] - unit.groups <= settled} or names
+            names = self._known(unit, names, settled)
             settled |= unit.groups
         parts = [part for name in sorted(names) for part in self._block_gains.parts(unit, name)]
         order = unit.inner if sweep % 2 else unit.inner[::-1]
         arrays = [(part, part.array(self.target), part.array(self.current)) for part in parts]
-        outer = self._block_gains.outer(unit, arrays)
+        outer = self._block_gains.outer(unit, arrays) + self._beside(unit, names)
         gain = lambda g, orders: self._block_gains.inner(unit, g, orders, arrays)  # noqa: E731
         return assign_unit(unit, outer, gain, order, self.solve)[0]
+
+    def _known(self, unit: Unit, names: set[str], settled: set[int]) -> set[str]:
+        """The weights whose other groups are settled, or all."""
+        return {n for n in names if self.groups_of[n] - unit.groups <= settled} or names
+
+    def _beside(self, unit: Unit, names: set[str]) -> Gain | float:
+        """What pairs of blocks give beside their parts."""
+        return 0.0
 
     # values ---------------------------------------------------------------------------------------------------------
 

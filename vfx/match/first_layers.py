@@ -6,10 +6,11 @@ the identity. A residual stream belongs to the layer that starts it. The result 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vfx.analyse.layers import number_layers
-from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.symmetry import Group
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.matcher import Matcher, Matching, Problem
@@ -31,7 +32,9 @@ class FirstLayers:
 
     def __call__(self, problem: Problem) -> Matching:
         matching = self.matcher(problem)
-        first, identity = first_layer_of_groups(problem.program, problem.symmetry), problem.symmetry.identity()
+        identity = problem.symmetry.identity()
+        groups = problem.symmetry.moving if matching.elements else problem.symmetry.groups
+        first = first_layer_of_groups(problem.program, groups)
         kept = tuple(
             {g: p if first[g] <= self.count else identity[g] for g, p in permutations.items()}
             for permutations in matching.permutations
@@ -41,7 +44,7 @@ class FirstLayers:
         return replace(matching, permutations=kept, maps=maps, elements=elements)
 
 
-def first_layer_of_groups(program: Program, symmetry: Symmetry) -> dict[int, int]:
+def first_layer_of_groups(program: Program, groups: Sequence[Group]) -> dict[int, int]:
     """The number of the first layer that produces each group's channels; 1 where none does (embeddings)."""
     nodes = {node.name: node for node in program.graph.nodes}
     number: dict[str, int] = {}
@@ -51,5 +54,5 @@ def first_layer_of_groups(program: Program, symmetry: Symmetry) -> dict[int, int
             number.setdefault(weight, layer.number)
     return {
         group.index: min((number[m.fqn] for m in group.members if m.role == "out" and m.fqn in number), default=1)
-        for group in symmetry.groups
+        for group in groups
     }

@@ -70,7 +70,7 @@ class Matching:
     def element(self, edge: int) -> Elements:
         """What an edge goes through: its permutations, and what stands behind them."""
         behind = self.elements[edge] if self.elements else {}
-        return {
+        return dict(behind) | {
             index: replace(behind.get(index, Element()), permutation=own)
             for index, own in self.permutations[edge].items()
         }

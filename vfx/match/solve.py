@@ -6,7 +6,8 @@ With G = ⟨W₀, W₁⟩ between channels (size, size), the T of a class that m
 - for signed ones an assignment on what each pair of channels gives with its best signs (with one side |G|;
   *Signed-Permutation Coordinate Transport*, 2026), each side having a sign of its own;
 - for orthogonal maps the polar factor U Vᵀ of G = U S Vᵀ (Procrustes; Schönemann 1966). Directions that G does not see
-  are left as they are as far as possible. Maps that fix the vector of ones are found on the space orthogonal to it.
+  are left as they are as far as possible. Maps that fix the vector of ones are found on the space orthogonal to it;
+- for rotations of planes the same in each plane alone.
 
 Beyond the compact classes there is no bounded maximum; networks are balanced first (``vfx.analyse.balance``).
 """
@@ -18,7 +19,7 @@ from itertools import product
 
 import numpy as np
 
-from vfx.analyse.classes import Maps
+from vfx.analyse.classes import Maps, turning, turns
 from vfx.analyse.symmetry import Index
 from vfx.match.matcher import Gain, assign
 
@@ -29,6 +30,10 @@ UNSEEN = 1e-13  # share of the largest singular value that the identity counts
 
 def procrustes(gain: Gain, kind: Maps = Maps.ORTHOGONAL) -> tuple[Gain, Gain]:
     """T maximising ⟨T, G⟩ and that value, for a gain (…, size, size) or a stack of them."""
+    if kind is Maps.ROTATIONS:
+        numbers = turns(gain)
+        found = turning(np.where(numbers == 0, 1.0, numbers / np.where(numbers == 0, 1.0, np.abs(numbers))))
+        return found, (found * gain).sum((-2, -1))
     size = gain.shape[-1]
     scale = np.linalg.norm(gain, axis=(-2, -1), keepdims=True)
     seen = gain + UNSEEN * np.where(scale > 0, scale, 1.0) * np.eye(size)

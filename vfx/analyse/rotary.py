@@ -1,0 +1,461 @@
+"""Rotary embeddings: what is left free of the inner axes of queries and keys that positions rotate.
+
+Where queries and keys are turned by their positions before they meet (RoFormer, Su et al. 2021, §3.4.2), pairs of
+channels form planes. Rotations and scalings of a plane commute with the turns: seen as complex numbers, a plane of the
+queries may be multiplied by any z ≠ 0 and that of the keys by 1/z̄, one z for each plane of each head (Theus et al.
+2025, §3, have it for transformers without them). No permutation is left, so such planes are no group of channels; they
+are ``Symmetry.rotations``, of class ``Maps.ROTATIONS``: block-diagonal maps of 2×2 blocks [[a, −b], [b, a]].
+
+They are found from what the operators do, whatever form the embedding is written in (halves or neighbours, one or two
+dimensions, a part of the channels, keys shared by several heads): queries and keys are linear in the outputs of the
+layers before them (``vfx.analyse.regions``), token by token. With L and M those maps for a head at tokens t and s, the
+planes are the smallest sets of channels that Lᵀ_t M_s ties, and each must be of the form above for all t and s. A
+random element must then leave all inner products as they are, in float64; and nothing else may read these channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from vfx.analyse.classes import Maps, contragredient, draw
+from vfx.analyse.elements import Index
+from vfx.analyse.kinds import Class, Side
+from vfx.analyse.regions import Region, call, region, sizes, tensors
+from vfx.operators import arguments, is_product, layer_arguments, operator, output_axis
+
+if TYPE_CHECKING:
+    from vfx.analyse.symmetry import Group, Symmetry
+
+TOLERANCE = 1e-10
+TOKENS = 12  # at which planes are looked for; the proof runs on all
+CHUNK = 1 << 24  # numbers in a layer's output that are probed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """An operator that takes inner products of queries and keys, each linear in the layers of its region."""
+
+    node: fx.Node
+    queries: Region
+    keys: Region
+
+    def sides(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (batch, heads, tokens, channels) and keys alike."""
+        if operator(self.node) in _ATTENTION:
+            if arguments(self.node).get("enable_gqa"):
+                keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], -3)
+        else:
+            keys = keys.transpose(-1, -2)
+        lead = torch.broadcast_shapes(queries.shape[1:-2], keys.shape[1:-2])
+        wide = (x.expand(len(x), *lead, *x.shape[-2:]) for x in (queries, keys))
+        one, other = (x.reshape(len(x), -1, *x.shape[-2:]) for x in wide)
+        return one, other
+
+
+_ATTENTION = {"aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu"}
+_ATTENTION |= {"aten._scaled_dot_product_attention_math"}
+_PRODUCTS = {"aten.matmul", "aten.bmm"}
+
+
+def rotations(symmetry: Symmetry) -> list[tuple[Group, Class]]:
+    """The planes of every attention with rotary embeddings, as a group inside its heads and its class."""
+    found: list[tuple[Group, Class]] = []
+    for node in symmetry.program.graph.nodes:
+        scores = _scores(node, symmetry)
+        planes = _Planes(symmetry, scores).find() if scores is not None else None
+        if planes is not None:
+            found.append(planes.group(len(symmetry.groups) + len(found)))
+    return found
+
+
+def _scores(node: fx.Node, symmetry: Symmetry) -> Scores | None:
+    if operator(node) in _ATTENTION:
+        a = arguments(node)
+        ends = a["query"], a["key"]
+    elif operator(node) in _PRODUCTS and not is_product(node):
+        ends = node.args[0], node.args[1]
+    else:
+        return None
+    sides = [region(end, symmetry._inference) for end in ends if isinstance(end, fx.Node)]
+    if len(sides) < 2 or any(side is None or not side.multiplies for side in sides):
+        return None
+    return Scores(node, *sides)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Column:
+    """Channels of one layer, two for each plane in turn: ``position`` (blocks, 2 · planes)."""
+
+    layer: fx.Node
+    position: Index
+    dual: bool
+
+
+class _Planes:
+    """The search on one attention."""
+
+    def __init__(self, symmetry: Symmetry, scores: Scores):
+        self.symmetry, self.scores = symmetry, scores
+        self.layers = tuple(dict.fromkeys((*scores.queries.layers, *scores.keys.layers)))
+        self.columns: list[Column] = []
+
+    def find(self) -> _Planes | None:
+        """Planes that are proved, or None."""
+        own = [_parameters(layer, self.symmetry) for layer in self.layers]
+        if any(one is None for one in own):
+            return None
+        try:
+            sides = _probed(self.scores, self.layers, self.tables)
+        except (RuntimeError, TypeError, KeyError):  # an operator that does not run alone
+            return None
+        if sides is None:
+            return None
+        self.columns = list(_columns(*sides, self.layers, self.tables))
+        return self if self.columns and self._alone() and self._proved() else None
+
+    @cached_property
+    def parent(self) -> Group | None:
+        """The heads, if they may be permuted: the group whose blocks all layers' channels stand in."""
+        names = [_parameters(layer, self.symmetry) for layer in self.layers]
+        for group in self.symmetry.groups:
+            places = {(m.fqn, m.dim) for m in group.members}
+            if group.parent is None and all(own is not None and set(own) <= places | _bare(own) for own in names):
+                return group
+        return None
+
+    @cached_property
+    def tables(self) -> dict[fx.Node, Index]:
+        """The channels of each layer (blocks, copies)."""
+        found = {}
+        for layer in self.layers:
+            weight = next(iter(_parameters(layer, self.symmetry) or {}))
+            if self.parent is None:
+                found[layer] = np.arange(sizes(layer, 1)[_channel(layer)])[None]
+            else:
+                found[layer] = next(m.position for m in self.parent.members if (m.fqn, m.dim) == weight)
+        return found
+
+    @property
+    def planes(self) -> int:
+        return self.columns[0].position.shape[1] // 2
+
+    # proof ----------------------------------------------------------------------------------------------------------
+
+    def _alone(self) -> bool:
+        """Whether no channel is used twice, none of its parameters elsewhere, and nothing but the scores reads them."""
+        for layer in self.layers:
+            own = [c.position for c in self.columns if c.layer is layer]
+            if own and not _once(np.concatenate([p.reshape(-1) for p in own])):
+                return False
+        graph = self.symmetry.program.graph
+        fqns = [fqn for layer in self.layers for fqn, _ in _parameters(layer, self.symmetry) or ()]
+        users = [len(node.users) for node in graph.nodes if node.op == "get_attr" and str(node.target) in fqns]
+        once = len(set(fqns)) == len(fqns) and all(count == 1 for count in users) and len(users) == len(set(fqns))
+        return once and self._keep_columns() and not _Readers(self).others()
+
+    def _keep_columns(self) -> bool:
+        """Whether what else permutes these channels moves columns as they are (heads that share keys)."""
+        for layer in self.layers:
+            at = {int(p): k for c in self.columns if c.layer is layer for row in c.position for k, p in enumerate(row)}
+            for place, offset in (_parameters(layer, self.symmetry) or {}).items():
+                moving = [m for g in self.symmetry.groups for m in g.members if (m.fqn, m.dim) == place]
+                copies = [copy + offset for member in moving for copy in member.position.T]
+                if any(len({at.get(p) for p in copy.tolist()}) > 1 for copy in copies):
+                    return False
+        return True
+
+    def _proved(self) -> bool:
+        """A random element leaves the inner products as they are, at all tokens."""
+        generator = torch.Generator().manual_seed(0)
+        outputs = {x: torch.randn(sizes(x, 1), generator=generator, dtype=torch.float64) for x in self.layers}
+        rng = np.random.default_rng(0)
+        blocks = len(self.columns[0].position)
+        maps = np.stack([draw(Maps.ROTATIONS, 2 * self.planes, rng) for _ in range(blocks)])
+        before, after = (self._products(x) for x in (outputs, self._turned(outputs, maps)))
+        scale = float(before.abs().max())
+        return scale > 0 and float((before - after).abs().max()) <= TOLERANCE * scale
+
+    def _turned(self, outputs: Mapping[fx.Node, Tensor], maps: np.ndarray) -> dict[fx.Node, Tensor]:
+        result = {layer: value.clone() for layer, value in outputs.items()}
+        duals = contragredient(maps)
+        for column in self.columns:
+            value = result[column.layer].movedim(_channel(column.layer), 0)
+            for block, where in enumerate(column.position):
+                own = torch.from_numpy((duals if column.dual else maps)[block])
+                index = torch.from_numpy(where)
+                value[index] = torch.tensordot(own, value[index], 1)
+        return result
+
+    def _products(self, outputs: Mapping[fx.Node, Tensor]) -> Tensor:
+        one, other = self.scores.sides(*(side.run(outputs, 1)[side.end] for side in _regions(self.scores)))
+        return one @ other.transpose(-1, -2)
+
+    # result ---------------------------------------------------------------------------------------------------------
+
+    def group(self, index: int) -> tuple[Group, Class]:
+        """The planes as a group inside the blocks of its parent, and its class."""
+        from vfx.analyse.symmetry import Group, Member
+
+        positions: dict[tuple[str, int], list[Index]] = {}
+        duals: dict[tuple[str, int], list[int]] = {}
+        for column in self.columns:
+            for (fqn, dim), offset in (_parameters(column.layer, self.symmetry) or {}).items():
+                own = _inside(column.position - offset, self.symmetry, fqn, dim)
+                if own is not None:
+                    positions.setdefault((fqn, dim), []).append(own.T)
+                    duals.setdefault((fqn, dim), []).extend([int(column.dual)] * len(own))
+        members = tuple(Member(fqn, dim, "out", np.concatenate(own, 1)) for (fqn, dim), own in positions.items())
+        reason = f"{operator(self.scores.node)} ({self.scores.node.name})"
+        slots = {place: (np.zeros(len(own), np.int64), np.array(own, np.int64)) for place, own in duals.items()}
+        held = tuple((fqn, dim, bool(d)) for (fqn, dim), own in duals.items() for d in sorted(set(own)))
+        side = Side(0, Maps.ROTATIONS, reason, held)
+        kind = Class(Maps.ROTATIONS, reason, (side,), None, slots, frozenset({0}))
+        outer = {} if self.parent is None else {"parent": self.parent.index, "outer": self.parent.size}
+        return Group(index, 2 * self.planes, members, **outer, _owner=[self.symmetry]), kind
+
+
+# parameters -----------------------------------------------------------------------------------------------------------
+
+
+def _channel(layer: fx.Node) -> int:
+    """The channel axis of a layer's output."""
+    if operator(layer).startswith("aten.conv"):
+        return len(sizes(layer, 1)) - len(layer_arguments(layer)["weight"].meta["val"].shape) + 1
+    return len(sizes(layer, 1)) - 1
+
+
+def _parameters(layer: fx.Node, symmetry: Symmetry) -> dict[tuple[str, int], int] | None:
+    """(FQN, dim) of what makes a layer's channels, the weight first, and the channel at which each begins.
+
+    A bias may be put together from several; parts that are zero are left out. None where one is computed otherwise.
+    """
+    a = layer_arguments(layer)
+    weight, bias = a["weight"], a.get("bias")
+    if weight.op != "get_attr" or (operator(layer) not in _PLAIN and not is_product(layer)):
+        return None
+    found = {(str(weight.target), output_axis(layer)): 0}
+    pieces = [bias] if isinstance(bias, fx.Node) else []
+    if pieces and operator(pieces[0]) == "aten.cat":
+        pieces = list(arguments(pieces[0])["tensors"])
+    start = 0
+    for piece in pieces:
+        if piece.op != "get_attr":
+            return None
+        value = symmetry._inference.constant(piece)
+        if value is None:
+            found[str(piece.target), 0] = start
+        elif value.any():
+            return None
+        start += sizes(piece, 1)[0]
+    return found if int(a.get("groups") or 1) == 1 else None
+
+
+_PLAIN = {"aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d"}
+
+
+def _bare(own: Mapping[tuple[str, int], int]) -> set[tuple[str, int]]:
+    """All but the weight: parts of a bias stand where their channels do."""
+    return set(list(own)[1:])
+
+
+def _inside(position: Index, symmetry: Symmetry, fqn: str, dim: int) -> Index | None:
+    """Positions in one parameter; None where the channels stand in another part of the bias."""
+    size = symmetry.program.weights[0][fqn].shape[dim]
+    inside = (position >= 0) & (position < size)
+    return position if inside.all() else None
+
+
+def _once(values: Index) -> bool:
+    return len(np.unique(values)) == len(values)
+
+
+def _regions(scores: Scores) -> tuple[Region, Region]:
+    return scores.queries, scores.keys
+
+
+# planes ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Queries or keys (copies, heads, tokens, channels) for each copy of a layer's channels, and each head's block."""
+
+    values: Tensor
+    block: Index
+
+
+def _probed(scores: Scores, layers: Sequence[fx.Node], tables: Mapping[fx.Node, Index]) -> tuple[Linear, Linear] | None:
+    """How queries and keys depend on the layers' channels, from channels that are one and the rest zero.
+
+    All blocks are probed at once; then all channels together, with numbers that tell which block each head reads.
+    """
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    generator = torch.Generator().manual_seed(2)
+    shares: list[Tensor] = []
+    coded = [torch.zeros(()), torch.zeros(())]
+    for layer in layers:
+        table = tables[layer]
+        shape = sizes(layer, 1)
+        step = max(1, CHUNK // max(1, int(np.prod(shape))))
+        for first in range(0, table.shape[1], step):
+            for own, end in zip(found, _response(scores, layer, table[:, first : first + step])):
+                own.append(end)
+        shares.append(0.5 + torch.rand(table.shape[1], generator=generator, dtype=torch.float64))
+        for k, end in enumerate(_coded(scores, layer, table, shares[-1])):
+            coded[k] = coded[k] + end[0]
+    sides = [_linear(torch.cat(own), torch.cat(shares), one) for own, one in zip(found, coded)]
+    if sides[0] is None or sides[1] is None or (sides[0].block != sides[1].block).any():
+        return None
+    return sides[0], sides[1]
+
+
+def _response(scores: Scores, layer: fx.Node, copies: Index) -> tuple[Tensor, Tensor]:
+    """Queries and keys of (copies, …): each copy of all blocks in turn is one."""
+    output = torch.zeros(sizes(layer, copies.shape[1]), dtype=torch.float64).movedim(_channel(layer), 1)
+    for row in copies:
+        output[torch.arange(len(row)), torch.from_numpy(row)] = 1.0
+    return _ends(scores, layer, output.movedim(1, _channel(layer)))
+
+
+def _coded(scores: Scores, layer: fx.Node, table: Index, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of (1, …): all copies have their share, times the number of their block from 1 on."""
+    output = torch.zeros(sizes(layer, 1), dtype=torch.float64).movedim(_channel(layer), 1)
+    for block, row in enumerate(table):
+        own = (block + 1) * shares
+        output[0, torch.from_numpy(row)] = own.reshape(-1, *[1] * (output.ndim - 2))
+    return _ends(scores, layer, output.movedim(1, _channel(layer)))
+
+
+def _ends(scores: Scores, layer: fx.Node, output: Tensor) -> tuple[Tensor, Tensor]:
+    count = len(output)
+    outputs = {layer: output.contiguous()}
+    ends = [side.run(outputs, count)[side.end] for side in _regions(scores)]
+    one, other = scores.sides(*(x.expand(count, *x.shape[1:]) for x in ends))
+    return _few(one), _few(other)
+
+
+def _few(values: Tensor) -> Tensor:
+    """Some of the tokens, the first and the last among them."""
+    tokens = values.shape[2]
+    chosen = np.unique(np.linspace(0, tokens - 1, min(tokens, TOKENS)).round().astype(np.int64))
+    return values[:, :, torch.from_numpy(chosen)].clone()
+
+
+def _linear(plain: Tensor, shares: Tensor, coded: Tensor) -> Linear | None:
+    """None where a head reads several blocks, or none."""
+    seen = plain.abs() > TOLERANCE * plain.abs().max()
+    expected = torch.einsum("c,chte->hte", shares, plain)
+    blocks = []
+    for one, other in zip(expected, coded):
+        square = float(one.square().sum())
+        block = round(float((one * other).sum()) / square) if square > 0 else 0
+        if block < 1 or (other - block * one).abs().max() > TOLERANCE * block * one.abs().max():
+            return None
+        blocks.append(block - 1)
+    return Linear(torch.where(seen, plain, 0.0), np.array(blocks))
+
+
+def _columns(
+    queries: Linear, keys: Linear, layers: Sequence[fx.Node], tables: Mapping[fx.Node, Index]
+) -> Iterator[Column]:
+    """The planes' channels, column by column; none where planes differ in what they stand on."""
+    where = [(layer, copy) for layer in layers for copy in range(tables[layer].shape[1])]
+    planes = [found for one in _tied(queries, keys) if (found := _plane(queries, keys, *one)) is not None]
+    shapes = {tuple((where[a][0], where[b][0], dual) for (a, b), dual in plane) for plane in planes}
+    if len(shapes) != 1:
+        return
+    for k, (first, second, dual) in enumerate(next(iter(shapes))):
+        if first is not second:
+            return
+        copies = [where[copy][1] for plane in planes for copy in plane[k][0]]
+        yield Column(first, tables[first][:, copies], dual)
+
+
+Plane = list[tuple[tuple[int, int], bool]]  # pairs of copies, and whether they are of the keys
+
+
+def _tied(queries: Linear, keys: Linear) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest sets of copies that inner products tie: those of the queries and those of the keys."""
+    graph = nx.Graph()
+    for name, side in (("q", queries), ("k", keys)):
+        for copy, head, channel in torch.nonzero((side.values != 0).any(2)).tolist():
+            graph.add_edge((name, copy), (head, channel))
+    for nodes in nx.connected_components(graph):
+        own = {name: sorted(copy for kind, copy in nodes if kind == name) for name in ("q", "k")}
+        yield own["q"], own["k"]
+
+
+def _plane(queries: Linear, keys: Linear, q: list[int], k: list[int]) -> Plane | None:
+    """Pairs of the queries (one for each head that shares the keys), then the pair of the keys, orientated alike."""
+    if len(k) != 2:
+        return None
+    first = torch.from_numpy(np.flatnonzero(queries.block == 0))
+    reads = (queries.values[q][:, first] != 0).flatten(2).any(2)
+    heads: dict[tuple[int, ...], list[int]] = {}
+    for copy, row in zip(q, reads.tolist()):
+        heads.setdefault(tuple(h for h, own in enumerate(row) if own), []).append(copy)
+    result: Plane = []
+    for _, pair in sorted(heads.items()):
+        turned = next((p for p in (pair, pair[::-1]) if len(p) == 2 and _commutes(queries, keys, p, k)), None)
+        if turned is None:
+            return None
+        result.append(((turned[0], turned[1]), False))
+    return [*result, ((k[0], k[1]), True)]
+
+
+def _commutes(queries: Linear, keys: Linear, q: list[int], k: list[int]) -> bool:
+    """Whether all inner products of two channels of each have the form [[a, −b], [b, a]]."""
+    table = torch.einsum("ahte,bhse->htsab", queries.values[q], keys.values[k])
+    scale = TOLERANCE * float(table.abs().max())
+    same = (table[..., 0, 0] - table[..., 1, 1]).abs().max() <= scale
+    return scale > 0 and bool(same and (table[..., 0, 1] + table[..., 1, 0]).abs().max() <= scale)
+
+
+class _Readers:
+    """Who sees the planes' channels but the operator that takes the inner products."""
+
+    def __init__(self, planes: _Planes):
+        self.scores = planes.scores
+        generator = torch.Generator().manual_seed(1)
+        outputs = {}
+        for layer in planes.layers:
+            value = torch.zeros(sizes(layer, 1), dtype=torch.float64)
+            front = value.movedim(_channel(layer), 0)
+            for column in planes.columns:
+                if column.layer is layer:
+                    where = torch.from_numpy(column.position.reshape(-1))
+                    front[where] = torch.randn(front[where].shape, generator=generator, dtype=torch.float64)
+            outputs[layer] = value
+        self.values: dict[fx.Node, Any] = {}
+        for side in _regions(planes.scores):
+            self.values |= side.run(outputs, 1)
+        self.inside = {*planes.layers, *(node for side in _regions(planes.scores) for node in side.nodes)}
+
+    def others(self) -> bool:
+        """Whether anyone does."""
+        return any(self._escapes(node, user) for node in self.inside for user in node.users if user not in self.inside)
+
+    def _escapes(self, node: fx.Node, reader: fx.Node) -> bool:
+        if not any(one.any() for one in tensors(self.values[node])):
+            return False
+        if reader is self.scores.node:
+            return node not in (side.end for side in _regions(self.scores)) or self._read_twice(node)
+        if reader.op != "call_function":
+            return True
+        if reader not in self.values:
+            try:
+                self.values[reader] = call(reader, self.values, 1)
+            except (KeyError, RuntimeError, TypeError):
+                return True
+        return any(self._escapes(reader, user) for user in reader.users)
+
+    def _read_twice(self, node: fx.Node) -> bool:
+        return sum(one is node for one in [*self.scores.node.args, *self.scores.node.kwargs.values()]) > 1
