@@ -77,6 +77,18 @@ class GroupedQueries(nn.Module):
         return self.head(x)
 
 
+class GroupedTanh(nn.Module):
+    """Odd functions between grouped convolutions: signs pass inside the groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a = nn.Conv2d(3, 12, 4, 4), nn.Conv2d(12, 15, 3, 2, groups=3)
+        self.b, self.out = nn.Conv2d(15, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.b(self.a(self.first(x).tanh()).tanh()).tanh().mean((2, 3)))
+
+
 def _tanh() -> nn.Module:
     return nn.Sequential(nn.Linear(9, 16), nn.Tanh(), nn.Linear(16, 11), nn.Tanh(), nn.Linear(11, 4))
 
@@ -113,6 +125,7 @@ CASES: dict[str, Case] = {
     "vit": (lambda: vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2), _images(1), lambda p: p),
     "vit_lifted": (lambda: vit_tiny(width=1 / 8, in_channels=1, patch=8, depth=2), _images(1), _lift),
     "grouped": (GroupedQueries, _sequences, lambda p: p),
+    "grouped_tanh": (GroupedTanh, _images(3), lambda p: p),
     "residual": (Residual, _images(1), _fold),
 }
 _known: dict[str, tuple[Program, Symmetry, Tensor]] = {}

@@ -17,22 +17,23 @@ Features of two networks are compared where the taps read them. By class of the 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from vfx.analyse.balance import balance
-from vfx.analyse.classes import Matrix, contragredient
+from vfx.analyse.classes import Maps, Matrix, contragredient
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
 from vfx.match import planes
 from vfx.match.ascent import Ascent
-from vfx.match.class_descent import compact, sign_vectors
+from vfx.match.class_descent import compact, inside, sign_vectors, solved
 from vfx.match.matcher import Gain
 from vfx.match.solve import Signs, assign_signed, procrustes
-from vfx.match.units import Unit, assign_pairs
+from vfx.match.units import Unit
 from vfx.program import Weights
 from vfx.statistics.collect import Statistics
 from vfx.statistics.moments import CrossMoments
@@ -107,8 +108,7 @@ class ClassAscent(Ascent):
 
     def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""
-        kind = self.kinds[group.index]
-        return procrustes(gains, kind) if kind.mixes else assign_pairs(group, gains)
+        return solved(group, gains, self.kinds[group.index])
 
     def _in_turn(self, unit: Unit) -> Sequence[Group]:
         """Maps that mix channels last: they need the others' order, which does not need theirs."""
@@ -116,7 +116,7 @@ class ClassAscent(Ascent):
 
     def _at_best(self, group: Group, gains: Gain) -> Gain:
         kind = self.kinds[group.index]
-        return procrustes(gains, kind)[1] if kind.mixes else super()._at_best(group, gains)
+        return super()._at_best(group, gains) if kind is Maps.PERMUTATION else solved(group, gains, kind)[1]
 
     def _single(self, group: Group, unmatched: Collection[int]) -> tuple[dict[int, Any], float]:
         kind, signs = self.kinds[group.index], self.signs[group.index]
@@ -174,9 +174,11 @@ class ClassAscent(Ascent):
     def _blocks(self, unit: Unit) -> tuple[dict[int, Any], float]:
         found, value = super()._blocks(unit)
         for group in unit.inner:
-            if self.kinds[group.index].mixes:
-                self.behind[group.index] = Element(matrix=found[group.index])
-                found[group.index] = np.repeat(np.arange(group.size)[None], group.outer, axis=0)
+            element = inside(self.symmetry, group, found[group.index], self.kinds[group.index])
+            if self.kinds[group.index] is not Maps.PERMUTATION:
+                self.behind[group.index] = replace(element, permutation=None)
+            still = np.repeat(np.arange(group.size)[None], group.outer, axis=0)
+            found[group.index] = still if element.permutation is None else element.permutation
         return found, value
 
 

@@ -6,7 +6,7 @@ every step. The descent is that of weight matching, each group solved by its cla
 Linear Mode Connectivity for Transformers*, Theus et al. 2025, §4). The element found goes back to the first network's
 own scales: S₀⁻¹ g S₁. A midpoint does not depend on the common form that two networks are brought to.
 
-Signs inside the blocks of another group are left as they are.
+Inside the blocks of another group signs are matched that all sides of a group have in common.
 """
 
 from __future__ import annotations
@@ -43,11 +43,37 @@ def compact(symmetry: Symmetry, group: Group) -> Maps:
 
 
 def sign_vectors(symmetry: Symmetry, group: Group) -> dict[int, frozenset[int]]:
-    """The free signs whose product each side has, those of running statistics being positive."""
+    """The free signs whose product each side has, those of running statistics being positive.
+
+    Inside blocks only signs that all sides have in common count.
+    """
     own = symmetry.classes[group.index]
-    if own.scales is None or group.parent is not None:
+    if own.scales is None:
         return {}
-    return {side: frozenset(vector) for side, vector in restrained(own.scales.signs, own.running, 2).items()}
+    found = {side: frozenset(vector) for side, vector in restrained(own.scales.signs, own.running, 2).items()}
+    apart = {found.get(side.index, frozenset()) for side in own.sides if side.members}
+    return {} if group.parent is not None and len(apart) > 1 else found
+
+
+def solved(group: Group, gains: Gain, kind: Maps) -> tuple[Any, Gain]:
+    """The best orders of a group inside blocks, or its maps (n, n, size, size), for each pair of blocks."""
+    if kind.mixes:
+        return procrustes(gains, kind)
+    orders, values = assign_pairs(group, np.abs(gains) if kind is Maps.SIGNED else gains)
+    if kind is Maps.PERMUTATION:
+        return orders, values
+    signs = np.take_along_axis(np.where(gains < 0, -1.0, 1.0), orders[..., None], -1)
+    return np.eye(group.size)[orders] * signs, values
+
+
+def inside(symmetry: Symmetry, group: Group, found: Any, kind: Maps) -> Element:
+    """The element of a group inside blocks from its orders, or maps, one for each block."""
+    if kind.mixes:
+        return Element(matrix=found)
+    if kind is Maps.PERMUTATION:
+        return Element(found)
+    sides = [side for side, own in sign_vectors(symmetry, group).items() if own]
+    return Element(np.abs(found).argmax(-1), scales=dict.fromkeys(sides, found.sum(-1)))
 
 
 def mixing(symmetry: Symmetry) -> bool:
@@ -121,8 +147,7 @@ class ClassDescent(Descent):
 
     def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""
-        kind = self.kinds[group.index]
-        return procrustes(gains, kind) if kind.mixes else assign_pairs(group, gains)
+        return solved(group, gains, self.kinds[group.index])
 
     def _best(self, group: Group, settled: set[int] | None) -> dict[int, Any]:
         kind = self.kinds[group.index]
@@ -166,8 +191,8 @@ class ClassDescent(Descent):
         if settled is not None:
             names = self._known(unit, names, settled)
         found = super()._best_in_blocks(unit, names, settled, sweep)
-        mixing = {g.index for g in unit.inner if self.kinds[g.index].mixes}
-        result = {index: Element(matrix=own) if index in mixing else Element(own) for index, own in found.items()}
+        result = {index: Element(own) for index, own in found.items()}
+        result |= {g.index: inside(self.symmetry, g, found[g.index], self.kinds[g.index]) for g in unit.inner}
         blocks = found[unit.outer.index]
         for index, numbers in self._planes(unit, names).items():
             result[index] = planes.turned(numbers[np.arange(len(blocks)), blocks])
