@@ -12,6 +12,7 @@ stopped goes on where it was.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,13 +29,14 @@ from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from benchmarks.pairs_report import grid
 from passes.balance_scales import BalanceScales
 from passes.fold_normalization import FoldNormalization
+from vfx.analyse.balance import Place, Scales
 from vfx.analyse.symmetry import symmetry
+from vfx.analyse.transform import rows_of
 from vfx.api import collect, merge, trace
 from vfx.emit.module import emit
 from vfx.files import write_atomic
-from vfx.freedom import Freedom, MapKind
 from vfx.models.training import predict
-from vfx.program import Program
+from vfx.program import Program, Weights
 
 CALIBRATION, BATCH, SAMPLES = 2000, 128, 2000
 MATCHES = (None, "weight", "activation")
@@ -80,24 +82,25 @@ def _mean(scores: list[dict[str, float]]) -> dict[str, float]:
 
 def _spread(program: Program) -> list[float]:
     """Of each edge."""
-    variables = Freedom(symmetry(program), MapKind.POSITIVE).variables
+    places = Scales(symmetry(program), mixed=True).places.values()
     found = []
     for weights in program.weights:
-        logs = [ratio for members in variables.values() for ratio in _ratios(weights, members)]
+        logs = [ratio for own in places for ratio in _ratios(weights, own)]
         found.append(round(float(torch.cat(logs).abs().mean()), 4))
     return found
 
 
-def _ratios(weights: Any, members: Any) -> Iterator[Tensor]:
+def _ratios(weights: Weights, places: list[Place]) -> Iterator[Tensor]:
     """log of what writes a channel over what reads it, of the channels where both are there."""
-    sums = {1: torch.zeros(len(members[0].position)).double(), -1: torch.zeros(len(members[0].position)).double()}
-    for member in members:
-        squares = weights[member.fqn].double().square().movedim(member.dim, 0)
-        line = squares.flatten(1).sum(1) if squares.ndim > 1 else squares
-        sums[1 if member.exponent > 0 else -1] += line[torch.from_numpy(member.position)].sum(1)
-    alive = (sums[1] > 0) & (sums[-1] > 0)
-    if alive.any():
-        yield 0.5 * (sums[1][alive].log() - sums[-1][alive].log())
+    sums: dict[tuple[int, bool], Any] = defaultdict(float)
+    for place in places:
+        for part in place.parts:
+            squares = rows_of(weights[place.fqn], place.dim, part).square().sum(1)
+            sums[part.block, place.exponent > 0] += squares
+    for block in {block for block, _ in sums}:
+        up, down = sums[block, True], sums[block, False]
+        alive = (up > 0) & (down > 0)
+        yield 0.5 * (up[alive].log() - down[alive].log())
 
 
 def markdown(results: dict[str, Any]) -> str:

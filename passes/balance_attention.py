@@ -2,25 +2,30 @@
 
 Attention sees W_QᵀW_K and W_O W_V of each head, so each pair is free up to an invertible T: W_Q → T W_Q, W_K → T⁻ᵀ
 W_K. Its canonical form is balanced: of M = W_Qᵀ W_K = U S Vᵀ the sides become √S Uᵀ and √S Vᵀ, channels by falling
-singular value and each channel's sign by the largest entry of its first side. Of all pairs with the same product it
-has the smallest sum of squares. Biases are columns of their weights ([W b] acts on [x; 1]) and are carried along. M
-is of rank d, the size of a head: with thin factors W_Qᵀ = Q₁R₁ and W_Kᵀ = Q₂R₂ only R₁R₂ᵀ (d × d) is decomposed.
-Rotary embeddings and normalised queries or keys do not commute with T; such pairs are left with a note. With grouped
-queries one T acts on all the heads that share a key or value.
+singular value and each channel's sign by the largest entry of its first side (``vfx.analyse.balance``). Of all pairs
+with the same product it has the smallest sum of squares. Biases are columns of their weights ([W b] acts on [x; 1]) and
+are carried along. Pairs are the groups that stand inside the products of two activations; those whose class is less
+than linear (rotary embeddings, normalised queries or keys) are left with a note. With grouped queries one T acts on all
+the heads that share a key or value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import fx
 
-from vfx.analyse.symmetry import symmetry
-from vfx.freedom.attention import Pair, Side, attention_pairs
+from vfx.analyse.balance import deficient, in_turn, rewritten
+from vfx.analyse.classes import Maps
+from vfx.analyse.symmetry import Group, Symmetry, symmetry
+from vfx.operators import arguments, operator
 from vfx.program import Program
 from vfx.rewrite import Pass
+
+ATTENTION = "aten.scaled_dot_product_attention"
+PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
 
 
 class BalanceAttention(Pass):
@@ -33,47 +38,57 @@ class BalanceAttention(Pass):
         self.verify = verify
 
     def apply(self, program: Program) -> Program:
-        pairs, notes = attention_pairs(symmetry(program))
-        sets = [dict(weights) for weights in program.weights]
-        for weights in sets:
-            for pair in pairs:
-                _balance(weights, pair)
+        facts = symmetry(program)
+        pairs, notes = _pairs(facts)
+        left = [[deficient(facts, group, weights) for group in pairs] for weights in program.weights]
+        for edge, own in enumerate(left):
+            notes += [_short(group, heads, edge) for group, heads in zip(pairs, own) if heads]
+        pairs = [group for group, *own in zip(pairs, *left) if any(len(heads) < group.outer for heads in own)]
+        sets = [rewritten(facts, weights, lambda own: in_turn(facts, own, None, pairs)) for weights in program.weights]
         result = program.with_weights(sets, f"BalanceAttention({len(pairs)} pairs)")
         return replace(result, notes=(*program.notes, *notes))
 
 
-def _balance(weights: dict[str, Tensor], pair: Pair) -> None:
-    for head in range(len(pair.first[0].rows)):
-        balanced = _balanced(*(_stacked(weights, side, head) for side in (pair.first, pair.second)))
-        for side, values in zip((pair.first, pair.second), balanced):
-            _write(weights, side, head, values)
+def _pairs(facts: Symmetry) -> tuple[list[Group], list[str]]:
+    """The groups that stand inside the products of two activations, and why others cannot be mapped."""
+    found: dict[int, Group] = {}
+    notes: dict[str, None] = {}
+    for node in facts.program.graph.nodes:
+        for what, value, dim in _inner(node):
+            groups = [facts.groups[index] for index in facts.classes.on(value, dim)]
+            free = [group for group in groups if facts.classes[group.index].kind is Maps.LINEAR]
+            found |= {group.index: group for group in free if _two_sided(group)}
+            why = [f"{group.reason} allows {group.kind.title} maps" for group in groups if group not in free]
+            if not groups and operator(node) == ATTENTION:
+                why = ["none of their channels are free (rotary embeddings?)"]
+            notes |= dict.fromkeys(f"{what} of {node.name} left as they are: {reason}" for reason in why)
+    return [found[index] for index in sorted(found)], list(notes)
 
 
-def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """(d, n) and (d, m) to the balanced sides of the same product firstᵀ second."""
-    (q1, r1), (q2, r2) = (torch.linalg.qr(side.T) for side in (first, second))
-    u, s, vt = torch.linalg.svd(r1 @ r2.T)
-    size = len(first)
-    found = [torch.zeros_like(side) for side in (first, second)]
-    for side, basis in zip(found, ((q1 @ u).T, vt @ q2.T)):
-        side[: len(s)] = s.sqrt()[:, None] * basis[: len(s)] if len(s) <= size else basis[:size]
-    sign = torch.where(found[0].gather(1, found[0].abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    return found[0] * sign, found[1] * sign
+def _inner(node: fx.Node) -> Iterator[tuple[str, fx.Node, int]]:
+    """The axes along which operands of a product meet, and those of values that it passes on."""
+    a, name = arguments(node), operator(node)
+    if name == ATTENTION:
+        yield "queries and keys", a["query"], -1
+        yield "values and output", a["value"], -1
+    elif name in PRODUCTS:
+        left: Any = a.get("batch1", a.get("self"))
+        right: Any = a.get("batch2", a.get("mat2", a.get("other")))
+        if _computed(left) and _computed(right):
+            yield "queries and keys", left, -1
+            yield "values and output", right, -1
 
 
-def _stacked(weights: dict[str, Tensor], sides: Sequence[Side], head: int) -> Tensor:
-    """The rows of one head in a weight and its bias, with all copies, side by side: (d, n)."""
-    parts = [weights[s.fqn].double().cpu().movedim(s.dim, 0)[torch.from_numpy(s.rows[head])] for s in sides]
-    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+def _computed(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "call_function" and len(value.meta["val"].shape) > 1
 
 
-def _write(weights: dict[str, Tensor], sides: Sequence[Side], head: int, values: Tensor) -> None:
-    start = 0
-    for side in sides:
-        old = weights[side.fqn]
-        moved = old.movedim(side.dim, 0).clone()
-        index = torch.from_numpy(side.rows[head]).to(old.device)
-        width = moved[0].numel() * index.shape[1]
-        moved[index] = values[:, start : start + width].reshape(*index.shape, *moved.shape[1:]).to(moved)
-        weights[side.fqn] = moved.movedim(0, side.dim).contiguous()
-        start += width
+def _two_sided(group: Group) -> bool:
+    """Whether what it makes is read: else no map is undone."""
+    return {dual for side in group.sides for _, _, dual in side.members} == {False, True}
+
+
+def _short(group: Group, heads: list[int], edge: int) -> str:
+    """Heads whose pair has no balanced form."""
+    which = ", ".join(map(str, heads))
+    return f"edge {edge}: heads {which} of {group.name} left as they are: their product has a rank below {group.size}"

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from passes.balance_attention import BalanceAttention
 from passes.balance_scales import BalanceScales
 from passes.fold_normalization import FoldNormalization
+from vfx.analyse.classes import Maps
+from vfx.analyse.rules import TABLE, elementwise
+from vfx.analyse.rules.rule import Rule
 from vfx.api import merge, trace
 from vfx.errors import ArgumentError, VerificationError
 from vfx.models import vgg16
@@ -72,7 +75,7 @@ BALANCED: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "pools": (_pools, PICTURES, 3),
     "gated": (_gated, VECTORS, 1),
     "vgg16": (lambda: vgg16(width=0.0625), LARGE, 13),
-    "vit": (lambda: vit_tiny(width=0.06, size=8, patch=4, depth=1), PICTURES, 3),
+    "vit": (lambda: vit_tiny(width=0.06, size=8, patch=4, depth=1), PICTURES, 5),
 }
 
 
@@ -141,19 +144,19 @@ def test_networks_that_differ_by_scales_become_equal(build: Callable[[], nn.Modu
 
 
 KEPT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "tanh": (lambda: _mlp(nn.Tanh()), VECTORS, r"0.weight \(tanh \(aten.tanh\)"),
+    "tanh": (lambda: _mlp(nn.Tanh()), VECTORS, r"0.weight \(aten.tanh \(tanh\)\), 2.weight \(aten.tanh \(tanh_1\)\)"),
     "gelu": (lambda: _mlp(nn.GELU()), VECTORS, "gelu"),
     "relu6": (lambda: _mlp(nn.ReLU6()), VECTORS, "hardtanh|relu6"),
     "a constant": (
         lambda: net(lambda self, x: self.b(F.relu(self.a(x) + 1)), a=nn.Linear(5, 7), b=nn.Linear(7, 3)),
         VECTORS,
-        "adds what is not multiplied alike",
+        r"a.weight \(aten.add \(add\)\)",
     ),
     "batch norm": (
         lambda: net(lambda self, x: self.c(F.relu(self.n(self.a(x)))), a=conv(3, 4), n=nn.BatchNorm2d(4, affine=False),
                     c=conv(4, 2)),
         PICTURES,
-        "variance",
+        r"a.weight \(n.running_mean is kept\)",
     ),
 }  # fmt: skip
 
@@ -170,9 +173,7 @@ def test_scales_that_are_not_free_stay(name: str) -> None:
 
 
 def test_a_scale_that_tanh_sees_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vfx.freedom import transfer, values
-
-    monkeypatch.setitem(transfer.TABLE, "aten.tanh", values.homogeneous)
+    monkeypatch.setitem(TABLE, "aten.tanh", Rule(elementwise.pointwise, Maps.POSITIVE_MONOMIAL))
     with pytest.raises(VerificationError, match="BalanceScales changed the function"):
         BalanceScales()(_program(lambda: _mlp(nn.Tanh()), VECTORS))
 
@@ -184,7 +185,7 @@ def test_batch_norm_gives_the_scale_of_its_gain_and_all_of_it_when_folded() -> N
     with_norms = BalanceScales()(program)
     assert with_norms.weights[0]["0.weight"] is program.weights[0]["0.weight"]
     assert not torch.equal(with_norms.weights[0]["1.weight"], program.weights[0]["1.weight"])
-    assert "batch_norm has a variance of its own" in with_norms.notes[0]
+    assert "0.weight (1.running_mean is kept), 3.weight (4.running_mean is kept)" in with_norms.notes[0]
     folded = BalanceScales()(FoldNormalization(batch_norm=True)(program))
     assert not folded.notes
     assert folded.history[-1] == "BalanceScales(2 features)"
@@ -266,19 +267,22 @@ def test_attention_keeps_its_function(name: str) -> None:
         assert same_function(program.select(edge), balanced.select(edge)) <= 1e-10
 
 
+def _head(weights: Mapping[str, Tensor], layer: str, head: int) -> Tensor:
+    """What writes the channels of a head, with its bias beside it, or reads them: (3, n)."""
+    if layer == "out":
+        return weights["out.weight"][:, 3 * head : 3 * head + 3].T
+    own = [weights[f"{layer}.weight"], *([weights[f"{layer}.bias"][:, None]] if f"{layer}.bias" in weights else [])]
+    return torch.cat(own, 1)[3 * head : 3 * head + 3]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_queries_and_keys_are_singular_vectors(bias: bool) -> None:
     program = _program(lambda: _Attention("separate", bias), TOKENS)
     old, new = program.weights[0], BalanceAttention()(program).weights[0]
 
-    def side(weights: Mapping[str, Tensor], layer: str, head: int) -> Tensor:
-        own = [weights[f"{layer}.weight"]] + ([weights[f"{layer}.bias"][:, None]] if bias else [])
-        return torch.cat(own, 1)[3 * head : 3 * head + 3]
-
     for head in (0, 1):
-        q, k, v = (side(new, layer, head) for layer in "qkv")
-        o = new["out.weight"][:, 3 * head : 3 * head + 3].T
-        before = side(old, "q", head).T @ side(old, "k", head)
+        q, k, v, o = (_head(new, layer, head) for layer in ("q", "k", "v", "out"))
+        before = _head(old, "q", head).T @ _head(old, "k", head)
         close(q.T @ k, before, 1e-12)
         values = torch.linalg.svdvals(before)[:3]
         for one, other in ((q, k), (v, o)):
@@ -308,6 +312,22 @@ def test_attention_in_any_basis_becomes_equal() -> None:
     assert not torch.equal(weights["q.weight"], program.weights[0]["q.weight"])
     for name in one:
         close(other[name], one[name], 1e-9)
+
+
+@pytest.mark.parametrize(("dead", "pair"), [("v", ("v", "out")), ("q", ("q", "k")), ("k", ("q", "k"))])
+def test_a_head_without_a_product_stays_and_the_others_are_balanced(dead: str, pair: tuple[str, str]) -> None:
+    program = _program(lambda: _Attention("separate"), TOKENS)
+    weights = dict(program.weights[0])
+    for name in (f"{dead}.weight", f"{dead}.bias"):
+        weights[name] = weights[name].clone()
+        weights[name][:3] = 0
+    result = BalanceAttention()(program.with_weights([weights]))
+    assert result.history[-1] == "BalanceAttention(2 pairs)"
+    assert result.notes == (f"edge 0: heads 0 of {pair[0]}.weight left as they are: their product has a rank below 3",)
+    for layer in pair:
+        close(_head(result.weights[0], layer, 0), _head(weights, layer, 0), 1e-14)
+    first, second = (_head(result.weights[0], layer, 1) for layer in pair)
+    close(first @ first.T, second @ second.T, 1e-12)
 
 
 # merging --------------------------------------------------------------------------------------------------------------

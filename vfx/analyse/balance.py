@@ -10,17 +10,19 @@ two networks of one orbit have balanced forms that differ by signed permutations
 - Scales: λ ← λ + ¼ log(N/P), channel by channel, with P and N the sums of squares of what carries e^λ and e^−λ.
 - Invertible maps (queries and keys, values and outputs): with X what carries T and Y what carries T⁻ᵀ, of the product
   Xᵀ Y = U S Vᵀ the sides become √S Uᵀ and √S Vᵀ. It is of rank d, the size of a head, so only R₁ R₂ᵀ of the thin
-  factors Xᵀ = Q₁R₁, Yᵀ = Q₂R₂ is decomposed; T = S^−½ Vᵀ R₂.
+  factors Xᵀ = Q₁R₁, Yᵀ = Q₂R₂ is decomposed; T = S^−½ Vᵀ R₂. Channels stand by falling singular value, each with the
+  sign that makes the largest entry of its first side positive: what the basis was does not matter.
 
 Sides on which a running statistic stands keep their scale: statistics that are measured anew are those of the layer as
 it is. A scale that only makes or only reads has no minimum and stays. Directions in which a product all but vanishes
-(many trained heads have them) are left unequal: raising them would cost the weights their precision.
+(many trained heads have them) are left unequal: raising them would cost the weights their precision. A head of which
+the second side has a rank below its size stays as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,7 +34,7 @@ from vfx.analyse.classes import Maps, Matrix, turning
 from vfx.analyse.composition import compose
 from vfx.analyse.slots import Vector, nullspace
 from vfx.analyse.symmetry import Group, Symmetry
-from vfx.analyse.transform import Element, Part, apply, parts, stacked
+from vfx.analyse.transform import Element, Elements, Part, apply, parts, stacked
 from vfx.program import Weights
 
 TOLERANCE = 1e-10  # of λ, in one sweep over all channels
@@ -46,19 +48,23 @@ DEFICIENT = 1e-7  # singular values of a map below this share of the largest
 Variable = tuple[int, int]  # group, free scale
 
 
-def balance(symmetry: Symmetry, weights: Weights, scales: bool = True, linear: bool = True) -> dict[int, Element]:
-    """The element that brings a weight set to its balanced form: positive ``scales``, ``linear`` maps, or both."""
-    balancer = Scales(symmetry) if scales else None
-    paired = (Maps.LINEAR, Maps.ROTATIONS)
-    pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired] if linear else []
-    moved = {m.fqn for g in symmetry.groups for m in g.members}
-    current: Weights = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
-    if not pairs:
-        return balancer(current) if balancer is not None else {}
+def balance(symmetry: Symmetry, weights: Weights) -> dict[int, Element]:
+    """The element that brings a weight set to its balanced form, by positive scales, invertible maps and planes."""
+    scales, paired = Scales(symmetry), (Maps.LINEAR, Maps.ROTATIONS)
+    pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired]
+    moved = {m.fqn for g in symmetry.moving for m in g.members}
+    own = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
+    return in_turn(symmetry, own, scales, pairs) if pairs else scales(own)
+
+
+def in_turn(
+    symmetry: Symmetry, weights: Weights, scales: Scales | None, pairs: Collection[Group]
+) -> dict[int, Element]:
+    """The same by some scales, and the maps of some groups of class LINEAR or rotations."""
     total: dict[int, Element] = {}
-    current = {name: tensor.double().cpu() for name, tensor in current.items()}
+    current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items()}
     for _ in range(ROUNDS):
-        step = balancer(current, IN_TURN) if balancer is not None else {}
+        step = scales(current, IN_TURN) if scales is not None else {}
         current = apply(symmetry, current, step, check=False)
         maps = dict(_paired(symmetry, pairs, current))
         current = apply(symmetry, current, maps, check=False)
@@ -66,6 +72,14 @@ def balance(symmetry: Symmetry, weights: Weights, scales: bool = True, linear: b
         if _settled([*step.values(), *maps.values()]):
             break
     return total
+
+
+def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], Elements]) -> dict[str, Tensor]:
+    """A weight set moved by the element that ``find`` gives for it, in float64 and rounded once; the rest is shared."""
+    moved = {m.fqn for g in symmetry.moving for m in g.members}
+    exact = {n: t.double().cpu() for n, t in weights.items() if n in moved and t.is_floating_point()}
+    found = apply(symmetry, exact, find(exact), check=False)
+    return {n: t if n not in exact or found[n] is exact[n] else found[n].to(t) for n, t in weights.items()}
 
 
 def _settled(steps: Iterable[Element]) -> bool:
@@ -86,22 +100,35 @@ def _settled(steps: Iterable[Element]) -> bool:
 
 def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> Iterator[tuple[int, Element]]:
     for group in groups:
-        sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
-        one = _balanced if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
-        found = [one(x, y) for x, y in zip(*sides)]
-        if all(one is not None for one in found):
-            matrix = np.stack([one for one in found if one is not None])
+        found = _maps(symmetry, group, weights)
+        if any(one is not None for one in found):
+            matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
             yield group.index, Element(matrix=matrix[0] if group.parent is None else matrix)
 
 
-def _balanced(first: Tensor, second: Tensor) -> np.ndarray | None:
+def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
+    """The blocks of a group whose pair has no balanced form."""
+    return [block for block, one in enumerate(_maps(symmetry, group, weights)) if one is None]
+
+
+def _maps(symmetry: Symmetry, group: Group, weights: Weights) -> list[Matrix | None]:
+    """What balances each block of a group."""
+    sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
+    one = _balanced if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
+    return [one(x, y) for x, y in zip(*sides)]
+
+
+def _balanced(first: Tensor, second: Tensor) -> Matrix | None:
     """T (d, d) for (d, n) and (d, m), the second of which carries T⁻ᵀ; None where the second has a rank below d."""
     if min(first.shape[1], second.shape[1]) < len(first):
         return None
     r1, r2 = (torch.linalg.qr(side.T, mode="r").R for side in (first, second))
     s, vt = torch.linalg.svd(r1 @ r2.T)[1:]
-    vt = vt * torch.where(vt.gather(1, vt.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    if not bool(s[0] > 0):
+        return None
     found = vt @ r2 / s.clamp_min(FLOOR * float(s[0])).sqrt()[:, None]
+    rows = found @ first
+    found = found * torch.where(rows.gather(1, rows.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
     spread = torch.linalg.svdvals(found)
     return found.numpy() if bool(spread[-1] > DEFICIENT * spread[0]) else None
 
@@ -134,11 +161,14 @@ class Place:
 
 
 class Scales:
-    """The positive scales of every group that has them; called with weights it gives those that balance them."""
+    """The positive scales of every group that has them; called with weights it gives those that balance them.
 
-    def __init__(self, symmetry: Symmetry):
+    With ``mixed`` those of groups of class LINEAR too, whose invertible maps hold them.
+    """
+
+    def __init__(self, symmetry: Symmetry, mixed: bool = False):
         self.symmetry = symmetry
-        self.vectors = {g.index: _vectors(symmetry, g) for g in symmetry.groups}
+        self.vectors = {g.index: _vectors(symmetry, g, mixed) for g in symmetry.groups}
         self.places: dict[Variable, list[Place]] = {}
         for group in symmetry.groups:
             for variable, place in _places(symmetry, group, self.vectors[group.index]):
@@ -159,10 +189,12 @@ class Scales:
         return elements
 
 
-def _vectors(symmetry: Symmetry, group: Group) -> dict[int, Vector]:
+def _vectors(symmetry: Symmetry, group: Group, mixed: bool) -> dict[int, Vector]:
     """The log-scale of each side in terms of free ones."""
     own = symmetry.classes[group.index]
-    found = {} if own.scales is None else restrained(own.scales.magnitudes, own.running)
+    if own.scales is None:
+        return {side.index: {side.index: 1} for side in own.sides} if mixed and own.kind is Maps.LINEAR else {}
+    found = restrained(own.scales.magnitudes, own.running)
     return {side: vector for side, vector in found.items() if vector}
 
 

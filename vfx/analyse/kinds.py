@@ -12,7 +12,7 @@ from torch import fx
 from vfx.analyse.action import Walk
 from vfx.analyse.action.entries import ANY, Ids
 from vfx.analyse.classes import Maps, meet
-from vfx.analyse.slots import Product, Scales, Slots, Vector, alike
+from vfx.analyse.slots import Lowering, Product, Scales, Slots, Vector, alike
 from vfx.operators import operator
 
 if TYPE_CHECKING:
@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 class Side:
     """A set of places that carry one map T of a leaf, or T⁻ᵀ: its class and what lowered it, its members.
 
-    ``members`` are (FQN, dim, whether it carries T⁻ᵀ); what makes the feature carries T.
+    ``members`` are (FQN, dim, whether it carries T⁻ᵀ); what makes the feature carries T. ``lowered`` has the operators
+    that lowered it, in the graph's order, each with the class that it allows.
     """
 
     index: int
     kind: Maps
     reason: str
     members: tuple[tuple[str, int, bool], ...]
+    lowered: tuple[tuple[Maps, str], ...] = ()
+
+    def refusal(self, maps: Maps) -> str:
+        """The first operator that does not allow all of some maps; where none does by itself, the side's ``reason``."""
+        return next((why for allowed, why in self.lowered if allowed & maps != maps), self.reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +71,10 @@ class Classes(dict[int, Class]):
         ``position`` (size, copies) is where its channels stand. None where positions apart from this axis differ.
         """
         return self._inferred.standing(node, dim, group, position)
+
+    def on(self, node: fx.Node, dim: int) -> list[int]:
+        """The groups, by index, whose channels stand along an activation's axis."""
+        return self._inferred.on(node, dim)
 
 
 def classes(symmetry: Symmetry) -> Classes:
@@ -118,6 +128,10 @@ class _Classes:
             return None
         return self.turned[group.index].arrays([self.slots.find(slot) for slot in along[position[0]].tolist()])
 
+    def on(self, node: fx.Node, dim: int) -> list[int]:
+        stands = self.walk.stands(self.nodes[node.name])
+        return [group for group, leaf in self.leaf_of.items() if stands and leaf in stands[dim]]
+
     def _joined(self, leaf: int, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Sides that nothing but their permutation ties: one map for all where all mix channels, else monomial ones."""
         products = self.slots.products.get(leaf)
@@ -132,7 +146,13 @@ class _Classes:
 
     def _side(self, side: int, leaf: int, scales: Scales | None, members: _Members) -> Side:
         kind = self.slots.maps(side) if scales is None else _free(scales.magnitudes.get(side), scales.signs.get(side))
-        return Side(side, kind, self._reason(side, kind, leaf), tuple(members.of.get(side, ())))
+        found = self._lowered(side)
+        lowered = tuple((maps, self._node(node)) for maps, node in found)
+        return Side(side, kind, self._reason(side, kind, leaf, found), tuple(members.of.get(side, ())), lowered)
+
+    def _lowered(self, side: int) -> list[Lowering]:
+        """In the graph's order."""
+        return sorted(self.slots.lowered.get(side, ()), key=lambda x: self.order.get(x.node, len(self.order)))
 
     def _kind(self, sides: tuple[Side, ...], scales: Scales | None, members: _Members) -> Maps:
         """One map on all sides that make or read the feature."""
@@ -146,11 +166,10 @@ class _Classes:
         reasons = {side.reason: side.kind for side in sides if side.index in members.features and side.reason}
         return next((why for why, own in reasons.items() if own is kind), " ∧ ".join(reasons))
 
-    def _reason(self, side: int, kind: Maps, leaf: int) -> str:
+    def _reason(self, side: int, kind: Maps, leaf: int, lowered: list[Lowering]) -> str:
         """The first node behind which no more was left than is left in the end, or the product that took the rest."""
         left = Maps.LINEAR
-        lowered = self.slots.lowered.get(side, ()) if kind is not left else ()
-        for maps, node in sorted(lowered, key=lambda x: self.order.get(x.node, len(self.order))):
+        for maps, node in lowered if kind is not left else ():
             left = meet(left, maps)
             if left is kind:
                 return self._node(node)
