@@ -2,7 +2,7 @@
 
 W (γ ⊙ z + β) + b = (W γ) z + (W β + b): the columns of every layer that reads a norm are scaled, its bias takes the
 shift up. The other way round a layer scale γ ⊙ (W h + b) goes back into the rows that write it. A gain folds where
-the linear operators around it leave it free (``vfx.freedom``), so that a change is undone by weights that nobody else
+the symmetry classes leave it free (``vfx.analyse.folding``), so that a change is undone by weights that nobody else
 reads; nothing is divided, so gains may be zero or negative. What does not fold stays, with the reason in the
 Program's notes. A residual stream whose norms have no gains admits orthogonal maps (SliceGPT, Ashkboos et al. 2024,
 §3).
@@ -13,16 +13,16 @@ class (``RestoreStructure``), unless a layer that had no bias was given one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.symmetry import Index, symmetry
-from vfx.freedom import Freedom, MapKind, Member
-from vfx.freedom.gains import Gain, gains
-from vfx.freedom.shift import shift_readers
+from vfx.analyse.folding import Folding, Refused, Share
+from vfx.analyse.gains import Gain, gains
+from vfx.analyse.shift import shift_readers
+from vfx.analyse.symmetry import symmetry
 from vfx.normalization import add_bias
 from vfx.operators import arguments, layer_arguments, weight_name
 from vfx.program import Program, Value, copy_graph
@@ -59,14 +59,15 @@ class _Run:
 
     def __init__(self, program: Program, biases: bool):
         self.source, self.biases = program, biases
-        self.freedom = Freedom(symmetry(program), MapKind.DIAGONAL)
+        known = list(gains(program))
+        self.folding = Folding(symmetry(program), known)
         self.graph, self._mapping = copy_graph(program.graph)
         self.sets: Sets = [dict(weights) for weights in program.weights]
         self.notes: list[str] = []
         self.count = 0
         self.waiting = False
         self._removed: set[str] = set()
-        for gain in gains(program):
+        for gain in known:
             reason = self._fold(gain)
             if reason:
                 self.notes.append(f"gain of {gain.node.name} not folded: {reason}")
@@ -86,73 +87,35 @@ class _Run:
         shared = [name for name in (gain.weight, gain.bias) if name is not None and len(_readers(self.graph, name)) > 1]
         if shared:
             return f"{shared[0]} is used by {', '.join(node.name for node in _readers(self.graph, shared[0]))}"
-        found = self._members(gain)
-        if isinstance(found, str):
-            return found
-        own, others = found
-        if self._removed & {member.fqn for member in others}:
+        try:
+            shares = self.folding.shares(gain)
+        except Refused as reason:
+            return str(reason)
+        if self._removed & {share.fqn for share in shares}:
             self.waiting = True
             return "another gain was folded into it"
-        refusal = self._fold_shift(gain, own, others)
+        refusal = self._fold_shift(gain, shares)
         if refusal:
             return refusal
         for weights in self.sets:
-            factor = gain.offset + weights[gain.weight].double().reshape(-1)[torch.from_numpy(own)]
-            for member in others:
-                weights[member.fqn] = _scaled(weights[member.fqn], member, factor)
+            factor = gain.offset + weights[gain.weight].double().reshape(-1)
+            for share in shares:
+                weights[share.fqn] = _scaled(weights[share.fqn], share, factor)
         self._remove(gain)
         self._removed.add(gain.weight)
         self.count += 1
         return ""
 
-    def _members(self, gain: Gain) -> tuple[Index, list[Member]] | str:
-        """Where the gain's channels stand in it, and the parameter axes that undo a change; or why there are none."""
-        factor = gain.factor
-        assert factor is not None
-        dim = gain.dim + self.freedom.rank(factor) - len(self._parameter(gain).meta["val"].shape)
-        groups = [group for own, group, _ in self.freedom.carried(factor) if own == dim]
-        if len(groups) != 1 or not self.freedom.copies(factor, dim, groups[0]):
-            return self._pinned(gain)
-        (group,) = groups
-        carried = self.freedom.get(factor, dim, group)
-        form = self.freedom.equations.resolve(carried)
-        if not form:
-            return str(self.freedom.equations.reason(carried))
-        position = self.freedom.symmetry.positions(factor, dim)[group]
-        reasons = []
-        for variable, exponent in form.items():
-            members = self.freedom.variables.get(variable, [])
-            rest = [m for m in members if m.fqn not in (gain.weight, gain.bias)]
-            alike = [m for m in rest if m.exponent != -exponent]
-            uneven = [m for m in rest if position.shape[1] not in (1, m.position.shape[1])]
-            if rest and not alike and not uneven:
-                return position, rest
-            reasons.append(
-                f"{alike[0].fqn} scales the same feature" if alike
-                else f"{uneven[0].fqn} holds its channels in other copies" if uneven
-                else "no layer reads it"
-            )  # fmt: skip
-        return reasons[0]
-
-    def _parameter(self, gain: Gain) -> fx.Node:
-        return next(n for n in self.source.graph.nodes if n.op == "get_attr" and n.target == gain.weight)
-
-    def _pinned(self, gain: Gain) -> str:
-        pins = [p for p in self.freedom.symmetry.pinned if p.fqn == gain.weight and p.dim == gain.dim]
-        return (
-            f"its axis is pinned: {pins[0].reason} (node {pins[0].node})" if pins else "its axis holds several groups"
-        )
-
     # shifts -------------------------------------------------------------------------------------------------------
 
-    def _fold_shift(self, gain: Gain, own: Index, others: Sequence[Member]) -> str:
+    def _fold_shift(self, gain: Gain, shares: Sequence[Share]) -> str:
         """Add W β to the biases of all readers, in every weight set; why that cannot be, or nothing."""
         if gain.bias is None or not any(weights[gain.bias].any() for weights in self.sets):
             return ""
         readers = shift_readers(self._mapping[gain.node])
         if isinstance(readers, str):
             return readers
-        columns = {member.fqn: member for member in others}
+        columns = {name: [share for share in shares if share.fqn == name] for name in {s.fqn for s in shares}}
         reason = next((r for r in (self._refuses(node, readers, columns) for node in readers) if r), "")
         if reason:
             return reason
@@ -160,15 +123,17 @@ class _Run:
         for node in readers:
             weight = str(weight_name(node))
             if weight not in done:
-                self._shift(node, weight, columns[weight], gain.bias, own)
+                self._shift(node, weight, columns[weight], gain.bias)
             done.add(weight)
         return ""
 
-    def _refuses(self, node: fx.Node, readers: Sequence[fx.Node], columns: Iterable[str]) -> str:
+    def _refuses(self, node: fx.Node, readers: Sequence[fx.Node], columns: Mapping[str, Sequence[Share]]) -> str:
         """Why a layer cannot take a shift into its bias, or nothing."""
         weight, bias = str(weight_name(node)), weight_name(node, "bias")
         if weight not in columns:
             return f"{node.name} reads it with a weight that is computed"
+        if len({share.dim for share in columns[weight]}) > 1:
+            return f"{weight} holds its channels on several axes"
         for name in (weight, bias):
             strangers = [r for r in _readers(self.graph, name) if r not in readers] if name else []
             if strangers:
@@ -182,15 +147,16 @@ class _Run:
             return f"{node.name} has no bias for the norm's shift"
         return ""
 
-    def _shift(self, node: fx.Node, weight: str, member: Member, shift: str, own: Index) -> None:
-        name, added = weight_name(node, "bias"), []
+    def _shift(self, node: fx.Node, weight: str, shares: Sequence[Share], shift: str) -> None:
+        name, added, dim = weight_name(node, "bias"), [], shares[0].dim
         for weights in self.sets:
             tensor = weights[weight].double()
-            column = torch.zeros(tensor.shape[member.dim], dtype=torch.float64, device=tensor.device)
-            value = weights[shift].double()[torch.from_numpy(own)]
-            column[torch.from_numpy(member.position)] = value.expand(member.position.shape)
-            moved = torch.tensordot(tensor, column, ([member.dim], [0])).flatten(1).sum(1) if tensor.ndim > 2 else None
-            added.append(tensor.movedim(member.dim, -1) @ column if moved is None else moved)
+            column = torch.zeros(tensor.shape[dim], dtype=torch.float64, device=tensor.device)
+            value = weights[shift].double().reshape(-1)
+            for share in shares:
+                column[torch.from_numpy(share.where)] = value[torch.from_numpy(share.source)]
+            moved = torch.tensordot(tensor, column, ([dim], [0])).flatten(1).sum(1) if tensor.ndim > 2 else None
+            added.append(tensor.movedim(dim, -1) @ column if moved is None else moved)
         if name is None:
             new = add_bias(self.graph, node, self.sets, added)
             if new is not node:
@@ -214,16 +180,17 @@ class _Run:
             value = cast
         node.replace_all_uses_with(value)
         self.graph.erase_node(node)
+        self._mapping[gain.node] = value  # what another gain may multiply
 
 
 def _readers(graph: fx.Graph, name: str) -> list[fx.Node]:
     return [user for node in graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]
 
 
-def _scaled(tensor: Tensor, member: Member, factor: Tensor) -> Tensor:
-    """One axis of a tensor multiplied channel by channel: ``factor`` (size, copies) or (size, 1)."""
-    scale = torch.ones(tensor.shape[member.dim], dtype=torch.float64, device=tensor.device)
-    scale[torch.from_numpy(member.position)] = factor.to(scale).expand(member.position.shape)
+def _scaled(tensor: Tensor, share: Share, factor: Tensor) -> Tensor:
+    """Some positions of one axis of a tensor multiplied by entries of a gain."""
+    scale = torch.ones(tensor.shape[share.dim], dtype=torch.float64, device=tensor.device)
+    scale[torch.from_numpy(share.where)] = factor[torch.from_numpy(share.source)].to(scale)
     shape = [1] * tensor.ndim
-    shape[member.dim] = -1
+    shape[share.dim] = -1
     return (tensor.double() * scale.reshape(shape)).to(tensor.dtype)

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vfx.analyse.gains import gains
 from vfx.errors import PassError, VerificationError
-from vfx.freedom.gains import gains
 from vfx.program import Program, Weights
 from vfx.rewrite import PRESERVED, Pass, same_function
 

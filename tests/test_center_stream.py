@@ -110,14 +110,20 @@ def test_readers_are_left_alone_on_request() -> None:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a layer": (_residual(lambda m, h: m.other(h).mean(1)), r"linear_\d+ \(other.weight\) reads the mean"),
-    "an activation": (_residual(lambda m, h: m.other(torch.tanh(h)).mean(1)), r"tanh \(aten.tanh\)"),
-    "an rms norm": (_residual(lambda m, h: m.other(F.rms_norm(h, [8])).mean(1)), "rms_norm normalises it"),
-    "the output": (_residual(lambda m, h: h.sum((1, 2))[:, None]), "sum"),
-    "a constant": (_residual(lambda m, h: m.other(F.layer_norm(h + 0.5, [8])).mean(1)), "adds what is not"),
-    "a larger norm": (_residual(lambda m, h: m.other(F.layer_norm(h, [5, 8])).mean(1)), "normalises it"),
+    "an activation": (
+        _residual(lambda m, h: m.other(torch.tanh(h)).mean(1)),
+        r"aten.tanh \(tanh\) does not let it be centred",
+    ),
+    "an rms norm": (_residual(lambda m, h: m.other(F.rms_norm(h, [8])).mean(1)), r"aten.rms_norm \(rms_norm\)"),
+    "the output": (_residual(lambda m, h: h.sum((1, 2))[:, None]), r"aten.sum \(sum_1\)"),
+    "a constant": (_residual(lambda m, h: m.other(F.layer_norm(h + 0.5, [8])).mean(1)), r"aten.add \(add_\d\)"),
+    "a larger norm": (
+        _residual(lambda m, h: m.other(F.layer_norm(h, [5, 8])).mean(1)),
+        r"aten.layer_norm \(layer_norm_3\)",
+    ),
     "a channel's gain": (
         _residual(lambda m, h: m.other(h * m.position[0, 0]).mean(1)),
-        "multiplies channel by channel",
+        r"aten.mul \(mul_\d\)",
     ),
 }
 
@@ -184,7 +190,7 @@ def test_streams_end_at_the_norms() -> None:
 
     result = CenterStream()(_program(build))
     assert _norms(result) == ["aten.rms_norm", "aten.layer_norm", "aten.rms_norm"]
-    assert "layer_norm_1: layer_norm (aten.layer_norm) writes it" in result.notes[0]
+    assert "layer_norm_1: aten.layer_norm (layer_norm) does not let it be centred" in result.notes[0]
 
 
 def test_mixing_tokens_behind_an_activation_keeps_the_mean() -> None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from vfx.analyse.action import Walk
 from vfx.analyse.action.entries import ANY, Ids
+from vfx.analyse.action.walk import Handler
 from vfx.analyse.classes import Maps, meet
 from vfx.analyse.slots import Lowering, Product, Scales, Slots, Vector, alike
 from vfx.operators import operator
@@ -58,12 +59,16 @@ class Class:
 
 
 class Classes(dict[int, Class]):
-    """The class of each group and rotation, by index; and the sides on which activations stand."""
+    """The class of each group and rotation, by index; and the sides on which activations stand.
 
-    def __init__(self, symmetry: Symmetry):
-        self._inferred = _Classes(symmetry)
+    With ``special`` handlers for some nodes (``vfx.analyse.action``): what the groups' would be if these did something
+    else.
+    """
+
+    def __init__(self, symmetry: Symmetry, special: Mapping[str, Handler] | None = None):
+        self._inferred = _Classes(symmetry, special)
         super().__init__({group.index: self._inferred.of(group) for group in symmetry.groups})
-        self.update({group.index: own for group, own in symmetry._rotations})
+        self.update({} if special else {group.index: own for group, own in symmetry._rotations})
 
     def slots(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
         """The side of each copy (copies,) of a group along an activation's axis, and whether it carries T⁻ᵀ.
@@ -83,8 +88,8 @@ def classes(symmetry: Symmetry) -> Classes:
 
 
 class _Classes:
-    def __init__(self, symmetry: Symmetry):
-        self.walk = Walk(symmetry._inference, symmetry._labels).run()
+    def __init__(self, symmetry: Symmetry, special: Mapping[str, Handler] | None):
+        self.walk = Walk(symmetry._inference, symmetry._labels, special).run()
         self.slots: Slots = self.walk.slots
         self.nodes = {node.name: node for node in symmetry._inference.shapes}
         self.buffers = symmetry.program.buffers

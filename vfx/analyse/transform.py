@@ -137,9 +137,10 @@ class Part:
     elsewhere: tuple[int, Index] | None = None  # where the block stands on another axis: that axis, its positions
 
 
-def parts(symmetry: Symmetry, group: Group, member: Member) -> Iterator[Part]:
-    """The parts of a member: one for each block and map."""
-    sides, duals = symmetry.classes[group.index].slots[member.fqn, member.dim]
+def parts(symmetry: Symmetry, group: Group, member: Member, own: Class | None = None) -> Iterator[Part]:
+    """The parts of a member: one for each block and map; of the group's class, or another's sides."""
+    own = symmetry.classes[group.index] if own is None else own
+    sides, duals = own.slots[member.fqn, member.dim]
     copies = np.arange(len(sides))
     blocks = symmetry.blocks_of(group, member)
     if isinstance(blocks, tuple):  # on another axis

@@ -35,11 +35,18 @@ class Walk:
     """Slots of every parameter axis and activation of a finished inference.
 
     ``parameters[fqn, dim][leaf]`` is the slot of each copy of the leaf along that axis, in the order of
-    ``vfx.analyse.places``.
+    ``vfx.analyse.places``. ``special`` has handlers for single nodes, by name, that go before the table's: what would
+    be if these nodes did something else.
     """
 
-    def __init__(self, inference: Inference, labels: Mapping[tuple[str, int], Rows]):
+    def __init__(
+        self,
+        inference: Inference,
+        labels: Mapping[tuple[str, int], Rows],
+        special: Mapping[str, Handler] | None = None,
+    ):
         self.t, self.labels, self.spaces = inference, labels, Spaces(inference)
+        self.special = special or {}
         self.slots = Joint()
         self.parameters: dict[tuple[str, int], dict[int, Ids]] = {}
         self.values: dict[fx.Node, Any] = {}
@@ -93,7 +100,7 @@ class Walk:
         """A parameter has slots of its own; constants are uniform along the leaves that stand on them, zeros free."""
         fqn = str(node.target)
         if fqn not in self.t.parameters:
-            return self._standing(self.t.shapes[node], self.slots.fresh) if self._is_zero(fqn) else {}
+            return self.standing(self.t.shapes[node], self.slots.fresh) if self._is_zero(fqn) else {}
         if fqn not in self._own:
             self._own[fqn] = self._parameter(fqn)
         return self._own[fqn]
@@ -141,7 +148,7 @@ class Walk:
         if rule is None or not isinstance(first, Value) or not first.dtype.is_floating_point:
             return None
         moves = rule.apply.__module__ == movement.__name__
-        handler = HANDLERS.get(rule.apply, moving.moved if moves else None)
+        handler = self.special.get(node.name, HANDLERS.get(rule.apply, moving.moved if moves else None))
         return None if handler is None else handler(self, node, arguments(node))
 
     def _in_place(self, node: fx.Node, result: Entries) -> Entries:
@@ -161,10 +168,12 @@ class Walk:
     def still(self, node: fx.Node) -> Any:
         """The operator lets permutations pass and no more."""
         for operand in node.all_input_nodes:
-            self._hold(self.values.get(operand))
+            self.hold(operand)
         return self.permuted(self.t.shapes[node])
 
-    def _hold(self, value: Any) -> None:
+    def hold(self, node: Any) -> None:
+        """What stands in a value is permuted and no more."""
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
         for entries in value if isinstance(value, list) else [value]:
             for ids in (entries or {}).values():
                 self.slots.restrict(ids, Maps.PERMUTATION)
@@ -173,9 +182,9 @@ class Walk:
         """Entries of a result that only permutations move, for all its leaves ``but`` some."""
         if isinstance(shape, (list, tuple)):
             return [self.permuted(one) for one in shape]
-        return self._standing(shape, self._still_slot, but) if isinstance(shape, Shape) else None
+        return self.standing(shape, self._still_slot, but) if isinstance(shape, Shape) else None
 
-    def _standing(self, shape: Shape, slot: Callable[[int], int], but: Iterable[Key] = ()) -> Entries:
+    def standing(self, shape: Shape, slot: Callable[[int], int], but: Iterable[Key] = ()) -> Entries:
         """Entries with a slot for each leaf that stands on a tensor."""
         stands = [self.spaces.leaves(axis) for axis in shape.axes]
         result: Entries = {}

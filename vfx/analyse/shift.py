@@ -6,11 +6,17 @@ layer y = W(x + β) + b takes the shift as b + Wβ; a convolution only without p
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from vfx.analyse.rules import HARMLESS
-from vfx.freedom.names import CATS, CUTS, KEPT
-from vfx.operators import CONVOLUTIONS, TRANSPOSED, arguments, is_layer, layer_arguments, operator
+from vfx.analyse.rules import HARMLESS, TABLE, elementwise, movement
+from vfx.operators import CONVOLUTIONS, DROPOUTS, TRANSPOSED, arguments, is_layer, layer_arguments, operator
+from vfx.program import Value
+
+_JOINED = {movement.concatenate, movement.stack, movement.stack_rows}
+_MEANS = {"aten.mean", *(f"aten.adaptive_avg_pool{rank}d" for rank in (1, 2, 3))}
+_NOISY = DROPOUTS | {"aten.native_dropout"}
 
 
 def shift_readers(source: fx.Node) -> list[fx.Node] | str:
@@ -39,8 +45,19 @@ def _reads(node: fx.Node, touched: list[fx.Node]) -> bool:
 
 
 def _keeps(node: fx.Node, shifted: set[fx.Node]) -> bool:
+    """Whether a value is a copy, a view, a selection or a mean of shifted ones."""
     name = operator(node)
-    if name in CATS:
+    rule, value = TABLE.get(name), node.meta.get("val")
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if rule is not None and rule.apply in _JOINED:
         return all(x in shifted for x in node.all_input_nodes)
-    bare = name in ("aten.pad", "aten.constant_pad_nd") and not any(arguments(node)["pad"])
-    return (bare or name in KEPT or name in CUTS or name == "getitem") and node.args[0] in shifted
+    if rule is not None and rule.apply is movement.pad:
+        a = arguments(node)
+        return first in shifted and not any(a.get("pad") or a.get("padding") or ())
+    moved = rule is not None and rule.apply.__module__ == movement.__name__
+    copied = rule is not None and rule.apply is elementwise.same and name not in _NOISY and _floating(value)
+    return (moved or copied or name in _MEANS or name == "getitem") and first in shifted
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Value) and value.dtype.is_floating_point
