@@ -46,7 +46,7 @@ class FoldGain(Pass):
     def apply(self, program: Program) -> Program:
         run = _Run(program, self.biases)
         count = run.count
-        while run.waiting:  # a gain that another was folded into
+        while run.waiting:
             run = _Run(run.program(), self.biases)
             count += run.count
         result = run.program()
@@ -55,7 +55,7 @@ class FoldGain(Pass):
 
 
 class _Run:
-    """One sweep over the gains of a Program; a gain that another was folded into waits for the next."""
+    """One sweep over the gains of a Program; a gain whose takers another has changed waits for the next."""
 
     def __init__(self, program: Program, biases: bool):
         self.source, self.biases = program, biases
@@ -66,7 +66,7 @@ class _Run:
         self.notes: list[str] = []
         self.count = 0
         self.waiting = False
-        self._removed: set[str] = set()
+        self._changed: set[str] = set()  # gains that went, and weights of layers that were given a bias
         for gain in known:
             reason = self._fold(gain)
             if reason:
@@ -91,9 +91,9 @@ class _Run:
             shares = self.folding.shares(gain)
         except Refused as reason:
             return str(reason)
-        if self._removed & {share.fqn for share in shares}:
+        if self._changed & {share.fqn for share in shares}:
             self.waiting = True
-            return "another gain was folded into it"
+            return "another gain was folded before"
         refusal = self._fold_shift(gain, shares)
         if refusal:
             return refusal
@@ -102,7 +102,7 @@ class _Run:
             for share in shares:
                 weights[share.fqn] = _scaled(weights[share.fqn], share, factor)
         self._remove(gain)
-        self._removed.add(gain.weight)
+        self._changed.add(gain.weight)
         self.count += 1
         return ""
 
@@ -158,6 +158,7 @@ class _Run:
             moved = torch.tensordot(tensor, column, ([dim], [0])).flatten(1).sum(1) if tensor.ndim > 2 else None
             added.append(tensor.movedim(dim, -1) @ column if moved is None else moved)
         if name is None:
+            self._changed.add(weight)
             new = add_bias(self.graph, node, self.sets, added)
             if new is not node:
                 node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

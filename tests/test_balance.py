@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, edges, images, network
-from micro_models import conv, net
+from micro_models import conv, net, parameter
 from torch import Tensor, nn
 
 from passes.balance_attention import BalanceAttention
 from passes.balance_scales import BalanceScales
 from passes.fold_normalization import FoldNormalization
+from vfx.analyse.balance import Scales
 from vfx.analyse.classes import Maps
 from vfx.analyse.rules import TABLE, elementwise
 from vfx.analyse.rules.rule import Rule
+from vfx.analyse.symmetry import symmetry
+from vfx.analyse.transform import Element, apply
 from vfx.api import merge, trace
 from vfx.errors import ArgumentError, VerificationError
 from vfx.models import vgg16
@@ -141,6 +145,72 @@ def test_networks_that_differ_by_scales_become_equal(build: Callable[[], nn.Modu
     one, other = BalanceScales()(twins).weights
     for name in one:
         close(other[name], one[name], 1e-7)
+
+
+def _tiny() -> nn.Module:
+    """A residual stream on channels: two writers, two readers, a gate, and an axis behind tanh."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        h = h + self.down(F.relu(self.up(h)))
+        return self.head(torch.tanh(self.deep(h)) * self.gain)
+
+    return net(
+        forward, stem=nn.Linear(5, 6), up=nn.Linear(6, 4), down=nn.Linear(4, 6), deep=nn.Linear(6, 3),
+        head=nn.Linear(3, 2), gain=parameter(3),
+    )  # fmt: skip
+
+
+def _straight() -> nn.Module:
+    """Sums and linear layers alone."""
+    return net(
+        lambda self, x: self.head(self.first(x) - 3 * self.second(x).mean(0)),
+        first=nn.Linear(5, 4), second=nn.Linear(5, 4), head=nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+def test_writers_and_readers_of_each_free_scale() -> None:
+    found = []
+    for places in Scales(symmetry(_program(_tiny, VECTORS)), mixed=True).places.values():
+        found.append(tuple({f"{p.fqn}[{p.dim}]" for p in places if p.exponent == sign} for sign in (1, -1)))
+        assert sum(map(len, found[-1])) == len(places)
+    assert len(found) == 3
+    assert ({"stem.weight[0]", "stem.bias[0]", "down.weight[0]", "down.bias[0]"},
+            {"up.weight[1]", "deep.weight[1]"}) in found  # fmt: skip
+    assert ({"up.weight[0]", "up.bias[0]"}, {"down.weight[1]"}) in found
+    assert ({"gain[0]"}, {"head.weight[1]"}) in found
+
+
+@pytest.mark.parametrize("build", [_tiny, _straight, _stream, _gated])
+def test_a_scale_that_leaves_one_member_out_is_seen(build: Callable[[], nn.Module]) -> None:
+    """Each free scale changes no function, and every parameter that it moves is needed for that."""
+    program = _program(build, VECTORS).select(0)
+    facts = symmetry(program)
+    scales = Scales(facts, mixed=True)
+    generator = np.random.default_rng(0)
+    for index, x in scales.places:
+        group = facts.groups[index]
+        log = generator.uniform(-1, 1, group.size)
+        vectors = scales.vectors[index]
+        element = {index: Element(scales={s: np.exp(float(v[x]) * log) for s, v in vectors.items() if x in v})}
+        moved = {(place.fqn, place.dim) for place in scales.places[index, x]}
+        for left in (None, *(m for m in group.members if (m.fqn, m.dim) in moved)):
+            without = () if left is None else (left,)
+            weights = apply(facts, program.weights[0], element, without, check=False)
+            error = same_function(program, program.with_weights([weights]))
+            assert error <= 1e-12 if left is None else error >= 1e-6
+
+
+def test_relu_leaves_positive_scales_and_linear_networks_all() -> None:
+    for middle, count, pairs in ((F.relu, 1, 0), (torch.tanh, 0, 0), (lambda h: 2 * h, 1, 1)):
+        program = _program(
+            lambda middle=middle: net(lambda self, x: self.b(middle(self.a(x))), a=nn.Linear(5, 4), b=nn.Linear(4, 2)),
+            VECTORS,
+        )
+        facts = symmetry(program)
+        assert len(Scales(facts, mixed=True).places) == count
+        assert len(Scales(facts).places) == count - pairs
+        assert [group.kind is Maps.LINEAR for group in facts.groups] == [pairs > 0]
 
 
 KEPT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {

@@ -16,6 +16,8 @@ from passes.center_stream import CenterStream
 from passes.fold_gain import FoldGain
 from passes.interpolate import Interpolate
 from passes.restore_structure import RestoreStructure
+from vfx.analyse.centring import Streams
+from vfx.analyse.symmetry import symmetry
 from vfx.api import compile, trace
 from vfx.errors import VerificationError
 from vfx.models.vit import vit_tiny
@@ -60,10 +62,23 @@ def _residual(middle: Callable[[Any, Tensor], Tensor] | None = None, affine: boo
     return build
 
 
+def _inside_heads() -> nn.Module:
+    """Queries and keys that are normalised in each head."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(F.layer_norm(q, [4]), F.layer_norm(k, [4]), v)
+        return self.head(h.transpose(1, 2).flatten(2).mean(1))
+
+    layers = {name: nn.Linear(6, 8) for name in "qkv"}
+    return net(forward, **layers, head=nn.Linear(8, 3))
+
+
 CENTRED: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "residual": (_residual(), TOKENS, 3),
     "residual, with gains": (_residual(affine=True), TOKENS, 3),
     "vit": (_vit, PICTURES, 5),
+    "inside heads": (_inside_heads, TOKENS, 2),
 }
 
 
@@ -140,15 +155,20 @@ def test_a_stream_whose_mean_is_read_stays(name: str) -> None:
         raise AssertionError("\n".join(result.notes))
 
 
-def test_a_missed_writer_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+WRITERS = ("embed.weight", "embed.bias", "position", "token", "down.weight", "down.bias", "side.weight")
+
+
+@pytest.mark.parametrize("missed", WRITERS)
+def test_a_missed_writer_fails_the_check(missed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from passes import center_stream
 
-    centred = center_stream._centred
-    monkeypatch.setattr(
-        center_stream, "_centred", lambda t, m: t if m.fqn == "token" else centred(t, m)
-    )  # fmt: skip
+    program, centred = _program(_residual()), center_stream._centred
+    streams = Streams(symmetry(program))
+    assert sorted(place.fqn for place in streams.writers) == sorted(WRITERS)
+    assert sorted(place.fqn for place in streams.readers) == ["across.weight", "head.weight", "up.weight"]
+    monkeypatch.setattr(center_stream, "_centred", lambda t, place: t if place.fqn == missed else centred(t, place))
     with pytest.raises(VerificationError, match="CenterStream changed the function"):
-        CenterStream()(_program(_residual()))
+        CenterStream()(program)
 
 
 def test_the_users_class_comes_back() -> None:

@@ -150,6 +150,17 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
         TOKENS,
         1,
     ),
+    "a layer that a shift gives a bias, and a gain behind it": (
+        _between(
+            lambda m, h: m.up(F.layer_norm(h + m.gamma * m.side(m.norm(h)), [8])),
+            norm=lambda: nn.LayerNorm(8),
+            gamma=lambda: parameter(8),
+            side=lambda: nn.Linear(8, 8, bias=False),
+            up=lambda: nn.Linear(8, 12),
+        ),
+        TOKENS,
+        2,
+    ),
     "one gain behind another": (
         _between(
             lambda m, h: m.up(m.gain * m.norm(h)) + m.side(m.norm.weight.new_ones(8) * h),

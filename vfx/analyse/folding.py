@@ -71,6 +71,8 @@ class Folding:
         size = self.parameters[str(gain.weight)].meta["val"].shape[gain.dim]
         covered, found, refusals = np.zeros(size, bool), [], []
         for group, member in self._members(gain):
+            if covered[member.position].any():
+                continue
             try:
                 found += self._shares(gain, group, member)
             except Refused as reason:
@@ -92,7 +94,10 @@ class Folding:
 
     def _pinned(self, gain: Gain) -> str:
         pins = [p for p in self.symmetry.pinned if p.fqn == gain.weight and p.dim == gain.dim]
-        return f"its axis is pinned: {pins[0].reason} (node {pins[0].node})" if pins else "its channels are not free"
+        if pins:
+            return f"its axis is pinned: {pins[0].reason} (node {pins[0].node})"
+        groups = [g for g in self.symmetry.groups for m in g.members if (m.fqn, m.dim) == (gain.weight, gain.dim)]
+        return self.classes[groups[0].index].reason if groups else "its channels are not free"
 
     # one group ------------------------------------------------------------------------------------------------------
 
@@ -148,19 +153,23 @@ class Folding:
     def _direction(
         self, gain: Gain, group: Group, own: Class, copy: _Copy, others: list[tuple[Member, Part]], still: set[int]
     ) -> Direction:
-        """The direction along which one copy folds."""
+        """The direction along which one copy folds; of several that which moves the fewest parameters."""
         if own.scales is None or not own.scales.magnitudes.get(copy.side):
             raise Refused(self._reason(gain, group, own, copy))
         vectors = restrained(own.scales.magnitudes, {*own.running, *still, *_both(others)})
         free = vectors.get(copy.side, {})
         reasons = [] if free else [_alike(copy, own.scales.magnitudes, others) or self._reason(gain, group, own, copy)]
+        fits: list[Direction] = []
         for x, power in free.items():
             direction = {side: -copy.sign * Fraction(vector.get(x, 0)) / power for side, vector in vectors.items()}
             reason = _unfit(direction, own, copy, others)
-            if not reason:
-                return direction
-            reasons.append(reason)
-        raise Refused(reasons[0])
+            if reason:
+                reasons.append(reason)
+            else:
+                fits.append(direction)
+        if not fits:
+            raise Refused(reasons[0])
+        return min(fits, key=lambda direction: sum(_power(direction, part) != 0 for _, part in others))
 
     def _reason(self, gain: Gain, group: Group, own: Class, copy: _Copy) -> str:
         """What holds the value that it makes, or else its own side."""
