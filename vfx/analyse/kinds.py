@@ -68,7 +68,7 @@ class Classes(dict[int, Class]):
     def __init__(self, symmetry: Symmetry, special: Mapping[str, Handler] | None = None):
         self._inferred = _Classes(symmetry, special)
         super().__init__({group.index: self._inferred.of(group) for group in symmetry.groups})
-        self.update({} if special else {group.index: own for group, own in symmetry._rotations})
+        self.update({group.index: own for group, own in symmetry._rotations} if special is None else {})
 
     def slots(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
         """The side of each copy (copies,) of a group along an activation's axis, and whether it carries T⁻ᵀ.
