@@ -5,8 +5,8 @@ W_K. Its canonical form is balanced: of M = W_Qᵀ W_K = U S Vᵀ the sides beco
 singular value and each channel's sign by the largest entry of its first side (``vfx.analyse.balance``). Of all pairs
 with the same product it has the smallest sum of squares. Biases are columns of their weights ([W b] acts on [x; 1]) and
 are carried along. Pairs are the groups that stand inside the products of two activations; those whose class is less
-than linear (rotary embeddings, normalised queries or keys) are left with a note. With grouped queries one T acts on all
-the heads that share a key or value.
+than linear (rotary embeddings, normalised queries or keys) are left with a note, and so are heads whose product has a
+rank below their size. With grouped queries one T acts on all the heads that share a key or value.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ two networks of one orbit have balanced forms that differ by signed permutations
 
 Sides on which a running statistic stands keep their scale: statistics that are measured anew are those of the layer as
 it is. A scale that only makes or only reads has no minimum and stays. Directions in which a product all but vanishes
-(many trained heads have them) are left unequal: raising them would cost the weights their precision. A head of which
-the second side has a rank below its size stays as it is.
+(many trained heads have them) are left unequal: raising them would cost the weights their precision. A head with fewer
+inputs or outputs than its size, or whose second side has a lower rank, stays as it is: no invertible map balances it.
 """
 
 from __future__ import annotations
