@@ -12,13 +12,13 @@ Inside the blocks of another group signs are matched that all sides of a group h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from vfx.analyse.balance import balance, restrained
+from vfx.analyse.balance import restrained
 from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.composition import compose, inverse, permutations_of
 from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
@@ -86,23 +86,12 @@ def beyond_permutations(symmetry: Symmetry) -> bool:
     return any(side.kind for own in symmetry.classes.values() for side in own.sides)
 
 
-@dataclass(frozen=True)
-class Balanced:
-    """A weight set in its balanced form, and the element that brings it there."""
+def between(symmetry: Symmetry, first: Elements, other: Elements, found: Elements) -> dict[int, Element]:
+    """The element that brings the other network to the first as it is, from that between their balanced forms.
 
-    weights: Weights
-    element: Elements
-
-    @classmethod
-    def of(cls, symmetry: Symmetry, weights: Weights) -> Balanced:
-        element = balance(symmetry, weights)
-        return cls(apply(symmetry, weights, element, check=False), element)
-
-
-def between(symmetry: Symmetry, first: Balanced, other: Balanced, found: Elements) -> dict[int, Element]:
-    """The element that brings the other network to the first as it is, from that between their balanced forms."""
-    there = compose(symmetry, other.element, found)
-    return compose(symmetry, there, inverse(symmetry, first.element))
+    ``first`` and ``other`` are what balances them.
+    """
+    return compose(symmetry, compose(symmetry, other, found), inverse(symmetry, first))
 
 
 def split(symmetry: Symmetry, element: Elements) -> tuple[Permutations, Elements]:
@@ -129,9 +118,13 @@ def snapped(element: Element) -> Element:
 
 
 class ClassDescent(Descent):
-    """A coordinate descent over the compact part of every group's class; both networks balanced."""
+    """A coordinate descent over the compact part of every group's class; both networks balanced.
 
-    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
+    ``frame`` is what balances the other network where that is not done yet.
+    """
+
+    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights, frame: Elements | None = None):
+        self.frame = frame or {}
         self.kinds = {group.index: compact(symmetry, group) for group in symmetry.moving}
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
@@ -218,6 +211,9 @@ class ClassDescent(Descent):
 
     def _still(self, relative: dict[int, Any]) -> bool:
         return all(_is_identity(element) for element in relative.values())
+
+    def _placed(self, element: dict[int, Any]) -> Weights:
+        return self._moved(self._moved(self.original, dict(self.frame)), element)
 
     def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
         return apply(self.symmetry, weights, relative, check=False)

@@ -60,7 +60,8 @@ class Descent:
         """
         warm = start is None
         self.element = self._identity() if start is None else dict(start)
-        self.current = {name: tensor.clone() for name, tensor in self._moved(self.original, self.element).items()}
+        placed = self._placed(self.element)
+        self.current = {n: t.clone() if t is self.original[n] else t for n, t in placed.items()}
         self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
         settled: set[int] | None = set() if warm else None
         objective, sweep = self._objective(), 0
@@ -106,6 +107,10 @@ class Descent:
 
     def _still(self, relative: dict[int, Any]) -> bool:
         return all((p == np.arange(p.shape[-1])).all() for p in relative.values())
+
+    def _placed(self, element: dict[int, Any]) -> Weights:
+        """The other network's weights behind an element."""
+        return self._moved(self.original, element)
 
     def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
         return self.symmetry.permute(weights, relative)

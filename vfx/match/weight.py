@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements, check_classes
-from vfx.match.class_descent import Balanced, ClassDescent, between, beyond_permutations, split
+from vfx.analyse.transform import Element, Elements, apply, check_classes
+from vfx.match.class_descent import ClassDescent, between, beyond_permutations, split
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.program import Weights
@@ -67,12 +68,13 @@ def _permuted(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
 
 
 def _in_classes(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
-    target = Balanced.of(symmetry, first)
+    target = balance(symmetry, first)
+    balanced = apply(symmetry, first, target, check=False)
 
     def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
-        balanced = Balanced.of(symmetry, other)
-        descent = ClassDescent(symmetry, target.weights, balanced.weights)
+        frame = balance(symmetry, other)
+        descent = ClassDescent(symmetry, balanced, other, frame)
         runs = [descent.run(generator, start and descent.permuted(start)) for start in starts]
-        return [(between(symmetry, target, balanced, found), value, sweeps) for found, value, sweeps in runs]
+        return [(between(symmetry, target, frame, found), value, sweeps) for found, value, sweeps in runs]
 
     return match
