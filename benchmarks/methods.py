@@ -35,6 +35,7 @@ from vfx.files import write_atomic
 from vfx.match.catalogue import MATCHERS, matcher
 from vfx.match.matcher import Known, Matcher, Matching, Problem
 from vfx.match.transport import OptimalTransport
+from vfx.match.zipit import ZipIt
 from vfx.models.training import predict
 
 CALIBRATION, BATCH = 2000, 128
@@ -43,6 +44,7 @@ LABELS = {None: "none", "repair": "REPAIR / RESET", "rescale": "RESCALE"}
 # further settings of a method, by the name they are listed under
 VARIANTS: dict[str, Callable[[], Matcher]] = {
     "ot, sinkhorn": lambda: OptimalTransport("sinkhorn"),
+    "zipit, a = 0.3": lambda: ZipIt(a=0.3),
     "ot, weights": lambda: OptimalTransport(cost="weight"),
 }
 console = Console(stderr=True)

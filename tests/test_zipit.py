@@ -95,7 +95,7 @@ def test_a_common_channel_is_the_weighted_mean_of_its_cluster(shares: tuple[floa
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(7, 30, generator=generator, dtype=torch.float64) for _ in shares]
     features = _features(values, shares)
-    found = ZipIt(b=0.5).solve(features)
+    found = ZipIt(a=0.3, b=0.5).solve(features)
     cluster = clusters(similarities(features), len(shares), 0.3, 0.5).reshape(len(shares), 7)
     common = sum(share * merge @ x for share, merge, x in zip(shares, found.merge, values))
     for index in range(7):

@@ -9,6 +9,9 @@ cluster reads it back.
 The literal search looks at all (NC)² pairs before each merge. Here each cluster keeps its best partner: a merge changes
 one row, and only rows whose best partner was part of it are searched again. The merges are the same, ties included.
 
+The public default a = 0.3 holds back merges of what was merged before; where one feature of an edge has several good
+partners that costs accuracy (ResNet20: ``benchmarks/results/methods.md``), so a is 1 here.
+
 The public implementation differs in two points that depend on the order of the edges: a cluster of several edges counts
 as one of its first edge's, and an edge may merge inside once even if its budget is zero. Dead features (zero on all
 data) are left out of the means, which so do not depend on which of them were merged.
@@ -35,7 +38,7 @@ class ZipIt(LinearMatching):
 
     title: ClassVar[str] = "ZipIt!"
 
-    def __init__(self, a: float = 0.3, b: float = 0.125):
+    def __init__(self, a: float = 1.0, b: float = 0.125):
         if not 0 <= b <= 1:
             raise ArgumentError(f"b must be between 0 and 1, got {b}")
         if not a <= 1:
