@@ -1,17 +1,19 @@
-"""Merge networks of different widths by optimal transport, beside direct truncation to the narrow one's channels.
+"""Merge networks of different widths by every method that can, beside direct truncation to the narrow one's channels.
 
-VGG16 ×0.25 into ×0.125 and VGG16-BN ×0.5 into ×0.25 on Fashion-MNIST: the narrow network is the first edge, the wide
-one is carried to its channels. The ×0.125 network is trained here (on the first 20,000 images, as the trained pairs
-were) and kept in the folder of --cache. Calibration and matching read the first 2,000 training images; accuracy is over
-the 10,000 test images. α is the wide edge's share: 1 means the carried edge alone. Rows that widths.json already holds
-are kept; results are written after each.
+VGG16 ×0.25 into ×0.125 and back, and VGG16-BN ×0.5 into ×0.25, on Fashion-MNIST: the first edge has the width of the
+result, the other one is carried to its channels. Weight and activation matching select channels (semi-permutations
+between balanced networks), or embed the narrow network in the wide one; optimal transport averages. The ×0.125 network
+is trained here (on the first 20,000 images, as the trained pairs were) and kept in the folder of --cache. Calibration
+and matching read the first 2,000 training images; accuracy is over the test images, or the first of them (--samples).
+α is the other edge's share: 1 means the carried edge alone. Rows that widths.json already holds are kept; results are
+written after each.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +29,10 @@ from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Missi
 from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Samples
 from vfx.api import merge
 from vfx.files import write_atomic
-from vfx.match.carry import Carried, Carrier
+from vfx.match.activation import ActivationMatching
+from vfx.match.carry import AcrossWidths, Carried, Carrier, Crossing
 from vfx.match.transport import OptimalTransport
+from vfx.match.weight import WeightMatching
 from vfx.models import MODELS, accuracy, fit
 
 CALIBRATION, BATCH, TRAINING = 2000, 128, 20_000
@@ -36,36 +40,45 @@ console = Console(stderr=True)
 
 
 class Truncation(OptimalTransport):
-    """The control: the wide edge's first channels, whatever they are."""
+    """The control: the other edge's first channels, whatever they are (in a wider network all of them, repeated)."""
 
     def __init__(self) -> None:
         super().__init__(cost="weight")
 
-    def carry(self, carrier: Carrier, *_: Any) -> float:
+    def carry(self, crossing: Crossing) -> tuple[Carrier, float]:
+        carrier = Carrier(crossing.pairing)
         for group, twin in carrier.pairing.twin.items():
             size, other = carrier.pairing.one.groups[group].size, carrier.pairing.other.groups[twin].size
             carrier.found[group] = Carried(np.arange(size) % other, None, other)
-        return 0.0
+        return carrier, 0.0
 
 
-METHODS = {
+METHODS: dict[str, Callable[[], AcrossWidths]] = {
     "truncation": Truncation,
+    "weight": WeightMatching,
+    "activation": ActivationMatching,
     "exact": OptimalTransport,
     "exact, weights": lambda: OptimalTransport(cost="weight"),
     "sinkhorn": lambda: OptimalTransport("sinkhorn"),
     "sinkhorn, weights": lambda: OptimalTransport("sinkhorn", "weight"),
 }
-SUBJECTS = {"vgg16": ("vgg16_w025", 0.125), "vgg16_bn": ("vgg16_bn_w05", 0.25)}
+NAMES = ("truncation", "weight", "activation")
+SUBJECTS = {  # model, the pair that the wide network is of, the narrow one's width, whether that is the first edge
+    "vgg16": ("vgg16", "vgg16_w025", 0.125, True),
+    "vgg16, back": ("vgg16", "vgg16_w025", 0.125, False),
+    "vgg16_bn": ("vgg16_bn", "vgg16_bn_w05", 0.25, True),
+}
 NORMALIZATIONS: tuple[str | None, ...] = (None, "repair")
 ALPHAS = (0.5, 1.0)
 
 
-def edges(model: str, checkpoints: Path, data: Path, cache: Path, epochs: int) -> list[nn.Module]:
-    """The narrow network and the wide one."""
-    wide, width = SUBJECTS[model]
+def edges(subject: str, checkpoints: Path, data: Path, cache: Path, epochs: int) -> list[nn.Module]:
+    """The network whose width the result has, and the other."""
+    model, wide, width, narrow_first = SUBJECTS[subject]
     narrow = next((p for p in PAIRS.values() if p.model == model and p.width == width), None)
     first = narrow.edges(checkpoints)[0] if narrow is not None else trained(model, width, data, cache, epochs)
-    return [first, PAIRS[wide].edges(checkpoints)[1]]
+    both = [first, PAIRS[wide].edges(checkpoints)[1]]
+    return both if narrow_first else both[::-1]
 
 
 def trained(model: str, width: float, data: Path, cache: Path, epochs: int, seed: int = 0) -> nn.Module:
@@ -106,14 +119,15 @@ def percent(module: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     lines = ["# Edges of different widths", "", (__doc__ or "").split("\n\n", 1)[1].strip()]
-    for model, found in results.items():
-        wide, width = SUBJECTS[model]
-        narrow, other = found["edges"]
+    for subject, found in results.items():
+        model, wide, width, narrow_first = SUBJECTS[subject]
+        count, (first, other) = found["test_images"], found["edges"]
+        into, own = (width, PAIRS[wide].width) if narrow_first else (PAIRS[wide].width, width)
         lines += [
             "",
-            f"## {model}: ×{PAIRS[wide].width:g} into ×{width:g} (edges {other:.2f} % and {narrow:.2f} %)",
+            f"## {model}: ×{own:g} into ×{into:g} (edges {other:.2f} % and {first:.2f} %, {count:,} test images)",
             "",
-            "| transport | none, α = 0.5 | REPAIR, α = 0.5 | none, α = 1 | REPAIR, α = 1 |",
+            "| method | none, α = 0.5 | REPAIR, α = 0.5 | none, α = 1 | REPAIR, α = 1 |",
             "| --- | --- | --- | --- | --- |",
         ]
         for method in METHODS:
@@ -123,7 +137,7 @@ def markdown(results: dict[str, Any]) -> str:
                 for normalize in NORMALIZATIONS
             ]
             if any(cells):
-                lines.append(f"| {method} | {' | '.join(cells)} |")
+                lines.append(f"| {method if method in NAMES else f'OT, {method}'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,13 +150,13 @@ def main(
     data: DataFolder = FASHION_MNIST,
     cache: Cache = Path("demo"),
     output: Output = RESULTS,
-    model: Annotated[list[str] | None, typer.Option(help="Only vgg16 or vgg16_bn (may be repeated).")] = None,
+    subject: Annotated[list[str] | None, typer.Option(help=f"Only one of {', '.join(map(repr, SUBJECTS))}.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of the network trained here.")] = 8,
     samples: Samples = None,
 ) -> None:
     """Merge networks of different widths and write widths.json and widths.md."""
     try:
-        run(model or list(SUBJECTS), checkpoints, data, cache, output, epochs, samples)
+        run(subject or list(SUBJECTS), checkpoints, data, cache, output, epochs, samples)
     except MissingData as error:
         console.print(f"[yellow]nothing measured:[/] {error}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vfx
 from tests.conftest import close
-from vfx.analyse.balance import balance
+from vfx.analyse.balance import _balanced_where_used, balance
 from vfx.analyse.classes import Maps, draw
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.symmetry import Symmetry
@@ -258,6 +258,22 @@ def test_balanced_forms_differ_by_compact_maps(name: str) -> None:
     total = [sum(float(own[name].square().sum()) for name in forms[0]) for own in (program.weights[0], forms[0])]
     assert total[1] <= total[0] * (1 + 1e-12)
     close(program.with_weights([forms[0]])(x), program.select(0)(x), 1e-8)
+
+
+def test_heads_wider_than_what_they_hold_are_balanced_where_they_hold_it() -> None:
+    """X = A x and Y = B y of rank 3 in 5 channels: both sides of the pair have one Gram matrix, their product stays."""
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=DOUBLE)  # noqa: E731
+    x, y = draw(5, 3) @ draw(3, 9), draw(5, 3) @ draw(3, 7)
+    found = _balanced_where_used(x, y)
+    assert found is not None
+    T = torch.from_numpy(found)
+    left, right = T @ x, torch.linalg.inv(T).T @ y
+    close(left.T @ right, x.T @ y, 1e-10)
+    close(left @ left.T, right @ right.T, 1e-9)
+    close(torch.linalg.svdvals(left)[:3].square(), torch.linalg.svdvals(x.T @ y)[:3], 1e-9)
+    assert _balanced_where_used(torch.zeros(5, 9, dtype=DOUBLE), y) is None
+    assert (x @ x.T - y @ y.T).abs().max() > 0.1, "negative control: it was not so before"
 
 
 def test_heads_of_low_rank_keep_their_precision() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vfx.api import collect, merge, symmetry, trace
 from vfx.errors import ArchitectureError, ArgumentError
 from vfx.match import coupling
-from vfx.match.carry import Carried, Carrier, Pairing
+from vfx.match.carry import Carried, Crossing, Pairing
 from vfx.match.coupling import exact, sinkhorn
 from vfx.match.transport import OptimalTransport, distances
 from vfx.models import resnet20_bn
@@ -152,9 +152,8 @@ def test_soft_maps_stand_behind_the_nearest_permutation() -> None:
     from vfx.match.matcher import Problem
 
     found = method(Problem(program, facts, statistics))
-    carrier = Carrier(Pairing(facts, facts))
     readings = [(tap, tap, statistics.features[tap.key]) for tap in statistics.taps]
-    method.carry(carrier, readings, 1, *program.weights)
+    carrier, _ = method.carry(Crossing(Pairing(facts, facts), 1, *program.weights, readings))
     assert {index for index, own in carrier.found.items() if own.coupling is not None} == set(found.maps[1])
     assert any(own.merge.ndim == 3 for own in found.maps[1].values())
     for index, own in found.maps[1].items():
@@ -304,8 +303,8 @@ def test_papers_networks_of_two_widths_become_one_of_the_first_width(build: Any)
 
 def test_other_matchers_and_other_networks_are_refused() -> None:
     narrow, wide = network(lambda: branched(1), X), network(lambda: branched(2), X)
-    with pytest.raises(ArchitectureError, match="match='ot'"):
-        _merge([narrow, wide], X, match="activation")
+    with pytest.raises(ArchitectureError, match="'weight', 'activation' or 'ot'"):
+        _merge([narrow, wide], X, match="zipit")
     with pytest.raises(ArgumentError, match="preserve"):
         _merge([narrow, wide], X, match="ot", preserve=2)
 

@@ -41,7 +41,7 @@ def check_same_tensors(
             raise ArchitectureError(
                 f"{key!r} has shape {tuple(first[key].shape)} in {name} and {tuple(other[key].shape)} in "
                 f"{other_name}; {way_out}, keep the layers that differ as heads if they are the last ones, or merge "
-                "networks of different widths with match='ot'"
+                "networks of different widths with match='weight', 'activation' or 'ot'"
             )
         if first[key].dtype != other[key].dtype:
             raise ArchitectureError(

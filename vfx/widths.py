@@ -2,15 +2,15 @@
 
 Each edge is captured on its own. The graphs must agree in operators and wiring; groups correspond by their members. One
 pass over the data reads the features of all edges side by side, a matching carries each edge to the first one's shapes
-(``vfx.match.carry``), and from there on merging goes as ever. The statistics that REPAIR brings the merged network to
-are those of the carried features T y: mean T μ and variances on the diagonal of T Σ Tᵀ.
+(``vfx.match.rectangular``, ``vfx.match.carry``), and from there on merging goes as ever. The statistics that REPAIR
+brings the merged network to are those of the carried features T y: mean T μ and variances on the diagonal of T Σ Tᵀ.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,20 @@ from torch import Tensor, fx, nn
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArchitectureError, ArgumentError
-from vfx.match.carry import Carrier, Pairing
+from vfx.match.carry import AcrossWidths, Carriage, Crossing, Pairing
+from vfx.match.counted import counts_channels
 from vfx.match.matcher import Matching
-from vfx.match.transport import OptimalTransport
+from vfx.match.rectangular import deviation
 from vfx.operators import operator
 from vfx.program import Execution, Program, schedule
 from vfx.progress import track
+from vfx.rewrite import PRESERVED
 from vfx.statistics.collect import Statistics, features, fingerprint
 from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, Workspace
 from vfx.statistics.taps import Tap, feature_taps
 
+NAMED = 3  # nodes that a note names
 _SCALES = frozenset({"scale"})  # of attention: it follows from the width of a head
 
 
@@ -43,29 +46,35 @@ def differ_in_width(models: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """All edges in the first one's shapes: the ``program``, the ``statistics`` of its layers, and the ``matching``."""
+    """All edges in the first one's shapes: the ``program``, the ``statistics`` of its layers, and the ``matching``.
+
+    ``captured`` is the first edge before it was prepared.
+    """
 
     program: Program
     statistics: Statistics | None
     matching: Matching
+    captured: Program
 
 
 @torch.no_grad()
 def to_first_width(
     programs: Sequence[Program],
     facts: Sequence[Symmetry],
-    matcher: OptimalTransport,
+    matcher: AcrossWidths,
     data: Any = None,
     *,
     layers: bool = False,
+    seed: int = 0,
     max_samples: int | None = None,
     device: Any = None,
     progress: bool = True,
 ) -> Carried:
     """Carry every edge (a Program of one weight set each) to the first one's shapes.
 
-    ``layers`` asks for the statistics of the layers (REPAIR, RESCALE). Raises ArchitectureError where the networks
-    differ in more than the numbers of channels.
+    ``layers`` asks for the statistics of the layers (REPAIR, RESCALE). The result's notes say of each edge whether its
+    function is kept, and by how much it changes if not. Raises ArchitectureError where the networks differ in more than
+    the numbers of channels.
     """
     start = time.perf_counter()
     for edge, program in enumerate(programs[1:], start=1):
@@ -75,21 +84,51 @@ def to_first_width(
     if matcher.needs or layers:
         reader.read(data, max_samples, device, progress)
     first = programs[0].weights[0]
-    carriers, objective = [Carrier(pairings[0])], []
+    carriages, objective, weights, notes = [], [], [first], []
     for edge in range(1, len(programs)):
-        carriers.append(Carrier(pairings[edge]))
         own = programs[edge].weights[0]
-        objective.append(-matcher.carry(carriers[edge], reader.readings(edge), edge, first, own))
-    weights = [first, *(carriers[e].weights(first, programs[e].weights[0]) for e in range(1, len(programs)))]
+        crossing = Crossing(pairings[edge], edge, first, own, reader.readings(edge), seed)
+        carriage, value = matcher.carry(crossing)
+        carriages.append(carriage)
+        objective.append(value)
+        weights.append(carriage.weights(first, own))
+        notes.append(_kept(crossing, carriage))
     note = f"ToFirstWidth({type(matcher).__name__})"
     program = programs[0].with_weights(weights, note)
-    statistics = reader.statistics(program, carriers) if layers else None
+    statistics, unknown = reader.statistics(program, carriages) if layers else (None, ())
+    program = replace(program, notes=(*program.notes, *notes, *unknown))
     matching = Matching(
         permutations=(facts[0].identity(),) * len(programs),
         objective=tuple(objective),
         seconds=time.perf_counter() - start,
     )
-    return Carried(program, statistics, matching)
+    return Carried(program, statistics, matching, programs[0])
+
+
+def _kept(crossing: Crossing, carriage: Carriage) -> str:
+    """What became of an edge's function."""
+    error, name = deviation(crossing.pairing, carriage, crossing), crossing.pairing.name
+    if error <= PRESERVED:
+        return f"{name} keeps its function at edge 0's widths (relative error {error:.1e} in float64)"
+    why = "; ".join(_causes(crossing.pairing))
+    return f"{name} does not keep its function at edge 0's widths (relative error {error:.1e} in float64): {why}"
+
+
+def _causes(pairing: Pairing) -> Iterator[str]:
+    """What may keep an edge from being embedded."""
+    sizes = [(g.size, pairing.other.groups[pairing.twin[g.index]].size) for g in pairing.one.groups]
+    fewer = sum(one < other for one, other in sizes)
+    counting = counts_channels(pairing)
+    if fewer:
+        yield f"{fewer} of {len(sizes)} groups have fewer channels there"
+    if counting:
+        more = f" and {len(counting) - NAMED} more" if len(counting) > NAMED else ""
+        yield (
+            f"means or norms run over the added channels of {', '.join(counting[:NAMED])}{more} (prepare='lift' helps "
+            "behind LayerNorms)"
+        )
+    if not fewer and not counting:
+        yield "its channels are not only added to"
 
 
 # graphs ---------------------------------------------------------------------------------------------------------------
@@ -145,7 +184,7 @@ class _Reader:
 
     def read(self, data: Any, max_samples: int | None, device: Any, progress: bool) -> None:
         if data is None:
-            raise ArgumentError("transport on activations, REPAIR and RESCALE need data=")
+            raise ArgumentError("matching on activations, REPAIR and RESCALE need data=")
         plans = [schedule(program.graph) for program in self.programs]
         taps_at: dict[str, list[int]] = {}
         for index, taps in enumerate(self.taps):
@@ -175,21 +214,23 @@ class _Reader:
         """What is known of the features of the first edge and of another."""
         return [(taps[0], taps[edge], self.features[index]) for index, taps in enumerate(self.taps)]
 
-    def statistics(self, program: Program, carriers: Sequence[Carrier]) -> Statistics:
-        """The layers' statistics of the carried edges."""
+    def statistics(self, program: Program, carriages: Sequence[Carriage]) -> tuple[Statistics, tuple[str, ...]]:
+        """The layers' statistics of the carried edges, and a note on those that are not known."""
         nodes = [{node.name: node for node in own.graph.nodes} for own in self.programs]
         layers: dict[str, list[Moments]] = {}
         covariances: dict[str, list[Tensor]] = {}
+        unknown = []
         for name, moments in self.layers.items():
-            layers[name], covariances[name] = [], []
-            for edge, carrier in enumerate(carriers):
-                own, spread = moments.moments[edge], moments.covariance(edge, edge)
-                if edge:
-                    matrix = carrier.matrix(nodes[0][name], nodes[edge][name], self.channel[name])
-                    own, spread = _carried(own, spread, matrix)
-                layers[name].append(own)
-                covariances[name].append(spread)
-        return Statistics(
+            found = [(moments.moments[0], moments.covariance(0, 0))]
+            try:
+                for edge, carriage in enumerate(carriages, start=1):
+                    matrix = carriage.matrix(nodes[0][name], nodes[edge][name], self.channel[name])
+                    found.append(_carried(moments.moments[edge], moments.covariance(edge, edge), matrix))
+            except ArchitectureError:
+                unknown.append(name)
+                continue
+            layers[name], covariances[name] = map(list, zip(*found))
+        statistics = Statistics(
             samples=self.samples,
             taps=(),
             features={},
@@ -198,6 +239,13 @@ class _Reader:
             reads=frozenset({"layers"}),
             covariances=covariances,
         )
+        return statistics, _unknown(unknown)
+
+
+def _unknown(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (f"{', '.join(names)}: not normalized, since the channels of these layers go through several maps",)
 
 
 def _carried(own: Moments, spread: Tensor, matrix: Tensor | None) -> tuple[Moments, Tensor]:

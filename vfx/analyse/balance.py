@@ -114,8 +114,40 @@ def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
 def _maps(symmetry: Symmetry, group: Group, weights: Weights) -> list[Matrix | None]:
     """What balances each block of a group."""
     sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
-    one = _balanced if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
+    one = _paired_form if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
     return [one(x, y) for x, y in zip(*sides)]
+
+
+def _paired_form(first: Tensor, second: Tensor) -> Matrix | None:
+    """T (d, d) for (d, n) and (d, m), the second of which carries T⁻ᵀ; None where there is none."""
+    found = _balanced(first, second)
+    return _balanced_where_used(first, second) if found is None else found
+
+
+def _balanced_where_used(first: Tensor, second: Tensor) -> Matrix | None:
+    """T for X = A x (d, n) and Y = B y (d, m), both of a rank r below d: heads wider than what they hold.
+
+    With K = AᵀB and the T of x and K y, it is T K⁻ᵀ Bᵀ and, for what X does not use, the complement of A. None where
+    there is no such map.
+    """
+    used = [_used(side) for side in (first, second)]
+    rank = used[0].shape[1]
+    if rank != used[1].shape[1] or not rank:
+        return None
+    between = used[0].T @ used[1]
+    spread = torch.linalg.svdvals(between)
+    inner = _balanced(used[0].T @ first, between @ used[1].T @ second) if spread[-1] > DEFICIENT else None
+    if inner is None:
+        return None
+    rest = torch.linalg.svd(used[0]).U[:, rank:]
+    held = torch.from_numpy(inner) @ torch.linalg.solve(between.T, used[1].T)
+    return torch.cat([held, rest.T]).numpy()
+
+
+def _used(side: Tensor) -> Tensor:
+    """An orthonormal basis (d, r) of what the columns of (d, n) span."""
+    u, s, _ = torch.linalg.svd(side, full_matrices=False)
+    return u[:, s > DEFICIENT * float(s.max())] if s.numel() and float(s.max()) > 0 else u[:, :0]
 
 
 def _balanced(first: Tensor, second: Tensor) -> Matrix | None:

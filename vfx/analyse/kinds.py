@@ -13,7 +13,7 @@ from vfx.analyse.action import Walk
 from vfx.analyse.action.entries import ANY, Ids
 from vfx.analyse.action.walk import Handler
 from vfx.analyse.classes import Maps, meet
-from vfx.analyse.slots import Lowering, Product, Scales, Slots, Vector, alike
+from vfx.analyse.slots import Lowering, Product, Scales, Slots, Vector, alike, nullspace
 from vfx.operators import operator
 
 if TYPE_CHECKING:
@@ -81,6 +81,17 @@ class Classes(dict[int, Class]):
         """The groups, by index, whose channels stand along an activation's axis."""
         return self._inferred.on(node, dim)
 
+    def groups_on(self, node: fx.Node) -> set[int]:
+        """The groups whose channels stand anywhere on an activation, as digits of a view too."""
+        return self._inferred.groups_on(node)
+
+    def scaled(self, group: Group, given: Mapping[int, float]) -> dict[int, float]:
+        """Scales by side where some are given: gains take up the ratio, what makes or reads the feature has no other.
+
+        They obey the equations of the group's products; whether they keep a function is not said.
+        """
+        return self._inferred.scaled(group, given)
+
 
 def classes(symmetry: Symmetry) -> Classes:
     """The class of each group."""
@@ -136,6 +147,32 @@ class _Classes:
     def on(self, node: fx.Node, dim: int) -> list[int]:
         stands = self.walk.stands(self.nodes[node.name])
         return [group for group, leaf in self.leaf_of.items() if stands and leaf in stands[dim]]
+
+    def groups_on(self, node: fx.Node) -> set[int]:
+        own = {leaf: group for group, leaf in self.leaf_of.items()}
+        return {own[leaf] for leaf, _ in self.walk.entries(self.nodes.get(node.name)) if leaf in own}
+
+    def scaled(self, group: Group, given: Mapping[int, float]) -> dict[int, float]:
+        slots, members = self.slots, self.turned[group.index]
+        names = {side: -1 - k for k, side in enumerate(given)}  # the first variables stay free
+        taking = {side for side in members.of if side not in members.features and side not in given}
+        rows: list[Vector] = []
+        for product in slots.products.get(self.leaf_of[group.index], ()):
+            row: Vector = {}
+            for slot, exponent in product.terms:
+                side, dual = slots.find(slot)
+                name = names.get(side, side)
+                row[name] = row.get(name, 0) + (-exponent if dual else exponent)
+            rows.append(row)
+        still = {side for row in rows for side in row if side >= 0} - taking
+        rows += [{side: 1} for side in still]
+        solved = nullspace(taking | set(names.values()), rows)
+        logs = {names[side]: members.sign(side) * np.log(own) for side, own in given.items()}
+        result = dict(given)
+        for side in taking:
+            log = sum(float(c) * logs.get(x, 0.0) for x, c in solved[side].items())
+            result[side] = float(np.exp(members.sign(side) * log))
+        return result
 
     def _joined(self, leaf: int, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Sides that nothing but their permutation ties: one map for all where all mix channels, else monomial ones."""

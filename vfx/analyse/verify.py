@@ -47,11 +47,16 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
 @torch.no_grad()
 def preserved(symmetry: Symmetry, weights: Weights, element: Elements, seed: int = 0) -> float:
     """Relative output error of one given element on the given weights, in float64 on random inputs."""
-    generator = torch.Generator().manual_seed(seed)
     program = in_double(symmetry.program.with_weights([weights]))
-    inputs = [_random_input(x, generator) for x in program.example_inputs]
+    inputs = random_inputs(program, seed)
     moved = apply(symmetry, program.weights[0], element, check=False)
     return function_error(program, program.weights[0], moved, inputs)
+
+
+def random_inputs(program: Program, seed: int = 0) -> list[Any]:
+    """Normal float64 inputs in the shapes of the example's; what is not floating stays as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    return [_random_input(x, generator) for x in program.example_inputs]
 
 
 def in_double(program: Program) -> Program:

@@ -9,28 +9,24 @@ from typing import Any
 from torch import nn
 
 from passes.align import Align
-from passes.balance_attention import BalanceAttention
-from passes.balance_scales import BalanceScales
 from passes.catalogue import choose, normalizing
-from passes.center_stream import CenterStream
 from passes.duplicate_branches import DuplicateBranches
 from passes.duplicate_heads import DuplicateHeads, HeadOutput
-from passes.fold_gain import FoldGain
 from passes.interpolate import Interpolate
 from passes.least_squares import LeastSquares
-from passes.remove_bias import DEFAULT_LAYERS, RemoveBias
-from passes.restore_structure import RestoreStructure
+from passes.remove_bias import DEFAULT_LAYERS
 from passes.transform import Transform
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.normalizing import check_statistics, reads_for, reference_goals, usual, without_batch_norm
+from vfx.api.preparing import prepared, restored
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import program_of, symmetry
-from vfx.api.widths import one_width
+from vfx.api.widths import Wanted, one_width
 from vfx.checks import check_finite
 from vfx.diagnosis.skew import skew_notes
-from vfx.errors import ArgumentError, PassError, VerificationError
+from vfx.errors import ArgumentError, PassError
 from vfx.match.catalogue import maps_layers, matcher, name_of
 from vfx.match.growth import grow
 from vfx.match.matcher import Matcher, Matching
@@ -77,8 +73,8 @@ def merge(
     data or statistics. ``classes``: "weight" and "activation" match each group's "full" class (scales, signs,
     orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation" alone.
     ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best by the
-    method's own objective is kept. "ot" takes models whose numbers of channels differ, too: the result has those of
-    the first.
+    method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ, too:
+    the result has those of the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options;
     "auto" keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first
@@ -98,19 +94,20 @@ def merge(
     """
     watch = Stopwatch()
     data = reusable(data)
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     carried = None
     if not isinstance(models, Program) and not heads and differ_in_width(models):
-        carried, normalize = one_width(
-            models, example_inputs, data, match, normalize, preserve, max_samples, verify, device, progress, watch
-        )
+        wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed)
+        carried, normalize = one_width(models, example_inputs, data, wanted, options, watch)
         models, match, statistics = carried.program, None, carried.statistics
+        restarts = 0
     with watch("trace"):
         program = program_of(models, example_inputs, heads)
     check_edges_of(program)
-    captured = program
+    captured = program if carried is None else carried.captured
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
-    program = prepared(program, prepare, verify, watch)
+    program = program if carried is not None else prepared(program, prepare, verify, watch)
     asked = normalization(normalize, data is not None)
     if match == "auto":
         match = "weight" if data is None and statistics is None else "activation"
@@ -125,7 +122,6 @@ def merge(
         program = program.to(device)
     with watch("symmetry"):
         facts = symmetry(program)
-    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     with watch("statistics"):
         statistics = gathered(statistics, finder, asked, program, facts, data, options)
     own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
@@ -200,28 +196,6 @@ def gathered(
         given = collect_statistics(program, facts, data, **asks, **options)
     check_statistics(given, reads, asked)
     return given
-
-
-def prepared(program: Program, prepare: str | None, verify: bool, watch: Stopwatch) -> Program:
-    """The edges as they are matched."""
-    known: dict[str | None, list[Pass]] = {
-        None: [],
-        "lift": [FoldGain(verify=verify), CenterStream(verify=verify)],
-        "balance": [BalanceScales(verify), BalanceAttention(verify)],
-        "remove_bias": [RemoveBias(None)],
-    }
-    if prepare not in known:
-        names = ", ".join(repr(name) for name in known if name)
-        raise ArgumentError(f"prepare={prepare!r} is unknown; it is {names}, or None")
-    return run_passes(program, known[prepare], watch)
-
-
-def restored(result: Program, captured: Program, watch: Stopwatch) -> Program:
-    """A lifted network back in the structure that it was captured with, where its weights fit there."""
-    try:
-        return run_passes(result, [RestoreStructure(captured)], watch)
-    except (PassError, VerificationError) as error:
-        return replace(result, notes=(*result.notes, f"the merged network keeps its rewritten structure: {error}"))
 
 
 def least_squares(

@@ -11,9 +11,11 @@ import time
 from vfx.analyse.transform import Element, check_classes
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
-from vfx.match.class_ascent import Classed
+from vfx.match.carry import Carriage, Crossing
+from vfx.match.class_ascent import ClassAscent, Classed, with_turns
 from vfx.match.class_descent import beyond_permutations, split
 from vfx.match.matcher import Matching, Problem
+from vfx.match.rectangular import Bridge
 
 
 class ActivationMatching:
@@ -21,6 +23,7 @@ class ActivationMatching:
 
     needs = frozenset({"features"})
     exact = True
+    through_norms = True
 
     def __init__(self, classes: str = "full"):
         self.classes = check_classes(classes)
@@ -45,3 +48,15 @@ class ActivationMatching:
             sweeps=tuple(sweeps for _, _, sweeps in results),
             seconds=time.perf_counter() - start,
         )
+
+    def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
+        """What is found between networks of two widths (``vfx.match.rectangular``), and the objective reached."""
+        bridge = Bridge(crossing, self.classes == "full")
+        statistics = bridge.statistics()
+        if bridge.full:
+            found, value, _ = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights).elements()
+            found = with_turns(bridge.facts, found, bridge.weights)
+        else:
+            permutations, value, _ = Ascent(bridge.facts, statistics, 1).run()
+            found = {index: Element(own) for index, own in permutations.items()}
+        return bridge.carriage(found), value

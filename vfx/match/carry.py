@@ -11,10 +11,10 @@ as the mean of its copies. What acts channel by channel (depthwise kernels, norm
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,50 @@ from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArchitectureError
 from vfx.match.matcher import Gain
 from vfx.program import Weights
+from vfx.statistics.moments import CrossMoments
+from vfx.statistics.taps import Tap
+
+Reading = tuple[Tap, Tap, CrossMoments]  # a tap in the first edge and in the other, and the moments of both
+
+
+@dataclass(frozen=True, eq=False)
+class Crossing:
+    """An edge to be carried to the first one's shapes: both weight sets, and what is known of their features.
+
+    ``edge`` is its number among the networks that ``readings`` hold.
+    """
+
+    pairing: Pairing
+    edge: int
+    first: Weights
+    other: Weights
+    readings: Sequence[Reading] = ()
+    seed: int = 0
+
+
+class Carriage(Protocol):
+    """What carries an edge to the first one's shapes."""
+
+    def weights(self, first: Weights, other: Weights) -> dict[str, Tensor]:
+        """The whole weight set. Raises ArchitectureError where an axis that cannot move differs in size."""
+
+    def matrix(self, node: fx.Node, other: fx.Node, dim: int) -> Tensor | None:
+        """(size₀, sizeᵢ): what brings an activation's axis to the first edge's; None where nothing moves there."""
+
+
+@runtime_checkable
+class AcrossWidths(Protocol):
+    """A Matcher that can also carry edges of other widths to the first.
+
+    ``needs`` is a Matcher's; ``through_norms`` says whether the maps it finds may go through BatchNorms (else those are
+    folded first).
+    """
+
+    needs: frozenset[str]
+    through_norms: bool
+
+    def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
+        """What carries the edge, and the matching's objective: the larger the better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,17 +157,7 @@ class Carrier:
 
     def weights(self, first: Weights, other: Weights) -> dict[str, Tensor]:
         """A whole weight set. Raises ArchitectureError where an axis that cannot move differs in size."""
-        result = {}
-        for name, target in first.items():
-            own = self.tensor(name, other[name]) if name in other else target
-            moving = dict(self.pairing.one.axes_of(name))
-            if own.shape != target.shape and moving:
-                raise ArchitectureError(
-                    f"{name!r} has shape {tuple(other[name].shape)} in {self.pairing.name} and {tuple(target.shape)} "
-                    "in edge 0, and not all of these axes are free channels"
-                )
-            result[name] = own if own.shape == target.shape else target
-        return result
+        return fitted(self.pairing, first, other, {n: self.tensor(n, other[n]) for n in first if n in other})
 
     def tensor(self, fqn: str, tensor: Tensor, without: Collection[int] = ()) -> Tensor:
         """A parameter, all of its axes carried but those ``without``."""
@@ -160,6 +194,11 @@ class Carrier:
             return None
         eye = torch.eye(len(labels[1]), dtype=torch.float64)
         return self._axis(eye, 0, None, labels[0], labels[1])
+
+    def between(self, one: Tap, other: Tap) -> Gain:
+        """(n₀, nᵢ): what brings the features of a tap to those of its twin in the first edge."""
+        columns = [other.groups.index(self.pairing.twin[g]) for g in one.groups]
+        return self._matrix(one.groups, (one.digits, other.digits[:, columns]), None, one.dim, None)
 
     def settled(self, fqn: str, without: int) -> bool:
         """Whether all groups on a parameter's axes but one have been found already."""
@@ -240,6 +279,24 @@ class Carrier:
                 shape[dim] = parts[0].shape[dim]
                 return tensor.new_empty(shape).index_copy_(other, torch.cat(places), torch.cat(parts, other))
         raise AssertionError(f"group {parent} stands on no other axis of {fqn}")
+
+
+def fitted(pairing: Pairing, first: Weights, other: Weights, carried: Weights) -> dict[str, Tensor]:
+    """The carried tensors, all in the first edge's shapes; what does not move is the first edge's where it differs.
+
+    Raises ArchitectureError where an axis that cannot move differs in size.
+    """
+    result = {}
+    for name, target in first.items():
+        own = carried.get(name, target)
+        if own.shape != target.shape and pairing.one.axes_of(name):
+            raise ArchitectureError(
+                f"{name!r} has shape {tuple(other[name].shape)} in {pairing.name} and {tuple(target.shape)} "
+                "in edge 0, and not all of these axes are free channels; last layers that differ can be kept as heads, "
+                "where all else is of one width"
+            )
+        result[name] = own if own.shape == target.shape else target
+    return result
 
 
 def _index(positions: Index, tensor: Tensor) -> Tensor:

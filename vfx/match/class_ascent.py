@@ -52,15 +52,33 @@ class Classed:
         frames = self.frames[0], self.frames[edge]
         weights = self.weights[0], self.weights[edge]
         ascent = ClassAscent(self.symmetry, self.statistics, edge, frames, weights)
-        permutations, objective, sweeps = ascent.run()
-        behind = ascent.behind
-        found = {index: Element(own, *_parts(behind.get(index))) for index, own in permutations.items()}
+        found, objective, sweeps = ascent.elements()
         found = compose(self.symmetry, frames[1], found)
         found = compose(self.symmetry, found, inverse(self.symmetry, frames[0]))
-        if self.symmetry.rotations:
-            moved = apply(self.symmetry, weights[1], found, check=False)
-            found = compose(self.symmetry, found, planes.turns(self.symmetry, weights[0], moved))
-        return found, objective, sweeps
+        return with_turns(self.symmetry, found, weights), objective, sweeps
+
+
+def with_turns(symmetry: Symmetry, found: dict[int, Element], weights: tuple[Weights, Weights]) -> dict[int, Element]:
+    """An element and, behind it, the turns of rotary planes that bring the second weight set to the first."""
+    if not symmetry.rotations:
+        return found
+    moved = apply(symmetry, weights[1], found, check=False)
+    return compose(symmetry, found, planes.turns(symmetry, weights[0], moved))
+
+
+def basis(symmetry: Symmetry, tap: Tap, frame: Elements) -> Matrix:
+    """What brings a tap's features to those of balanced pairs."""
+    result = np.eye(tap.size)
+    for column, index in enumerate(tap.groups):
+        matrix = frame.get(index, Element()).matrix
+        group, standing = symmetry.groups[index], tap.sides[column]
+        if matrix is None or (matrix.ndim > 2 and group.parent not in tap.groups):
+            continue
+        if standing is not None and standing[1]:
+            matrix = contragredient(matrix)
+        for block, rows in enumerate(_table(tap, group, symmetry)):
+            result[rows[:, None], rows] = matrix if matrix.ndim == 2 else matrix[block % len(matrix)]
+    return result
 
 
 def _parts(element: Element | None) -> tuple[Matrix | None, Mapping[int, Matrix]]:
@@ -89,22 +107,14 @@ class ClassAscent(Ascent):
         second = (moments.cross[0, edge] / count).cpu().numpy() + np.outer(*means)
         sizes = [float(m.m2.sum()) / count + float(mean @ mean) for m, mean in zip((one, other), means)]
         scale = tap.size / max(np.sqrt(sizes[0] * sizes[1]), np.finfo(float).tiny)
-        left, right = (self._frame(tap, own) for own in self.frames)
+        left, right = (basis(self.symmetry, tap, own) for own in self.frames)
         return scale * (left @ second @ right.T)
 
-    def _frame(self, tap: Tap, frame: Elements) -> Matrix:
-        """What brings a tap's features to balanced pairs."""
-        result = np.eye(tap.size)
-        for column, index in enumerate(tap.groups):
-            matrix = frame.get(index, Element()).matrix
-            group, standing = self.symmetry.groups[index], tap.sides[column]
-            if matrix is None or (matrix.ndim > 2 and group.parent not in tap.groups):
-                continue
-            if standing is not None and standing[1]:
-                matrix = contragredient(matrix)
-            for block, rows in enumerate(_table(tap, group, self.symmetry)):
-                result[rows[:, None], rows] = matrix if matrix.ndim == 2 else matrix[block % len(matrix)]
-        return result
+    def elements(self) -> tuple[dict[int, Element], float, int]:
+        """The element found between balanced networks, the objective reached and the number of sweeps."""
+        permutations, objective, sweeps = self.run()
+        found = {index: Element(own, *_parts(self.behind.get(index))) for index, own in permutations.items()}
+        return found, objective, sweeps
 
     def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""

@@ -28,7 +28,7 @@ from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index
 from vfx.errors import ArgumentError
 from vfx.match import coupling
-from vfx.match.carry import Carried, Carrier, Pairing
+from vfx.match.carry import Carried, Carrier, Crossing, Pairing, Reading
 from vfx.match.maps import Map, Maps, mappable, places
 from vfx.match.matcher import Gain, Matching, Problem
 from vfx.match.units import Unit, units
@@ -37,7 +37,6 @@ from vfx.statistics.moments import CrossMoments
 from vfx.statistics.taps import Tap
 
 NEARLY = 1e-6  # shares that differ by less count as equal
-Reading = tuple[Tap, Tap, CrossMoments]  # a tap in the first edge and in the other, and the moments of both
 
 
 class OptimalTransport:
@@ -46,6 +45,8 @@ class OptimalTransport:
     ``regularization`` is Sinkhorn's ε against costs of order one. Exact transport between edges of one width finds
     permutations and keeps each edge's function; Sinkhorn finds soft maps.
     """
+
+    through_norms = False
 
     def __init__(
         self,
@@ -76,8 +77,9 @@ class OptimalTransport:
             if problem.statistics is not None and self.needs:
                 features = problem.statistics.features
                 readings = [(tap, tap, features[tap.key]) for tap in problem.statistics.taps]
-            carrier = Carrier(Pairing(facts, facts))
-            objective.append(-self.carry(carrier, readings, edge, weights[0], weights[edge]))
+            crossing = Crossing(Pairing(facts, facts), edge, weights[0], weights[edge], readings)
+            carrier, value = self.carry(crossing)
+            objective.append(value)
             permutations.append({index: own.nearest for index, own in carrier.found.items()})
             maps.append({} if self.exact else _behind(carrier))
         return Matching(
@@ -87,12 +89,13 @@ class OptimalTransport:
             seconds=time.perf_counter() - start,
         )
 
-    def carry(self, carrier: Carrier, readings: Sequence[Reading], edge: int, first: Weights, other: Weights) -> float:
-        """Fill ``carrier`` for one edge; returns the mean transport cost of a channel."""
-        costs: _Costs = _ActivationCosts(carrier.pairing, readings, edge)
+    def carry(self, crossing: Crossing) -> tuple[Carrier, float]:
+        """What carries one edge, and the mean transport cost of a channel, negative."""
+        carrier = Carrier(crossing.pairing)
+        costs: _Costs = _ActivationCosts(crossing.pairing, crossing.readings, crossing.edge)
         if self.cost == "weight":
-            costs = _WeightCosts(carrier, first, other)
-        return _Fusion(self, carrier, costs).run()
+            costs = _WeightCosts(carrier, crossing.first, crossing.other)
+        return carrier, -_Fusion(self, carrier, costs).run()
 
     def solve(self, cost: Gain) -> Gain:
         """The coupling (C₀, Cᵢ) of one cost matrix."""

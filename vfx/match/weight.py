@@ -16,9 +16,11 @@ import torch
 from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, apply, check_classes
+from vfx.match.carry import Carriage, Crossing
 from vfx.match.class_descent import ClassDescent, between, beyond_permutations, split
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
+from vfx.match.rectangular import Bridge
 from vfx.program import Weights
 
 Run = tuple[Elements, float, int]  # what an edge goes through, the objective and the number of sweeps
@@ -32,6 +34,7 @@ class WeightMatching:
 
     needs: frozenset[str] = frozenset()
     exact = True
+    through_norms = True
 
     def __init__(self, restarts: int = 0, classes: str = "full"):
         self.restarts, self.classes = restarts, check_classes(classes)
@@ -58,13 +61,19 @@ class WeightMatching:
             attempts=tuple(zip(*attempts)),
         )
 
+    @torch.no_grad()
+    def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
+        """The best of all runs between networks of two widths (``vfx.match.rectangular``), and its objective."""
+        bridge = Bridge(crossing, self.classes == "full")
+        generator = np.random.default_rng(crossing.seed)
+        starts = (None if attempt == 0 else bridge.facts.random(generator) for attempt in range(1 + self.restarts))
+        runs = _runs(bridge.facts, *bridge.weights, starts, generator, {} if bridge.full else None)
+        element, objective, _ = max(runs, key=lambda run: run[1])
+        return bridge.carriage(element), objective
+
 
 def _permuted(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
-    def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
-        runs = (Descent(symmetry, first, other).run(generator, start) for start in starts)
-        return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]
-
-    return match
+    return lambda other, starts, generator: _runs(symmetry, first, other, starts, generator, None)
 
 
 def _in_classes(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
@@ -73,8 +82,19 @@ def _in_classes(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
 
     def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
         frame = balance(symmetry, other)
-        descent = ClassDescent(symmetry, balanced, other, frame)
-        runs = [descent.run(generator, start and descent.permuted(start)) for start in starts]
+        runs = _runs(symmetry, balanced, other, starts, generator, frame)
         return [(between(symmetry, target, frame, found), value, sweeps) for found, value, sweeps in runs]
 
     return match
+
+
+def _runs(
+    symmetry: Symmetry, first: Weights, other: Weights, starts: Iterable[Any], generator: np.random.Generator,
+    frame: Elements | None,
+) -> list[Run]:  # fmt: skip
+    """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations."""
+    if frame is not None:
+        descent = ClassDescent(symmetry, first, other, frame)
+        return [descent.run(generator, start and descent.permuted(start)) for start in starts]
+    runs = (Descent(symmetry, first, other).run(generator, start) for start in starts)
+    return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]

@@ -1,0 +1,147 @@
+"""A common frame for two networks of different widths: every group as wide as the wider one has it.
+
+Rectangular matching is square matching there. Let Eᵢ (n, nᵢ), n = max(n₀, n₁), put the channels of edge i among the
+frame's, zero elsewhere. A map g of the frame gives T = E₀ᵀ g E₁ (n₀, n₁) between the networks, and
+
+    ⟨W₀, T(W₁)⟩ = ⟨E₀(W₀), g(E₁(W₁))⟩,
+
+whatever T does to the axes of W₁. In each group only one side has added channels, whose gains are zero, so that the
+best permutation g is the best semi-permutation T (the rectangular assignment), and the polar factor of the square gain
+holds that of the rectangular one: the semi-orthogonal Procrustes solution (*Generalized Linear Mode Connectivity for
+Transformers*, Theus et al. 2025). Where g must fix the vector of ones (LayerNorm) Eᵢ sends 1/√nᵢ to 1/√n, so T does.
+
+A frame is the wider network's own; where each is the wider one in some groups, the first one's graph is resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vfx.analyse.classes import Maps, Matrix
+from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.errors import ArchitectureError, PassError
+from vfx.match.carry import Carrier, Pairing, Reading
+from vfx.match.class_descent import compact
+from vfx.match.matcher import Gain
+from vfx.program import Weights
+from vfx.resize import resize
+from vfx.statistics.collect import Statistics
+from vfx.statistics.moments import CrossMoments
+from vfx.statistics.taps import Tap, feature_taps
+
+Bases = Callable[[Tap], Matrix | None]
+
+
+class Embedding:
+    """One matrix for all that a group stands on."""
+
+    def __init__(self, table: Gain):
+        self.table = table
+
+    def matrix(self, role: str) -> Gain:
+        return self.table
+
+    @cached_property
+    def still(self) -> bool:
+        """Whether nothing changes."""
+        return np.array_equal(self.table, np.eye(*self.table.shape)) and len(self.table) == self.table.shape[1]
+
+
+class Frame:
+    """The frame's symmetries ``facts``, what puts each edge ``into`` it, and what leads ``back`` to the first."""
+
+    def __init__(self, pairing: Pairing):
+        self.facts = _widest(pairing)
+        self.into = tuple(self._into(own, pairing.name) for own in (pairing.one, pairing.other))
+        self.back = Carrier(Pairing(pairing.one, self.facts, pairing.name))
+        for group, twin in self.back.pairing.twin.items():
+            self.back.found[group] = Embedding(self._table(twin, pairing.one.groups[group].size).T)
+
+    def _into(self, own: Symmetry, name: str) -> Carrier:
+        carrier = Carrier(Pairing(self.facts, own, name))
+        for group, twin in carrier.pairing.twin.items():
+            carrier.found[group] = Embedding(self._table(group, own.groups[twin].size))
+        return carrier
+
+    def _table(self, group: int, size: int) -> Gain:
+        own = self.facts.groups[group]
+        return isometry(own.size, size, compact(self.facts, own) is Maps.ORTHOGONAL_ONES)
+
+    def statistics(self, readings: Sequence[Reading], edge: int, bases: tuple[Bases, Bases]) -> Statistics:
+        """What is known of both edges' features, in the frame: edge 0 and edge 1.
+
+        ``bases`` give for a tap of each edge the matrix that its features are seen through, or None.
+        """
+        found = {}
+        known = {_place(self.into[0].pairing, one): (one, other, moments) for one, other, moments in readings}
+        taps = [tap for tap in feature_taps(self.facts) if _own_place(tap) in known]
+        for tap in taps:
+            one, other, moments = known[_own_place(tap)]
+            tables = []
+            for carrier, own, base in zip(self.into, (one, other), bases):
+                table, seen = carrier.between(tap, own), base(own)
+                tables.append(table if seen is None else table @ seen)
+            found[tap.key] = _seen(moments, edge, tables)
+        return Statistics(0, tuple(taps), found, {}, (), frozenset({"features"}))
+
+
+def isometry(size: int, own: int, ones: bool = False) -> Matrix:
+    """E (size, own) with EᵀE = 1: the first channels, or one that sends the mean direction to the mean direction."""
+    first = np.eye(size, own)
+    return _to_mean(size) @ first @ _to_mean(own) if ones and own < size else first
+
+
+def _to_mean(size: int) -> Matrix:
+    """The reflection that exchanges the first channel and 1/√size."""
+    normal = np.full(size, 1 / np.sqrt(size))
+    normal[0] -= 1
+    length = normal @ normal
+    return np.eye(size) - (np.outer(normal, 2 / length * normal) if length > 0 else 0.0)
+
+
+def moved_into(carrier: Carrier, weights: Weights) -> dict[str, Tensor]:
+    """Every tensor of a weight set, those that hold channels carried."""
+    if carrier.pairing.one is carrier.pairing.other and all(own.still for own in carrier.found.values()):
+        return dict(weights)
+    return {name: carrier.tensor(name, tensor) for name, tensor in weights.items()}
+
+
+def _widest(pairing: Pairing) -> Symmetry:
+    sizes = {g.index: (g.size, pairing.other.groups[pairing.twin[g.index]].size) for g in pairing.one.groups}
+    if all(one >= other for one, other in sizes.values()):
+        return pairing.one
+    if all(one <= other for one, other in sizes.values()):
+        return pairing.other
+    kept = {g: np.arange(max(pair)) % pair[0] for g, pair in sizes.items()}
+    try:
+        return symmetry(resize(pairing.one.program.select(0), pairing.one, kept).program)
+    except PassError as error:
+        raise ArchitectureError(
+            f"edge 0 is the wider one in some layers and {pairing.name} in others, and no network holds both: {error}; "
+            "match='ot' does without"
+        ) from error
+
+
+def _own_place(tap: Tap) -> tuple[object, ...]:
+    return tap.node, tap.dim, frozenset(tap.groups), tap.part
+
+
+def _place(pairing: Pairing, tap: Tap) -> tuple[object, ...]:
+    """Where a tap of an edge stands in the frame."""
+    back = {twin: group for group, twin in pairing.twin.items()}
+    return tap.node, tap.dim, frozenset(back[g] for g in tap.groups), tap.part
+
+
+def _seen(moments: CrossMoments, edge: int, tables: Sequence[Gain]) -> CrossMoments:
+    """Moments of two edges' features behind a matrix each; of the variances their sum is that of the features."""
+    matrices = [torch.from_numpy(np.ascontiguousarray(table)) for table in tables]
+    result = CrossMoments(2, [len(m) for m in matrices])
+    for new, old, matrix in zip(result.moments, (moments.moments[0], moments.moments[edge]), matrices):
+        new.count, new.mean, new.m2 = old.count, matrix @ old.mean.cpu(), matrix**2 @ old.m2.cpu()
+    result.cross[0, 1] = matrices[0] @ moments.cross[0, edge].cpu() @ matrices[1].T
+    return result
