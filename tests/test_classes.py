@@ -452,3 +452,17 @@ def test_the_table_shows_classes_and_what_lowered_them() -> None:
     graph = _named("relu").to_networkx()
     assert graph.nodes[0]["maps"] == "positive monomial"
     assert graph.nodes[0]["reason"] == "aten.relu (relu)"
+
+
+def test_parts_of_one_layer_have_classes_of_their_own() -> None:
+    """What is cut from a feature goes its own way, and no array of slots is written to."""
+    layers = {"a": nn.Conv2d(3, 9, 1, bias=False), "one": nn.Conv2d(4, 2, 1), "other": nn.Conv2d(5, 2, 1)}
+
+    def forward(s: nn.Module, x: Tensor) -> Tensor:
+        x = s.a(x)
+        return s.one(x[:, :4].relu()) + s.other(x[:, 4:].tanh())
+
+    torch.manual_seed(0)
+    facts = symmetry(capture(net(forward, **layers), (torch.randn(2, 3, 8, 8),)))
+    assert {group.size: group.kind for group in facts.groups} == {4: A, 5: S}
+    assert facts.verify() <= EXACT

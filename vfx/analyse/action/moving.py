@@ -53,7 +53,7 @@ def moved(w: Walk, node: fx.Node, a: Arguments) -> Any:
 
 def _run(w: Walk, node: fx.Node, x: fx.Node, ids: Ids, view: bool) -> list[Ids] | None:
     """The operator on slot numbers: every position takes its slot with it."""
-    tensor = torch.from_numpy(ids).expand(w.sizes(x))
+    tensor = torch.tensor(ids).expand(w.sizes(x))
     if view:
         return [_compact(tensor.reshape(w.sizes(node)))]
     try:
