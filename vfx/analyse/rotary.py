@@ -28,66 +28,25 @@ from torch import Tensor, fx
 from vfx.analyse.classes import Maps, contragredient, draw
 from vfx.analyse.elements import Index
 from vfx.analyse.kinds import Class, Side
-from vfx.analyse.regions import Region, call, region, sizes, tensors
+from vfx.analyse.probes import Linear, Scores, channel_axis, probed, scores_of
+from vfx.analyse.regions import call, sizes, tensors
 from vfx.operators import arguments, is_product, layer_arguments, operator, output_axis
 
 if TYPE_CHECKING:
     from vfx.analyse.symmetry import Group, Symmetry
 
 TOLERANCE = 1e-10
-TOKENS = 12  # at which planes are looked for; the proof runs on all
-CHUNK = 1 << 24  # numbers in a layer's output that are probed at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """An operator that takes inner products of queries and keys, each linear in the layers of its region."""
-
-    node: fx.Node
-    queries: Region
-    keys: Region
-
-    def sides(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (batch, heads, tokens, channels) and keys alike."""
-        if operator(self.node) in _ATTENTION:
-            if arguments(self.node).get("enable_gqa"):
-                keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], -3)
-        else:
-            keys = keys.transpose(-1, -2)
-        lead = torch.broadcast_shapes(queries.shape[1:-2], keys.shape[1:-2])
-        wide = (x.expand(len(x), *lead, *x.shape[-2:]) for x in (queries, keys))
-        one, other = (x.reshape(len(x), -1, *x.shape[-2:]) for x in wide)
-        return one, other
-
-
-_ATTENTION = {"aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu"}
-_ATTENTION |= {"aten._scaled_dot_product_attention_math"}
-_PRODUCTS = {"aten.matmul", "aten.bmm"}
 
 
 def rotations(symmetry: Symmetry) -> list[tuple[Group, Class]]:
     """The planes of every attention with rotary embeddings, as a group inside its heads and its class."""
     found: list[tuple[Group, Class]] = []
     for node in symmetry.program.graph.nodes:
-        scores = _scores(node, symmetry)
+        scores = scores_of(node, symmetry._inference)
         planes = _Planes(symmetry, scores).find() if scores is not None else None
         if planes is not None:
             found.append(planes.group(len(symmetry.groups) + len(found)))
     return found
-
-
-def _scores(node: fx.Node, symmetry: Symmetry) -> Scores | None:
-    if operator(node) in _ATTENTION:
-        a = arguments(node)
-        ends = a["query"], a["key"]
-    elif operator(node) in _PRODUCTS and not is_product(node):
-        ends = node.args[0], node.args[1]
-    else:
-        return None
-    sides = [region(end, symmetry._inference) for end in ends if isinstance(end, fx.Node)]
-    if len(sides) < 2 or any(side is None or not side.multiplies for side in sides):
-        return None
-    return Scores(node, *sides)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -113,7 +72,7 @@ class _Planes:
         if any(one is None for one in own):
             return None
         try:
-            sides = _probed(self.scores, self.layers, self.tables)
+            sides = probed(self.scores, self.layers, self.tables)
         except (RuntimeError, TypeError, KeyError):  # an operator that does not run alone
             return None
         if sides is None:
@@ -138,7 +97,7 @@ class _Planes:
         for layer in self.layers:
             weight = next(iter(_parameters(layer, self.symmetry) or {}))
             if self.parent is None:
-                found[layer] = np.arange(sizes(layer, 1)[_channel(layer)])[None]
+                found[layer] = np.arange(sizes(layer, 1)[channel_axis(layer)])[None]
             else:
                 found[layer] = next(m.position for m in self.parent.members if (m.fqn, m.dim) == weight)
         return found
@@ -187,7 +146,7 @@ class _Planes:
         result = {layer: value.clone() for layer, value in outputs.items()}
         duals = contragredient(maps)
         for column in self.columns:
-            value = result[column.layer].movedim(_channel(column.layer), 0)
+            value = result[column.layer].movedim(channel_axis(column.layer), 0)
             for block, where in enumerate(column.position):
                 own = torch.from_numpy((duals if column.dual else maps)[block])
                 index = torch.from_numpy(where)
@@ -195,7 +154,7 @@ class _Planes:
         return result
 
     def _products(self, outputs: Mapping[fx.Node, Tensor]) -> Tensor:
-        one, other = self.scores.sides(*(side.run(outputs, 1)[side.end] for side in _regions(self.scores)))
+        one, other = self.scores.sides(*(side.run(outputs, 1)[side.end] for side in self.scores.regions))
         return one @ other.transpose(-1, -2)
 
     # result ---------------------------------------------------------------------------------------------------------
@@ -223,13 +182,6 @@ class _Planes:
 
 
 # parameters -----------------------------------------------------------------------------------------------------------
-
-
-def _channel(layer: fx.Node) -> int:
-    """The channel axis of a layer's output."""
-    if operator(layer).startswith("aten.conv"):
-        return len(sizes(layer, 1)) - len(layer_arguments(layer)["weight"].meta["val"].shape) + 1
-    return len(sizes(layer, 1)) - 1
 
 
 def _parameters(layer: fx.Node, symmetry: Symmetry) -> dict[tuple[str, int], int] | None:
@@ -277,90 +229,7 @@ def _once(values: Index) -> bool:
     return len(np.unique(values)) == len(values)
 
 
-def _regions(scores: Scores) -> tuple[Region, Region]:
-    return scores.queries, scores.keys
-
-
 # planes ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Queries or keys (copies, heads, tokens, channels) for each copy of a layer's channels, and each head's block."""
-
-    values: Tensor
-    block: Index
-
-
-def _probed(scores: Scores, layers: Sequence[fx.Node], tables: Mapping[fx.Node, Index]) -> tuple[Linear, Linear] | None:
-    """How queries and keys depend on the layers' channels, from channels that are one and the rest zero.
-
-    All blocks are probed at once; then all channels together, with numbers that tell which block each head reads.
-    """
-    found: tuple[list[Tensor], list[Tensor]] = [], []
-    generator = torch.Generator().manual_seed(2)
-    shares: list[Tensor] = []
-    coded = [torch.zeros(()), torch.zeros(())]
-    for layer in layers:
-        table = tables[layer]
-        shape = sizes(layer, 1)
-        step = max(1, CHUNK // max(1, int(np.prod(shape))))
-        for first in range(0, table.shape[1], step):
-            for own, end in zip(found, _response(scores, layer, table[:, first : first + step])):
-                own.append(end)
-        shares.append(0.5 + torch.rand(table.shape[1], generator=generator, dtype=torch.float64))
-        for k, end in enumerate(_coded(scores, layer, table, shares[-1])):
-            coded[k] = coded[k] + end[0]
-    sides = [_linear(torch.cat(own), torch.cat(shares), one) for own, one in zip(found, coded)]
-    if sides[0] is None or sides[1] is None or (sides[0].block != sides[1].block).any():
-        return None
-    return sides[0], sides[1]
-
-
-def _response(scores: Scores, layer: fx.Node, copies: Index) -> tuple[Tensor, Tensor]:
-    """Queries and keys of (copies, …): each copy of all blocks in turn is one."""
-    output = torch.zeros(sizes(layer, copies.shape[1]), dtype=torch.float64).movedim(_channel(layer), 1)
-    for row in copies:
-        output[torch.arange(len(row)), torch.from_numpy(row)] = 1.0
-    return _ends(scores, layer, output.movedim(1, _channel(layer)))
-
-
-def _coded(scores: Scores, layer: fx.Node, table: Index, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of (1, …): all copies have their share, times the number of their block from 1 on."""
-    output = torch.zeros(sizes(layer, 1), dtype=torch.float64).movedim(_channel(layer), 1)
-    for block, row in enumerate(table):
-        own = (block + 1) * shares
-        output[0, torch.from_numpy(row)] = own.reshape(-1, *[1] * (output.ndim - 2))
-    return _ends(scores, layer, output.movedim(1, _channel(layer)))
-
-
-def _ends(scores: Scores, layer: fx.Node, output: Tensor) -> tuple[Tensor, Tensor]:
-    count = len(output)
-    outputs = {layer: output.contiguous()}
-    ends = [side.run(outputs, count)[side.end] for side in _regions(scores)]
-    one, other = scores.sides(*(x.expand(count, *x.shape[1:]) for x in ends))
-    return _few(one), _few(other)
-
-
-def _few(values: Tensor) -> Tensor:
-    """Some of the tokens, the first and the last among them."""
-    tokens = values.shape[2]
-    chosen = np.unique(np.linspace(0, tokens - 1, min(tokens, TOKENS)).round().astype(np.int64))
-    return values[:, :, torch.from_numpy(chosen)].clone()
-
-
-def _linear(plain: Tensor, shares: Tensor, coded: Tensor) -> Linear | None:
-    """None where a head reads several blocks, or none."""
-    seen = plain.abs() > TOLERANCE * plain.abs().max()
-    expected = torch.einsum("c,chte->hte", shares, plain)
-    blocks = []
-    for one, other in zip(expected, coded):
-        square = float(one.square().sum())
-        block = round(float((one * other).sum()) / square) if square > 0 else 0
-        if block < 1 or (other - block * one).abs().max() > TOLERANCE * block * one.abs().max():
-            return None
-        blocks.append(block - 1)
-    return Linear(torch.where(seen, plain, 0.0), np.array(blocks))
 
 
 def _columns(
@@ -428,16 +297,16 @@ class _Readers:
         outputs = {}
         for layer in planes.layers:
             value = torch.zeros(sizes(layer, 1), dtype=torch.float64)
-            front = value.movedim(_channel(layer), 0)
+            front = value.movedim(channel_axis(layer), 0)
             for column in planes.columns:
                 if column.layer is layer:
                     where = torch.from_numpy(column.position.reshape(-1))
                     front[where] = torch.randn(front[where].shape, generator=generator, dtype=torch.float64)
             outputs[layer] = value
         self.values: dict[fx.Node, Any] = {}
-        for side in _regions(planes.scores):
+        for side in planes.scores.regions:
             self.values |= side.run(outputs, 1)
-        self.inside = {*planes.layers, *(node for side in _regions(planes.scores) for node in side.nodes)}
+        self.inside = {*planes.layers, *(node for side in planes.scores.regions for node in side.nodes)}
 
     def others(self) -> bool:
         """Whether anyone does."""
@@ -447,7 +316,7 @@ class _Readers:
         if not any(one.any() for one in tensors(self.values[node])):
             return False
         if reader is self.scores.node:
-            return node not in (side.end for side in _regions(self.scores)) or self._read_twice(node)
+            return node not in (side.end for side in self.scores.regions) or self._read_twice(node)
         if reader.op != "call_function":
             return True
         if reader not in self.values:
