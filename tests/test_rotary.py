@@ -125,6 +125,20 @@ class Packed(Attention):
         return self.head(x + self.o(self.attend(self.turned(q), self.turned(k), v).transpose(1, 2).flatten(2)))
 
 
+class Pieces(Attention):
+    """The bias of the queries is put together from those of two pairs of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Parameter(torch.randn(WIDTH // 2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(self.inside(x))
+        q = self.split(F.linear(x, self.q.weight, torch.cat([self.one, self.other])))
+        k, v = self.split(self.k(x)), self.split(self.v(x))
+        return self.head(x + self.o(self.attend(self.turned(q), self.turned(k), v).transpose(1, 2).flatten(2)))
+
+
 class Fixed(Attention):
     """Heads that differ in the graph: they cannot be permuted, and turn all the same."""
 
@@ -209,7 +223,7 @@ def test_planes_are_found_and_proved(kind: type[Attention]) -> None:
         assert facts.verify(without=(member,)) > 1e-6
 
 
-@pytest.mark.parametrize("kind", [Plain, Normed, Scaled, Seen, Uneven, Tied])
+@pytest.mark.parametrize("kind", [Plain, Normed, Scaled, Seen, Uneven, Tied, Pieces])
 def test_nothing_is_claimed_that_does_not_hold(kind: type[Attention]) -> None:
     facts = _facts(kind)
     assert facts.rotations == ()

@@ -78,7 +78,7 @@ class _Planes:
         if sides is None:
             return None
         self.columns = list(_columns(*sides, self.layers, self.tables))
-        return self if self.columns and self._alone() and self._proved() else None
+        return self if self.columns and self._in_one_piece() and self._alone() and self._proved() else None
 
     @cached_property
     def parent(self) -> Group | None:
@@ -107,6 +107,15 @@ class _Planes:
         return self.columns[0].position.shape[1] // 2
 
     # proof ----------------------------------------------------------------------------------------------------------
+
+    def _in_one_piece(self) -> bool:
+        """Whether each column stands in one part of a bias that is put together, or in none."""
+        for column in self.columns:
+            for (fqn, dim), start in (_parameters(column.layer, self.symmetry) or {}).items():
+                inside = _within(column.position - start, self.symmetry, fqn, dim)
+                if inside.any() and not inside.all():
+                    return False
+        return True
 
     def _alone(self) -> bool:
         """Whether no channel is used twice, none of its parameters elsewhere, and nothing but the scores reads them."""
@@ -220,9 +229,11 @@ def _bare(own: Mapping[tuple[str, int], int]) -> set[tuple[str, int]]:
 
 def _inside(position: Index, symmetry: Symmetry, fqn: str, dim: int) -> Index | None:
     """Positions in one parameter; None where the channels stand in another part of the bias."""
-    size = symmetry.program.weights[0][fqn].shape[dim]
-    inside = (position >= 0) & (position < size)
-    return position if inside.all() else None
+    return position if _within(position, symmetry, fqn, dim).all() else None
+
+
+def _within(position: Index, symmetry: Symmetry, fqn: str, dim: int) -> np.ndarray:
+    return (position >= 0) & (position < symmetry.program.weights[0][fqn].shape[dim])
 
 
 def _once(values: Index) -> bool:
