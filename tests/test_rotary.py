@@ -125,7 +125,17 @@ class Packed(Attention):
         return self.head(x + self.o(self.attend(self.turned(q), self.turned(k), v).transpose(1, 2).flatten(2)))
 
 
-class Pieces(Attention):
+class Fixed(Attention):
+    """Heads that differ in the graph: they cannot be permuted, and turn all the same."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v * torch.arange(1.0, 1 + HEADS)[:, None, None])
+
+
+# nothing may be claimed ---------------------------------------------------------------------------------------------
+
+
+class Pieces(Fixed):
     """The bias of the queries is put together from those of two pairs of heads."""
 
     def __init__(self) -> None:
@@ -137,16 +147,6 @@ class Pieces(Attention):
         q = self.split(F.linear(x, self.q.weight, torch.cat([self.one, self.other])))
         k, v = self.split(self.k(x)), self.split(self.v(x))
         return self.head(x + self.o(self.attend(self.turned(q), self.turned(k), v).transpose(1, 2).flatten(2)))
-
-
-class Fixed(Attention):
-    """Heads that differ in the graph: they cannot be permuted, and turn all the same."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v * torch.arange(1.0, 1 + HEADS)[:, None, None])
-
-
-# nothing may be claimed ---------------------------------------------------------------------------------------------
 
 
 class Plain(Attention):
