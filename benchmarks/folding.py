@@ -2,9 +2,10 @@
 
 25, 50 and 75 % of the channels of every symmetry group go from networks trained on Fashion-MNIST: removed by magnitude
 (L2 over all members of a group), by Taylor score, or folded; uniform widths. Without data nothing is calibrated, but
-folding approximates the variances of merged channels ("fold" against "fold, no repair"). With data 64 training images
-serve RESET or REPAIR; "compensated" folds removed channels into the kept ones by least squares on 512 images. Accuracy
-is over the test images, for the first network of each pair; nothing is trained.
+folding approximates the variances of merged channels ("fold" against "fold, no variance"). "RESET / REPAIR" reads 64
+training images, "solved" solves every layer for the dense network's outputs on 512 or 2,000, "auto" is the default,
+which chooses between these on held-out images. Accuracy is over the test images, for the first network of each pair;
+nothing is trained.
 
 Results go to ``benchmarks/results``: folding.json and folding.md.
 """
@@ -31,15 +32,19 @@ from vfx.models.training import predict
 from vfx.program import Program
 
 SPARSITIES = (0.25, 0.5, 0.75)
-REPAIR, READ, BATCH, TEST_BATCH = 64, 512, 64, 250
+REPAIR, READ, MORE, BATCH, TEST_BATCH = 64, 512, 2000, 64, 250
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {},
-    "fold, no repair": {"method": "fold", "repair": False},
+    "fold, no variance": {"method": "fold", "variance": False},
     "fold": {"method": "fold"},
-    "magnitude + data": {"data": REPAIR},
-    "taylor + data": {"data": READ, "score": "taylor"},
-    "compensated + data": {"data": READ, "compensate": True},
-    "fold + data": {"method": "fold", "data": REPAIR},
+    "magnitude, RESET / REPAIR": {"data": REPAIR, "solve": None},
+    "taylor, RESET / REPAIR": {"data": READ, "score": "taylor", "solve": None},
+    "fold, RESET / REPAIR": {"data": REPAIR, "method": "fold", "solve": None},
+    "magnitude, solved (512)": {"data": READ, "solve": "least_squares"},
+    "magnitude, auto (512)": {"data": READ},
+    "taylor, solved (512)": {"data": READ, "score": "taylor", "solve": "least_squares"},
+    "fold, solved (512)": {"data": READ, "method": "fold", "solve": "least_squares"},
+    "magnitude, solved (2,000)": {"data": MORE, "solve": "least_squares"},
 }
 console = Console(stderr=True)
 
@@ -49,7 +54,7 @@ class Subject:
 
     def __init__(self, pair: str, checkpoints: Path, data: Path, samples: int | None):
         self.model: nn.Module = PAIRS[pair].edges(checkpoints)[0]
-        images, labels = fashion_mnist(data, "train", READ)
+        images, labels = fashion_mnist(data, "train", MORE)
         self.batches = list(zip(images.split(BATCH), labels.split(BATCH)))
         self.images, self.labels = fashion_mnist(data, "t10k", samples)
         self.program: Program = trace(self.model, images[:2])
@@ -62,7 +67,7 @@ class Subject:
         """One cell: accuracy and size of the smaller network, and the seconds it took to make."""
         options = dict(METHODS[name])
         count = options.pop("data", 0)
-        options |= {"data": self.batches[: count // BATCH]} if count else {}
+        options |= {"data": self.batches[: -(-count // BATCH)], "max_samples": count} if count else {}
         start = time.perf_counter()
         result = prune_structured(self.program, sparsity=sparsity, repair_samples=REPAIR, progress=False, **options)
         seconds = time.perf_counter() - start

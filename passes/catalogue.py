@@ -8,7 +8,7 @@ then calibrated on all data, so that the result is what naming it would have giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,12 @@ from passes.rescale_weights import RescaleWeights
 from passes.reset_batchnorm import ResetBatchNorm
 from passes.use_batch_statistics import UseBatchStatistics
 from vfx.analyse.layers import number_layers
-from vfx.errors import ArgumentError
+from vfx.choice import Trial, joined
+from vfx.judge import LIMIT, Judge, Score
 from vfx.normalize.catalogue import BEHIND, METHODS, Normalization, candidates
-from vfx.normalize.choice import EVERY, FEW, LIMIT, Judge, Score, best_removal, removals
+from vfx.normalize.choice import FEW, best_removal, removals
 from vfx.program import Program
 from vfx.rewrite import Pass
-from vfx.statistics.data import Batches
 
 
 def normalizing(
@@ -55,47 +55,44 @@ def normalizing(
 
 
 def choose(
-    asked: Normalization | None, edges: Program, aligned: Program, merging: Sequence[Pass], alphas: Sequence[float],
-    data: Any, options: dict[str, Any],
-) -> tuple[Normalization | None, dict[str, Any]]:  # fmt: skip
-    """The normalization to run, and the scores on held-out data of those that were tried ("auto", bias removal).
+    asked: Normalization, aligned: Program, merging: Sequence[Pass], alphas: Sequence[float],
+    trials: Sequence[Trial], options: Mapping[str, Any],
+) -> tuple[dict[str, Normalization | None], dict[str, Score]]:  # fmt: skip
+    """The normalizations that are tried ("auto", bias removal), by name, and their scores on held-out data.
 
     ``merging`` are the passes from the aligned edges to one network; none if ``aligned`` is one already (repair).
     """
-    if asked is None or data is None or not (asked.method == "auto" or asked.chooses):
-        return asked, {}
-    fit, held = Batches(edges, data, options["max_samples"], options["device"]).split(EVERY, LIMIT)
-    if not (fit.batches and held.batches):
-        raise ArgumentError(
-            f"normalize={asked.method!r} holds samples out to choose; give at least {EVERY}, or name one"
-        )
-    tried = candidates(asked, aligned) if asked.method == "auto" else {asked.method: asked}
+    tried: dict[str, Normalization | None] = (
+        candidates(asked, aligned) if asked.method == "auto" else {asked.method: asked}
+    )
     if not merging:
         tried = {name: one for name, one in tried.items() if one is None or METHODS[one.method].data}
-    if not set(aligned.goals) - {layer.node for layer in number_layers(edges)}:  # nothing known behind activations
+    if not set(aligned.goals) - {layer.node for layer in number_layers(aligned)}:  # nothing known behind activations
         tried.pop(BEHIND, None)
-    judge = Judge(edges, alphas, held)
     merged = _after(aligned, merging)
-    own = options | {"max_samples": None, "progress": False}
+    own = dict(options) | {"max_samples": None, "progress": False}
     scores = {}
-    for name, one in tried.items():
+    for name, one in list(tried.items()):
         if one is not None and one.chooses:
-            tried[name], scores[name] = _removal(one, merged, judge, FEW if len(tried) > 1 else LIMIT)
-            continue
-        before, after = normalizing(one, alphas, fit, own, verify=False, fold=False)
-        network = _after(aligned, [*before, *merging]) if before else merged
-        scores[name] = judge(_after(network, after))
-    best = min(scores, key=lambda name: scores[name].value)
-    return tried[best], {name: score.to_dict() for name, score in scores.items()}
+            if not isinstance(trials[0].judge, Judge):  # its many numbers of layers share what runs before them
+                tried.pop(name)
+                continue
+            tried[name] = one = _removal(one, merged, trials[0].judge, FEW if len(tried) > 1 else LIMIT)
+        found = []
+        for trial in trials:
+            before, after = normalizing(one, alphas, trial.fit, own, verify=False, fold=False)
+            network = _after(aligned, [*before, *merging]) if before else merged
+            found.append(trial.judge(_after(network, after)))
+        scores[name] = joined(found)
+    return tried, scores
 
 
-def _removal(asked: Normalization, merged: Program, judge: Judge, samples: int) -> tuple[Normalization, Score]:
-    """Bias removal with the number of layers and the end that do best on ``samples``, scored on all held-out ones."""
+def _removal(asked: Normalization, merged: Program, judge: Judge, samples: int) -> Normalization:
+    """Bias removal with the number of layers and the end that do best on ``samples``."""
     counts = range(1, len(number_layers(merged)) + 1) if asked.count is None else [asked.count]
     ends: list[Any] = ["backward", "forward"] if asked.direction is None else [asked.direction]
     best = best_removal(removals(merged, judge.part(samples), ends, list(counts)))
-    score = judge(RemoveBias(best.count, best.direction)(merged))
-    return replace(asked, count=best.count, direction=best.direction), score
+    return replace(asked, count=best.count, direction=best.direction)
 
 
 def _after(program: Program, passes: Iterable[Pass]) -> Program:

@@ -18,7 +18,9 @@ from vfx.pruning.choice import choose_sizes
 from vfx.pruning.clusters import Clusters, channel_vectors, cluster, merged, merged_goals, pairs, scaled_rows
 from vfx.pruning.groups import channel_scores
 from vfx.pruning.widths import Widths, strongest
+from vfx.reconstruct.references import Carry, unchanged
 from vfx.resize import Slots, resize
+from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import masked_error
 from vfx.resize.weights import Kept
 from vfx.rewrite import PRESERVED, Pass, require_edges
@@ -27,8 +29,9 @@ from vfx.rewrite import PRESERVED, Pass, require_edges
 class FoldChannels(Pass):
     """Merge the channels of each group into ``1 - sparsity`` as many; options as for ``RemoveChannels``.
 
-    ``repair`` approximates the variances of merged channels without data. After it ran, ``sizes``, ``kept``,
-    ``clusters`` by group index and ``error`` (of the proof) say what was done.
+    ``variance`` approximates the variances of merged channels without data. After it ran, ``sizes``, ``kept``,
+    ``clusters`` by group index, ``carry`` (of dense
+    values to the folded network's) and ``error`` (of the proof) say what was done.
     """
 
     def __init__(
@@ -40,16 +43,17 @@ class FoldChannels(Pass):
         round_to: int = 1,
         units: str = "channels",
         protect: Collection[str] = (),
-        repair: bool = True,
+        variance: bool = True,
         facts: Symmetry | None = None,
         verify: bool = True,
         seed: int = 0,
     ):
         self.widths = Widths(allocation, round_to, tuple(protect), units)
-        self.sparsity, self.budget, self.repair, self.facts = sparsity, budget, repair, facts
+        self.sparsity, self.budget, self.variance, self.facts = sparsity, budget, variance, facts
         self.verify, self.seed = verify, seed
         self.sizes: dict[int, int] = {}
         self.kept: Kept = {}
+        self.carry: Carry = unchanged
         self.clusters: dict[int, Clusters] = {}
         self.error = 0.0
 
@@ -71,12 +75,13 @@ class FoldChannels(Pass):
         }
         self.kept = strongest(facts, scores, self.sizes) | {g: c.kept for g, c in self.clusters.items()}
         folded = replace(
-            program.with_weights([merged(facts, weights, found, self.clusters, self.repair)]),
+            program.with_weights([merged(facts, weights, found, self.clusters, self.variance)]),
             goals=merged_goals(program, facts, self.clusters),
         )
         rest = [g.name for g in facts.groups if g not in plain and self.sizes[g.index] < g.size]
         notes = (f"folding: of {len(rest)} groups with blocks channels are removed: {', '.join(rest)}",) if rest else ()
         small = resize(folded, facts, self.kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
+        self.carry = KeptChannels(small, facts, {g: own.average for g, own in self.clusters.items()})
         if self.verify:
             self._prove(folded, facts, small.program, small.layout)
         return replace(small.program, notes=(*program.notes, *notes))

@@ -2,9 +2,9 @@
 
 Channels are scored over all members of their symmetry group (``vfx.pruning.groups``), widths follow from a fraction or
 a budget (``vfx.pruning.widths``), and the Program is resized along the groups (``vfx.resize``). The smaller network is
-proved to compute what the full one computes with the removed features at zero. With ``compensate`` the weights that
-read removed features are first folded into those that read kept ones (``vfx.pruning.compensate``). Goals for a later
-REPAIR are the statistics of the kept channels.
+proved to compute what the full one computes with the removed features at zero. Goals for a later REPAIR are the
+statistics of the kept channels; ``carry`` says where the kept channels stand in the dense network, which a
+reconstruction (``passes.reconstruct``) solves for.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Collection
 from typing import Any
 
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.errors import ArgumentError, VerificationError
+from vfx.errors import VerificationError
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
-from vfx.pruning.compensate import compensated
 from vfx.pruning.groups import Loss, Scores, channel_scores
 from vfx.pruning.second_moments import SecondMoments, second_moments
 from vfx.pruning.widths import Widths, strongest
+from vfx.reconstruct.references import Carry, unchanged
 from vfx.resize import Slots, resize
+from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import masked_error
 from vfx.resize.weights import Kept
 from vfx.rewrite import PRESERVED, Pass, require_edges
@@ -32,7 +33,7 @@ class RemoveChannels(Pass):
     ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index. ``allocation``:
     "uniform" or "global". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency".
     ``units``: inside heads and groups remove "channels", whole "blocks", or "both". ``protect``: FQNs of modules or
-    parameters. ``data`` feeds the scores that need it and ``compensate``. After it ran, ``sizes``, ``kept`` and
+    parameters. ``data`` feeds the scores that need it. After it ran, ``sizes``, ``kept``, ``carry`` and
     ``error`` (of the proof) say what was done.
     """
 
@@ -47,7 +48,6 @@ class RemoveChannels(Pass):
         units: str = "channels",
         protect: Collection[str] = (),
         data: Any = None,
-        compensate: bool = False,
         loss: Loss | None = None,
         facts: Symmetry | None = None,
         max_samples: int | None = None,
@@ -56,14 +56,13 @@ class RemoveChannels(Pass):
         seed: int = 0,
         progress: bool = True,
     ):
-        if compensate and data is None:
-            raise ArgumentError("compensate=True predicts removed features from data; give data=")
         self.widths = Widths(allocation, round_to, tuple(protect), units)
         self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
-        self.compensate, self.loss, self.facts, self.max_samples = compensate, loss, facts, max_samples
+        self.loss, self.facts, self.max_samples = loss, facts, max_samples
         self.device, self.verify, self.seed, self.progress = device, verify, seed, progress
         self.sizes: dict[int, int] = {}
         self.kept: Kept = {}
+        self.carry: Carry = unchanged
         self.error = 0.0
 
     def requires(self, program: Program) -> None:
@@ -79,9 +78,8 @@ class RemoveChannels(Pass):
             program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=comparable
         )
         self.kept = strongest(facts, scores, self.sizes)
-        if self.compensate and moments is not None:
-            program = program.with_weights([compensated(facts, program.weights[0], self.kept, moments)])
         found = resize(program, facts, self.kept, slots=slots, note=self._note(facts))
+        self.carry = KeptChannels(found, facts)
         if self.verify:
             self.error = masked_error(program, facts, found.program, found.layout, self.kept, self.seed)
             if not self.error <= PRESERVED:
@@ -92,7 +90,7 @@ class RemoveChannels(Pass):
         return found.program
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
-        if self.data is None or not (self.compensate or self.score == "activation"):
+        if self.data is None or self.score != "activation":
             return None
         options: dict[str, Any] = {"max_samples": self.max_samples, "device": self.device, "progress": self.progress}
         return second_moments(program, facts, self.data, **options)

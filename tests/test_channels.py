@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from passes.fold_channels import FoldChannels
+from passes.reconstruct import Reconstruct
 from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import symmetry
@@ -29,6 +30,7 @@ from vfx.pruning import choice
 from vfx.pruning.groups import channel_scores
 from vfx.pruning.second_moments import second_moments
 from vfx.pruning.widths import Widths, by_mean
+from vfx.reconstruct.references import Reference
 from vfx.resize import Slots, resize
 
 EXACT, BROKEN = 1e-9, 1e-3
@@ -195,30 +197,31 @@ def test_the_weakest_go_and_the_rest_stay_in_order() -> None:
     close(small.weights[0]["0.weight"], model[0].weight.detach()[strongest], 0.0)
 
 
-def test_compensation_is_the_least_squares_fit() -> None:
+def test_reconstruction_is_the_least_squares_fit() -> None:
     model, x = _mlp(), _vectors(200)
     program = trace(model, x[:2])
-    one = RemoveChannels(0.5, data=x, compensate=True, protect=("4.weight",), progress=False)
-    small = one(program)
+    one = RemoveChannels(0.5, protect=("4.weight",), progress=False)
+    removed = one(program)
+    small = Reconstruct([Reference(program, 1.0, one.carry)], x, ridge=0.0, progress=False)(removed)
     with torch.no_grad():
         features, kept = model[:2](x), torch.from_numpy(one.kept[0])
-        target = features @ model[2].weight.T
-        weight = small.weights[0]["2.weight"]
-        plain, best = (features[:, kept] @ w.T - target for w in (model[2].weight[:, kept], weight))
-        exact = torch.linalg.lstsq(features[:, kept], target).solution.T
-    close(weight, exact, 1e-2)
+        target = model[:3](x)
+        rows = torch.cat([features[:, kept], torch.ones_like(x[:, :1])], 1)
+        exact = torch.linalg.lstsq(rows, target).solution.T
+        weight = torch.cat([small.weights[0]["2.weight"], small.weights[0]["2.bias"][:, None]], 1)
+        unsolved = torch.cat([model[2].weight[:, kept], model[2].bias[:, None]], 1)
+        plain, best = (rows @ w.T - target for w in (unsolved, weight))
+    close(weight, exact, 1e-8)
     assert best.square().mean() < 0.5 * plain.square().mean()
 
 
-def test_compensation_in_heads_and_flattened_maps_helps() -> None:
+def test_reconstruction_of_flattened_maps_helps() -> None:
     torch.manual_seed(0)
     x = images(64, 8, dtype=torch.float64)
     model = _convolutional(normed=False)
     errors = []
-    for compensate in (False, True):
-        result = prune_structured(
-            model, x[:2], sparsity=0.25, data=x, compensate=compensate, normalize=None, progress=False
-        )
+    for solve in (None, "least_squares"):
+        result = prune_structured(model, x[:2], sparsity=0.25, data=x, solve=solve, normalize=None, progress=False)
         with torch.no_grad():
             errors.append(float((result.module(x) - model(x)).square().mean()))
     assert errors[1] < 0.7 * errors[0]
@@ -227,7 +230,7 @@ def test_compensation_in_heads_and_flattened_maps_helps() -> None:
 @pytest.mark.parametrize(("normed", "name"), [(True, "ResetBatchNorm"), (False, "CalibrateNormalization(repair)")])
 def test_the_statistics_of_kept_channels_are_repaired(normed: bool, name: str) -> None:
     model, x = _convolutional(normed), images(16, 8, dtype=torch.float64)
-    result = prune_structured(model, x[:2], sparsity=0.5, data=x, progress=False)
+    result = prune_structured(model, x[:2], sparsity=0.5, data=x, solve=None, progress=False)
     assert any(note.startswith(name) for note in result.report.passes)
     if not normed:
         kept = [int(i) for i in _kept(model, x)]
@@ -275,7 +278,7 @@ def test_folding_copies_gives_the_network_back(normed: bool) -> None:
 def test_folding_is_k_means_merged_by_role() -> None:
     model = _mlp()
     program = trace(model, _vectors())
-    small = FoldChannels(0.5, protect=("4.weight",), repair=False)(program)
+    small = FoldChannels(0.5, protect=("4.weight",), variance=False)(program)
     w, b, v = (t.detach() for t in (model[0].weight, model[0].bias, model[2].weight))
     points = torch.cat([w, b[:, None]], 1).float().numpy()
     label = KMeans(4, n_init=4, random_state=0).fit_predict(points)
@@ -295,7 +298,7 @@ def test_the_variances_of_merged_channels_are_right_for_white_inputs() -> None:
         small = FoldChannels(0.5)(trace(model, x[:2])).weights[0]
         rows = x @ small["0.weight"].T
     close(small["1.running_var"], rows.var(0), 0.05)
-    raw = FoldChannels(0.5, repair=False)(trace(model, x[:2])).weights[0]["1.running_var"]
+    raw = FoldChannels(0.5, variance=False)(trace(model, x[:2])).weights[0]["1.running_var"]
     assert float((raw - rows.var(0)).abs().max() / rows.var(0).max()) > 0.1
 
 
@@ -341,7 +344,7 @@ def test_smaller_networks_are_modules_that_export(tmp_path: Path) -> None:
 def test_latency_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.seconds(trace(_mlp(), _vectors())) > 0
     monkeypatch.setattr(choice, "seconds", lambda program: 1 + cost(program).macs)  # a clock that does not waver
-    result = prune_structured(_mlp(), _vectors(), sparsity=0.5, budget="latency", progress=False)
+    result = prune_structured(_mlp(), _vectors(), budget={"latency": 0.5}, progress=False)
     assert 0.2 < result.report.flops_ratio < 0.5
 
 
@@ -354,8 +357,12 @@ def test_latency_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sparsity": 1.0}, "sparsity"),
         ({"sparsity": 0.5, "score": "wanda"}, "unknown for channels"),
         ({"sparsity": 0.5, "score": "taylor"}, "data"),
-        ({"sparsity": 0.5, "compensate": True}, "data"),
-        ({"sparsity": 0.5, "budget": "energy"}, "budget"),
+        ({"sparsity": 0.5, "solve": "least_squares"}, "data"),
+        ({"sparsity": 0.5, "solve": "guess"}, "solve"),
+        ({"budget": {"energy": 0.5}}, "budget"),
+        ({"budget": {"flops": 0.0}}, "budget"),
+        ({"budget": {"flops": 0.5}, "sparsity": 0.5}, "budget"),
+        ({}, "sparsity"),
         ({"sparsity": 0.5, "allocation": "layer"}, "allocation"),
         ({"sparsity": 0.5, "units": "rows"}, "units"),
         ({"sparsity": 0.5, "method": "melt"}, "method"),

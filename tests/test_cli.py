@@ -62,7 +62,7 @@ def test_diagnose_and_barrier(checkpoints: list[str], tmp_path: Path) -> None:
     inputs = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     np.savez(data, inputs=inputs.numpy(), labels=np.arange(40) % 10)
     merged = tmp_path / "merged.pt2"
-    invoke("merge", *checkpoints, *MODEL, "--data", str(data), "--preserve", "3", "-o", str(merged))
+    invoke("merge", *checkpoints, *MODEL, "--data", str(data), "--preserve", "3", "--solve", "none", "-o", str(merged))
     html, rows, facts = tmp_path / "d.html", tmp_path / "d.csv", tmp_path / "d.json"
     output = invoke(
         "diagnose", str(merged), *checkpoints, *MODEL, "--data", str(data), "--html", str(html), "--csv", str(rows),

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from passes.remove_bias import RemoveBias
 from vfx.api import layers, merge, trace
+from vfx.choice import FOLDS
 from vfx.errors import ArgumentError
+from vfx.judge import EVERY, Judge, Score
 from vfx.models import digits, fit
 from vfx.normalize.catalogue import BEHIND, METHODS, Normalization
-from vfx.normalize.choice import EVERY, Judge, Score, best_removal, removals
+from vfx.normalize.choice import best_removal, removals
 from vfx.statistics.data import Batches, Prepared
 
 X = images(31, 8, dtype=torch.float64)
@@ -27,6 +29,7 @@ Y = torch.arange(31) % 3
 
 def _merge(models: Any, normalize: Any = "auto", **options: Any) -> Any:
     settings: dict[str, Any] = {"data": X.split(8), "match": None, "weights": ALPHAS, "progress": False} | options
+    settings = {"solve": None} | settings
     return merge(models, X[:2], normalize=normalize, **settings)
 
 
@@ -155,18 +158,20 @@ def test_auto_is_bit_for_bit_the_best_candidate(build: Any) -> None:
     """Every candidate is scored as if it had been merged on the fitting part alone, and the best is run on all data."""
     program = cached_edges(build).program
     result = _merge(program)
-    fit_, held = Batches(program, X.split(8)).split(EVERY, len(X))
-    judge = Judge(program, ALPHAS, held)
+    folds = [Batches(program, X.split(8)).split(EVERY, len(X), fold) for fold in range(FOLDS)]
     scores = result.report.scores
     norm = build is normed
     usual = {"none", *(n for n, m in METHODS.items() if m.tried and m.norm in (None, norm))}
     assert set(scores) == (usual if norm else usual | {BEHIND})
-    parts = [batch[0] for batch in fit_.batches]
     whole = _merge(program, "repair" if not norm else "reset").program.goals
     assert whole is not None
     for name in ("none", "bias_calibration", *(["reset"] if norm else [])):
-        alone = _merge(program, None if name == "none" else name, data=parts)
-        close(scores[name]["divergence"], judge(alone.program).divergence, 1e-9)
+        found = []
+        for fit_, held in folds:
+            parts = [batch[0] for batch in fit_.batches]
+            alone = _merge(program, None if name == "none" else name, data=parts)
+            found.append(Judge(program, ALPHAS, held)(alone.program).divergence)
+        close(scores[name]["divergence"], sum(found) / FOLDS, 1e-9)
     best = min(scores, key=lambda name: scores[name]["divergence"])
     named = _merge(program, {"none": None, BEHIND: Normalization("repair", site="activation")}.get(best, best))
     first, second = result.module.state_dict(), named.module.state_dict()

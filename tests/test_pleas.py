@@ -13,7 +13,7 @@ from micro_models import net
 from test_matching import Attention, concatenated, depthwise, residual
 from torch import Tensor, nn
 
-from passes.least_squares import LeastSquares, patches
+from passes.reconstruct import Reconstruct
 from vfx.api import merge, profile, trace
 from vfx.errors import ArgumentError
 from vfx.match.matcher import Matching, Problem
@@ -75,31 +75,6 @@ def test_layers_are_those_of_least_squares_on_explicit_activations() -> None:
             x, ys = x.flatten(1), [y.flatten(1) for y in ys]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv1d(4, 6, 3, 2, 1, dilation=2, groups=2),
-        nn.Conv2d(4, 6, (3, 2), (1, 2), (2, 1), bias=False),
-        nn.Conv2d(4, 6, 3, padding="same", dilation=2),
-        nn.Conv3d(4, 2, 2, 1, 1),
-    ],
-)
-def test_patches_are_what_convolutions_of_any_rank_read(layer: Any) -> None:
-    rank = layer.weight.ndim - 2
-    x = torch.randn(2, 4, *(7,) * rank)
-    program = trace(layer.eval(), x)
-    node = next(node for node in program.graph.nodes if "conv" in str(node.target))
-    rows = patches(node, layer.weight, x)
-    if layer.groups == 1:
-        found = rows @ layer.weight.flatten(1).T
-    else:
-        parts = rows.chunk(layer.groups, -1)
-        found = torch.cat([p @ w.flatten(1).T for p, w in zip(parts, layer.weight.chunk(layer.groups))], -1)
-    found = found + (layer.bias if layer.bias is not None else 0)
-    close(found.movedim(-1, 1), layer(x), 1e-5)
-
-
 def test_a_permuted_copy_comes_back_and_stays_a_fixed_point() -> None:
     for build in (residual, depthwise, Attention):
         model = network(build, X)
@@ -118,9 +93,9 @@ def test_least_squares_brings_the_outputs_nearer_to_the_edges_mean() -> None:
 
 def test_permuting_an_edge_first_changes_nothing() -> None:
     models = edges(residual, X)
-    for budget in (0.0, 0.4):
+    for apart in (0.0, 0.4):
         outputs = [
-            _merge([models[0], other], match=PartialMatching(budget), normalize="repair").module(X).detach()
+            _merge([models[0], other], match=PartialMatching(apart), normalize="repair").module(X).detach()
             for other in (models[1], transported(models[1], X, 3)[0])
         ]
         close(outputs[1], outputs[0], 1e-5)
@@ -143,7 +118,7 @@ def test_with_all_channels_apart_the_merged_network_is_the_ensemble(build: Any, 
     close(result.module(other), sum(share * model(other) for share, model in zip(shares, models)), 1e-7)
 
 
-def test_the_budget_says_how_far_groups_grow() -> None:
+def test_the_share_apart_says_how_far_groups_grow() -> None:
     program = trace(edges(residual, X), X[:2])
     half = _merge(program, match=PartialMatching(0.5), normalize="repair")
     assert half.program.weights[0]["a1.weight"].shape == (7 + 4, 8 + 4, 3, 3)
@@ -171,8 +146,10 @@ def test_streams_behind_norms_do_not_grow() -> None:
     grown = _merge(program, match=PartialMatching(0.5))
     assert grown.program.weights[0]["up.weight"].shape == (30, 12)
     assert grown.program.weights[0]["head.weight"].shape == (4, 12)
-    assert any("takes no budget: layer_norm normalises over its channels" in note for note in grown.report.notes)
-    assert not any("up.weight takes no budget" in note for note in grown.report.notes)
+    assert any(
+        "keeps no channels apart: layer_norm normalises over its channels" in note for note in grown.report.notes
+    )
+    assert not any("up.weight keeps no channels apart" in note for note in grown.report.notes)
 
 
 def test_preserved_layers_and_least_squares() -> None:
@@ -202,7 +179,7 @@ def test_a_matching_found_before_is_solved_alike() -> None:
 
 def test_what_is_refused() -> None:
     program = trace(edges(residual, X), X[:2])
-    with pytest.raises(ArgumentError, match="budget"):
+    with pytest.raises(ArgumentError, match="apart"):
         PartialMatching(1.5)
     with pytest.raises(ArgumentError, match="no group"):
         _merge(program, match=PartialMatching({"nothing": 0.5}))
@@ -213,5 +190,5 @@ def test_what_is_refused() -> None:
     with pytest.raises(ArgumentError, match="data"):
         _merge(program, match="pleas", data=None)
     with pytest.raises(ArgumentError, match="ridge"):
-        LeastSquares(program, X, ridge=-1.0)
+        Reconstruct(program, X, ridge=-1.0)
     assert np.isfinite(float(PartialMatching().ridge))

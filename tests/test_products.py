@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import passes.fold_normalization
 from passes.fold_normalization import FoldNormalization
 from passes.insert_normalization import InsertNormalization
-from passes.least_squares import LeastSquares
+from passes.reconstruct import Reconstruct
 from vfx.alphas import edge_weights
 from vfx.analyse.activations import Activation, activation_of
 from vfx.analyse.layers import number_layers
@@ -185,8 +185,8 @@ def test_least_squares_gives_what_it_gives_on_linear_layers() -> None:
     outputs = []
     for edges in _programs():
         merged = _with_goals(edges)
-        solved = LeastSquares(edges, X, weights=ALPHAS, progress=False)(merged)
-        assert not any("least squares" in note for note in solved.notes)
+        solved = Reconstruct(edges, X, weights=ALPHAS, progress=False)(merged)
+        assert not any("reconstruction" in note for note in solved.notes)
         outputs.append(solved(X))
     close(outputs[0], outputs[1], 1e-8)
     goal = sum(a * model(X) for a, model in zip(edge_weights(ALPHAS, 2), _edges()[0]))

@@ -15,6 +15,7 @@ _LAZY = {
         [
             "Result",
             "collect",
+            "compare",
             "compile",
             "layers",
             "merge",
@@ -73,7 +74,8 @@ _LAZY = {
     "InsertNormalization": "passes.insert_normalization",
     "Interpolate": "passes.interpolate",
     "MaskWeights": "passes.mask_weights",
-    "LeastSquares": "passes.least_squares",
+    "Reconstruct": "passes.reconstruct",
+    "Reference": "vfx.reconstruct.references",
     "RemoveBias": "passes.remove_bias",
     "RemoveChannels": "passes.remove_channels",
     "RescaleWeights": "passes.rescale_weights",

@@ -8,6 +8,7 @@ set for each edge. Programs are values: passes return new ones and share the ten
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -221,6 +222,12 @@ class Execution:
             del self.values[dead]
         self.position += 1
         return node, value
+
+    def fork(self, plan: list[Step]) -> Execution:
+        """A copy that goes on by itself, along a plan that writes into none of the values it shares with this one."""
+        twin = copy.copy(self)
+        twin.plan, twin.values, twin._inputs = plan, dict(self.values), copy.copy(self._inputs)
+        return twin
 
     def finish(self) -> Any:
         """Run to the end and return the network's output."""

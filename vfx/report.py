@@ -33,7 +33,7 @@ class Stopwatch:
 class Report:
     """Passes run, what they refused, how good the match is, and what the result costs against one edge.
 
-    ``scores``: how each normalization that was tried did on held-out calibration data.
+    ``scores``: how each candidate that was tried did on held-out calibration data, ``outcome`` what came of it.
     """
 
     passes: tuple[str, ...]
@@ -47,6 +47,7 @@ class Report:
     verify_error: float | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    outcome: str = ""
 
     @property
     def params_ratio(self) -> float:
@@ -62,6 +63,7 @@ class Report:
         matching = self.matching
         return {
             **self.choices,
+            "outcome": self.outcome,
             "scores": {name: dict(score) for name, score in self.scores.items()},
             "passes": list(self.passes),
             "notes": list(self.notes),
@@ -83,6 +85,8 @@ class Report:
 
     def __str__(self) -> str:
         table = Table(title="merge report", show_header=False)
+        if self.outcome:
+            table.add_row("outcome", self.outcome)
         table.add_row("passes", " → ".join(self.passes))
         table.add_row("parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× an edge)")
         table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× an edge)")

@@ -26,6 +26,7 @@ from vfx.match.rectangular import deviation
 from vfx.operators import operator
 from vfx.program import Execution, Program, schedule
 from vfx.progress import track
+from vfx.reconstruct.references import Reference
 from vfx.rewrite import PRESERVED
 from vfx.statistics.collect import Statistics, features, fingerprint
 from vfx.statistics.data import Batches
@@ -48,13 +49,27 @@ def differ_in_width(models: Any) -> bool:
 class Carried:
     """All edges in the first one's shapes: the ``program``, the ``statistics`` of its layers, and the ``matching``.
 
-    ``captured`` is the first edge before it was prepared.
+    ``captured`` is the first edge before it was prepared; ``programs`` are the edges at their own widths.
     """
 
     program: Program
     statistics: Statistics | None
     matching: Matching
     captured: Program
+    programs: tuple[Program, ...] = ()
+    carriages: tuple[Carriage, ...] = ()
+
+    def references(self, shares: Sequence[float]) -> list[Reference]:
+        """Every edge at its own width, with what brings its channels to the first one's."""
+        nodes = [{node.name: node for node in program.graph.nodes} for program in self.programs]
+        found = [Reference(self.programs[0], shares[0])]
+        for edge, carriage in enumerate(self.carriages, start=1):
+
+            def along(node: str, dim: int, edge: int = edge, carriage: Carriage = carriage) -> Tensor | None:
+                return carriage.matrix(nodes[0][node], nodes[edge][node], dim)
+
+            found.append(Reference(self.programs[edge], shares[edge], along))
+        return found
 
 
 @torch.no_grad()
@@ -102,7 +117,7 @@ def to_first_width(
         objective=tuple(objective),
         seconds=time.perf_counter() - start,
     )
-    return Carried(program, statistics, matching, programs[0])
+    return Carried(program, statistics, matching, programs[0], tuple(programs), tuple(carriages))
 
 
 def _kept(crossing: Crossing, carriage: Carriage) -> str:

@@ -73,6 +73,15 @@ class Layers:
         """The last ``keep`` layers and all that depends on them, or a module and all behind it; see ``heads``."""
         return heads(self, keep)
 
+    def first(self, count: int | str) -> frozenset[str]:
+        """The calls of the first layers (a number, or up to and including a module), norms and activations included."""
+        if isinstance(count, str):
+            nodes = _up_to_module(self.program, count)
+        else:
+            number = self.number(count)
+            nodes = set(self.program.graph.nodes) - _behind(self, number, "activation") if number else set()
+        return frozenset(node.name for node in nodes if node.op == "call_function")
+
     def select(self, chosen: Choice = None) -> list[Layer]:
         """The layers that are meant by numbers 1…L, names of layers or modules, or globs such as ``features.*``.
 

@@ -4,6 +4,7 @@
 weights or channels. Nothing here mutates the user's models. Of all of ``vfx`` this package alone imports ``passes``.
 """
 
+from vfx.api.comparing import compare
 from vfx.api.merging import compile, merge
 from vfx.api.pruning import prune, prune_structured
 from vfx.api.repairing import repair
@@ -13,6 +14,7 @@ from vfx.api.tracing import collect, layers, profile, record, recorded, symmetry
 __all__ = [
     "Result",
     "collect",
+    "compare",
     "compile",
     "layers",
     "merge",

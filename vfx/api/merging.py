@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from passes.align import Align
-from passes.catalogue import choose, normalizing
+from passes.catalogue import normalizing
 from passes.duplicate_branches import DuplicateBranches
 from passes.duplicate_heads import DuplicateHeads, HeadOutput
 from passes.interpolate import Interpolate
-from passes.least_squares import LeastSquares
 from passes.remove_bias import DEFAULT_LAYERS
 from passes.transform import Transform
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.symmetry import Symmetry
+from vfx.api.budgets import check_budget, within_budget
+from vfx.api.choosing import Choice, Setting
 from vfx.api.normalizing import check_statistics, reads_for, reference_goals, usual, without_batch_norm
 from vfx.api.preparing import prepared, restored
+from vfx.api.reconstructing import Solving, Student, references_of
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import program_of, symmetry
 from vfx.api.widths import Wanted, one_width
 from vfx.checks import check_finite
+from vfx.choice import Judging
 from vfx.diagnosis.skew import skew_notes
 from vfx.errors import ArgumentError, PassError
 from vfx.match.catalogue import maps_layers, matcher, name_of
-from vfx.match.growth import grow
+from vfx.match.growth import Growth, grow
 from vfx.match.matcher import Matcher, Matching
 from vfx.normalize.catalogue import Normalization, normalization
 from vfx.program import Program
@@ -50,8 +53,13 @@ def merge(
     classes: str = "full",
     restarts: int = 0,
     weights: float | Sequence[float] | None = None,
+    solve: str | None = "auto",
+    follow: int | str = "auto",
+    follow_edge: int | str = "auto",
+    judge: Judging = "auto",
     normalize: str | Normalization | None = "auto",
     preserve: int | str = 0,
+    budget: Mapping[str, float] | None = None,
     join: Join = "preactivation",
     heads: int | str = 0,
     head_output: HeadOutput = "list",
@@ -76,10 +84,17 @@ def merge(
     method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ, too:
     the result has those of the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
+    ``solve``: "least_squares" solves every layer for the mean of the edges' outputs on ``data`` (``vfx.Reconstruct``);
+    None normalizes only; "auto" keeps what does best on held-out samples of ``data``: least squares, the
+    normalizations, or an edge as it is, and gives way to a normalization that is named. ``follow``: the first layers
+    (a number, or up to a module) follow one edge, ``follow_edge``, and the layers behind them are solved for the mean;
+    "auto" tries several. ``judge``: what outputs are, "logits", "probabilities", "embedding", "regression" or "auto",
+    or a function of a module whose result is the larger the better.
     ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options;
     "auto" keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first
     layers kept for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before
-    ("preactivation") or after norm and activation. ``prepare``: "lift" folds norms' gains and centres the streams
+    ("preactivation") or after norm and activation. ``budget``: {"params": 1.2} or {"flops": 1.5}, multiples of one
+    edge; of the cuts within it the best is kept. ``prepare``: "lift" folds norms' gains and centres the streams
     that LayerNorms read, which lets orthogonal maps pass, and puts the merged weights back into the user's own
     class where they fit; "balance" brings the scales that the edges leave free, and queries and keys, to a
     canonical form before they are matched (the function stays); "remove_bias" takes their biases off.
@@ -94,8 +109,11 @@ def merge(
     """
     watch = Stopwatch()
     data = reusable(data)
+    solving = Solving(solve, follow, follow_edge, judge)
+    if budget is not None:
+        check_budget(budget, data, preserve, heads)
     options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-    carried = None
+    carried, named = None, normalize
     if not isinstance(models, Program) and not heads and differ_in_width(models):
         wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed)
         carried, normalize = one_width(models, example_inputs, data, wanted, options, watch)
@@ -105,6 +123,7 @@ def merge(
         program = program_of(models, example_inputs, heads)
     check_edges_of(program)
     captured = program if carried is None else carried.captured
+    whole = program
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
     program = program if carried is not None else prepared(program, prepare, verify, watch)
@@ -127,34 +146,54 @@ def merge(
     own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
     reader = Batches(program, data, max_samples, device) if finder is not None and "data" in finder.needs else None
     align = Align(finder, reader, statistics=statistics, facts=facts, **own)
-    cut: list[Pass] = [DuplicateBranches(preserve, alphas, join), DuplicateHeads(heads, alphas, head_output)]
-    aligned = edges = run_passes(program, [align], watch)
-    found = align.matching
-    solved = found is not None and found.ridge is not None
-    if found is not None and solved:
-        kept = bool(preserved or heads)
-        merging, aligned = least_squares(found, aligned, facts, alphas, kept, data, options)
-    else:
-        merging = [*([] if finder is None or finder.exact else [Transform()]), Interpolate(alphas)]
-    aligned = run_passes(aligned, cut, watch)
+    edges = run_passes(program, [align], watch)
+    ridge = None if align.matching is None else align.matching.ridge
+    solving = replace(solving, ridge=ridge, follow=0 if ridge is not None and follow == "auto" else follow)
+    solved = solving.resolved(named, data is not None)
     if references and asked is not None:
         goals = reference_goals(program, references, finder, data, asked, own | {"weights": None}, options)
-        aligned = replace(aligned, goals=goals)
+        edges = replace(edges, goals=goals)
+    if solved == "least_squares" and named == "auto":
+        asked = None
     if solved and asked is not None and asked.method.startswith("bias"):
         raise ArgumentError(f"normalize={asked.method!r}: least squares sets the biases; choose 'repair' or 'rescale'")
-    if (heads or solved) and asked is not None:
+    if heads and asked is not None:
         asked = unscored(asked, program)
+    growth = grown(align.matching, edges, facts, alphas, bool(preserved or heads or budget))
+    merging: list[Pass] = [*([] if finder is None or finder.exact else [Transform()]), Interpolate(alphas)]
+    targets = references_of(edges, alphas, edges.transport, growth) if carried is None else carried.references(alphas)
+    alike = growth is None and edges.transport is None and carried is None
+
+    def setting(cut: int | str) -> Setting:
+        """The edges cut behind some layers."""
+        passes = [DuplicateBranches(cut, alphas, join), DuplicateHeads(heads, alphas, head_output)]
+        aligned = run_passes(edges if growth is None else growth.program, passes, watch)
+        student = Student(run_passes(aligned, merging, watch), targets, alike, ridge, options) if solved else None
+        return Setting(numbering.number(cut), aligned, merging, student)
+
+    settings = [setting(preserve)] if budget is None else within_budget(setting, edges, len(numbering), budget)
     with watch("choice"):
-        chosen, scores = choose(asked, program, aligned, merging, alphas, data, options)
-    before, after = normalizing(chosen, alphas, data, options, verify)
-    result = run_passes(aligned, [*before, *merging, *after], watch)
-    if prepare == "lift":
+        chosen = Choice(program, alphas, asked, data, options, bool(heads))(settings, solved, solving)
+    if chosen.edge is not None:
+        result = whole.select(chosen.edge)
+    elif chosen.following is not None:
+        assert chosen.setting.student is not None
+        with watch("Reconstruct"):
+            result = chosen.setting.student.solved(data, chosen.following.follow, chosen.following.edge)
+        _, after = normalizing(chosen.normalization, alphas, data, options, verify)
+        result = run_passes(result, after, watch)
+    else:
+        before, after = normalizing(chosen.normalization, alphas, data, options, verify)
+        result = run_passes(chosen.setting.aligned, [*before, *merging, *after], watch)
+    if prepare == "lift" and chosen.edge is None:
         result = restored(result, captured, watch)
     result = replace(result, notes=(*result.notes, *skew_notes(result, edges, data, held_out, device, progress)))
     if carried is not None:
         align.matching = carried.matching
-    choices = {"normalize": chosen and chosen.method, "preserve": preserved} | (chosen.to_dict() if chosen else {})
-    return result_of(result, program, watch, align, statistics, scores=scores, choices=choices)
+    return result_of(
+        result, program, watch, align, statistics, scores=chosen.scores, choices=chosen.to_dict(),
+        outcome=chosen.outcome,
+    )  # fmt: skip
 
 
 def compile(
@@ -198,21 +237,15 @@ def gathered(
     return given
 
 
-def least_squares(
-    found: Matching, aligned: Program, facts: Symmetry, alphas: list[float], kept: bool, data: Any,
-    options: dict[str, Any],
-) -> tuple[list[Pass], Program]:  # fmt: skip
-    """PLeaS: the passes that merge by least squares, and the edges they start from, wider where channels stay apart."""
-    if data is None:
-        raise ArgumentError("least squares runs the networks on data; give data=")
-    outputs, grown = None, aligned
-    if found.apart:
-        if kept:
-            raise ArgumentError("preserve=, heads= and a budget: kept layers need a rest of the edges' width")
-        growth = grow(aligned, facts, found.apart, alphas)
-        outputs, grown = growth.output, growth.program
-    solve = LeastSquares(aligned, data, weights=alphas, ridge=found.ridge or 0.0, outputs=outputs, **options)
-    return [Interpolate(alphas), solve], grown
+def grown(
+    matching: Matching | None, aligned: Program, facts: Symmetry, alphas: list[float], kept: bool
+) -> Growth | None:
+    """The edges in a network wide enough for the channels that stand apart (PLeaS), if any do."""
+    if matching is None or not matching.apart:
+        return None
+    if kept:
+        raise ArgumentError("preserve=, heads= and channels apart: kept layers need a rest of the edges' width")
+    return grow(aligned, facts, matching.apart, alphas)
 
 
 def unscored(asked: Normalization, program: Program) -> Normalization:

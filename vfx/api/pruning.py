@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from passes.catalogue import normalizing
 from passes.fold_channels import FoldChannels
 from passes.mask_weights import MaskWeights
 from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.api.normalizing import usual
+from vfx.api.reconstructing import Solving
+from vfx.api.restoring import Restoring, with_goals
 from vfx.api.results import Result, run_passes
 from vfx.api.tracing import program_of, symmetry
+from vfx.choice import Judging
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
 from vfx.normalize.catalogue import METHODS, Normalization, normalization
@@ -26,8 +28,8 @@ from vfx.pruning.masks import KEEP, parametrize_masks, semi_structured
 from vfx.pruning.report import Moved, PruneReport, layer_rows, moved_statistics, output_moments
 from vfx.pruning.scores.score import Score
 from vfx.pruning.selection import Sparsity
+from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
-from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches, reusable
 
 
@@ -42,7 +44,9 @@ def prune(
     max_samples: int | None = None,
     repair_samples: int = 64,
     protect: str | Sequence[str] = "auto",
-    normalize: str | None = "auto",
+    solve: str | None = "auto",
+    judge: Judging = "auto",
+    normalize: str | Normalization | None = "auto",
     steps: int = 1,
     schedule: str = "cubic",
     masks: str = "permanent",
@@ -52,15 +56,18 @@ def prune(
     device: Any = None,
     progress: bool = True,
 ) -> Result:
-    """Set the weights that a trained network needs least to zero and repair its statistics, without training.
+    """Set the weights that a trained network needs least to zero and solve those that stay, without training.
 
     ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
     "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", or a Score. ``scope``: "global", "layer", "row",
     a pattern such as "2:4", or "auto" (rows for Wanda, else global). ``data``: batches as for ``merge``; labels behind
-    the inputs serve the gradients. ``max_samples`` bounds what the score reads, ``repair_samples`` what the repair
-    reads. ``protect``: layers left alone: globs, "first", "head"; "auto" is the head for Wanda. ``normalize``: None,
-    "repair", "rescale", "reset", towards the unpruned network's statistics; "auto" is RESET with BatchNorm, else
-    REPAIR, and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
+    the inputs serve the gradients. ``max_samples`` bounds what the score and the solution read, ``repair_samples`` what
+    a normalization reads. ``protect``: layers that keep all weights: globs, "first", "head"; "auto" is the head for
+    Wanda. ``solve``: "least_squares" solves each layer, within its mask, for the dense network's outputs on ``data``
+    (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on held-out samples (as ``judge``
+    sees them, see ``merge``), and gives way to a normalization that is named; None does not solve. ``normalize``: None,
+    "repair", "rescale", "reset", towards the dense network's statistics; "auto" is RESET with BatchNorm, else REPAIR,
+    and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
     "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
     ``structured``, its further options) removes whole channels instead: see ``prune_structured``.
     *Vanishing Feature* §5.5, App. A.7.
@@ -72,8 +79,8 @@ def prune(
             model, example_inputs, scope, masks, steps, protect,
             dict(structured or {}) | {
                 "sparsity": sparsity, "score": score, "data": data, "max_samples": max_samples,
-                "repair_samples": repair_samples, "normalize": normalize, "verify": verify, "seed": seed,
-                "device": device, "progress": progress,
+                "repair_samples": repair_samples, "solve": solve, "judge": judge, "normalize": normalize,
+                "verify": verify, "seed": seed, "device": device, "progress": progress,
             },
         )  # fmt: skip
     if masks not in KEEP:
@@ -95,12 +102,21 @@ def prune(
     with watch("trace"):
         program = program_of(model, example_inputs)
     asked = _pruned_normalization(normalize, program, data)
+    solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     if device is not None:
         program = program.to(device)
-    result, before, after = run_passes(program, [mask], watch), None, None
-    if asked is not None:
-        options: dict[str, Any] = {"verify": verify, "device": device, "progress": progress}
-        result, before, after = _repaired(program, result, asked, data, repair_samples, watch, **options)
+    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
+    data = data if data is None else Batches(program, data, max_samples).held()  # the same each time, shuffled or not
+    with watch("statistics"):
+        program = with_goals(program, asked, data, repair_samples, options)
+    masked = replace(run_passes(program, [mask], watch), goals=program.goals)
+    restored = Restoring(
+        program, masked, data, asked, normalize != "auto", repair_samples, options,
+        masks=mask.masks, judge=judge, verify=verify,
+    )(solved, watch)  # fmt: skip
+    result = restored.program
+    with watch("statistics"):
+        before, after = _moved(program, masked, result, data, repair_samples, device)
     with watch("emit"):
         module, reason = emit(result)
     notes = result.notes
@@ -120,9 +136,11 @@ def prune(
         choices={
             "score": mask.score.name,
             "scope": mask.selection.scope,
-            "normalize": asked and asked.method,
+            "solve": restored.solve,
+            "normalize": restored.normalize,
             "masks": masks,
         },
+        scores=restored.scores,
     )
     return Result(module, result, report)
 
@@ -145,21 +163,22 @@ def prune_structured(
     model: nn.Module | Program,
     example_inputs: Any = None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     method: str = "remove",
     score: str | Scores = "magnitude",
     allocation: str = "uniform",
-    budget: str = "channels",
+    budget: Mapping[str, float] | None = None,
     round_to: int = 1,
     units: str = "channels",
     protect: Sequence[str] = (),
-    compensate: bool = False,
-    repair: bool = True,
+    variance: bool = True,
     data: Any = None,
+    solve: str | None = "auto",
+    judge: Judging = "auto",
     loss: Loss | None = None,
     max_samples: int | None = None,
     repair_samples: int = 64,
-    normalize: str | None = "auto",
+    normalize: str | Normalization | None = "auto",
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -167,14 +186,17 @@ def prune_structured(
 ) -> Result:
     """Remove whole channels, heads or groups along the symmetry groups: a smaller network of any architecture.
 
-    ``sparsity``: the share of the ``budget`` ("channels" of each group, "params", "flops", "latency") that goes.
+    ``sparsity``: the share of the channels of each group that goes; or ``budget``: what is left of one figure of the
+    network, {"params": 0.5}, {"flops": 0.5} or {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
     "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group. ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
-    "both". ``protect``: FQNs whose groups stay whole. ``compensate``: fold removed channels into kept ones by least
-    squares on ``data``. ``repair``: approximate the variances of folded channels without data. ``normalize``: None,
-    "repair", "rescale", "reset" towards the statistics of the channels kept (or merged) on ``repair_samples`` samples;
-    "auto" is RESET with BatchNorm, else REPAIR, and None without data.
+    "both". ``protect``: FQNs whose groups stay whole. ``variance``: approximate the variances of folded
+    channels without data. ``solve``: "least_squares" solves each layer for what the dense network gives in the channels
+    kept (or merged) on ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
+    held-out samples (as ``judge`` sees them, see ``merge``), and gives way to a normalization that is named.
+    ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
+    samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     watch = Stopwatch()
@@ -186,26 +208,27 @@ def prune_structured(
     if device is not None:
         program = program.to(device)
     asked = _pruned_normalization(normalize, program, data)
+    solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     with watch("symmetry"):
         facts = symmetry(program)
-    shape: dict[str, Any] = {"allocation": allocation, "budget": budget, "round_to": round_to, "units": units}
+    kind, share = _budgeted(sparsity, budget)
+    shape: dict[str, Any] = {"allocation": allocation, "budget": kind, "round_to": round_to, "units": units}
     shape |= {"protect": protect, "facts": facts, "verify": verify, "seed": seed}
     reading: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     one: RemoveChannels | FoldChannels
     if method == "fold":
-        one = FoldChannels(sparsity, repair=repair, **shape)
+        one = FoldChannels(share, variance=variance, **shape)
     else:
-        one = RemoveChannels(sparsity, score, data=data, compensate=compensate, loss=loss, **shape, **reading)
-    goals = {}
-    if asked is not None and asked.needs_goals:
-        with watch("statistics"):
-            found = collect_statistics(
-                program, facts, data, **reading | {"max_samples": repair_samples}, features=False
-            )
-            goals = found.goals()
-    _, after = normalizing(asked, [], data, reading | {"max_samples": repair_samples}, verify)
-    passes = [one, *after]
-    result = run_passes(replace(program, goals=goals), passes, watch)
+        one = RemoveChannels(share, score, data=data, loss=loss, **shape, **reading)
+    data = data if data is None else Batches(program, data, max_samples).held()  # the same each time, shuffled or not
+    with watch("statistics"):
+        program = with_goals(program, asked, data, repair_samples, reading)
+    small = run_passes(program, [one], watch)
+    restored = Restoring(
+        program, small, data, asked, normalize != "auto", repair_samples, reading,
+        carry=one.carry, judge=judge, verify=verify,
+    )(solved, watch)  # fmt: skip
+    result = restored.program
     with watch("emit"):
         module, reason = emit(result)
     report = ChannelReport(
@@ -217,10 +240,28 @@ def prune_structured(
         class_reason=reason,
         error=one.error if verify else None,
         seconds=watch.seconds,
-        choices={"method": method, "sparsity": sparsity, "budget": budget, "allocation": allocation}
-        | {"score": score if isinstance(score, str) else "given", "normalize": asked and asked.method},
+        choices={"method": method, "sparsity": share, "budget": dict(budget or {}), "allocation": allocation}
+        | {"score": score if isinstance(score, str) else "given"}
+        | {"solve": restored.solve, "normalize": restored.normalize},
+        scores=restored.scores,
     )
     return Result(module, result, report)
+
+
+def _budgeted(sparsity: float | None, budget: Mapping[str, float] | None) -> tuple[str, float]:
+    """What is counted, and the share of it that goes."""
+    if (sparsity is None) == (budget is None):
+        raise ArgumentError("give either sparsity= (a share of the channels) or budget= (such as {'flops': 0.5})")
+    if budget is None:
+        assert sparsity is not None
+        return "channels", sparsity
+    if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) < set(BUDGETS) - {"channels"} | {""}:
+        raise ArgumentError(f"budget={budget!r}: it names one of params, flops, latency and what is left of it, as in "
+                            "{'flops': 0.5}")  # fmt: skip
+    ((kind, left),) = budget.items()
+    if not 0 < left <= 1:
+        raise ArgumentError(f"budget={budget!r}: what is left lies in (0, 1]")
+    return kind, 1 - left
 
 
 def _pruned_normalization(normalize: str | Normalization | None, program: Program, data: Any) -> Normalization | None:
@@ -235,20 +276,12 @@ def _pruned_normalization(normalize: str | Normalization | None, program: Progra
     return asked
 
 
-def _repaired(
-    dense: Program, pruned: Program, method: Normalization, data: Any, samples: int, watch: Stopwatch, **options: Any
-) -> tuple[Program, Moved, Moved]:
-    """The pruned network with its statistics brought to the dense one's, and how far they were off before and after."""
-    held = Batches(dense, data, samples).held()  # the same samples each time, shuffled or not
-    batches = Batches(dense, held, samples, options["device"])
-    with watch("statistics"):
-        collecting = {"features": False, "device": options["device"], "progress": options["progress"]}
-        goals = collect_statistics(dense, None, held, max_samples=samples, **collecting).goals()
-        reference = output_moments(dense, batches)
-        before = moved_statistics(pruned, reference, batches)
-    own = {"max_samples": samples, "device": options["device"], "progress": options["progress"]}
-    _, passes = normalizing(method, [], held, own, options["verify"])
-    result = run_passes(replace(pruned, goals=goals), passes, watch)
-    with watch("statistics"):
-        after = moved_statistics(result, reference, batches)
-    return result, before, after
+def _moved(
+    dense: Program, pruned: Program, result: Program, data: Any, samples: int, device: Any
+) -> tuple[Moved | None, Moved | None]:
+    """How far the pruned network's statistics are off before and after it was solved or normalized, if it was."""
+    if data is None or result is pruned:
+        return None, None
+    batches = Batches(dense, data, samples, device)
+    reference = output_moments(dense, batches)
+    return moved_statistics(pruned, reference, batches), moved_statistics(result, reference, batches)

@@ -11,14 +11,19 @@ from torch import nn
 from passes.align import Align
 from passes.catalogue import choose, normalizing
 from passes.interpolate import Interpolate
+from passes.reconstruct import Reconstruct
 from vfx.alphas import edge_weights
 from vfx.api.normalizing import given_goals, usual
+from vfx.api.reconstructing import SOLVES
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import symmetry, trace
+from vfx.choice import Candidate, scored, trials
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import METHODS, Normalization, normalization
+from vfx.program import Program
+from vfx.reconstruct.references import Reference
 from vfx.report import Stopwatch
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
@@ -31,6 +36,7 @@ def repair(
     example_inputs: Any = None,
     *,
     data: Any,
+    solve: str | None = "auto",
     method: str | Normalization = "auto",
     goals: Statistics | None = None,
     match: str | Matcher | None = None,
@@ -40,12 +46,13 @@ def repair(
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Normalization alone: bring a network's layer statistics to the average of its ``references``, or to ``goals``.
+    """Bring a network's layers to the average of its ``references``: solved by least squares, or normalized.
 
     References have the model's architecture, whether the model was merged from them or not. Their channels must stand
     in the model's order; ``match`` aligns them first ("weight", "activation") if they do not. ``goals``: statistics
-    from ``vfx.collect`` or ``vfx.recorded`` instead of references, in the model's order. ``method``: as ``normalize``
-    of ``merge``, of those that read data.
+    from ``vfx.collect`` or ``vfx.recorded`` instead of references, in the model's order. ``solve``: "least_squares"
+    (towards the references' outputs), None, or "auto": what does best on held-out samples, where no method is named.
+    ``method``: as ``normalize`` of ``merge``, of those that read data.
     """
     watch = Stopwatch()
     data = reusable(data)
@@ -71,11 +78,39 @@ def repair(
         align = Align(finder, data, statistics=statistics, facts=facts, seed=seed, verify=verify)
         aligned = run_passes(program, [align], watch)
         network = replace(aligned.select(0), goals=Interpolate(shares)(aligned).goals)
+        targets = [Reference(aligned.select(edge), share) for edge, share in enumerate(shares) if share]
         with watch("choice"):
-            chosen, scores = choose(asked, program, network, [], shares, data, options)
+            chosen, network, scores = _decided(solve, asked, program, network, targets, shares, data, options)
     else:
         network = replace(program, goals=given_goals(program, goals, weights))
+        if solve == "least_squares":
+            raise ArgumentError("solve='least_squares' solves for networks; give references= instead of goals=")
         chosen, scores = replace(asked, method=usual(program)) if asked.method == "auto" else asked, {}
     _, after = normalizing(chosen, [], data, options, verify)
     result = run_passes(network, after, watch)
     return result_of(result, program, watch, align, scores=scores, choices={"normalize": chosen and chosen.method})
+
+
+def _decided(
+    solve: str | None, asked: Normalization, edges: Program, network: Program, targets: Sequence[Reference],
+    shares: Sequence[float], data: Any, options: dict[str, Any],
+) -> tuple[Normalization | None, Program, dict[str, Any]]:  # fmt: skip
+    """The normalization to run, the network that it acts on (solved, where that was asked for or does best), scores."""
+    if solve not in SOLVES:
+        raise ArgumentError(f"solve={solve!r} is unknown; it is 'auto', 'least_squares' or None")
+
+    def solved(data: Any, **own: Any) -> Program:
+        return Reconstruct(targets, data, **options | own)(network)
+
+    if solve == "least_squares":
+        return None if asked.method == "auto" else asked, solved(data), {}
+    if asked.method != "auto":
+        return asked, network, {}
+    folds = trials(edges, shares, data, "auto", options)
+    normalized, scores = choose(asked, network, [], shares, folds, options)
+    if solve == "auto":
+        candidate = Candidate("least squares", lambda part: solved(part, max_samples=None, progress=False))
+        scores["least squares"] = scored(candidate, folds)
+    name = min(scores, key=lambda name: scores[name].value)
+    figures = {name: score.to_dict() for name, score in scores.items()}
+    return (None, solved(data), figures) if name not in normalized else (normalized[name], network, figures)

@@ -42,6 +42,7 @@ def result_of(
     statistics: Statistics | None = None,
     scores: Mapping[str, Any] | None = None,
     choices: Mapping[str, Any] | None = None,
+    outcome: str = "",
 ) -> Result:
     with watch("emit"):
         module, reason = emit(result)
@@ -57,5 +58,6 @@ def result_of(
         seconds=watch.seconds,
         choices=choices or {},
         scores=scores or {},
+        outcome=outcome,
     )
     return Result(module, result, report, statistics)

@@ -121,6 +121,16 @@ def normalization_of(method: str, layers: list[str] | None, memory_limit: int | 
     return Normalization(method, chosen, memory_limit=memory_limit, **options)
 
 
+def budget_of(text: str | None) -> dict[str, float] | None:
+    """``name=share`` as a budget; raises ArgumentError."""
+    if text is None:
+        return None
+    name, value = argument(text, "--budget")
+    if not isinstance(value, (int, float)):
+        raise ArgumentError(f"--budget: {text!r} is no name=share, such as flops=0.5")
+    return {name: float(value)}
+
+
 def match_of(match: str, count: int | None, data: str | None) -> Any:
     from vfx.match.first_layers import FirstLayers
 

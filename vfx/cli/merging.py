@@ -24,6 +24,7 @@ from vfx.cli.options import (
     Samples,
     Seed,
     Site,
+    Solve,
     Sweep,
     Verify,
 )
@@ -38,6 +39,14 @@ def merge(
     data: Data = None,
     match: Match = "auto",
     restarts: Annotated[int, typer.Option(help="Further runs of weight, c2m3 or ste from random permutations.")] = 0,
+    solve: Solve = "auto",
+    follow: Annotated[
+        str, typer.Option(help="First layers that follow one edge: auto, a number, or a module's name.")
+    ] = "auto",
+    follow_edge: Annotated[str, typer.Option(help="The edge that they follow: auto, or its number from 0.")] = "auto",
+    judge: Annotated[
+        str, typer.Option(help="What outputs are: auto, logits, probabilities, embedding or regression.")
+    ] = "auto",
     normalize: Normalize = "auto",
     preserve: Annotated[str, typer.Option(help="First layers kept for each edge: a number, or a module's name.")] = "0",
     join: Annotated[str, typer.Option(help="preactivation or activation.")] = "preactivation",
@@ -76,6 +85,10 @@ def merge(
         data=data_of(data, examples, labels=True),
         match=match_of(match, match_layers, data),
         restarts=restarts,
+        solve=optional(solve),
+        follow=cut_of(follow),
+        follow_edge=cut_of(follow_edge),
+        judge=judge,  # type: ignore[arg-type]
         normalize=normalization_of(normalize, layers, memory_limit, **asked),
         classes=classes,
         prepare=optional(prepare),
@@ -101,6 +114,7 @@ def repair(
     inputs: Inputs,
     data: Data,
     arguments: Arguments = [],  # noqa: B006
+    solve: Solve = "auto",
     method: Annotated[str, typer.Option(help="auto, repair, rescale, rescale_average, reshift or reset.")] = "auto",
     layers: Chosen = None,
     site: Site = "preactivation",
@@ -122,6 +136,7 @@ def repair(
         others,
         examples,
         data=data_of(data, examples, labels=True),
+        solve=optional(solve),
         method=normalization_of(method, layers, memory_limit, site=site, sweep=sweep) or "none",
         match=optional(match),
         max_samples=max_samples,

@@ -43,6 +43,10 @@ Data = Annotated[
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
 Normalize = Annotated[str, typer.Option(help=choices("auto", "none", *METHODS))]
 Repair = Annotated[str, typer.Option(help=choices("auto", "none", *(n for n, one in METHODS.items() if one.data)))]
+Solve = Annotated[
+    str,
+    typer.Option(help="Solve every layer by least squares on the data: auto (what does best), least_squares, none."),
+]
 Chosen = Annotated[
     list[str] | None,
     typer.Option("--layers", help="Layers to normalise: numbers, names or globs, repeatable; default: all but heads."),

@@ -8,11 +8,25 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import argument, examples_of, finish, labelled, load_all, optional, sparsity_of
-from vfx.cli.options import Arguments, Data, Device, Inputs, Json, Model, Out, Repair, Samples, Seed, Verify, choices
+from vfx.cli.inputs import argument, budget_of, examples_of, finish, labelled, load_all, optional, sparsity_of
+from vfx.cli.options import (
+    Arguments,
+    Data,
+    Device,
+    Inputs,
+    Json,
+    Model,
+    Out,
+    Repair,
+    Samples,
+    Seed,
+    Solve,
+    Verify,
+    choices,
+)
 from vfx.pruning.groups import METHODS as CHANNEL_METHODS
 from vfx.pruning.scores.catalogue import SCORES, score_named
-from vfx.pruning.widths import ALLOCATIONS, BUDGETS
+from vfx.pruning.widths import ALLOCATIONS
 
 
 @app.command()
@@ -36,6 +50,7 @@ def prune(
     protect: Annotated[
         list[str] | None, typer.Option(help="Layers left alone: auto, none, first, head or a glob; repeatable.")
     ] = None,
+    solve: Solve = "auto",
     normalize: Repair = "auto",
     steps: Annotated[int, typer.Option(help="One-shot steps, scores taken anew in each.")] = 1,
     schedule: Annotated[str, typer.Option(help="How the sparsity grows with the steps: cubic or linear.")] = "cubic",
@@ -46,7 +61,7 @@ def prune(
     out: Out = None,
     report: Json = None,
 ) -> None:
-    """Prune a trained network in one shot and repair its statistics."""
+    """Prune a trained network in one shot and solve what is left for its outputs."""
     from vfx import api
 
     (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
@@ -60,6 +75,7 @@ def prune(
         max_samples=max_samples,
         repair_samples=repair_samples,
         protect="auto" if protect in (None, [], ["auto"]) else [name for name in protect or () if name != "none"],
+        solve=optional(solve),
         normalize=optional(normalize),
         steps=steps,
         schedule=schedule,
@@ -76,23 +92,25 @@ def prune_structured(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")],
     model: Model,
     inputs: Inputs,
-    sparsity: Annotated[float, typer.Option("--sparsity", "-s", help="Share of the budget that goes.")],
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "-s", help="Share of the channels of each group that goes.")
+    ] = None,
     arguments: Arguments = [],  # noqa: B006
     method: Annotated[str, typer.Option(help="remove, or fold: merge channels by k-means.")] = "remove",
     score: Annotated[str, typer.Option(help=choices(*CHANNEL_METHODS))] = "magnitude",
     allocation: Annotated[str, typer.Option(help=choices(*ALLOCATIONS))] = "uniform",
-    budget: Annotated[str, typer.Option(help=choices(*BUDGETS))] = "channels",
+    budget: Annotated[
+        str | None, typer.Option(help="What is left instead, e.g. flops=0.5: params, flops or latency.")
+    ] = None,
     round_to: Annotated[int, typer.Option(help="Kept widths are multiples of it.")] = 1,
     units: Annotated[
         str, typer.Option(help="What goes inside heads and groups: channels, whole blocks, or both.")
     ] = "channels",
     protect: Annotated[list[str] | None, typer.Option(help="Weight whose groups stay whole; repeatable.")] = None,
-    compensate: Annotated[
-        bool, typer.Option(help="Fold removed channels into the kept ones by least squares on the data.")
-    ] = False,
     data: Data = None,
     max_samples: Samples = None,
     repair_samples: Annotated[int, typer.Option(help="Samples that the repair reads.")] = 64,
+    solve: Solve = "auto",
     normalize: Repair = "auto",
     verify: Verify = True,
     seed: Seed = 0,
@@ -111,14 +129,14 @@ def prune_structured(
         method=method,
         score=score,
         allocation=allocation,
-        budget=budget,
+        budget=budget_of(budget),
         round_to=round_to,
         units=units,
         protect=protect or (),
-        compensate=compensate,
         data=labelled(data, examples, train=True),
         max_samples=max_samples,
         repair_samples=repair_samples,
+        solve=optional(solve),
         normalize=optional(normalize),
         verify=verify,
         seed=seed,

@@ -31,6 +31,7 @@ from vfx.diagnosis.verdict import COLLAPSED, EXPLODED, VANISHED
 
 if TYPE_CHECKING:
     from vfx.diagnosis.barrier import Barrier
+    from vfx.diagnosis.comparison import Comparison
     from vfx.diagnosis.diagnosis import Diagnosis, Logits
 
 MERGED = "#c1272d"
@@ -250,6 +251,36 @@ def barrier_figure(barrier: Barrier) -> Figure:
         axis.grid(alpha=0.25)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def comparison_figure(comparison: Comparison, cost: str = "params") -> Figure:
+    """Accuracy (%) against a cost as multiples of one network; the frontier as a line, the given networks beside it."""
+    figure, (axis,) = _panels(1, 1)
+    front = comparison.frontier(cost)
+    for point in comparison.made:
+        best = point in front
+        axis.plot(
+            getattr(point, cost), 100 * (point.accuracy or 0), "o", markersize=5 if best else 3.5,
+            color=MERGED if best else "#999999",
+        )  # fmt: skip
+        if best:
+            axis.annotate(
+                point.name, (getattr(point, cost), 100 * (point.accuracy or 0)), fontsize=7, xytext=(4, -9),
+                textcoords="offset points",
+            )  # fmt: skip
+    axis.plot([getattr(p, cost) for p in front], [100 * (p.accuracy or 0) for p in front], color=MERGED, linewidth=1)
+    for number, point in enumerate(comparison.points[: comparison.references]):
+        axis.plot(
+            getattr(point, cost), 100 * (point.accuracy or 0), "s", color=EDGES[number % len(EDGES)], label=point.name
+        )
+    against = "accuracy (%)" if comparison.target == "labels" else "agreement with the ensemble (%)"
+    axis.set(xlabel=f"{_COSTS[cost]} (multiples of one network)", ylabel=against)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+_COSTS = {"params": "parameters", "flops": "FLOPs", "latency": "time of a batch"}
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:

@@ -64,7 +64,7 @@ def grow(program: Program, facts: Symmetry, apart: Mapping[int, Index], shares: 
         grown = resize(program, facts, kept).program
     except PassError as error:
         names = ", ".join(facts.groups[g].name for g in apart)
-        raise PassError(f"{error}; give these groups a budget of 0: {names}") from error
+        raise PassError(f"{error}; keep no channels of these groups apart: {names}") from error
     new = symmetry(grown)
     carriers = []
     for edge in range(edges):

@@ -1,9 +1,9 @@
 """PLeaS (Nasery et al. 2025), its matching: channels without a good partner stay apart.
 
 Channels are matched by their activations (or weights); of each group the pairs that agree least stay apart, as many as
-its budget says, and the group grows. The layers' weights are then found by least squares (``passes.least_squares``).
-A group takes a budget if a linear map can go through it (``vfx.match.maps.mappable``), and if no norm is taken over its
-channels: that norm would see other channels than it does in any edge.
+its share says, and the group grows. The layers' weights are then found by least squares (``passes.reconstruct``).
+A group keeps channels apart if a linear map can go through it (``vfx.match.maps.mappable``), and if no norm is taken
+over its channels: that norm would see other channels than it does in any edge.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from vfx.match.matcher import Matching, Problem
 from vfx.match.weight import WeightMatching
 from vfx.operators import BATCH_NORMS, NORMS, operator
 
-Budget = float | Mapping[str, float]
+Apart = float | Mapping[str, float]
 
 
 @dataclass
 class PartialMatching:
-    """PLeaS: ``budget`` is the share of each group's channels that stay apart, 0…1, or a share by group name.
+    """PLeaS: ``apart`` is the share of each group's channels that stay apart, 0…1, or a share by group name.
 
-    A group of C channels becomes one of C + (N − 1)·round(budget·C). ``ridge`` draws the least squares to the averaged
+    A group of C channels becomes one of C + (N − 1)·round(apart·C). ``ridge`` draws the least squares to the averaged
     weights, relative to the mean square of their inputs. ``by`` is the matching that finds the pairs.
     """
 
-    budget: Budget = 0.0
+    apart: Apart = 0.0
     ridge: float = 1e-4
     by: Literal["activation", "weight"] = "activation"
     needs: frozenset[str] = field(default=frozenset({"features", "data"}), init=False)
     exact: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        shares = self.budget.values() if isinstance(self.budget, Mapping) else [self.budget]
+        self.exact = self.apart == 0.0  # else BatchNorms of a wider network would have to be put together from parts
+        shares = self.apart.values() if isinstance(self.apart, Mapping) else [self.apart]
         if not all(0 <= share <= 1 for share in shares):
-            raise ArgumentError(f"budget must lie between 0 and 1, got {self.budget}")
+            raise ArgumentError(f"apart must lie between 0 and 1, got {self.apart}")
         if not self.ridge >= 0 or self.by not in ("activation", "weight"):
             raise ArgumentError(f"ridge={self.ridge}, by={self.by!r}: ridge must be 0 or more, by a known matching")
 
@@ -54,22 +55,22 @@ class PartialMatching:
             if self.by == "activation"
             else WeightMatching(classes="permutation")
         )(problem)
-        if isinstance(self.budget, Mapping):
-            unknown = set(self.budget) - {group.name for group in problem.symmetry.groups}
+        if isinstance(self.apart, Mapping):
+            unknown = set(self.apart) - {group.name for group in problem.symmetry.groups}
             if unknown:
-                raise ArgumentError(f"budget names {unknown.pop()!r}, which is no group; see vfx.symmetry(...)")
-        apart, notes = {}, []
+                raise ArgumentError(f"apart names {unknown.pop()!r}, which is no group; see vfx.symmetry(...)")
+        channels, notes = {}, []
         for group in problem.symmetry.groups:
             count = round(self._share(group) * group.size)
             reason = fixed(problem.symmetry, group) if count else ""
             if count and not reason:
-                apart[group.index] = worst(problem, found, group, count)
+                channels[group.index] = worst(problem, found, group, count)
             elif count:
-                notes.append(f"{group.name} takes no budget: {reason}")
-        return replace(found, apart=apart, ridge=self.ridge, notes=tuple(notes))
+                notes.append(f"{group.name} keeps no channels apart: {reason}")
+        return replace(found, apart=channels, ridge=self.ridge, notes=tuple(notes))
 
     def _share(self, group: Group) -> float:
-        return self.budget.get(group.name, 0.0) if isinstance(self.budget, Mapping) else self.budget
+        return self.apart.get(group.name, 0.0) if isinstance(self.apart, Mapping) else self.apart
 
 
 def fixed(symmetry: Symmetry, group: Group) -> str:

@@ -38,6 +38,7 @@ class ChannelReport:
     error: float | None
     seconds: Mapping[str, float]
     choices: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def params_ratio(self) -> float:
@@ -52,6 +53,7 @@ class ChannelReport:
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.choices,
+            "scores": {name: dict(score) for name, score in self.scores.items()},
             "groups": [asdict(width) for width in self.widths],
             "params": self.profile.params,
             "flops": self.profile.flops,
@@ -80,6 +82,9 @@ class ChannelReport:
         table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× the whole network)")
         if self.error is not None:
             table.add_row("proof", f"equals the masked network to {self.error:.1e} (float64)")
+        for name, score in self.scores.items():
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
+            table.add_row("held out", f"{name}: {figures}")
         for note in self.notes:
             table.add_row("note", note)
         table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))

@@ -65,6 +65,7 @@ class PruneReport:
     class_reason: str
     seconds: Mapping[str, float]
     choices: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def params(self) -> int:
@@ -91,6 +92,7 @@ class PruneReport:
     def to_dict(self) -> dict[str, Any]:
         return {
             **self.choices,
+            "scores": {name: dict(score) for name, score in self.scores.items()},
             "sparsity_reached": self.sparsity,
             "params": self.params,
             "nonzeros": self.nonzeros,
@@ -137,6 +139,9 @@ class PruneReport:
         table.add_row("parameters", f"{self.params:,}, {self.nonzeros:,} of them not zero")
         table.add_row("FLOPs", f"{self.flops:,} → {self.flops_after:,} without products with zero")
         table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
+        for name, score in self.scores.items():
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
+            table.add_row("held out", f"{name}: {figures}")
         for note in self.notes:
             table.add_row("note", note)
         table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))

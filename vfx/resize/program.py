@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.layers import number_layers
+from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError, PassError
 from vfx.operators import arguments, operator, weight_name
@@ -37,6 +37,11 @@ class Resized:
     def gather(self, node: fx.Node, dim: int, edge: int = 0) -> Index:
         """Old position of each new position along one axis of an activation (a node of the old graph)."""
         return _along(self.layout, self.gathers[edge], node, dim)
+
+    def changes(self, node: fx.Node, dim: int) -> bool:
+        """Whether an axis of an activation (a node of the old graph) has other channels now."""
+        shape = self.layout.shape(node)
+        return shape is not None and dim < len(shape.axes) and self.layout.changed(shape.axes[dim])
 
 
 def resize(
@@ -194,7 +199,7 @@ def _goals(program: Program, facts: Symmetry, layout: Layout, gathers: Sequence[
     if not program.goals:
         return {}
     nodes = {node.name: node for node in facts.program.graph.nodes}
-    channel = {layer.node: layer.channel for layer in number_layers(program)}
+    channel = statistics_channels(program)
     found = {}
     for name, goal in program.goals.items():
         rows = len(goal.mean)

@@ -104,16 +104,17 @@ class Batches:
         if not seen:
             raise DataError("the data hold no samples; give at least one batch")
 
-    def split(self, every: int, limit: int) -> tuple[Prepared, Prepared]:
+    def split(self, every: int, limit: int, fold: int = 0) -> tuple[Prepared, Prepared]:
         """The first ``limit`` samples without every ``every``-th of them, and those; the same for the same data.
 
-        Every batch of the first part keeps its place, so it may be smaller; empty ones are left out.
+        Of the ``every`` ways to choose them ``fold`` is one. Every batch of the first part keeps its place, so it may
+        be smaller; empty ones are left out.
         """
         parts: tuple[list[Any], list[Any]] = ([], [])
         seen = 0
         for batch, labels in self.labelled():
             size = min(self.size(batch), limit - seen)
-            held = (torch.arange(seen, seen + size) + 1) % every == 0
+            held = (torch.arange(seen, seen + size) + 1 + fold) % every == 0
             for part, chosen in zip(parts, (~held, held)):
                 rows = chosen.nonzero()[:, 0]
                 if len(rows):
@@ -123,6 +124,22 @@ class Batches:
             if seen == limit:
                 break
         return tuple(Prepared(*(tuple(x) for x in zip(*part))) if part else Prepared((), ()) for part in parts)  # type: ignore
+
+    def parts(self, every: int) -> Iterator[tuple[Batch, bool]]:
+        """Batches that are not held out and such that are (True): every ``every``-th, or where there are few batches,
+        or nobody knows how many, the ``every``-th samples of each."""
+        if len(self) >= 2 * every:
+            yield from ((batch, (index + 1) % every == 0) for index, batch in enumerate(self))
+            return
+        seen = 0
+        for batch in self:
+            size = self.size(batch)
+            held = (torch.arange(seen, seen + size) + 1) % every == 0
+            seen += size
+            for chosen, flag in ((~held, False), (held, True)):
+                rows = chosen.nonzero()[:, 0]
+                if len(rows):
+                    yield [x[rows.to(x.device)] if c.batched else x for c, x in zip(self._checks, batch)], flag
 
     def __len__(self) -> int:
         """Number of batches where the loader knows it, else 0."""

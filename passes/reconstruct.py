@@ -1,0 +1,139 @@
+"""Reconstruct: every layer solved for what reference networks compute there, on calibration data.
+
+For each layer in the order of the graph, with X the network's own inputs to it, all layers before it solved already,
+and Y = Σ αᵢ yᵢ what the references give on the same samples (PLeaS, Nasery et al. 2025, §4.2; SparseGPT and ALPS
+solve the same problem within a mask):
+
+    W = argmin ‖X W − Y‖² + λ ‖W − W₀‖²
+
+The references are the aligned edges of a merge, the dense network of a pruned one, or any networks of which the
+student's channels are known to be linear functions. A layer with a BatchNorm behind it is one map: the solution is
+written back into both, and the running statistics become those of the data. With ``follow`` the first layers are
+those of one edge, and the goals of the layers behind them the mean of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vfx.alphas import edge_weights
+from vfx.analyse.layers import number_layers
+from vfx.errors import ArgumentError
+from vfx.program import Program
+from vfx.reconstruct.plan import units_of
+from vfx.reconstruct.references import Reference, References
+from vfx.reconstruct.sweep import Options, Solved, Sweep
+from vfx.reconstruct.units import Unit
+from vfx.rewrite import Pass, require_edges
+from vfx.statistics.data import Batches
+
+Goals = Literal["sum", "output"]
+Centre = Literal["references", "own"]
+
+
+class Reconstruct(Pass):
+    """Solve every layer of a network of one weight set for the mean of the ``references``' outputs.
+
+    ``references``: the Program of the aligned edges (with ``weights``, their shares), or a list of ``Reference``.
+    ``data``: calibration batches, no labels needed; all are read, up to ``max_samples``. ``follow``: the first layers
+    (a number, or up to the end of a module) follow reference ``follow_edge`` alone: they are its own where nothing
+    before them differs, and are solved for its outputs where something does. ``goals``: "sum" solves a layer whose
+    output meets an add, whose other operand is known, for the references' sum; "output" for their outputs. ``ridge``:
+    λ as a share of the mean square of a layer's inputs; None chooses it for each layer on held-out samples.
+    ``centre``: W₀, the mean of the "references"' weights or the network's "own". ``masks``: by FQN, the entries that
+    may differ from zero (True). ``rounds``: how often all layers are solved, each time from the last result.
+    ``max_rows``: random rows of a batch and layer to read instead of all. ``memory_limit``: bytes of activations kept
+    in memory; the rest waits on disk. ``solved`` then lists the layers. Raises ArgumentError, DataError, PassError.
+
+    Example: ``Reconstruct(aligned, loader)(Interpolate()(aligned))``.
+    """
+
+    def __init__(
+        self,
+        references: Program | Sequence[Reference],
+        data: Any,
+        *,
+        weights: float | Sequence[float] | None = None,
+        follow: int | str = 0,
+        follow_edge: int = 0,
+        goals: Goals = "sum",
+        ridge: float | None = None,
+        centre: Centre = "own",
+        masks: Mapping[str, Tensor] | None = None,
+        rounds: int = 1,
+        max_samples: int | None = None,
+        max_rows: int | None = None,
+        memory_limit: int | None = None,
+        device: Any = None,
+        progress: bool = True,
+    ):
+        if ridge is not None and not ridge >= 0:
+            raise ArgumentError(f"ridge must be 0 or more, got {ridge:g}")
+        if goals not in get_args(Goals) or centre not in get_args(Centre):
+            raise ArgumentError(
+                f"goals={goals!r}, centre={centre!r}: goals are 'sum' or 'output', centre 'references' or 'own'"
+            )
+        if rounds < 1 or (max_rows is not None and max_rows < 1):
+            raise ArgumentError(f"rounds and max_rows must be at least 1, got {rounds} and {max_rows}")
+        if isinstance(references, Program):
+            shares = edge_weights(weights, references.edges)
+            references = [Reference(references.select(i), share) for i, share in enumerate(shares)]
+        self.references, self.data = list(references), data
+        self.follow, self.follow_edge, self.goals, self.centre = follow, follow_edge, goals, centre
+        self.masks, self.rounds = dict(masks or {}), rounds
+        self.max_samples, self.device = max_samples, device
+        self.options = Options(ridge, max_rows, memory_limit, progress)
+        self.solved: list[Solved] = []
+
+    def requires(self, program: Program) -> None:
+        super().requires(program)
+        require_edges(program, single=True, name=self.name)
+
+    @torch.no_grad()
+    def apply(self, program: Program) -> Program:
+        layers = number_layers(program)
+        followed = layers.first(self.follow) if self.follow else frozenset()
+        references = References(self.references, followed, self.follow_edge)
+        weights = dict(program.weights[0])
+        units, notes = units_of(program, references.names, self.goals == "sum")
+        if followed:
+            weights |= self._copied(program, followed)
+            exact = frozenset() if program.private else followed
+            units = [unit for unit in units if not all(use.node.name in exact for use in unit.uses)]
+        sweep = Sweep(program, weights, references, units, self.options)
+        batches = Batches(program, self.data, self.max_samples, self.device)
+        for _ in range(self.rounds if units else 0):
+            centres = [self._centre(unit, references, weights) for unit in units]
+            self.solved = sweep.run(batches, centres, self.masks)
+        if self.options.max_rows is not None:
+            notes.append(f"reconstruction: at most {self.options.max_rows:,} random rows of each batch were read")
+        follows = f", following edge {self.follow_edge} up to layer {layers.number(self.follow)}" if followed else ""
+        result = program.with_weights([weights], f"Reconstruct({len(units)} units{follows})")
+        return replace(result, notes=(*result.notes, *notes))
+
+    def _copied(self, program: Program, followed: frozenset[str]) -> dict[str, Tensor]:
+        """The followed edge's tensors of all that followed calls alone read."""
+        own = self.references[self.follow_edge].program.weights[0]
+        readers: dict[str, set[str]] = {}
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                readers.setdefault(str(node.target), set()).update(user.name for user in node.users)
+        return {
+            name: own[name]
+            for name, users in readers.items()
+            if users <= followed and name in own and name not in program.private
+        }
+
+    def _centre(self, unit: Unit, references: References, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        if self.centre == "own":
+            return unit.read(weights)
+        shares = references.shares(unit.uses[0].node.name)
+        parts = [(share, unit.read(r.program.weights[0])) for share, r in zip(shares, references.all) if share]
+        matrix = sum(share * matrix for share, (matrix, _) in parts)
+        biases = [share * bias for share, (_, bias) in parts if bias is not None]
+        return matrix, sum(biases) if biases else None  # type: ignore[return-value]

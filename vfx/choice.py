@@ -1,0 +1,111 @@
+"""What a default call decides: candidates made from a part of the calibration data, judged on the samples held out.
+
+A candidate makes a network from calibration data. Each is made from the samples that are not held out and scored on
+those that are (``vfx.judge``), in several folds where samples are few; the best is then made anew from all data. An
+edge as it is stands among the candidates of a merge, so nothing that merging gives up is given up in silence.
+
+A network has to beat the edges, and one that does not fit into the user's own class those that do, by more than the
+standard error of the paired difference, the latter by ``MARGIN`` of the score besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vfx.emit.module import emit
+from vfx.errors import ArgumentError
+from vfx.judge import EVERY, LIMIT, Judge, Kind, Score
+from vfx.program import Program
+from vfx.statistics.data import Batches, Prepared
+
+FEW, FOLDS = 256, 3  # with fewer samples than this, so many folds
+MARGIN = 0.02  # of the score, by which a candidate outside the user's own class has to win
+Judging = Kind | Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to make a network from calibration data; ``edge`` where it is that edge as it is."""
+
+    name: str
+    make: Callable[[Any], Program]
+    edge: int | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Samples to make a candidate from, and the judge that holds the others."""
+
+    fit: Prepared
+    judge: Any  # Judge or UserJudge
+
+
+class UserJudge:
+    """The user's own figure of a module, the larger the better."""
+
+    def __init__(self, figure: Callable[[nn.Module], float]):
+        self.figure = figure
+
+    @torch.no_grad()
+    def __call__(self, program: Program) -> Score:
+        return Score(-float(self.figure(emit(program)[0])))
+
+
+def trials(
+    edges: Program, alphas: Sequence[float], data: Any, judge: Judging, options: Mapping[str, Any]
+) -> list[Trial]:
+    """The folds in which candidates are tried. Raises ArgumentError for fewer samples than one fold needs."""
+    batches = Batches(edges, data, options["max_samples"], options["device"])
+    count = sum(batches.size(batch) for batch in batches)
+    found = []
+    for fold in range(FOLDS if count < FEW else 1):
+        fit, held = batches.split(EVERY, LIMIT, fold)
+        if not (fit.batches and held.batches):
+            raise ArgumentError(
+                f"'auto' holds samples out to choose; give at least {EVERY}, or name what to do (solve=, normalize=)"
+            )
+        found.append(Trial(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
+    return found
+
+
+def scored(candidate: Candidate, trials: Sequence[Trial]) -> Score:
+    """A candidate's score over all folds."""
+    return joined([trial.judge(candidate.make(trial.fit)) for trial in trials])
+
+
+def joined(scores: Sequence[Score]) -> Score:
+    """The mean of several folds' scores."""
+    if len(scores) == 1:
+        return scores[0]
+
+    def mean(name: str) -> Any:
+        values = [getattr(score, name) for score in scores]
+        return None if None in values else sum(values) / len(values)
+
+    samples = [score.samples for score in scores if score.samples is not None]
+    figures = {name: mean(name) for name in ("divergence", "loss", "accuracy", "scale", "agreement")}
+    return Score(**figures, samples=torch.cat(samples) if len(samples) == len(scores) else None)
+
+
+def best(scores: Mapping[str, Score], edges: Sequence[str], foreign: Sequence[str]) -> str:
+    """The name of the score to go with; ``foreign`` candidates do not fit the user's own class."""
+    order = sorted(scores, key=lambda name: scores[name].value)
+    own = [name for name in order if name not in foreign and name not in edges]
+    others = [name for name in order if name in foreign and name not in edges]
+    winner = own[0] if own else None
+    if others and (winner is None or _clearly(scores[others[0]], scores[winner])):
+        winner = others[0]
+    rival = next((name for name in order if name in edges), None)
+    if winner is None or (rival is not None and not scores[winner].better_than(scores[rival])):
+        winner = rival
+    assert winner is not None, "there is at least one candidate"
+    return winner
+
+
+def _clearly(one: Score, other: Score) -> bool:
+    return one.better_than(other) and other.value - one.value > MARGIN * abs(other.value)

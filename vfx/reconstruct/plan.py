@@ -1,0 +1,235 @@
+"""Which parameters are solved, at which calls, and towards which value of the references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from vfx.operators import BATCH_NORMS, DROPOUTS, NORMS, arguments, is_layer, operator
+from vfx.program import Program, Value
+from vfx.reconstruct.forms import Form, form_of
+from vfx.reconstruct.units import BatchNorm, DiagonalUnit, MatrixUnit, Unit, Use
+
+_ADDS = {"aten.add", "aten.add_"}
+_IDENTITIES = DROPOUTS | {"aten.clone", "aten.contiguous", "aten.alias", "aten.detach"}
+Found = tuple[fx.Node, Form, fx.Node, str, str | None]  # call, form, source, weight, bias
+
+
+def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[Unit], list[str]]:
+    """The units of a network in the order in which they are solved, and notes on parameters that keep their values.
+
+    ``known`` are the nodes whose values the references give. With ``sums`` the goal of a layer whose output meets an
+    add, whose other operand is known by then, is that of the sum.
+    """
+    readers = _readers(program)
+    matrices, notes = _matrices(program, known, readers)
+    norms = {unit.norm.node for unit in matrices if unit.norm is not None}
+    found = (_diagonal(program, node, known, readers) for node in program.graph.nodes if node not in norms)
+    diagonals = [unit for unit in found if unit is not None]
+    position = {node: index for index, node in enumerate(program.graph.nodes)}
+    units: list[Unit] = sorted([*matrices, *diagonals], key=lambda unit: position[unit.uses[0].node])
+    if sums:
+        starts = sorted(position[use.node] for unit in units for use in unit.uses)
+        for unit in units:
+            unit.uses = tuple(_towards_sum(use, known, position, starts) for use in unit.uses)
+    return units, notes
+
+
+def _readers(program: Program) -> dict[str, list[fx.Node]]:
+    """The calls that read each tensor."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            found.setdefault(str(node.target), []).extend(node.users)
+    return found
+
+
+# layers ---------------------------------------------------------------------------------------------------------------
+
+
+def _matrices(
+    program: Program, known: frozenset[str], readers: dict[str, list[fx.Node]]
+) -> tuple[list[MatrixUnit], list[str]]:
+    by_weight: dict[str, list[Found]] = {}
+    notes: list[str] = []
+    for node in program.graph.nodes:
+        found = form_of(node) if node.op == "call_function" else None
+        if found is None:
+            continue
+        form, source, weight, bias = found
+        name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+        if name is None or (bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr")):
+            if is_layer(node):
+                notes.append(_kept(node, "its weight or bias is computed"))
+            continue
+        if name in program.private or name in program.buffers:
+            continue
+        if node.name in known:
+            by_weight.setdefault(name, []).append((node, form, source, name, str(bias.target) if bias else None))
+    units = []
+    for calls in by_weight.values():
+        reason = _irregular(calls, readers)
+        if reason:
+            notes.append(_kept(calls[0][0], reason))
+        else:
+            units.append(_matrix_unit(program, calls, known, readers))
+    return units, notes
+
+
+def _kept(node: fx.Node, reason: str) -> str:
+    return f"reconstruction: {node.name} keeps its weights, since {reason}"
+
+
+def _irregular(calls: Sequence[Found], readers: dict[str, list[fx.Node]]) -> str:
+    """Why calls of one weight are not one least-squares problem; empty if they are."""
+    nodes = [call[0] for call in calls]
+    weight, biases = calls[0][3], {call[4] for call in calls}
+    others = [node.name for node in readers[weight] if node not in nodes]
+    if others:
+        return f"{', '.join(others)} read its weight in another way, or in a part of the network without a reference"
+    if len(biases) > 1:
+        return "calls of its weight add different biases"
+    bias = calls[0][4]
+    if bias is not None and any(node not in nodes for node in readers[bias]):
+        return "its bias is read elsewhere, too"
+    forms = [call[1] for call in calls]
+    alike = all(type(form) is type(forms[0]) for form in forms)
+    if not alike or len({_layout(form) for form in forms}) > 1:
+        return "calls read its weight in different layouts"
+    return ""
+
+
+def _layout(form: Form) -> Any:
+    """What decides how a form arranges its weight."""
+    own = vars(form)
+    return tuple(
+        tuple(own[name]) if isinstance(own[name], list) else own[name]
+        for name in ("w", "shared", "read", "made", "groups", "transposed", "shape")
+        if name in own
+    )
+
+
+def _matrix_unit(
+    program: Program, calls: Sequence[Found], known: frozenset[str], readers: dict[str, list[fx.Node]]
+) -> MatrixUnit:
+    node = calls[0][0]
+    norm = _batch_norm(program, node, readers) if len(calls) == 1 else None
+    if norm is not None and norm.name not in known:
+        norm = None
+    uses = [Use(call[0], call[0] if norm is None else norm) for call in calls]
+    forms, sources = [call[1] for call in calls], [call[2] for call in calls]
+    return MatrixUnit(uses, forms, sources, calls[0][3], calls[0][4], None if norm is None else BatchNorm(norm))
+
+
+def _batch_norm(program: Program, node: fx.Node, readers: dict[str, list[fx.Node]]) -> fx.Node | None:
+    """The BatchNorm with running statistics that alone reads a layer's channels, its tensors read by itself alone."""
+    users = list(node.users)
+    if len(users) != 1 or operator(users[0]) not in BATCH_NORMS or users[0].args[0] is not node:
+        return None
+    norm, a = users[0], arguments(users[0])
+    tensors = [a[role] for role in ("weight", "bias", "running_mean", "running_var")]
+    if tensors[2] is None or tensors[3] is None or a.get("training"):
+        return None
+    own = all(
+        t is None or (isinstance(t, fx.Node) and t.op == "get_attr" and readers[str(t.target)] == [norm])
+        for t in tensors
+    )
+    names = {str(t.target) for t in tensors if isinstance(t, fx.Node)}
+    linear = operator(node) not in _CONVOLVING
+    on_channels = not linear or len(node.meta["val"].shape) == 2
+    return norm if own and on_channels and not names & program.private else None
+
+
+_CONVOLVING = {f"aten.conv{rank}d" for rank in (1, 2, 3)} | {
+    *(f"aten.conv_transpose{rank}d" for rank in (1, 2, 3)),
+    "aten.convolution",
+}
+
+
+# gains and shifts -----------------------------------------------------------------------------------------------------
+
+
+def _diagonal(
+    program: Program, node: fx.Node, known: frozenset[str], readers: dict[str, list[fx.Node]]
+) -> DiagonalUnit | None:
+    """A norm's gain and shift, or the parameter that an add or a product applies entry by entry."""
+    if node.op != "call_function" or node.name not in known or not isinstance(node.meta.get("val"), Value):
+        return None
+    gain, shift, axis = _entries(node)
+    parameters = [p for p in (gain, shift) if p is not None]
+    for parameter in parameters:
+        name = str(parameter.target)
+        if name in program.buffers | program.private or readers[name] != [node]:
+            return None
+        if not program.weights[0][name].is_floating_point():
+            return None
+    if not parameters or any(p.meta["val"].shape != parameters[0].meta["val"].shape for p in parameters):
+        return None
+    return DiagonalUnit(Use(node, node), gain, shift, axis)
+
+
+def _entries(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, int | None]:
+    """The gain and the shift of a call, and the axis on which they stand, None for the last ones."""
+    name, a = operator(node), arguments(node)
+    if name in NORMS:
+        axis = None if name in ("aten.layer_norm", "aten.rms_norm") else 1
+        return _parameter(a.get("weight")), _parameter(a.get("bias")), axis
+    if name == "aten.prelu":
+        weight = _parameter(a["weight"])
+        scalar = weight is not None and tuple(weight.meta["val"].shape) in ((), (1,))
+        return weight, None, None if scalar else 1
+    if name in ("aten.mul", "aten.add") and a.get("alpha", 1) == 1:
+        operands = [a.get("self"), a.get("other")]
+        parameter = next((p for p in map(_parameter, operands) if p is not None), None)
+        computed = [x for x in operands if isinstance(x, fx.Node) and x.op == "call_function"]
+        if parameter is not None and len(computed) == 1 and _broadcasts_to(parameter, node):
+            return (parameter, None, None) if name == "aten.mul" else (None, parameter, None)
+    return None, None, None
+
+
+def _broadcasts_to(parameter: fx.Node, node: fx.Node) -> bool:
+    own, whole = parameter.meta["val"].shape, node.meta["val"].shape
+    return len(own) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(own), reversed(whole)))
+
+
+def _parameter(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+# goals ----------------------------------------------------------------------------------------------------------------
+
+
+def _towards_sum(use: Use, known: frozenset[str], position: dict[fx.Node, int], starts: Sequence[int]) -> Use:
+    """The same use with the goal of the sum that its output goes into, where the other operand is known by then."""
+    for total, other in _sums(use.goal):
+        ready = position[other] < position[use.node] and other.op != "get_attr"
+        between = any(position[use.node] < start < position[total] for start in starts)
+        if ready and not between and total.name in known:
+            return replace(use, goal=total, other=other)
+    return use
+
+
+def _sums(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The add that alone reads a value (through what does not change it), and its other operand."""
+    current = node
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        a = arguments(user) if user.op == "call_function" else {}
+        if operator(user) in _ADDS and a.get("alpha", 1) == 1:
+            operands = [a.get("self"), a.get("other")]
+            others = [x for x in operands if isinstance(x, fx.Node) and x is not current]
+            same = [x for x in others if _shape(x) == _shape(current) == _shape(user)]
+            if len(same) == 1 and len(others) == 1:
+                yield user, others[0]
+            return
+        if operator(user) not in _IDENTITIES or user.args[0] is not current:
+            return
+        current = user
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Value) else None

@@ -1,0 +1,156 @@
+"""The run: all calibration batches advance together, layer by layer, and each layer is solved on exact sums of all
+data.
+
+The network reads its own values, all layers before solved already; the references advance beside it to the value that
+is the layer's goal. Behind a layer only the values that are still needed wait for the other batches, past
+``memory_limit`` in a temporary file (``vfx.statistics.spill``): memory does not grow with the number of samples.
+
+A weight that several calls read is solved at the first of them: copies of the executions run ahead, with the weight as
+it is, and the sums of all its calls are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from vfx.program import Execution, Program, schedule
+from vfx.progress import track
+from vfx.reconstruct.references import References
+from vfx.reconstruct.solve import chosen_ridge, solve
+from vfx.reconstruct.sums import Sums
+from vfx.reconstruct.units import Unit
+from vfx.statistics.data import Batches
+from vfx.statistics.spill import MEMORY_LIMIT, Spill
+
+HELD = 5  # one sample in so many is held out to choose the ridge
+
+
+@dataclass(frozen=True)
+class Options:
+    """``ridge`` None is chosen for each unit on held-out samples; ``max_rows`` bounds the rows of a batch."""
+
+    ridge: float | None = None
+    max_rows: int | None = None
+    memory_limit: int | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One unit: its first call, its ridge, and ‖X W − Y‖²/‖Y − mean‖² before and after."""
+
+    node: str
+    ridge: float
+    before: float
+    after: float
+
+
+@dataclass
+class _Bundle:
+    """One batch on its way through the network and through the references."""
+
+    network: Execution
+    references: list[Execution]
+    held: bool
+
+    def ahead(self, plan: list, plans: Sequence[list]) -> _Bundle:  # type: ignore[type-arg]
+        """A copy that runs on without touching this one's values."""
+        runs = [run.fork(own) for run, own in zip(self.references, plans)]
+        return _Bundle(self.network.fork(plan), runs, self.held)
+
+
+class Sweep:
+    """Solves the ``units`` of a network for the ``references``; ``weights`` are changed as it goes."""
+
+    def __init__(
+        self, program: Program, weights: dict[str, Tensor], references: References, units: Sequence[Unit],
+        options: Options,
+    ):  # fmt: skip
+        self.program, self.weights, self.references, self.units = program, weights, references, units
+        self.options = options
+        self.plan = schedule(program.graph)
+        self.position = {step.node: index for index, step in enumerate(self.plan)}
+        self._bundles: list[_Bundle] = []
+
+    @torch.no_grad()
+    def run(
+        self, batches: Batches, centres: Sequence[tuple[Tensor, Tensor | None]], masks: Mapping[str, Tensor]
+    ) -> list[Solved]:
+        """Solve unit after unit; ``centres`` are the matrices and biases that the ridge draws them to."""
+        limit = MEMORY_LIMIT if self.options.memory_limit is None else self.options.memory_limit
+        shared = [t for r in self.references.all for t in r.program.weights[0].values()]
+        found, self._bundles = [], []
+        with Spill(limit, [*self.weights.values(), *shared]) as spill:
+            for number, unit in enumerate(track(self.units, "reconstruction", len(self.units), self.options.progress)):
+                fit, held = self._sums(unit, batches, spill, number == len(self.units) - 1)
+                problem = unit.problem(centres[number], masks)
+                found.append(self._solve(unit, problem, fit, held))
+        self._bundles = []
+        return found
+
+    def _sums(self, unit: Unit, batches: Batches, spill: Spill, last: bool) -> tuple[Sums, Sums | None]:
+        """The sums of all batches, those of the held-out samples apart."""
+        parts: dict[bool, Sums] = {}
+        spill.next_stage()
+        for bundle in list(self._bundles) or self._started(batches):
+            for run in (bundle.network, *bundle.references):
+                spill.fetch(run)
+            for sums in self._of_batch(unit, bundle):
+                if bundle.held in parts:
+                    parts[bundle.held] += sums
+                else:
+                    parts[bundle.held] = sums.double()
+            for run in (bundle.network, *bundle.references):
+                if last:
+                    run.values.clear()
+                else:
+                    spill.keep(run)
+        if False not in parts:  # too few samples to hold any out
+            return parts[True], None
+        return parts[False], parts.get(True)
+
+    def _started(self, batches: Batches) -> Iterator[_Bundle]:
+        """New executions for each batch, drawn when it is its turn."""
+        holds = self.options.ridge is None
+        for batch, held in batches.parts(HELD) if holds else ((batch, False) for batch in batches):
+            network = Execution(self.program.graph, self.weights, batch, self.plan)
+            self._bundles.append(_Bundle(network, self.references.start(batch), held))
+            yield self._bundles[-1]
+
+    def _of_batch(self, unit: Unit, bundle: _Bundle) -> Iterator[Sums]:
+        self._advance(bundle.network, unit.uses[0].node)
+        if len(unit.uses) > 1:
+            bundle = bundle.ahead(_careful(self.plan), [_careful(plan) for plan in self.references.plans])
+        for index, use in enumerate(unit.uses):
+            self._advance(bundle.network, use.node)
+            goal = self.references.goal(bundle.references, use.goal.name)
+            if use.other is not None:
+                goal = goal - bundle.network.value(use.other)
+            yield unit.sums(index, bundle.network.value, goal, self.options.max_rows)
+
+    def _advance(self, run: Execution, node: fx.Node) -> None:
+        """Run up to a node, which is the next to run then."""
+        while run.position < self.position[node]:
+            run.step()
+
+    def _solve(self, unit: Unit, problem, fit: Sums, held: Sums | None) -> Solved:  # type: ignore[no-untyped-def]
+        ridge = self.options.ridge
+        if ridge is None:
+            ridge = 1e-3 if held is None else chosen_ridge(problem, fit, held)
+        total = fit if held is None else fit + held
+        matrix, bias = solve(problem, total, ridge)
+        spread = float((total.squares - total.goals.square() / max(total.count, 1)).sum())
+        before = float(total.error(problem.centre, problem.bias))
+        after = float(total.error(matrix, bias))
+        scale = max(spread, 1e-300)
+        self.weights.update(unit.write(self.weights, matrix, bias, total))
+        return Solved(unit.uses[0].node.name, ridge, before / scale, after / scale)
+
+
+def _careful(plan: list) -> list:  # type: ignore[type-arg]
+    """A plan that writes into no value that it was given."""
+    return [step._replace(in_place=None) for step in plan]

@@ -1,0 +1,175 @@
+"""What convolutions read: windows as rows of a matrix, and their Gram matrix without writing the rows out.
+
+Two offsets i and j of a window meet in Σ_p x[p + i] x[p + j]ᵀ, which depends on j − i alone but at the borders. So the
+Gram matrix of all windows that touch the picture takes one product for each of the (2k−1)^r / 2 displacements instead
+of k^2r, and the windows that hang over the border further than the convolution's own are taken off again: strips of one
+row or column, which see a part of the kernel only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Padding = tuple[tuple[int, int], ...]  # before and behind each spatial axis
+
+
+@dataclass(frozen=True)
+class Window:
+    """A convolution's geometry: ``kernel``, ``stride``, ``dilation`` and ``padding`` for each spatial axis."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Padding
+
+    @property
+    def size(self) -> int:
+        """Offsets in a window."""
+        return len(self.offsets)
+
+    @property
+    def offsets(self) -> list[tuple[int, ...]]:
+        """The offsets of a window in the order of a kernel's entries."""
+        steps = (range(0, d * k, d) for k, d in zip(self.kernel, self.dilation))
+        return list(itertools.product(*steps))
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How far the last offset lies behind the first."""
+        return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation))
+
+    def outputs(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Positions of the output along each axis."""
+        padded = (size + sum(pair) for size, pair in zip(sizes, self.padding))
+        return tuple((p - r - 1) // s + 1 for p, r, s in zip(padded, self.reach, self.stride))
+
+    def padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, [p for pair in reversed(self.padding) for p in pair])
+
+
+def patches(window: Window, x: Tensor) -> Tensor:
+    """All windows of x (samples, C, …) as rows: (samples, positions…, C · window)."""
+    x, rank = window.padded(x), len(window.kernel)
+    for dim in range(rank):
+        x = x.unfold(2 + dim, window.reach[dim] + 1, window.stride[dim])[..., :: window.dilation[dim]]
+    # (samples, C, positions…, window…): a kernel's entries are ordered as (C, window…)
+    return x.movedim(1, 1 + rank).flatten(1 + rank)
+
+
+def window_sums(window: Window, x: Tensor) -> Tensor:
+    """The sum of all windows, (C · window,), in float64."""
+    total = window.padded(x.sum(0, dtype=torch.float64)[None])[0]
+    sizes = window.outputs(x.shape[2:])
+    parts = []
+    for offset in window.offsets:
+        part = total
+        for dim, (start, count, stride) in enumerate(zip(offset, sizes, window.stride)):
+            part = part.narrow(1 + dim, start, (count - 1) * stride + 1)[
+                (slice(None),) * (1 + dim) + (slice(None, None, stride),)
+            ]
+        parts.append(part.flatten(1).sum(1))
+    return torch.stack(parts, 1).reshape(-1)
+
+
+def shares_products(window: Window, channels: int, sizes: Sequence[int]) -> bool:
+    """Whether ``window_gram`` costs less than writing the windows out."""
+    if len(window.kernel) > 2 or window.size == 1 or any(s != 1 for s in window.stride) or channels < 8:
+        return False
+    if any(p > r for pair, r in zip(window.padding, window.reach) for p in pair):
+        return False
+    if any(p < 0 for pair in window.padding for p in pair):
+        return False
+    displacements = 1.0
+    for k in window.kernel:
+        displacements *= 2 * k - 1
+    extended = 1.0
+    for size, reach in zip(sizes, window.reach):
+        extended *= size + reach
+    written = 1.0
+    for size in window.outputs(sizes):
+        written *= size
+    return displacements / 2 * extended < 0.5 * window.size**2 * written
+
+
+def window_gram(window: Window, x: Tensor) -> Tensor:
+    """Σ rowsᵀ rows of ``patches``, (C · window, C · window), for stride 1 and one or two spatial axes."""
+    if len(window.kernel) == 1:
+        window = Window((1, *window.kernel), (1, *window.stride), (1, *window.dilation), ((0, 0), *window.padding))
+        x = x.unsqueeze(2)
+    channels, offsets = x.shape[1], window.offsets
+    number = {offset: index for index, offset in enumerate(offsets)}
+    gram = x.new_empty(len(offsets), len(offsets), channels, channels)
+    for shift, product in _displaced(window, x):
+        for first, i in number.items():
+            j = number.get((first[0] + shift[0], first[1] + shift[1]))
+            if j is not None:
+                gram[i, j] = product
+                gram[j, i] = product.T
+    for chosen, rows in _overhanging(window, x):
+        strip = (rows.T @ rows).reshape(channels, len(chosen), channels, len(chosen)).permute(1, 3, 0, 2)
+        index = torch.tensor(chosen, device=x.device)
+        gram[index[:, None], index[None, :]] -= strip
+    return gram.permute(2, 0, 3, 1).reshape(channels * len(offsets), -1)
+
+
+def _displaced(window: Window, x: Tensor) -> Any:
+    """Σ_q x[q] x[q + shift]ᵀ over the whole picture, for half of all displacements.
+
+    Samples, rows and columns stand in one long axis, with as many zeros between them as a window reaches, so that a
+    displacement is one offset in it.
+    """
+    height, width = window.reach
+    flat = F.pad(x, (0, width, 0, height)).permute(0, 2, 3, 1).contiguous()
+    columns = flat.shape[2]
+    flat = flat.reshape(-1, x.shape[1])
+    steps = [range(-r, r + 1, d) for r, d in zip(window.reach, window.dilation)]
+    for shift in itertools.product(*steps):
+        offset = shift[0] * columns + shift[1]
+        if offset >= 0 and not (shift[0] < 0):
+            yield shift, flat[: len(flat) - offset].T @ flat[offset:]
+
+
+def _overhanging(window: Window, x: Tensor) -> Any:
+    """Windows that touch the picture, but are none of the convolution's: rows of those offsets that they see.
+
+    In coordinates where window p reads x[p + offset], p runs from −reach to size − 1; the convolution's own from
+    −padding to size − 1 + padding − reach. Strips above and below take all columns, those left and right the rows
+    between.
+    """
+    size, reach = x.shape[2:], window.reach
+    first = [-pair[0] for pair in window.padding]
+    last = [s - 1 + pair[1] - r for s, pair, r in zip(size, window.padding, reach)]
+    rows = [p for p in range(-reach[0], size[0]) if not first[0] <= p <= last[0]]
+    columns = [p for p in range(-reach[1], size[1]) if not first[1] <= p <= last[1]]
+    for p in rows:
+        seen = [o for o in range(0, reach[0] + 1, window.dilation[0]) if 0 <= p + o < size[0]]
+        picture = F.pad(x[:, :, [p + o for o in seen]], (reach[1], reach[1]))
+        yield _strip(window, picture, seen, None)
+    for p in columns:
+        seen = [o for o in range(0, reach[1] + 1, window.dilation[1]) if 0 <= p + o < size[1]]
+        picture = F.pad(x[..., [p + o for o in seen]], (0, 0, window.padding[0][0], window.padding[0][1]))
+        yield _strip(window, picture, None, seen)
+
+
+def _strip(window: Window, picture: Tensor, rows: list[int] | None, columns: list[int] | None) -> Any:
+    """The windows of one strip: the offsets that they see, by number, and (windows, C · offsets)."""
+    along = 3 if rows is not None else 2
+    reach, step = window.reach[along - 2], window.dilation[along - 2]
+    steps = list(range(0, reach + 1, step))
+    parts = picture.unfold(along, reach + 1, 1)[..., ::step]
+    if rows is not None:  # (samples, C, seen rows, positions, columns)
+        chosen = [(r, c) for r in rows for c in steps]
+        parts = parts.permute(0, 3, 1, 2, 4)
+    else:  # (samples, C, positions, seen columns, rows)
+        assert columns is not None
+        chosen = [(r, c) for r in steps for c in columns]
+        parts = parts.permute(0, 2, 1, 4, 3)
+    number = {offset: index for index, offset in enumerate(window.offsets)}
+    return [number[offset] for offset in chosen], parts.reshape(-1, picture.shape[1] * len(chosen))
