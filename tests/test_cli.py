@@ -153,16 +153,34 @@ def test_demo_prints_the_table_and_reuses_its_edges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "PRESERVED", (0, 8))
+    monkeypatch.setattr(demo, "BUDGETS", (1.2,))
     demo.run(tmp_path, width=0.05, epochs=1)
     first = json.loads((tmp_path / "table.json").read_text())
-    assert [row["name"] for row in first] == ["Edge 1", "Edge 2", "Ensemble", "PFM 0/14", "PFM 8/14"]
-    assert set(first[-1]["accuracy"]) == set(demo.COLUMNS)
+    assert [row["name"] for row in first] == [
+        "Edge 1", "Edge 2", "Ensemble", "PFM 0/14", "PFM 8/14", "vfx.merge, ≤ 1.2×",
+    ]  # fmt: skip
+    assert set(first[-2]["accuracy"]) == set(demo.COLUMNS)
+    assert first[-1]["params_ratio"] <= 1.2
     assert (tmp_path / "merged.onnx").is_file()
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert "training VGG16" in capsys.readouterr().out
     demo.run(tmp_path, width=0.05, epochs=1)
     assert "training VGG16" not in capsys.readouterr().out
     assert json.loads((tmp_path / "table.json").read_text()) == first
+
+
+def test_compare_writes_table_and_plot(checkpoints: list[str], tmp_path: Path) -> None:
+    data, plot, report = tmp_path / "data.npz", tmp_path / "c.png", tmp_path / "c.json"
+    inputs = torch.randn(24, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    np.savez(data, inputs=inputs.numpy(), labels=np.arange(24) % 10)
+    output = invoke(
+        "compare", *checkpoints, *MODEL, "--data", str(data), "-g", "preserve=0,3", "-g", "normalize=none,reset",
+        "--no-latency", "--plot", str(plot), "--json", str(report),
+    )  # fmt: skip
+    names = [point["name"] for point in json.loads(report.read_text())["points"]]
+    assert names[3:] == [f"preserve={p}, normalize={n}" for p in (0, 3) for n in ("None", "reset")]
+    assert "ensemble" in output
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_prune_reads_labels_and_writes_the_result(checkpoints: list[str], tmp_path: Path) -> None:

@@ -46,4 +46,4 @@ def within_budget(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return [setting(cut) for cut in sorted({0, low // 2, low}, reverse=True)]
+    return [setting(cut) for cut in sorted({0, low // 2, low})]

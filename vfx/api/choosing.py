@@ -85,7 +85,8 @@ class Choice:
         scores: dict[str, Score] = {}
         foreign: list[str] = []
         for setting, each in zip(settings, lines):
-            self._score(setting, each, folds, solved == "auto", len(settings) > 1, options, scores, foreign)
+            normalize = solved == "auto" and setting is first
+            self._score(setting, each, folds, normalize, len(settings) > 1, options, scores, foreign)
         edges = self._edges(folds) if solved == "auto" else {}
         name = best(scores | edges, list(edges), foreign)
         figures = _dicts(scores | edges)

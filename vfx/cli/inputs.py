@@ -121,6 +121,20 @@ def normalization_of(method: str, layers: list[str] | None, memory_limit: int | 
     return Normalization(method, chosen, memory_limit=memory_limit, **options)
 
 
+def grid_of(texts: list[str] | None) -> dict[str, list[Any]] | None:
+    """``name=value,value`` for each option of a grid; values are numbers or names ("none" is None)."""
+    if not texts:
+        return None
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, separator, values = text.partition("=")
+        if not (separator and values):
+            raise ArgumentError(f"--grid: {text!r} is no name=value,value")
+        parts = [argument(f"{name}={value}", "--grid")[1] for value in values.split(",")]
+        found[name] = [optional(part) if isinstance(part, str) else part for part in parts]
+    return found
+
+
 def budget_of(text: str | None) -> dict[str, float] | None:
     """``name=share`` as a budget; raises ArgumentError."""
     if text is None:

@@ -1,4 +1,4 @@
-"""``vfx merge`` and ``vfx repair``."""
+"""``vfx merge``, ``vfx compare`` and ``vfx repair``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import cut_of, data_of, examples_of, finish, floats, load_all, match_of, normalization_of, optional
+from vfx.cli.inputs import (
+    cut_of,
+    data_of,
+    examples_of,
+    finish,
+    floats,
+    grid_of,
+    labelled,
+    load_all,
+    match_of,
+    normalization_of,
+    optional,
+)
 from vfx.cli.options import (
     Arguments,
     Chosen,
@@ -104,6 +116,49 @@ def merge(
         device=device,
     )
     finish(result, out, report)
+
+
+@app.command()
+def compare(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts to merge, or one to prune.")],
+    model: Model,
+    inputs: Inputs,
+    arguments: Arguments = [],  # noqa: B006
+    data: Data = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="What is measured on, with labels if it has any; like --data (the default).")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", "-g", help="Values to try of an option of merge or prune: preserve=0,4,8; repeatable."),
+    ] = None,
+    latency: Annotated[bool, typer.Option(help="Time a batch of each network, too.")] = True,
+    max_samples: Samples = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against parameters (.png).")] = None,
+    report: Json = None,
+) -> None:
+    """Merge checkpoints (or prune one) in every way of a grid, side by side."""
+    from vfx import api
+    from vfx.diagnosis.figures import png
+    from vfx.files import write_atomic
+
+    networks, examples = load_all(checkpoints, model, arguments), examples_of(inputs)
+    found = api.compare(
+        networks if len(networks) > 1 else networks[0],
+        examples,
+        data=data_of(data, examples, labels=True),
+        evaluate=None if evaluate is None else labelled(evaluate, examples),
+        grid=grid_of(grid),
+        latency=latency,
+        max_samples=max_samples,
+    )
+    print(found)
+    if report is not None:
+        found.to_json(report)
+        print(f"wrote {report}")
+    if plot is not None:
+        write_atomic(plot, png(found.figure()))
+        print(f"wrote {plot}")
 
 
 @app.command()

@@ -58,6 +58,8 @@ def _matrices(
     for node in program.graph.nodes:
         found = form_of(node) if node.op == "call_function" else None
         if found is None:
+            if is_layer(node):
+                notes.append(_kept(node, "its weight is computed"))
             continue
         form, source, weight, bias = found
         name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
@@ -90,15 +92,15 @@ def _irregular(calls: Sequence[Found], readers: dict[str, list[fx.Node]]) -> str
     others = [node.name for node in readers[weight] if node not in nodes]
     if others:
         return f"{', '.join(others)} read its weight in another way, or in a part of the network without a reference"
+    forms = [call[1] for call in calls]
+    alike = all(type(form) is type(forms[0]) for form in forms)
+    if not alike or len({_layout(form) for form in forms}) > 1:
+        return "calls read its weight in different layouts"
     if len(biases) > 1:
         return "calls of its weight add different biases"
     bias = calls[0][4]
     if bias is not None and any(node not in nodes for node in readers[bias]):
         return "its bias is read elsewhere, too"
-    forms = [call[1] for call in calls]
-    alike = all(type(form) is type(forms[0]) for form in forms)
-    if not alike or len({_layout(form) for form in forms}) > 1:
-        return "calls read its weight in different layouts"
     return ""
 
 
@@ -140,7 +142,17 @@ def _batch_norm(program: Program, node: fx.Node, readers: dict[str, list[fx.Node
     names = {str(t.target) for t in tensors if isinstance(t, fx.Node)}
     linear = operator(node) not in _CONVOLVING
     on_channels = not linear or len(node.meta["val"].shape) == 2
-    return norm if own and on_channels and not names & program.private else None
+    return norm if own and on_channels and _follows(norm, node) and not names & program.private else None
+
+
+def _follows(norm: fx.Node, node: fx.Node) -> bool:
+    """Whether nothing with a parameter runs between a layer and its norm, which would be solved before the norm ran."""
+    between = node.next
+    while between is not norm:
+        if between.op == "call_function" and any(a.op == "get_attr" for a in between.all_input_nodes):
+            return False
+        between = between.next
+    return True
 
 
 _CONVOLVING = {f"aten.conv{rank}d" for rank in (1, 2, 3)} | {

@@ -22,6 +22,7 @@ START = 3  # where the search for the ridge starts
 SINGULAR = 1e-7  # ratio of the Cholesky factor's pivots below which inputs count as dependent
 STEPS, TOLERANCE = 100, 1e-10  # of conjugate gradients: at most so many, to so small a share of the first residual
 GRADIENT_PRICE = 60  # products with the Gram matrix that conjugate gradients are reckoned to take
+_EPS = 1e-14  # share of a direction's scale below which its curvature is rounding
 GATHERED = 1 << 26  # elements of small systems that are held at once
 
 
@@ -48,6 +49,8 @@ def solve(problem: Problem, sums: Sums, ridge: float) -> tuple[Tensor, Tensor | 
         support = problem.support
         if support is not None:
             support = torch.cat([support, torch.ones_like(support[:, :1])], 1)
+    if support is not None:
+        start = start * support
     strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
     missing = cross - gram @ start
     system = gram.clone()
@@ -110,7 +113,7 @@ def _small_systems(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
         inside = mask[:, columns].T.gather(1, chosen)
         small = system[chosen[:, :, None], chosen[:, None, :]]
         small = small.masked_fill(~(inside[:, :, None] & inside[:, None, :]), 0.0)
-        small.diagonal(dim1=1, dim2=2).add_((~inside).to(small))
+        small.diagonal(dim1=1, dim2=2).add_(~inside * system.diagonal().mean())
         goals = right[:, columns].T.gather(1, chosen).masked_fill(~inside, 0.0)
         found = _solved(small, goals[:, :, None])[:, :, 0]
         result[:, columns] = torch.zeros_like(right[:, columns]).T.scatter(1, chosen, found * inside).T
@@ -127,7 +130,9 @@ def _conjugate_gradients(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
     for _ in range(STEPS):
         image = (system @ direction) * mask
         curvature = (direction * image).sum(0)
-        step = torch.where(curvature > 0, power / curvature.clamp_min(1e-300), 0.0)
+        # Directions without curvature are those that no row tells; rounding must not pass for one.
+        seen = curvature > _EPS * (direction.square() * scale).sum(0)
+        step = torch.where(seen, power / curvature.clamp_min(1e-300), 0.0)
         found = found + step * direction
         residual = residual - step * image
         if bool((residual.square().sum(0) <= wanted).all()):

@@ -43,7 +43,7 @@ class Sums:
 
     def with_ones(self) -> tuple[Tensor, Tensor]:
         """XᵀX and XᵀY of rows with a one behind them, which reads the bias."""
-        count = torch.full_like(self.inputs[:, :1, None], self.count)
+        count = self.inputs.new_full((len(self.inputs), 1, 1), self.count)
         left = torch.cat([self.gram, self.inputs[:, None, :]], 1)
         right = torch.cat([self.inputs[:, :, None], count], 1)
         return torch.cat([left, right], 2), torch.cat([self.cross, self.goals[:, None, :]], 1)

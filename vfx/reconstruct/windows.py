@@ -3,12 +3,13 @@
 Two offsets i and j of a window meet in Σ_p x[p + i] x[p + j]ᵀ, which depends on j − i alone but at the borders. So the
 Gram matrix of all windows that touch the picture takes one product for each of the (2k−1)^r / 2 displacements instead
 of k^2r, and the windows that hang over the border further than the convolution's own are taken off again: strips of one
-row or column, which see a part of the kernel only.
+row or column, which see a part of the kernel only. Along one axis alone the borders follow from offset to offset.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NARROW, SHORT = 8, 4  # channels, and positions of an output, below which rows are written out
 Padding = tuple[tuple[int, int], ...]  # before and behind each spatial axis
 
 
@@ -79,30 +81,25 @@ def window_sums(window: Window, x: Tensor) -> Tensor:
 
 
 def shares_products(window: Window, channels: int, sizes: Sequence[int]) -> bool:
-    """Whether ``window_gram`` costs less than writing the windows out."""
-    if len(window.kernel) > 2 or window.size == 1 or any(s != 1 for s in window.stride) or channels < 8:
+    """Whether ``window_gram`` can take these windows and costs less than writing them out."""
+    regular = all(s == 1 for s in window.stride) and all(
+        0 <= p <= r for pair, r in zip(window.padding, window.reach) for p in pair
+    )
+    if not regular or window.size == 1 or channels < NARROW or len(window.kernel) > 2:
         return False
-    if any(p > r for pair, r in zip(window.padding, window.reach) for p in pair):
-        return False
-    if any(p < 0 for pair in window.padding for p in pair):
-        return False
-    displacements = 1.0
-    for k in window.kernel:
-        displacements *= 2 * k - 1
-    extended = 1.0
-    for size, reach in zip(sizes, window.reach):
-        extended *= size + reach
-    written = 1.0
-    for size in window.outputs(sizes):
-        written *= size
-    return displacements / 2 * extended < 0.5 * window.size**2 * written
+    outputs = window.outputs(sizes)
+    if _line(window) is not None:
+        return math.prod(outputs) >= SHORT
+    displacements = math.prod(2 * k - 1 for k in window.kernel)
+    extended = math.prod(size + reach for size, reach in zip(sizes, window.reach))
+    return displacements / 2 * extended < 0.5 * window.size**2 * math.prod(outputs)
 
 
 def window_gram(window: Window, x: Tensor) -> Tensor:
     """Σ rowsᵀ rows of ``patches``, (C · window, C · window), for stride 1 and one or two spatial axes."""
-    if len(window.kernel) == 1:
-        window = Window((1, *window.kernel), (1, *window.stride), (1, *window.dilation), ((0, 0), *window.padding))
-        x = x.unsqueeze(2)
+    line = _line(window)
+    if line is not None:
+        return _line_gram(window, x, line)
     channels, offsets = x.shape[1], window.offsets
     number = {offset: index for index, offset in enumerate(offsets)}
     gram = x.new_empty(len(offsets), len(offsets), channels, channels)
@@ -117,6 +114,46 @@ def window_gram(window: Window, x: Tensor) -> Tensor:
         index = torch.tensor(chosen, device=x.device)
         gram[index[:, None], index[None, :]] -= strip
     return gram.permute(2, 0, 3, 1).reshape(channels * len(offsets), -1)
+
+
+# windows along one axis -----------------------------------------------------------------------------------------------
+
+
+def _line(window: Window) -> int | None:
+    """The one axis along which a window has more than one offset, where nothing is padded along the others."""
+    long = [dim for dim, k in enumerate(window.kernel) if k > 1]
+    if len(long) != 1 or any(any(pair) for dim, pair in enumerate(window.padding) if dim != long[0]):
+        return None
+    return long[0]
+
+
+def _line_gram(window: Window, x: Tensor, axis: int) -> Tensor:
+    """The same along one axis of many positions: G[i + 1, j + 1] = G[i, j] + what comes in at the end − what goes out.
+
+    Windows of length n read x[i d], …, x[i d + n − 1] at offset i, so from one offset to the next d positions change.
+    """
+    k, d, channels = window.kernel[axis], window.dilation[axis], x.shape[1]
+    rows = window.padded(x).movedim((2 + axis, 1), (-2, -1)).flatten(0, -3)  # (samples, positions, C)
+    n = rows.shape[1] - d * (k - 1)
+    first = rows[:, :n].reshape(-1, channels).T
+    gram = rows.new_empty(k, k, channels, channels)
+    for j in range(k):
+        gram[0, j] = first @ rows[:, j * d : j * d + n].reshape(-1, channels)
+    change = _ends(rows[:, n:], k, d) - _ends(rows[:, : d * (k - 1)], k, d)
+    for i in range(1, k):
+        gram[i, i:] = gram[i - 1, i - 1 : k - 1] + change[i - 1, i - 1 :]
+    lower = torch.tril_indices(k, k, -1, device=x.device)
+    gram[lower[0], lower[1]] = gram[lower[1], lower[0]].mT
+    return gram.permute(2, 0, 3, 1).reshape(channels * k, -1)
+
+
+def _ends(rows: Tensor, k: int, d: int) -> Tensor:
+    """Σ_r x[i d + r] x[j d + r]ᵀ, (k − 1, k − 1, C, C), over the d (k − 1) positions of one end."""
+    parts = rows.reshape(len(rows), k - 1, d, -1).transpose(1, 2).reshape(len(rows) * d, -1)
+    return (parts.T @ parts).reshape(k - 1, rows.shape[2], k - 1, rows.shape[2]).transpose(1, 2)
+
+
+# windows along two axes -----------------------------------------------------------------------------------------------
 
 
 def _displaced(window: Window, x: Tensor) -> Any:
@@ -150,12 +187,14 @@ def _overhanging(window: Window, x: Tensor) -> Any:
     columns = [p for p in range(-reach[1], size[1]) if not first[1] <= p <= last[1]]
     for p in rows:
         seen = [o for o in range(0, reach[0] + 1, window.dilation[0]) if 0 <= p + o < size[0]]
-        picture = F.pad(x[:, :, [p + o for o in seen]], (reach[1], reach[1]))
-        yield _strip(window, picture, seen, None)
+        if seen:
+            picture = F.pad(x[:, :, [p + o for o in seen]], (reach[1], reach[1]))
+            yield _strip(window, picture, seen, None)
     for p in columns:
         seen = [o for o in range(0, reach[1] + 1, window.dilation[1]) if 0 <= p + o < size[1]]
-        picture = F.pad(x[..., [p + o for o in seen]], (0, 0, window.padding[0][0], window.padding[0][1]))
-        yield _strip(window, picture, None, seen)
+        if seen:
+            picture = F.pad(x[..., [p + o for o in seen]], (0, 0, window.padding[0][0], window.padding[0][1]))
+            yield _strip(window, picture, None, seen)
 
 
 def _strip(window: Window, picture: Tensor, rows: list[int] | None, columns: list[int] | None) -> Any:
