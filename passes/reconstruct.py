@@ -25,10 +25,11 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
 from vfx.errors import ArgumentError
 from vfx.program import Program
+from vfx.reconstruct.logits import LogitUnit, logit_units
 from vfx.reconstruct.plan import units_of
 from vfx.reconstruct.references import Reference, References
 from vfx.reconstruct.sweep import Options, Solved, Sweep
-from vfx.reconstruct.units import Unit
+from vfx.reconstruct.units import MatrixUnit, Unit
 from vfx.rewrite import Pass, require_edges
 from vfx.statistics.data import Batches
 
@@ -105,10 +106,13 @@ class Reconstruct(Pass):
             weights |= self._copied(program, followed)
             exact = frozenset() if program.private else followed
             units = [unit for unit in units if not all(use.node.name in exact for use in unit.uses)]
-        sweep = Sweep(program, weights, references, units, self.options)
+        stages = self._with_logits(program, references, units)
+        sweep = Sweep(program, weights, references, stages, self.options)
         batches = Batches(program, self.data, self.max_samples, self.device)
         for _ in range(self.rounds if units else 0):
-            centres = [self._centre(unit, references, weights) for unit in units]
+            centres = [
+                None if isinstance(unit, LogitUnit) else self._centre(unit, references, weights) for unit in stages
+            ]
             self.solved = sweep.run(batches, centres, self.masks)
         if self.options.max_rows is not None:
             notes.append(f"reconstruction: at most {self.options.max_rows:,} random rows of each batch were read")
@@ -128,6 +132,15 @@ class Reconstruct(Pass):
             for name, users in readers.items()
             if users <= followed and name in own and name not in program.private
         }
+
+    def _with_logits(self, program: Program, references: References, units: Sequence[Unit]) -> list[Unit | LogitUnit]:
+        """The units with the attention calls whose heads lost inner channels in between, in the order of the graph."""
+        if len(references.all) != 1:
+            return list(units)
+        layers = [unit for unit in units if isinstance(unit, MatrixUnit)]
+        found = logit_units(program, layers, references.changes)
+        position = {node: index for index, node in enumerate(program.graph.nodes)}
+        return sorted([*units, *found], key=lambda unit: position[unit.uses[0].node])
 
     def _centre(self, unit: Unit, references: References, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         if self.centre == "own":

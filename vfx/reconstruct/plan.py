@@ -11,6 +11,7 @@ from torch import fx
 from vfx.operators import BATCH_NORMS, DROPOUTS, NORMS, arguments, is_layer, operator
 from vfx.program import Program, Value
 from vfx.reconstruct.forms import Form, form_of
+from vfx.reconstruct.logits import ATTENTION
 from vfx.reconstruct.units import BatchNorm, DiagonalUnit, MatrixUnit, Unit, Use
 
 _ADDS = {"aten.add", "aten.add_"}
@@ -32,7 +33,9 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
     position = {node: index for index, node in enumerate(program.graph.nodes)}
     units: list[Unit] = sorted([*matrices, *diagonals], key=lambda unit: position[unit.uses[0].node])
     if sums:
-        starts = sorted(position[use.node] for unit in units for use in unit.uses)
+        stops = [use.node for unit in units for use in unit.uses]
+        stops += [node for node in program.graph.nodes if operator(node) == ATTENTION]
+        starts = sorted(position[node] for node in stops)
         for unit in units:
             unit.uses = tuple(_towards_sum(use, known, position, starts) for use in unit.uses)
     return units, notes

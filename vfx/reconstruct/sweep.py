@@ -19,6 +19,8 @@ from torch import Tensor, fx
 
 from vfx.program import Execution, Program, schedule
 from vfx.progress import track
+from vfx.reconstruct.logits import RIDGE as LOGITS
+from vfx.reconstruct.logits import LogitUnit
 from vfx.reconstruct.references import References
 from vfx.reconstruct.solve import chosen_ridge, solve
 from vfx.reconstruct.sums import Sums
@@ -67,8 +69,8 @@ class Sweep:
     """Solves the ``units`` of a network for the ``references``; ``weights`` are changed as it goes."""
 
     def __init__(
-        self, program: Program, weights: dict[str, Tensor], references: References, units: Sequence[Unit],
-        options: Options,
+        self, program: Program, weights: dict[str, Tensor], references: References,
+        units: Sequence[Unit | LogitUnit], options: Options,
     ):  # fmt: skip
         self.program, self.weights, self.references, self.units = program, weights, references, units
         self.options = options
@@ -78,7 +80,7 @@ class Sweep:
 
     @torch.no_grad()
     def run(
-        self, batches: Batches, centres: Sequence[tuple[Tensor, Tensor | None]], masks: Mapping[str, Tensor]
+        self, batches: Batches, centres: Sequence[tuple[Tensor, Tensor | None] | None], masks: Mapping[str, Tensor]
     ) -> list[Solved]:
         """Solve unit after unit; ``centres`` are the matrices and biases that the ridge draws them to."""
         limit = MEMORY_LIMIT if self.options.memory_limit is None else self.options.memory_limit
@@ -86,8 +88,13 @@ class Sweep:
         found, self._bundles = [], []
         with Spill(limit, [*self.weights.values(), *shared]) as spill:
             for number, unit in enumerate(track(self.units, "reconstruction", len(self.units), self.options.progress)):
+                if isinstance(unit, LogitUnit):
+                    self._turn(unit, batches, spill)
+                    continue
                 fit, held = self._sums(unit, batches, spill, number == len(self.units) - 1)
-                problem = unit.problem(centres[number], masks)
+                centre = centres[number]
+                assert centre is not None
+                problem = unit.problem(centre, masks)
                 found.append(self._solve(unit, problem, fit, held))
         self._bundles = []
         return found
@@ -97,21 +104,48 @@ class Sweep:
         parts: dict[bool, Sums] = {}
         spill.next_stage()
         for bundle in list(self._bundles) or self._started(batches):
-            for run in (bundle.network, *bundle.references):
-                spill.fetch(run)
+            self._fetched(bundle, spill)
             for sums in self._of_batch(unit, bundle):
                 if bundle.held in parts:
                     parts[bundle.held] += sums
                 else:
                     parts[bundle.held] = sums.double()
+            if not last:
+                self._kept(bundle, spill)
+                continue
             for run in (bundle.network, *bundle.references):
-                if last:
-                    run.values.clear()
-                else:
-                    spill.keep(run)
+                run.values.clear()
         if False not in parts:  # too few samples to hold any out
             return parts[True], None
         return parts[False], parts.get(True)
+
+    def _turn(self, unit: LogitUnit, batches: Batches, spill: Spill) -> None:
+        """Fit an attention call's queries to the reference's logits; the values that wait are turned alike."""
+        total: tuple[Tensor, Tensor] | None = None
+        spill.next_stage()
+        for bundle in list(self._bundles) or self._started(batches):
+            self._fetched(bundle, spill)
+            self._advance(bundle.network, unit.node)
+            self.references.approach(bundle.references, unit.node.name)
+            total = unit.add(total, bundle.network, bundle.references[0], self.references.all[0])
+            self._kept(bundle, spill)
+        assert total is not None
+        turn = unit.solve(total, LOGITS if self.options.ridge is None else self.options.ridge)
+        self.weights.update(unit.write(self.weights, turn))
+        spill.next_stage()
+        for bundle in self._bundles:
+            self._fetched(bundle, spill)
+            old = bundle.network.values[unit.query]
+            bundle.network.values[unit.query] = (old.double() @ turn.to(old.device)).to(old)
+            self._kept(bundle, spill)
+
+    def _fetched(self, bundle: _Bundle, spill: Spill) -> None:
+        for run in (bundle.network, *bundle.references):
+            spill.fetch(run)
+
+    def _kept(self, bundle: _Bundle, spill: Spill) -> None:
+        for run in (bundle.network, *bundle.references):
+            spill.keep(run)
 
     def _started(self, batches: Batches) -> Iterator[_Bundle]:
         """New executions for each batch, drawn when it is its turn."""

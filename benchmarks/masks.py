@@ -1,0 +1,97 @@
+"""One-shot masks solved for the dense network's outputs, beside what RESET or REPAIR leaves.
+
+Global magnitude masks of the first network of each Fashion-MNIST pair, calibrated on the first 2,000 training images
+without labels (RESET and REPAIR on 64, as ``vfx.prune`` reads them), accuracy over the test images; nothing is trained.
+"auto" is the default call, which chooses on held-out images.
+
+Results go to ``benchmarks/results``: masks.json and masks.md, written after each cell; a run that was stopped goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
+from benchmarks.pairs_report import grid
+from vfx.api import prune, trace
+from vfx.files import write_atomic
+from vfx.models.training import predict
+
+CALIBRATION = 2000
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+METHODS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "RESET / REPAIR": {"solve": None},
+    "solved": {"solve": "least_squares"},
+    "auto": {},
+}
+console = Console(stderr=True)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = ["# Masks, solved", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), ""]
+    head = ["network", "method", *(f"{100 * s:g} %" for s in SPARSITIES), "seconds"]
+    rows = []
+    for name, found in results.items():
+        for method in METHODS:
+            cells = [found["cells"].get(f"{method}/{s}") for s in SPARSITIES]
+            seconds = [cell["seconds"] for cell in cells if cell]
+            span = f"{min(seconds):.0f}–{max(seconds):.0f}" if seconds else ""
+            title = f"{name} ({found['dense']:.2f})" if method == "none" else ""
+            rows.append([title, method, *(f"{cell['accuracy']:.2f}" if cell else "" for cell in cells), span])
+    return "\n".join([*lines, *grid(head, rows), ""])
+
+
+def main(
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
+    pair: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
+    samples: Samples = None,
+    fresh: Fresh = False,
+    threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
+) -> None:
+    """Prune every network by every method and write masks.json and masks.md."""
+    if threads:
+        torch.set_num_threads(threads)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "masks.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
+    try:
+        train, _ = fashion_mnist(data, "train", CALIBRATION)
+        images, labels = fashion_mnist(data, "t10k", samples)
+        for name in pair or list(PAIRS):
+            model = PAIRS[name].edges(checkpoints)[0]
+            program = trace(model, train[:2])
+
+            def accuracy(module: Any) -> float:
+                return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
+
+            found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
+            for key, method, sparsity in [(f"{m}/{s}", m, s) for s in SPARSITIES for m in METHODS]:
+                if key in found["cells"]:
+                    continue
+                options, start = METHODS[method], time.process_time()
+                given = {} if options is None else {"data": train} | options
+                result = prune(program, sparsity=sparsity, progress=False, **given)
+                seconds = round(time.process_time() - start, 1)
+                choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
+                found["cells"][key] = {"accuracy": accuracy(result.module), "seconds": seconds} | choices
+                console.print(name, key, found["cells"][key])
+                write_atomic(file, json.dumps(results, indent=1) + "\n")
+                write_atomic(file.with_suffix(".md"), markdown(results))
+    except MissingData as error:
+        console.print(f"[red]nothing measured:[/] {error}")
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,103 @@
+"""Queries of heads that lost channels: fitted to the dense network's attention logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close, lively
+from torch import Tensor, nn
+
+from passes.reconstruct import Reconstruct
+from passes.remove_channels import RemoveChannels
+from vfx.api import trace
+from vfx.program import Execution, Program, schedule
+from vfx.reconstruct.logits import visible
+from vfx.reconstruct.references import Reference
+
+HEADS, SIZE, TOKENS = 2, 6, 5
+X = torch.randn(40, TOKENS, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Attention(nn.Module):
+    """Self-attention of two heads, with or without a mask that hides the last token."""
+
+    def __init__(self, masked: bool = False):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(9, HEADS * SIZE) for _ in range(3))
+        self.out, self.masked = nn.Linear(HEADS * SIZE, 4), masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(-1, TOKENS, HEADS, SIZE).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = torch.tensor([[True] * (TOKENS - 1) + [False]]) if self.masked else None
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+def _networks(masked: bool = False) -> tuple[Program, Program, RemoveChannels]:
+    torch.manual_seed(0)
+    dense = trace(lively(Attention(masked).double(), X), X[:2])
+    remove = RemoveChannels(0.34)
+    return dense, remove(dense), remove
+
+
+def _operands(program: Program) -> tuple[Tensor, Tensor, float]:
+    """Queries, keys and scale at the attention call."""
+    run = Execution(
+        program.graph, program.weights[0], [X], [s._replace(in_place=None) for s in schedule(program.graph)]
+    )
+    while "scaled_dot" not in run.plan[run.position].node.name:
+        run.step()
+    node: Any = run.plan[run.position].node
+    q, k = (run.value(a) for a in node.args[:2])
+    return q, k, node.kwargs.get("scale") or q.shape[-1] ** -0.5
+
+
+def _error(small: Program, dense: Program, tokens: int = TOKENS) -> float:
+    (q, k, s), (dense_q, dense_k, dense_s) = _operands(small), _operands(dense)
+    difference = s * q @ k.mT - dense_s * dense_q @ dense_k.mT
+    return float(difference[..., :tokens, :tokens].square().sum())
+
+
+@torch.no_grad()
+def test_queries_are_turned_as_least_squares_on_all_logits_says() -> None:
+    dense, small, remove = _networks()
+    result = Reconstruct([Reference(dense, 1.0, remove.carry)], X, ridge=1e-9, progress=False)(small)
+    q, k, scale = _operands(result)
+    dense_q, dense_k, dense_scale = _operands(dense)
+    assert q.shape[-1] < SIZE
+    for head in range(HEADS):
+        rows = torch.einsum("bni,bmk->bnmik", q[:, head], k[:, head]).flatten(3).flatten(0, 2)
+        logits = (dense_q[:, head] @ dense_k[:, head].mT).flatten() * dense_scale / scale
+        again = torch.linalg.lstsq(rows, logits[:, None], driver="gelsd").solution.reshape(q.shape[-1], -1)
+        close(again, torch.eye(q.shape[-1], dtype=torch.float64), 1e-5)  # nothing is left to turn
+
+
+@torch.no_grad()
+def test_logits_come_nearer_to_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, small, remove = _networks()
+    references = [Reference(dense, 1.0, remove.carry)]
+    fitted = Reconstruct(references, X, progress=False)(small)
+    monkeypatch.setattr("passes.reconstruct.logit_units", lambda *arguments: [])
+    plain = Reconstruct(references, X, progress=False)(small)
+    assert _error(fitted, dense) < 0.9 * _error(plain, dense)
+
+
+@torch.no_grad()
+def test_hidden_keys_do_not_count() -> None:
+    dense, small, remove = _networks(masked=True)
+    fitted = Reconstruct([Reference(dense, 1.0, remove.carry)], X, progress=False)(small)
+    assert _error(fitted, dense, TOKENS - 1) < 0.9 * _error(small, dense, TOKENS - 1)
+    seen = torch.tensor([[True, True, False], [True, False, False]])
+    wanted = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    for mask in (seen, torch.where(seen, 0.0, float("-inf")), torch.where(seen, 0.0, torch.finfo(torch.float32).min)):
+        assert torch.equal(visible(mask[None, None])[0, 0], wanted)
+
+
+@torch.no_grad()
+def test_whole_heads_are_left_alone() -> None:
+    torch.manual_seed(0)
+    dense = trace(lively(Attention().double(), X), X[:2])
+    result = Reconstruct(dense, X, progress=False)(dense)
+    close(result(X), dense(X), 1e-9)
