@@ -1,9 +1,10 @@
-"""Two, three and five edges merged into one: matching methods × normalization on scikit-learn's digits.
+"""Two to five edges merged into one: matching methods × normalization on scikit-learn's digits.
 
 VGG16 ×0.25 and ResNet20-BN ×0.5 are trained here from different seeds and kept in ``--cache``; the first N of them are
-merged with equal weights. Matching and normalization read the first 512 training images; accuracy is over the 500 test
-images. Results go to ``benchmarks/results``: many.json, many.md. Cells already in many.json are kept (``--fresh``
-measures them anew).
+merged with equal weights. Matching, normalization and reconstruction read the first 512 training images; accuracy is
+over the 500 test images. "solved" is least squares for the mean of all edges, "default" the default call, which may
+follow one of them, or take it as it is. Results go to ``benchmarks/results``: many.json, many.md. Cells already in
+many.json are kept (``--fresh`` measures them anew).
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ from vfx.match.matcher import Known, Matching, Problem
 from vfx.match.universe import pair_objective
 from vfx.models import MODELS, accuracy, digits, fit, predict
 
-COUNTS = (2, 3, 5)
+COUNTS = (2, 3, 4, 5)
 BATCH, CALIBRATION = 128, 512
 MATCHES = (None, "weight", "activation", "c2m3", "iterated", "ste")
+SOLVED: dict[str, dict[str, Any]] = {  # beside the normalizations, for activation matching
+    "least_squares": {"solve": "least_squares", "follow": 0},
+    "default": {},
+}
 TITLES = {None: "none", "reset": "RESET", "rescale": "RESCALE", "repair": "REPAIR"}
+TITLES |= {"least_squares": "solved", "default": "default"}
 console = Console(stderr=True)
 
 
@@ -77,7 +83,7 @@ def key(cell: dict[str, Any]) -> tuple[Any, ...]:
 def cells(network: Network, counts: Sequence[int], matches: Sequence[str | None]) -> Iterator[tuple[Any, ...]]:
     for count in counts:
         for match in matches:
-            for normalize in network.normalizations:
+            for normalize in (*network.normalizations, *(SOLVED if match == "activation" else ())):
                 yield count, match, normalize
 
 
@@ -102,14 +108,16 @@ class Subject:
 
     def measure(self, match: str | None, normalize: str | None) -> dict[str, Any]:
         found = self.matching(match) if match else None
+        options = SOLVED.get(str(normalize), {"normalize": normalize})
+        data = [images for images, _ in self.batches] if normalize in SOLVED else self.batches  # no labels to choose by
         result = merge(
             self.program,
-            data=self.batches,
+            data=data,
             statistics=self.statistics,
             match=Known(found) if found else None,
-            normalize=normalize,
             verify=False,
             progress=False,
+            **options,
         )
         elements = found.permutations if found else [self.facts.identity()] * self.program.edges
         return {

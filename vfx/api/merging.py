@@ -19,7 +19,7 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.budgets import check_budget, within_budget
-from vfx.api.choosing import Choice, Setting
+from vfx.api.choosing import Choice, Chosen, Setting
 from vfx.api.normalizing import check_statistics, reads_for, reference_goals, usual, without_batch_norm
 from vfx.api.preparing import prepared, restored
 from vfx.api.reconstructing import Solving, Student, references_of
@@ -174,17 +174,7 @@ def merge(
     settings = [setting(preserve)] if budget is None else within_budget(setting, edges, len(numbering), budget)
     with watch("choice"):
         chosen = Choice(program, alphas, asked, data, options, bool(heads))(settings, solved, solving)
-    if chosen.edge is not None:
-        result = whole.select(chosen.edge)
-    elif chosen.following is not None:
-        assert chosen.setting.student is not None
-        with watch("Reconstruct"):
-            result = chosen.setting.student.solved(data, chosen.following.follow, chosen.following.edge)
-        _, after = normalizing(chosen.normalization, alphas, data, options, verify)
-        result = run_passes(result, after, watch)
-    else:
-        before, after = normalizing(chosen.normalization, alphas, data, options, verify)
-        result = run_passes(chosen.setting.aligned, [*before, *merging, *after], watch)
+    result = carried_out(chosen, whole if device is None else whole.to(device), alphas, data, options, verify, watch)
     if prepare == "lift" and chosen.edge is None:
         result = restored(result, captured, watch)
     result = replace(result, notes=(*result.notes, *skew_notes(result, edges, data, held_out, device, progress)))
@@ -194,6 +184,22 @@ def merge(
         result, program, watch, align, statistics, scores=chosen.scores, choices=chosen.to_dict(),
         outcome=chosen.outcome,
     )  # fmt: skip
+
+
+def carried_out(
+    chosen: Chosen, edges: Program, alphas: list[float], data: Any, options: dict[str, Any], verify: bool,
+    watch: Stopwatch,
+) -> Program:  # fmt: skip
+    """The network that was decided for, made of all data; ``edges`` as they were given."""
+    before, after = normalizing(chosen.normalization, alphas, data, options, verify)
+    if chosen.edge is not None:
+        return edges.select(chosen.edge)
+    if chosen.following is None:
+        return run_passes(chosen.setting.aligned, [*before, *chosen.setting.merging, *after], watch)
+    assert chosen.setting.student is not None
+    with watch("Reconstruct"):
+        result = chosen.setting.student.solved(data, chosen.following.follow, chosen.following.edge)
+    return run_passes(result, after, watch)
 
 
 def compile(

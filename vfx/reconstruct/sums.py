@@ -8,7 +8,7 @@ batches, and over processes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ class Sums:
     def _mapped(self, count: int, change: Callable[[str, Tensor], Tensor]) -> Sums:
         found = {name: change(name, getattr(self, name)) for name in _TENSORS}
         return Sums(**found, count=self.count + count)
+
+    def part(self, outputs: Tensor) -> Sums:
+        """The sums of some outputs."""
+        return replace(
+            self, cross=self.cross[:, :, outputs], goals=self.goals[:, outputs], squares=self.squares[:, outputs]
+        )
 
     def with_ones(self) -> tuple[Tensor, Tensor]:
         """XᵀX and XᵀY of rows with a one behind them, which reads the bias."""
