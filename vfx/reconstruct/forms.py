@@ -215,7 +215,8 @@ def form_of(node: fx.Node) -> tuple[Form, fx.Node, fx.Node, Any] | None:
     if name in CONVOLUTIONS | TRANSPOSED:
         a = arguments(node)
         shape = _shape(a["weight"])
-        return None if shape is None else (Convolution(node, shape), a["input"], a["weight"], a["bias"])
+        known = shape is not None and _is_parameter(a["weight"])
+        return (Convolution(node, shape), a["input"], a["weight"], a["bias"]) if known else None  # type: ignore
     for x, weight, bias, letters in _contractions(node):
         if _is_parameter(weight) and not _is_parameter(x):
             form = Contraction(*letters, _sizes(weight, letters[1]))

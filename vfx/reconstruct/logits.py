@@ -58,9 +58,11 @@ class LogitUnit:
         """The sums (heads, d', d', d', d') and (heads, d', d') with one batch more."""
         q, k, keep, scale = self.operands(network)
         dense_q, dense_k, _, dense_scale = self.operands(dense)
-        heads = reference.carry(self.query.name, 1)
-        if heads is not None:
-            dense_q, dense_k = (x.index_select(1, heads.to(x.device)) for x in (dense_q, dense_k))
+        dense_q, dense_k = (
+            _heads(x, reference.carry(arguments(self.node)[role].name, 1))
+            for x, role in ((dense_q, "query"), (dense_k, "key"))
+        )
+        k, dense_k = (_shared(x, q.shape[1]) for x in (k, dense_k))
         if keep is not None:
             k, dense_k = k * keep[..., None], dense_k * keep[..., None]
             if q.shape[2] == k.shape[2]:
@@ -97,6 +99,16 @@ class LogitUnit:
                 shift[own] = bias[0][own] @ turn[head]
             found[self.layer.bias] = shift.reshape(weights[self.layer.bias].shape).to(weights[self.layer.bias])
         return found
+
+
+def _heads(x: Tensor, kept: Tensor | None) -> Tensor:
+    """The heads of the dense network that are left."""
+    return x if kept is None else x.index_select(1, kept.to(x.device))
+
+
+def _shared(keys: Tensor, heads: int) -> Tensor:
+    """Keys as the queries see them: several heads may share one (grouped queries)."""
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], 1)
 
 
 def visible(mask: Tensor) -> Tensor:

@@ -65,10 +65,9 @@ def _matrices(
                 notes.append(_kept(node, "its weight is computed"))
             continue
         form, source, weight, bias = found
-        name = str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
-        if name is None or (bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr")):
-            if is_layer(node):
-                notes.append(_kept(node, "its weight or bias is computed"))
+        name = str(weight.target)
+        if bias is not None and _parameter(bias) is None:
+            notes.append(_kept(node, "its bias is computed"))
             continue
         if name in program.private or name in program.buffers:
             continue
