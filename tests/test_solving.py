@@ -326,6 +326,17 @@ def test_a_network_is_repaired_towards_references_by_least_squares() -> None:
     assert errors[0] < errors[1]
 
 
+def test_masks_hold_in_layers_that_are_not_solved() -> None:
+    program = trace(edges(residual, X), X[:2])
+    name = str(next(iter(vfx.layers(program))).fqn) + ".weight"
+    mask = torch.rand(program.weights[0][name].shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    average = vfx.Interpolate()(program)
+    result = vfx.Reconstruct(program, X, follow=1, masks={name: mask}, progress=False)(average)
+    assert not result.weights[0][name][~mask].any()
+    with pytest.raises(ArgumentError, match="no tensor"):
+        vfx.Reconstruct(program, X, masks={"nothing": mask}, progress=False)(average)
+
+
 # compare --------------------------------------------------------------------------------------------------------------
 
 

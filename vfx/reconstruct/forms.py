@@ -3,7 +3,7 @@
 =================================  ===================================================================================
 form                               calls
 =================================  ===================================================================================
-``Contraction``                    linear, mm, addmm, matmul, bmm, baddbmm and einsum of two operands, one a parameter
+``Contraction``                    linear, mm, addmm, matmul, bmm and einsum of two operands, one a parameter
 ``Convolution``                    convolutions of any rank and grouping, transposed ones too
 =================================  ===================================================================================
 
