@@ -1,6 +1,6 @@
 """The whole data flow at a glance: trace → analyse → match → passes → emit.
 
-``merge`` composes it; ``compile`` runs an explicit list of passes; ``repair`` normalizes alone, ``prune`` removes
+``merge`` composes it; ``compile`` runs an explicit list of passes; ``repair`` solves or normalizes, ``prune`` removes
 weights or channels. Nothing here mutates the user's models. Of all of ``vfx`` this package alone imports ``passes``.
 """
 

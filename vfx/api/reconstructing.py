@@ -176,8 +176,9 @@ def outcome(
         text = f"the average of {edges} networks, normalized: {name}"
     elif following.follow:
         last = number_layers(student.program).number(following.follow)
-        first = f"layers {kept + 1}–{last} follow edge {following.edge}" + (", solved for it" if kept else "")
-        text = f"{first}, layers {last + 1}–{total} are solved for the mean of {edges} networks"
+        text = f"layers {kept + 1}–{last} follow edge {following.edge}" + (", solved for it" if kept else "")
+        if last < total:
+            text += f", layers {last + 1}–{total} are solved for the mean of {edges} networks"
     else:
         text = f"layers {kept + 1}–{total} are solved for the mean of {edges} networks"
     if kept:
@@ -188,10 +189,17 @@ def outcome(
 def _against(score: Score | None, rival: Score | None) -> str:
     if score is None:
         return ""
-    figures = [("accuracy on held-out samples", "accuracy"), ("agreement with the ensemble", "agreement")]
-    for words, figure in [*figures, ("distance from the ensemble", "divergence")]:
-        value = getattr(score, figure)
-        if value is not None:
-            other = f" against {getattr(rival, figure):.3g} of the best edge" if rival is not None else ""
-            return f"; {words} {value:.3g}{other}"
-    return ""
+    parts = [
+        (words, getattr(score, figure), getattr(rival, figure, None))
+        for words, figure in (
+            ("accuracy on held-out samples", "accuracy"),
+            ("agreement with the ensemble", "agreement"),
+            ("divergence from it" if score.agreement is not None else "distance from the ensemble", "divergence"),
+        )
+    ]
+    said = [
+        f"{words} {value:.3g}" + (f" against {other:.3g} of the best edge" if other is not None else "")
+        for words, value, other in parts
+        if value is not None
+    ]
+    return "; " + ", ".join(said)
