@@ -109,7 +109,7 @@ def _rows(
         for budget in BUDGETS:
             limit = {"params": budget} if budget > 1 else None
             chosen = merge(program, data=train_x, statistics=statistics, budget=limit, progress=False)
-            rows.append(_default(f"vfx.merge, ≤ {budget:g}×", chosen, score))
+            rows.append(_default(f"Default {budget:g}×", chosen, score))
             bar.advance(task)
     return rows, chosen
 

@@ -211,7 +211,7 @@ class Execution:
         self.values: dict[fx.Node, Any] = {}
         self.position = 0
         self.result: Any = None
-        self._inputs = iter(inputs)
+        self._inputs = list(inputs)  # each is let go when it has been read
 
     def step(self) -> tuple[fx.Node, Any]:
         """Run the next node and free what nobody reads any more."""
@@ -226,7 +226,7 @@ class Execution:
     def fork(self, plan: list[Step]) -> Execution:
         """A copy that goes on by itself, along a plan that writes into none of the values it shares with this one."""
         twin = copy.copy(self)
-        twin.plan, twin.values, twin._inputs = plan, dict(self.values), copy.copy(self._inputs)
+        twin.plan, twin.values, twin._inputs = plan, dict(self.values), list(self._inputs)
         return twin
 
     def finish(self) -> Any:
@@ -241,7 +241,7 @@ class Execution:
 
     def _evaluate(self, node: fx.Node, in_place: Any) -> Any:
         if node.op == "placeholder":
-            return next(self._inputs)
+            return self._inputs.pop(0)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
         if node.op == "output":
             self.result = args[0]
