@@ -257,17 +257,15 @@ def comparison_figure(comparison: Comparison, cost: str = "params") -> Figure:
     """Accuracy (%) against a cost as multiples of one network; the frontier as a line, the given networks beside it."""
     figure, (axis,) = _panels(1, 1)
     front = comparison.frontier(cost)
+    costs = [getattr(point, cost) for point in comparison.made]
+    middle = (min(costs, default=0) + max(costs, default=0)) / 2
     for point in comparison.made:
-        best = point in front
-        axis.plot(
-            getattr(point, cost), 100 * (point.accuracy or 0), "o", markersize=5 if best else 3.5,
-            color=MERGED if best else "#999999",
-        )  # fmt: skip
-        if best:
-            axis.annotate(
-                point.name, (getattr(point, cost), 100 * (point.accuracy or 0)), fontsize=7, xytext=(4, -9),
-                textcoords="offset points",
-            )  # fmt: skip
+        place, best = (getattr(point, cost), 100 * (point.accuracy or 0)), point in front
+        axis.plot(*place, "o", markersize=5 if best else 3.5, color=MERGED if best else "#999999")
+        if best:  # names stay inside the axes
+            right = place[0] > middle
+            offset, side = (-4 if right else 4, -9), "right" if right else "left"
+            axis.annotate(point.name, place, fontsize=7, xytext=offset, textcoords="offset points", ha=side)
     axis.plot([getattr(p, cost) for p in front], [100 * (p.accuracy or 0) for p in front], color=MERGED, linewidth=1)
     for number, point in enumerate(comparison.points[: comparison.references]):
         axis.plot(
