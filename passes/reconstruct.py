@@ -27,7 +27,7 @@ from vfx.errors import ArgumentError
 from vfx.program import Program
 from vfx.reconstruct.logits import LogitUnit, logit_units
 from vfx.reconstruct.plan import units_of
-from vfx.reconstruct.references import Reference, References
+from vfx.reconstruct.references import Reference, References, unchanged
 from vfx.reconstruct.sweep import Options, Solved, Sweep
 from vfx.reconstruct.units import MatrixUnit, Unit
 from vfx.rewrite import Pass, require_edges
@@ -103,9 +103,12 @@ class Reconstruct(Pass):
         weights = dict(program.weights[0])
         units, notes = units_of(program, references.names, self.goals == "sum")
         if followed:
-            weights |= self._copied(program, followed)
-            exact = frozenset() if program.private else followed
-            units = [unit for unit in units if not all(use.node.name in exact for use in unit.uses)]
+            if self.references[self.follow_edge].carry is not unchanged:
+                raise ArgumentError("follow= needs a reference whose channels stand in the network as they are")
+            copied = self._copied(program, followed)
+            weights |= copied
+            if not self._differs(program, followed, copied):
+                units = [unit for unit in units if not all(use.node.name in followed for use in unit.uses)]
         weights |= self._masked(weights)
         stages = self._with_logits(program, references, units)
         sweep = Sweep(program, weights, references, stages, self.options)
@@ -133,6 +136,20 @@ class Reconstruct(Pass):
             for name, users in readers.items()
             if users <= followed and name in own and name not in program.private
         }
+
+    def _differs(self, program: Program, followed: frozenset[str], copied: Mapping[str, Tensor]) -> bool:
+        """Whether the followed calls compute something else than the edge.
+
+        That is so behind kept branches, and where they read what is read behind them, too (a tied embedding).
+        """
+        read = {
+            str(node.target)
+            for node in program.graph.nodes
+            if node.op == "get_attr" and any(user.name in followed for user in node.users)
+        }
+        own, ours = self.references[self.follow_edge].program.weights[0], program.weights[0]
+        left = (name for name in read - set(copied) if name in own)
+        return bool(program.private) or any(not torch.equal(own[name], ours[name]) for name in left)
 
     def _masked(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masked tensors, zero outside their masks whether they are solved or not."""

@@ -18,11 +18,11 @@ import vfx
 from vfx.api import compare, merge, prune, prune_structured, repair, trace
 from vfx.choice import MARGIN, best
 from vfx.errors import ArgumentError
-from vfx.judge import Judge, Score
+from vfx.judge import EVERY, LIMIT, Judge, Score
 from vfx.match.partial import PartialMatching
 from vfx.match.transport import OptimalTransport
 from vfx.models import digits, fit, vgg16_bn
-from vfx.statistics.data import Prepared
+from vfx.statistics.data import Batches, Prepared
 
 X = images(48, 8, dtype=torch.float64)
 OTHER = images(9, 8, seed=5, dtype=torch.float64)
@@ -60,9 +60,9 @@ def test_the_default_call_is_not_worse_than_its_best_edge_by_the_judge() -> None
     models, x, *_ = _trained()
     result = merge(models, x[:2], data=x[:600], progress=False)
     scores = result.report.scores
-    rival = min(scores[name]["divergence"] for name in ("edge 0", "edge 1"))
-    chosen = next(iter(scores.values()))
-    assert chosen["divergence"] <= rival
+    program = trace(models, x[:2])
+    judge = Judge(program, [0.5, 0.5], Batches(program, x[:600]).split(EVERY, LIMIT)[1])
+    assert judge(result.program).value <= min(judge(program.select(edge)).value for edge in (0, 1))
     assert {"edge 0", "edge 1", "least squares", "none", "reset"} <= set(scores)
     assert result.report.own_class
     assert type(result.module) is nn.Sequential
@@ -96,6 +96,40 @@ def test_following_all_layers_gives_the_edge_itself(edge: int) -> None:
     assert result.report.choices["follow_edge"] == edge
     part = _merge(models, follow=2, follow_edge=edge)
     assert (part.module(OTHER) - models[edge](OTHER)).abs().max() > 1e-3, "negative control"
+
+
+class _Tied(nn.Module):
+    """Tokens whose table is the head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(11, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.linear(self.body(self.table(tokens)).relu(), self.table.weight)
+
+
+def test_layers_behind_what_cannot_follow_are_solved_for_the_edge() -> None:
+    """The table is read behind the followed layer, too, and stays the average: the layer reads no edge's values."""
+    tokens = torch.randint(0, 11, (60, 4), generator=torch.Generator().manual_seed(0))
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(_Tied().double().eval())
+    program = trace(models, tokens[:2])
+    average = vfx.Interpolate()(program)
+    solve = vfx.Reconstruct(program, [(tokens,)], follow=1, progress=False)
+    result = solve(average)
+    assert any(layer.after < 0.9 * layer.before for layer in solve.solved)
+    weights, edge = (p.weights[0]["body.weight"] for p in (result, program))
+    assert (weights - edge).abs().max() > 1e-3, "a copy would read what it was not trained on"
+
+
+def test_only_references_in_the_network_s_channels_are_followed() -> None:
+    program = trace(edges(residual, X), X[:2])
+    turned = [vfx.Reference(program.select(edge), 0.5, lambda node, dim: None) for edge in (0, 1)]
+    with pytest.raises(ArgumentError, match="as they are"):
+        vfx.Reconstruct(turned, X, follow=1, progress=False)(vfx.Interpolate()(program))
 
 
 def test_a_module_can_be_followed_and_the_report_says_which_layers() -> None:

@@ -13,7 +13,7 @@ from passes.mask_weights import MaskWeights
 from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.api.normalizing import usual
-from vfx.api.reconstructing import Solving
+from vfx.api.reconstructing import Solving, is_named
 from vfx.api.restoring import Restoring, with_goals
 from vfx.api.results import Result, run_passes
 from vfx.api.tracing import program_of, symmetry
@@ -106,17 +106,17 @@ def prune(
     if device is not None:
         program = program.to(device)
     options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-    data = data if data is None else Batches(program, data, max_samples).held()  # the same each time, shuffled or not
+    few = _few(program, data, repair_samples)
     with watch("statistics"):
-        program = with_goals(program, asked, data, repair_samples, options)
+        program = with_goals(program, asked, few, repair_samples, options)
     masked = replace(run_passes(program, [mask], watch), goals=program.goals)
     restored = Restoring(
-        program, masked, data, asked, normalize != "auto", repair_samples, options,
+        program, masked, data, few, asked, is_named(normalize), repair_samples, options,
         masks=mask.masks, judge=judge, verify=verify,
     )(solved, watch)  # fmt: skip
     result = restored.program
     with watch("statistics"):
-        before, after = _moved(program, masked, result, data, repair_samples, device)
+        before, after = _moved(program, masked, result, few, repair_samples, device)
     with watch("emit"):
         module, reason = emit(result)
     notes = result.notes
@@ -220,12 +220,12 @@ def prune_structured(
         one = FoldChannels(share, variance=variance, **shape)
     else:
         one = RemoveChannels(share, score, data=data, loss=loss, **shape, **reading)
-    data = data if data is None else Batches(program, data, max_samples).held()  # the same each time, shuffled or not
+    few = _few(program, data, repair_samples)
     with watch("statistics"):
-        program = with_goals(program, asked, data, repair_samples, reading)
+        program = with_goals(program, asked, few, repair_samples, reading)
     small = run_passes(program, [one], watch)
     restored = Restoring(
-        program, small, data, asked, normalize != "auto", repair_samples, reading,
+        program, small, data, few, asked, is_named(normalize), repair_samples, reading,
         carry=one.carry, judge=judge, verify=verify,
     )(solved, watch)  # fmt: skip
     result = restored.program
@@ -274,6 +274,11 @@ def _pruned_normalization(normalize: str | Normalization | None, program: Progra
         known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)
         raise ArgumentError(f"normalize={normalize!r}: prune takes 'auto', {known} or None")
     return asked
+
+
+def _few(program: Program, data: Any, samples: int) -> Any:
+    """The samples that a normalization reads: the same each time, shuffled or not."""
+    return None if data is None else Batches(program, data, samples).held()
 
 
 def _moved(

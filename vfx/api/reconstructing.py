@@ -48,13 +48,17 @@ class Solving:
             raise ArgumentError("solve='least_squares' runs the networks on data; give data=")
         if self.solve != "auto":
             return self.solve
-        named = not (normalize == "auto" or (isinstance(normalize, Normalization) and normalize.method == "auto"))
         asked = self.follow != "auto" or self.follow_edge != "auto" or self.ridge is not None
         if asked:
             if not data:
                 raise ArgumentError("least squares runs the networks on data; give data=")
             return "least_squares"
-        return "auto" if data and not named else None
+        return "auto" if data and not is_named(normalize) else None
+
+
+def is_named(normalize: str | Normalization | None) -> bool:
+    """Whether a normalization, or none, was named rather than left to choose."""
+    return not (normalize == "auto" or (isinstance(normalize, Normalization) and normalize.method == "auto"))
 
 
 @dataclass(frozen=True)

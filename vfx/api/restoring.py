@@ -18,7 +18,6 @@ from vfx.program import Goal, Program
 from vfx.reconstruct.references import Carry, Reference, unchanged
 from vfx.report import Stopwatch
 from vfx.statistics.collect import collect
-from vfx.statistics.data import Batches
 
 SOLVED = "least squares"
 
@@ -37,13 +36,14 @@ class Restored:
 class Restoring:
     """A pruned network and the ``dense`` one that it was; ``carry`` brings the dense network's values to its channels.
 
-    ``normalization`` is what was asked for beside the solution, with "auto" resolved to a method; it is calibrated on
-    ``samples`` samples. ``named`` says that the user named it.
+    ``data`` are all calibration data, ``few`` those that the normalization reads. ``normalization`` is what was asked
+    for beside the solution, with "auto" resolved to a method; ``named`` says that the user named it.
     """
 
     dense: Program
     pruned: Program
     data: Any
+    few: Any
     normalization: Normalization | None
     named: bool
     samples: int
@@ -57,17 +57,17 @@ class Restoring:
         """Do what was asked for, or what wins on held-out samples ("auto")."""
         method = None if self.normalization is None else self.normalization.method
         if solve is None:
-            return Restored(self._normalized(self.pruned, self.data, watch), None, method)
+            return Restored(self._normalized(self.pruned, self.few, watch), None, method)
         if solve == "least_squares":
             result = self._solved(self.data, watch)
             method = method if self.named else None
-            return Restored(self._normalized(result, self.data, watch) if method else result, "least_squares", method)
+            return Restored(self._normalized(result, self.few, watch) if method else result, "least_squares", method)
         with watch("choice"):
             scores = self._scores()
         name = best(scores, (), ())
         result = self._solved(self.data, watch) if name.startswith(SOLVED) else self.pruned
         behind = not name.endswith(SOLVED) and name != "none"
-        result = self._normalized(result, self.data, watch) if behind else result
+        result = self._normalized(result, self.few, watch) if behind else result
         figures = {name: score.to_dict() for name, score in sorted(scores.items(), key=lambda item: item[1].value)}
         solved = "least_squares" if name.startswith(SOLVED) else None
         return Restored(result, solved, method if behind else None, figures)
@@ -105,8 +105,3 @@ def with_goals(program: Program, normalization: Normalization | None, data: Any,
     found = collect(program, None, data, features=False, **dict(options) | {"max_samples": samples})
     goals: dict[str, Goal] = found.goals()
     return replace(program, goals=goals)
-
-
-def held(program: Program, data: Any, samples: int, device: Any) -> Batches:
-    """The first samples, the same each time, shuffled or not."""
-    return Batches(program, Batches(program, data, samples).held(), samples, device)
