@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from passes.align import Align
 from vfx.analyse.cost import cost
+from vfx.emit.files import export
 from vfx.emit.module import emit
 from vfx.program import Program
 from vfx.report import Report, Stopwatch
@@ -19,12 +21,54 @@ from vfx.statistics.collect import Statistics
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A merged network: ``module`` to use, ``program`` to go on with, ``report`` to read, ``statistics`` to keep."""
+    """A merged, pruned or repaired network: ``module`` to use, ``program`` to go on with, ``report`` to read.
+
+    ``statistics`` are those that were measured, to be used again. The Result can stand where its module stands:
+
+    >>> result = vfx.merge([a, b], x, data=batches)
+    >>> result(x).shape == a(x).shape
+    True
+    """
 
     module: nn.Module
     program: Program
     report: Any  # Report, PruneReport, ChannelReport
     statistics: Statistics | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's outputs."""
+        return self.module(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's parameters and buffers by name."""
+        return self.module.state_dict()
+
+    def eval(self) -> Result:
+        """Set the module to evaluation mode and give the Result back."""
+        self.module.eval()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Result:
+        """Move the module to a device or a dtype, as ``nn.Module.to`` does, and give the Result back."""
+        self.module.to(*args, **kwargs)
+        return self
+
+    def save(self, path: str | Path) -> Path:
+        """Write the network in the format of ``path``'s suffix; see ``vfx.export``."""
+        return export(self, path)
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        lines = [f"Result({type(self.module).__name__} of {parameters:,} parameters)"]
+        outcome = getattr(self.report, "outcome", "")
+        notes = getattr(self.report, "notes", ())
+        lines += [f"  {line}" for line in (outcome, *notes) if line]
+        if len(lines) > _REPR_LINES:
+            lines[_REPR_LINES - 1 :] = [f"  and {len(lines) - _REPR_LINES + 1} more notes: print(result.report)"]
+        return "\n".join(lines)
+
+
+_REPR_LINES = 10
 
 
 def run_passes(program: Program, passes: Iterable[Pass], watch: Stopwatch) -> Program:

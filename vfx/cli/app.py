@@ -21,7 +21,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: vfx's own errors end with a message, not a traceback."""
     try:
-        app()
+        app(prog_name="vfx")
     except VfxError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
         Console(stderr=True, soft_wrap=True, markup=False).print(str(error))

@@ -1,0 +1,5 @@
+"""``python -m vfx``: the command line."""
+
+from vfx.cli import main
+
+main()
