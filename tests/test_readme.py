@@ -1,0 +1,88 @@
+"""Every Python block of every README runs, on small random networks in the place of the reader's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import vfx
+import vfx.models
+from vfx.models import digits, vgg16, vit_tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for path in ROOT.glob("**/README.md") if not any(part[0] == "." for part in path.parts[1:]))
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES if "```python" in path.read_text()]
+
+
+def _net(seed: int, build: Callable[..., nn.Module] = vgg16, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(in_channels=1, **({"width": 1 / 16} | options)).eval()
+
+
+def _readers_names() -> dict[str, Any]:
+    images, classes, test, labels = (tensor[:16] for tensor in digits())
+    model_a, model_b = _net(0), _net(1)
+    recorders = [vfx.record(model) for model in (model_a, model_b)]
+
+    def train(model: nn.Module) -> None:
+        for each in (model_a, model_b):
+            each.train()(images)
+            each.eval()
+
+    with recorders[1]:
+        train(model_b)
+    return {
+        "vfx": vfx,
+        "numpy": numpy,
+        "example_inputs": images[:2],
+        "loader": [(images, classes)],
+        "test": [(test, labels)],
+        "test_loader": [(test, labels)],
+        "model": model_a,
+        "models": [model_a, model_b],
+        "model_a": model_a,
+        "model_b": model_b,
+        "a": model_a,
+        "b": model_b,
+        "merged": _net(2),
+        "ten_classes": model_a,
+        "four_classes": _net(3, num_classes=4),
+        "small": _net(4),
+        "large": _net(5, width=1 / 8),
+        "vit_a": _net(6, vit_tiny, width=0.25),
+        "vit_b": _net(7, vit_tiny, width=0.25),
+        "train": train,
+        "recorder_b": recorders[1],
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("demo").mkdir()
+    for seed in (0, 1):
+        save_file(_net(seed, width=0.25).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")
+    few = [tensor[:16] for tensor in digits()]
+    monkeypatch.setattr(vfx.models, "digits", lambda: few)
+    names = _readers_names()
+    for block in re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL):
+        exec(compile(block, name, "exec"), names)
+
+
+def test_pages_link_to_what_there_is() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or page.parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(ROOT.joinpath("README.md").read_text().splitlines()) <= 150
