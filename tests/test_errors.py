@@ -24,6 +24,7 @@ from vfx.errors import (
     CaptureError,
     CheckpointError,
     DataError,
+    OutputError,
     PassError,
     VerificationError,
     VfxError,
@@ -56,7 +57,7 @@ def _merge(models: Any, x: Any = X[:2], **options: Any) -> Any:
 
 
 def test_every_error_is_a_vfx_error_of_its_own() -> None:
-    kinds = [ArchitectureError, ArgumentError, CaptureError, CheckpointError, DataError, PassError,
+    kinds = [ArchitectureError, ArgumentError, CaptureError, CheckpointError, DataError, OutputError, PassError,
              VerificationError, WeightError]  # fmt: skip
     assert all(issubclass(kind, VfxError) for kind in kinds)
     assert issubclass(ArgumentError, ValueError)
@@ -359,7 +360,7 @@ def test_missing_files_and_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.h5").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"cannot read .h5; known: .safetensors"):
         load(tmp_path / "model.h5")
-    with pytest.raises(CheckpointError, match="there is no file"):
+    with pytest.raises(CheckpointError, match="is a folder, not a file"):
         load(tmp_path)
 
 
@@ -390,7 +391,7 @@ def test_no_refusal_leaves_a_file(models: list[nn.Module], tmp_path: Path) -> No
     for model, name, kind, message in [
         (merged, "model.h5", ArgumentError, r"cannot export to .h5; use .onnx, .safetensors, .pt2"),
         (merged, "model", ArgumentError, "a file without suffix"),
-        (merged, "missing/model.onnx", ArgumentError, "does not exist"),
+        (merged, "missing/model.onnx", OutputError, "the folder .*missing does not exist"),
         (split, "model.safetensors", ArgumentError, r"GraphModule has no class .* export it to .pt2 or .onnx"),
         (merged.module, "model.onnx", ArgumentError, "needs example_inputs"),
         (split.module, "model.pt2", ArgumentError, "needs example_inputs"),
@@ -398,3 +399,21 @@ def test_no_refusal_leaves_a_file(models: list[nn.Module], tmp_path: Path) -> No
         with pytest.raises(kind, match=message):
             export(model, tmp_path / name)
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_not_exported(models: list[nn.Module], tmp_path: Path, suffix: str, value: float) -> None:
+    broken = models[0]
+    export(broken, tmp_path / f"good{suffix}", X[:2])
+    broken.state_dict()["1.running_var"][2] = value
+    with pytest.raises(WeightError, match=r"1 of 5 values of '1.running_var' in the network"):
+        export(broken, tmp_path / f"model{suffix}", X[:2])
+    assert [one.name for one in tmp_path.iterdir()] == [f"good{suffix}"]
+
+
+def test_masks_with_infinities_are_exported(tmp_path: Path) -> None:
+    masked = net(lambda self, x: self.a(x).masked_fill(self.mask < 0, 0.0), a=nn.Linear(4, 4))
+    masked.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0, 0.0]))
+    for suffix in (".pt2", ".safetensors"):
+        export(masked, tmp_path / f"model{suffix}", torch.randn(2, 4))

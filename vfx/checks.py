@@ -53,11 +53,30 @@ def check_same_tensors(
 
 
 def check_finite(state: Mapping[str, Tensor], name: str) -> None:
-    """Raise WeightError that names the first tensor with a NaN or infinite value."""
+    """Raise WeightError that names the first tensor with a NaN or infinite value, or of a type without arithmetic."""
+    check_storage(state, name)
     for key, tensor in state.items():
         if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise WeightError(f"{count} of {tensor.numel()} values of {key!r} in {name} are NaN or infinite")
+
+
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics, which must be finite; other buffers (masks) may hold infinities."""
+    statistics = {k: x for k, x in module.named_buffers() if k.rpartition(".")[2] in ("running_mean", "running_var")}
+    return {**dict(module.named_parameters()), **statistics}
+
+
+def check_storage(state: Mapping[str, Tensor], name: str) -> None:
+    """Raise WeightError that names the first tensor that is not dense, or of a type that layers cannot compute with."""
+    for key, tensor in state.items():
+        small = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 2  # float8 and less go with scales
+        if small or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = tensor.dtype if small or tensor.is_quantized else f"{tensor.layout}"
+            raise WeightError(
+                f"{key!r} in {name} is {kind}: vfx computes with dense tensors, floating ones of 16 bits and "
+                "more; convert it (dequantize() or to_dense()) before"
+            )
 
 
 def check_heads(program: Program, heads: Collection[fx.Node]) -> None:

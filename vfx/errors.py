@@ -1,4 +1,4 @@
-"""One exception class for each kind of refusal; each message names the cause and the way out."""
+"""One exception class for each kind of refusal; each message names the cause and the way out. One kind of note."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ class VerificationError(VfxError):
 
 class CheckpointError(VfxError):
     """A file cannot be read safely or is not what its name says."""
+
+
+class CheckpointNote(UserWarning):
+    """What a reader chose, stripped, left out or cast in a checkpoint that does not hold a network's tensors alone."""
+
+
+class OutputError(VfxError, OSError):
+    """A file cannot be written where it was asked for."""
 
 
 class PassError(VfxError):

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from vfx.capture import capture
-from vfx.checks import check_finite, check_same_tensors
+from vfx.checks import check_finite, check_storage, learned
+from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import export_onnx
-from vfx.errors import ArgumentError, CheckpointError
+from vfx.emit.tensors import READERS as TENSOR_READERS
+from vfx.errors import ArgumentError, CheckpointError, CheckpointNote
 from vfx.exporting import exported
-from vfx.files import write_atomic
+from vfx.files import check_writable, write_atomic
 from vfx.pruning.masks import make_permanent
+from vfx.reading import require_file
 from vfx.signature import Call, as_call, batched_call, in_order
 
 
@@ -36,18 +35,16 @@ def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
 
     ``.onnx`` is compared with the module in ONNX Runtime at two batch sizes first. ``.safetensors`` holds the state
     dict of a network of the user's own class; a GraphModule goes to ``.pt2``. Masks of ``vfx.prune`` become zeros.
-    Raises ArgumentError, VerificationError; no partial file is left.
+    Raises ArgumentError, OutputError (before any work), WeightError, CaptureError, VerificationError; no partial file
+    is left.
     """
     path = Path(path)
+    check_writable(path, _WRITERS)
     module = model if isinstance(model, nn.Module) else model.module
     if example_inputs is None and not isinstance(model, nn.Module):
         example_inputs = model.program.example_call
-    writer = _WRITERS.get(path.suffix)
-    if writer is None:
-        raise ArgumentError(f"cannot export to {path.suffix or 'a file without suffix'}; use {', '.join(_WRITERS)}")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"the folder {path.parent} does not exist")
-    writer(make_permanent(copy.deepcopy(module)).cpu().eval(), path, example_inputs)
+    check_finite(learned(module), "the network")
+    _WRITERS[path.suffix](make_permanent(copy.deepcopy(module)).cpu().eval(), path, example_inputs)
     return path
 
 
@@ -71,50 +68,47 @@ def _write_pt2(module: nn.Module, path: Path, example_inputs: Any) -> None:
 _WRITERS = {".onnx": _write_onnx, ".safetensors": _write_safetensors, ".pt2": _write_pt2}
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> Any:
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    entry: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """Read a checkpoint without running code from it.
 
-    ``.safetensors``, ``.pt`` and ``.pth`` give a state dict, or a copy of ``model`` that holds it; ``.pt2`` gives a
-    GraphModule; ``.onnx`` gives the checked ONNX model. Raises CheckpointError, ArchitectureError, WeightError.
+    ``.safetensors`` and what ``torch.save`` wrote (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.pth.tar``) give a state
+    dict, or a copy of ``model`` that holds it; ``.pt2`` gives a GraphModule; ``.onnx`` gives the checked ONNX model.
+
+    Training code wraps state dicts. Of those in a file the first that fits ``model`` is taken: trained weights
+    (``state_dict``, ``model_state_dict``, ``model``, ``net`` …) before their averages (``state_dict_ema``, ``ema`` …)
+    before other entries; ``entry`` names another one, or how its tensors' names begin (``"teacher."``). Names lose
+    ``module.``, ``_orig_mod.``, ``model.`` and the like where that gives the model's names. Narrower floating types are
+    cast to the model's; ``dtype`` is the type that model and tensors get instead. A CheckpointNote, which is a warning,
+    says what was chosen, stripped or cast.
+
+    Raises CheckpointError for a file that is missing, damaged, something else, or needs code; ArchitectureError where
+    the tensors do not fit; WeightError for NaN and infinities.
+
+    >>> network = vfx.load("last.ckpt", resnet18(), entry="ema")
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
+    suffix, notes = path.suffix.lower(), list[str]()
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype must be a floating type, such as torch.float32, got {dtype!r}")
+    if suffix not in _READERS and path.is_file():
         raise CheckpointError(f"cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(_READERS)}")
-    value = reader(path)
-    if not isinstance(value, dict):
+    require_file(path, CheckpointError)
+    value = _READERS[suffix](path)
+    if suffix not in TENSOR_READERS:
         return value
-    check_finite(value, path.name)
-    return value if model is None else _filled(model, value, path.name)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_tensors(path.read_bytes())
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # foreign pickle protocols; what cannot be read raises
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} needs code to be unpickled and is refused. Save a state dict instead: "
-            "torch.save(model.state_dict(), path), or use safetensors"
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a torch checkpoint: {error}") from error
-    if isinstance(value, dict) and not all(isinstance(x, Tensor) for x in value.values()):
-        nested = (value.get(key) for key in ("state_dict", "model_state_dict", "model"))
-        value = next((state for state in nested if isinstance(state, dict)), value)
-    if not isinstance(value, dict) or not all(isinstance(x, Tensor) for x in value.values()):
-        raise CheckpointError(f"{path} holds no state dict of tensors")
-    return value
+    tensors = choose(value, path.name, notes, entry, model)
+    check_storage(tensors, path.name)
+    result = in_dtype(tensors, dtype) if model is None else filled(model, tensors, path.name, notes, dtype)
+    check_finite(result if isinstance(result, dict) else learned(result), path.name)
+    for text in notes:
+        warnings.warn(text, CheckpointNote, stacklevel=2)
+    return result
 
 
 def _read_pt2(path: Path) -> nn.Module:
@@ -138,9 +132,7 @@ def _read_onnx(path: Path) -> Any:
 
 
 _READERS = {
-    ".safetensors": _read_safetensors,
-    ".pt": _read_pickle,
-    ".pth": _read_pickle,
+    **TENSOR_READERS,
     ".pt2": _read_pt2,
     ".onnx": _read_onnx,
 }
@@ -156,10 +148,3 @@ def _examples(module: nn.Module, example_inputs: Any, what: str) -> Call:
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors that share no storage, as safetensors wants them."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-
-
-def _filled(model: nn.Module, state: dict[str, Tensor], name: str) -> nn.Module:
-    check_same_tensors(model.state_dict(), state, type(model).__name__, name)
-    filled = copy.deepcopy(model)
-    filled.load_state_dict(state, strict=True)
-    return filled.eval()

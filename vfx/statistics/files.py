@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import DataError, VfxError
+from vfx.reading import require_file
 from vfx.statistics.data import BATCH_SIZE
 from vfx.statistics.labels import NAMES as LABELS
 
@@ -65,18 +68,40 @@ def read_batches(path: Path, names: list[str]) -> list[dict[str, Tensor]]:
 
 
 def _arrays(path: Path) -> Any:
-    from vfx.emit.files import load
-
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
+    """One array, or arrays by their names; each has an axis of samples."""
+    suffix = path.suffix.lower()
+    if suffix not in _READERS and path.is_file():
+        raise DataError(f"cannot read {path.suffix or 'a file without suffix'} as data; known: {', '.join(_READERS)}")
+    require_file(path, DataError)
     try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: torch.from_numpy(archive[name]) for name in archive.files}
-        return load(path)
+        value = _READERS[suffix](path)
     except VfxError:
         raise
-    except (ValueError, OSError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as arrays: {error}") from error
+    except Exception as error:  # damaged headers and archives raise any class
+        raise DataError(f"{path} is damaged, or holds no arrays: {error or type(error).__name__}") from error
+    held = value if isinstance(value, Mapping) else {"": value}
+    arrays = {key: x for key, x in held.items() if isinstance(x, Tensor) and x.ndim}
+    if not arrays:
+        raise DataError(f"{path} holds no arrays with an axis of samples")
+    return arrays if held is value else value
+
+
+def _read_npy(path: Path) -> Tensor:
+    with path.open("rb") as file:
+        return _tensor(np.load(file, allow_pickle=False))
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {name: _tensor(archive[name]) for name in archive.files}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    **TENSOR_READERS,
+}
