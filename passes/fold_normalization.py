@@ -14,14 +14,13 @@ from functools import partial
 
 from torch import Tensor, fx
 
+from vfx.analyse.layers import normalizes_channels
 from vfx.normalization import Affine, add_bias, affines
 from vfx.operators import (
     BATCH_NORMS,
-    LINEARS,
     TRANSPOSED,
     arguments,
     is_layer,
-    is_product,
     layer_arguments,
     operator,
     output_axis,
@@ -109,8 +108,7 @@ def _refusal(foldable: _Foldable) -> str:
         return f"{first.name} follows {layer.name}, which is not a conv or linear layer"
     if foldable.affine is None:
         return f"{first.name} has no running statistics"
-    linear = operator(layer) in LINEARS or is_product(layer)
-    if operator(first) in BATCH_NORMS and linear and len(layer.meta["val"].shape) > 2:
+    if operator(first) in BATCH_NORMS and not normalizes_channels(first, layer):
         return f"{first.name} scales another axis than the channels of {layer.name}"
     if len(layer.users) > 1:
         return f"the output of {layer.name} has other readers than {first.name}"

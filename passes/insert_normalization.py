@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.activations import Activation, activation_of
-from vfx.analyse.layers import Choice, Join, number_layers
+from vfx.analyse.layers import Choice, Join, is_normalized, number_layers
 from vfx.errors import ArgumentError
 from vfx.normalization import SCALE, SHIFT, name
-from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass, require_edges
 
@@ -56,7 +55,7 @@ class InsertNormalization(Pass):
         for layer in number_layers(program).select(self.layers):
             node = program.node(layer.node)
             if self.site == "preactivation":
-                if not all(operator(user) in BATCH_NORMS for user in node.users):
+                if not is_normalized(node):
                     yield Activation(node, layer.channel)
                 continue
             found = activation_of(program, layer)

@@ -20,10 +20,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.layers import Choice, Layer, number_layers
+from vfx.analyse.layers import Choice, Layer, is_normalized, number_layers
 from vfx.errors import ArgumentError, PassError
 from vfx.normalization import merged_norms, name
-from vfx.operators import BATCH_NORMS, arguments, operator
+from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
 from vfx.rewrite import Pass, require_edges
 
@@ -72,7 +72,7 @@ class UseBatchStatistics(Pass):
 def _plain_layers(program: Program, layers: Choice) -> list[Layer]:
     """The chosen layers that no BatchNorm normalises already."""
     chosen = number_layers(program).select(layers)
-    return [x for x in chosen if not all(operator(user) in BATCH_NORMS for user in program.node(x.node).users)]
+    return [x for x in chosen if not is_normalized(program.node(x.node))]
 
 
 class _Writer:

@@ -19,7 +19,16 @@ from rich.table import Table
 from torch import fx
 
 from vfx.errors import ArgumentError
-from vfx.operators import CONVOLUTIONS, TRANSPOSED, is_layer, is_product, layer_arguments, operator, weight_name
+from vfx.operators import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    TRANSPOSED,
+    is_layer,
+    is_product,
+    layer_arguments,
+    operator,
+    weight_name,
+)
 from vfx.program import Program, Value
 
 Join = Literal["preactivation", "activation"]
@@ -147,11 +156,25 @@ def _is_constant(program: Program, node: fx.Node) -> bool:
 
 
 def _layer(node: fx.Node, number: int, shortcut: bool) -> Layer:
+    return Layer(number, _fqn(node), node.name, operator(node), shortcut, channel_axis(node))
+
+
+def channel_axis(node: fx.Node) -> int:
+    """The axis of a layer's output on which its channels stand."""
     value = node.meta["val"]
     assert isinstance(value, Value)
     spatial = len(layer_arguments(node)["weight"].meta["val"].shape) - 2
-    channel = len(value.shape) - 1 - (spatial if operator(node) in CONVOLUTIONS | TRANSPOSED else 0)
-    return Layer(number, _fqn(node), node.name, operator(node), shortcut, channel)
+    return len(value.shape) - 1 - (spatial if operator(node) in CONVOLUTIONS | TRANSPOSED else 0)
+
+
+def normalizes_channels(norm: fx.Node, layer: fx.Node) -> bool:
+    """Whether a node is a BatchNorm over a layer's channels; behind a linear layer it may stand over tokens instead."""
+    return operator(norm) in BATCH_NORMS and norm.args[0] is layer and channel_axis(layer) == 1
+
+
+def is_normalized(layer: fx.Node) -> bool:
+    """Whether nothing but BatchNorms over its channels reads a layer."""
+    return all(normalizes_channels(user, layer) for user in layer.users)
 
 
 def _fqn(node: fx.Node) -> str:

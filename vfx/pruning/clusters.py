@@ -20,9 +20,9 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, fx
 
-from vfx.analyse.layers import number_layers
+from vfx.analyse.layers import normalizes_channels, number_layers
 from vfx.analyse.symmetry import Group, Index, Member, Symmetry
-from vfx.operators import BATCH_NORMS, arguments, operator, output_axis, weight_name
+from vfx.operators import arguments, output_axis, weight_name
 from vfx.program import Goal, Program, Weights
 
 STARTS = 4  # k-means runs, the best of which counts
@@ -64,7 +64,7 @@ def cluster(vectors: Tensor, count: int, seed: int) -> Clusters:
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer whose output only a BatchNorm reads: names of its weight and bias and of the norm's tensors."""
+    """A layer that only a BatchNorm over its channels reads: names of its weight and bias and of the norm's tensors."""
 
     weight: str
     bias: str | None
@@ -83,7 +83,7 @@ def pairs(program: Program) -> list[Pair]:
         node = program.node(layer.node)
         users = list(node.users)
         weight = weight_name(node)
-        if len(users) != 1 or operator(users[0]) not in BATCH_NORMS or weight is None or reads.count(weight) != 1:
+        if len(users) != 1 or not normalizes_channels(users[0], node) or weight is None or reads.count(weight) != 1:
             continue
         names = {key: weight_name(users[0], key) for key in ("weight", "bias", "running_mean", "running_var")}
         mean, var = names["running_mean"], names["running_var"]
@@ -106,8 +106,9 @@ def scaled_rows(weights: Weights, found: list[Pair]) -> dict[str, Tensor]:
         factor = gain / (var + pair.eps).sqrt()
         result[pair.weight] = (w.double() * factor.reshape(-1, *[1] * (w.ndim - 1))).to(w)
         result[pair.mean] = (result[pair.mean].double() * factor).to(w)
-        result[pair.var] = (gain.square() - pair.eps).clamp_min(0).to(w)
-        result[pair.gain] = gain.abs().to(w)
+        scaled = (gain.square() - pair.eps).clamp_min(0)
+        result[pair.var] = scaled.to(w)
+        result[pair.gain] = (scaled + pair.eps).sqrt().to(w)
         if pair.bias is not None:
             result[pair.bias] = (result[pair.bias].double() * factor).to(w)
     return result

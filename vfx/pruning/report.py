@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, fx
 
 from vfx.analyse.cost import Profile, cost
-from vfx.analyse.layers import number_layers
+from vfx.analyse.layers import normalizes_channels, number_layers
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.pruning.targets import Target, find_targets
@@ -206,7 +206,7 @@ def output_moments(network: Program, batches: Batches) -> dict[str, Moments]:
 def _normalized(node: fx.Node) -> fx.Node:
     """The value that the network goes on with: the norm's or the inserted affine's where it alone reads the layer."""
     readers = list(node.users)
-    if len(readers) == 1 and operator(readers[0]) in BATCH_NORMS:
+    if len(readers) == 1 and normalizes_channels(readers[0], node):
         return readers[0]
     shifted = next((user for reader in readers for user in reader.users if user.name == f"{node.name}_shifted"), None)
     return shifted if shifted is not None and len(readers) == 1 else node

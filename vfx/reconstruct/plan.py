@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from vfx.operators import BATCH_NORMS, DROPOUTS, NORMS, arguments, is_layer, operator
+from vfx.analyse.layers import normalizes_channels
+from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
 from vfx.program import Program, Value
 from vfx.reconstruct.forms import Form, form_of
 from vfx.reconstruct.logits import ATTENTION
@@ -131,7 +132,7 @@ def _matrix_unit(
 def _batch_norm(program: Program, node: fx.Node, readers: dict[str, list[fx.Node]]) -> fx.Node | None:
     """The BatchNorm with running statistics that alone reads a layer's channels, its tensors read by itself alone."""
     users = list(node.users)
-    if len(users) != 1 or operator(users[0]) not in BATCH_NORMS or users[0].args[0] is not node:
+    if len(users) != 1 or not normalizes_channels(users[0], node):
         return None
     norm, a = users[0], arguments(users[0])
     tensors = [a[role] for role in ("weight", "bias", "running_mean", "running_var")]
@@ -142,9 +143,7 @@ def _batch_norm(program: Program, node: fx.Node, readers: dict[str, list[fx.Node
         for t in tensors
     )
     names = {str(t.target) for t in tensors if isinstance(t, fx.Node)}
-    linear = operator(node) not in _CONVOLVING
-    on_channels = not linear or len(node.meta["val"].shape) == 2
-    return norm if own and on_channels and _follows(norm, node) and not names & program.private else None
+    return norm if own and _follows(norm, node) and not names & program.private else None
 
 
 def _follows(norm: fx.Node, node: fx.Node) -> bool:
