@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import close, edges, images
 from micro_models import net, parameter
 from torch import Tensor, nn
@@ -472,7 +473,6 @@ def test_tied_embeddings_are_untied_on_request() -> None:
 
 
 def _hugging_face(name: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
     if name == "gpt2":

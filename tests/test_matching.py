@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models as tv
+import transformers
 from conftest import edges, images, network, transported
 from micro_models import conv, net
 from torch import Tensor, nn
@@ -454,7 +455,6 @@ def test_unknown_matchers_and_missing_data_are_refused() -> None:
 @torch.no_grad()
 def test_gpt2_gives_its_permutation_back() -> None:
     """Heads, their channels, the residual stream and tied embeddings of a tiny GPT-2, by both matchers."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 100, "n_positions": 64}
     config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision.models as zoo
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def test_families_of_torchvision(case: Case) -> None:
     assert facts.verify() <= EXACT
 
 
-# other libraries, where they are installed --------------------------------------------------------------------------
+# other libraries -----------------------------------------------------------------------------------------------------
 
 TIMM = {
     "deit_tiny_patch16_224": ({"img_size": 32, "depth": 2}, 32, 9, 1_990),  # 192, twice 768, 3, 64 and 64
@@ -146,7 +147,6 @@ TIMM = {
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
-    timm = pytest.importorskip("timm")
     options, side, groups, channels = TIMM[name]
     torch.manual_seed(0)
     facts = symmetry(trace(timm.create_model(name, pretrained=False, **options), _random(image(side))))
@@ -172,7 +172,6 @@ HUGGING_FACE = {
 @pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face(name: str) -> None:
-    pytest.importorskip("transformers")
     torch.manual_seed(0)
     (network,) = (n for n in networks() if (n.source, n.name) == ("huggingface", name))
     facts = symmetry(trace(network.build(), network.inputs()))
