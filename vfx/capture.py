@@ -23,7 +23,7 @@ from vfx.errors import CaptureError
 from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.operators import DROPOUTS, arguments, operator
 from vfx.outputs import plain
-from vfx.program import Program, Value, Weights, digest
+from vfx.program import Program, Value, Weights, digest, is_empty
 from vfx.signature import Call, Signature, as_call, batched_call, in_order, positional_names, signature_of
 
 _ALIASES_OF_INPUT = {"aten.detach_", "aten.detach", "aten.alias"}
@@ -67,7 +67,8 @@ def _program(
 ) -> Program:
     builder = _Builder(exported, signature)
     graph = builder.build()
-    graph, weights = _fold_constants(_functionalise(_own_written(graph)), builder.weights, builder.constants)
+    graph = _functionalise(_own_written(_without_idle_writes(graph)))
+    graph, weights = _fold_constants(graph, builder.weights, builder.constants)
     graph = _without_empty_parts(graph)
     read = {node.target for node in graph.nodes if node.op == "get_attr"}
     weights = {name: tensor for name, tensor in weights.items() if name in read or name in exported.state_dict}
@@ -323,14 +324,27 @@ def _fold_constants(
     return graph, weights
 
 
+def _without_idle_writes(graph: fx.Graph) -> fx.Graph:
+    """In-place operators write to no empty tensor (a slice behind the last channel)."""
+    for node in list(graph.nodes):
+        target = node.args[0] if node.args else None
+        if _is_mutable(node) and isinstance(target, fx.Node) and is_empty(target) and is_empty(node):
+            node.replace_all_uses_with(target)
+            graph.erase_node(node)
+    return graph
+
+
 def _without_empty_parts(graph: fx.Graph) -> fx.Graph:
-    """Concatenations read no empty tensors (a new cache); of one part alone they are that part."""
+    """Concatenations read no empty tensors (a new cache, no channels left to pass by); of one part they are that part.
+
+    A concatenation that is empty itself stays.
+    """
     if any(_is_mutable(node) for node in graph.nodes):  # a part must not be written to in place of its copy
         return graph
     for node in [n for n in graph.nodes if operator(n) == "aten.cat"]:
         if any(part.meta["val"].dtype != node.meta["val"].dtype for part in node.args[0]):
             continue
-        parts = [part for part in node.args[0] if part.meta["val"].shape != (0,)]
+        parts = [part for part in node.args[0] if not is_empty(part)]
         if len(parts) == 1:
             node.replace_all_uses_with(parts[0])
         elif parts:

@@ -39,6 +39,13 @@ class Value:
         return tuple([size if isinstance(size, int) else int(_substitute(size, batch)) for size in self.shape])
 
 
+def is_empty(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor without elements at any batch size, or several of them."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(one, Value) and 0 in one.shape for one in values)
+
+
 @lru_cache(maxsize=4096)
 def _substitute(size: Any, batch: int) -> Any:
     return size.subs(dict.fromkeys(size.free_symbols, batch)) if isinstance(size, sympy.Expr) else size

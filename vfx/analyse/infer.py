@@ -17,11 +17,12 @@ from vfx.analyse.rules.movement import concatenate
 from vfx.analyse.rules.rule import Rule
 from vfx.analyse.shapes import Shape
 from vfx.operators import NORMS, arguments, operator
-from vfx.program import Program, Value
+from vfx.program import Program, Value, is_empty
 
 BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product of other sizes
 
 OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
+EMPTY = "an empty tensor is cut from it, or computed with it"
 _DOTS = {"aten.dot", "aten.vdot"}
 
 
@@ -92,6 +93,8 @@ class Inference(Parts):
             for value in node.all_input_nodes:
                 self._pin_all(self.shapes[value], "model output")
             return None
+        if node.target is python_operator.getitem and is_empty(node):
+            return self._refused(node.args[0], EMPTY)[int(node.args[1])]  # type: ignore[arg-type]
         if node.target is python_operator.getitem:
             container = self.shapes[node.args[0]]  # type: ignore[index]
             return container[int(node.args[1])] if isinstance(container, (list, tuple)) else None  # type: ignore[arg-type]
@@ -101,6 +104,8 @@ class Inference(Parts):
         name = operator(node)
         if name in HARMLESS or not isinstance(node.meta.get("val"), (Value, list)):
             return None
+        if any(map(is_empty, (node, *node.all_input_nodes))):
+            return self._refused(node, EMPTY)
         rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
         if rule is not None:
             parts = self._parts(node, rule)
@@ -110,6 +115,10 @@ class Inference(Parts):
                 return self.carried(node, parts, result) if parts else result
         self.unknown.setdefault(str(node.target), []).append(node.name)
         reason = f"no rule for {node.target}" if rule is None else f"{node.target} is not covered in this form"
+        return self._refused(node, reason)
+
+    def _refused(self, node: fx.Node, reason: str) -> Any:
+        """Nothing that an operator reads or gives may move."""
         for operand in node.all_input_nodes:
             self._pin_all(self.shapes[operand], reason)
         return self._opaque_result(node.meta["val"], reason)

@@ -37,10 +37,13 @@ class Parts(Algebra):
         self.parts: dict[Axis, Part] = {}
 
     def part(self, source: fx.Node, shape: Shape, dim: int, index: slice) -> Shape:
-        """A slice of one axis of a value, left open."""
+        """A slice of one axis of a value, left open; where it is empty nothing is said of any axis."""
         entry = shape.axes[dim]
         places = range(entry.size)[index]
-        if not isinstance(entry, Axis) or entry.opaque or len(places) in (0, entry.size):
+        if not places:
+            sizes = (*shape.sizes[:dim], 0, *shape.sizes[dim + 1 :])
+            return Shape(tuple(self.opaque(size, "an empty tensor") for size in sizes))
+        if not isinstance(entry, Axis) or entry.opaque or len(places) == entry.size:
             return self.slice(shape, dim, index)
         known = self.parts.get(entry)
         factors = self._some(known.factors if known else entry.factors, places)

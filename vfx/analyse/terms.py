@@ -34,7 +34,7 @@ class Axes:
 
     def opaque(self, size: int, reason: str) -> Axis:
         """An axis that is pinned without being written out."""
-        return Axis((Opaque(size, reason),)) if size > 1 else self.fresh(1)
+        return Axis((Opaque(size, reason),)) if size != 1 else self.fresh(1)
 
     def pin(self, axis: Axis, reason: str) -> None:
         if axis.is_blank and axis.size > 1:
