@@ -25,7 +25,7 @@ from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.maps import Transport
 from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.program import Goal, Program
-from vfx.rewrite import PRESERVED, Pass, require_edges
+from vfx.rewrite import PRESERVED, Pass
 from vfx.statistics.collect import Statistics, collect
 
 
@@ -35,6 +35,8 @@ class Align(Pass):
     ``data`` (a loader) or ``statistics`` are needed by matchers that read activations; ``classes`` is for "weight" and
     "activation": each group's "full" class, or "permutation".
     """
+
+    weight_sets = "several"
 
     def __init__(
         self,
@@ -56,7 +58,6 @@ class Align(Pass):
         self.error = 0.0
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
         if program.private:
             raise PassError("Align acts on the edges' own architecture; run it before DuplicateBranches")
 
@@ -106,22 +107,24 @@ class Align(Pass):
 def _with_goals(
     program: Program, result: Program, facts: Symmetry, statistics: Statistics | None, matching: Matching
 ) -> Program:
-    """The edges' layer statistics in the aligned channels, kept on the result.
+    """The edges' layer statistics (those of an earlier Align, if none are given) in the aligned channels.
 
     Behind a linear map T they are those of T y: mean T μ and variances on the diagonal of T Σ Tᵀ.
     """
-    if statistics is None or not statistics.layers:
+    before = statistics.goals() if statistics is not None and statistics.layers else program.goals
+    if not before:
         return result
+    covariances = {} if statistics is None else statistics.covariances
     nodes = {node.name: node for node in program.graph.nodes}
     channels = statistics_channels(program)
     goals, unknown = {}, dict[str, None]()
-    for name, known in statistics.goals().items():
+    for name, known in before.items():
         node, rows = nodes[name], []
         for edge, permutation in enumerate(matching.permutations):
             order = torch.from_numpy(facts.gather(node, channels[name], permutation)).to(known.mean.device)
             mean, std = known.mean[edge][order], known.std[edge][order]
             maps = _maps(facts, result, matching, edge, node, channels[name])
-            covariance = statistics.covariances.get(name)
+            covariance = covariances.get(name)
             if maps is None or (covariance is None and any(own.ndim == 2 for own in maps)):
                 unknown[name] = None
                 continue

@@ -13,17 +13,17 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import Layers, number_layers
 from vfx.operators import weight_name
 from vfx.program import Program
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 class CalibrateBias(Pass):
     """Scale the edges' biases for a merge with ``weights``."""
 
+    weight_sets = "several"
+    carries_maps = True
+
     def __init__(self, weights: float | Sequence[float] | None = None):
         self.weights = weights
-
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
 
     def apply(self, program: Program) -> Program:
         alphas = edge_weights(self.weights, program.edges)

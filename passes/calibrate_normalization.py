@@ -24,7 +24,7 @@ from vfx.analyse.activations import statistics_channels
 from vfx.errors import ArgumentError, PassError
 from vfx.normalization import Affine, affines, reset_readers
 from vfx.program import Goal, Program
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 from vfx.statistics.data import Batches
 from vfx.statistics.frontier import Observed, Reader, Sweep, sweep
 
@@ -38,6 +38,8 @@ class CalibrateNormalization(Pass):
     ``sweep``: "exact", "train" or "uncorrected". ``memory_limit``: bytes of activations kept in memory by the exact
     sweep, the rest waits on disk.
     """
+
+    weight_sets = "one"
 
     def __init__(
         self,
@@ -56,7 +58,6 @@ class CalibrateNormalization(Pass):
         self.max_samples, self.device, self.progress = max_samples, device, progress
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
         if not program.goals and any(True for _ in affines(program)):
             raise PassError("no goal statistics: give Align data or statistics of the edges' layers")
 

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, Join, number_layers
 from vfx.duplication import own_weights, prefixes, product, weighted_sum
+from vfx.errors import PassError
 from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
 from vfx.program import Program, Value, copy_node
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 class DuplicateBranches(Pass):
@@ -29,13 +30,17 @@ class DuplicateBranches(Pass):
     ``join="preactivation"`` averages conv and linear outputs before norm and activation, ``"activation"`` after them.
     """
 
+    weight_sets = "several"
+    carries_maps = True
+
     def __init__(
         self, preserve: int | str, weights: float | Sequence[float] | None = None, join: Join = "preactivation"
     ):
         self.preserve, self.weights, self.join = preserve, weights, join
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
+        if program.private:
+            raise PassError("DuplicateBranches acts once, on edges that share one graph; run it before DuplicateHeads")
 
     def apply(self, program: Program) -> Program:
         alphas = edge_weights(self.weights, program.edges)

@@ -19,11 +19,11 @@ from torch import Tensor, fx
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, number_layers
 from vfx.duplication import call, own_weights, prefixes, product, weighted_sum
-from vfx.errors import ArchitectureError, ArgumentError
+from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.match.maps import apply_along
 from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
 from vfx.program import Execution, Program, Value, copy_node
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 HeadOutput = Literal["list", "cat", "mean"]
 OUTPUTS = ("list", "cat", "mean")
@@ -36,13 +36,17 @@ class DuplicateHeads(Pass):
     channel axis) or "mean" (their average with ``weights``).
     """
 
+    weight_sets = "several"
+    carries_maps = True
+
     def __init__(self, heads: int | str, weights: float | Sequence[float] | None = None, output: HeadOutput = "list"):
         if output not in OUTPUTS:
             raise ArgumentError(f"head_output must be one of {', '.join(map(repr, OUTPUTS))}, got {output!r}")
         self.heads, self.weights, self.output = heads, weights, output
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
+        if any(done.startswith(self.name) for done in program.history):
+            raise PassError("DuplicateHeads acts once; give all heads= in one call")
 
     def apply(self, program: Program) -> Program:
         layers = number_layers(program)

@@ -23,7 +23,7 @@ from vfx.resize import Slots, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import masked_error
 from vfx.resize.weights import Kept
-from vfx.rewrite import PRESERVED, Pass, require_edges
+from vfx.rewrite import PRESERVED, Pass
 
 
 class FoldChannels(Pass):
@@ -33,6 +33,8 @@ class FoldChannels(Pass):
     ``clusters`` by group index, ``carry`` (of dense
     values to the folded network's) and ``error`` (of the proof) say what was done.
     """
+
+    weight_sets = "one"
 
     def __init__(
         self,
@@ -56,9 +58,6 @@ class FoldChannels(Pass):
         self.carry: Carry = unchanged
         self.clusters: dict[int, Clusters] = {}
         self.error = 0.0
-
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
 
     def apply(self, program: Program) -> Program:
         facts = self.facts or symmetry(program)

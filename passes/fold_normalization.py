@@ -27,7 +27,7 @@ from vfx.operators import (
     weight_name,
 )
 from vfx.program import Program, Weights, copy_graph
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class FoldNormalization(Pass):
 
     def __init__(self, batch_norm: bool = False, verify: bool = True):
         self.batch_norm, self.verify = batch_norm, verify
-
-    def requires(self, program: Program) -> None:
-        if not self.batch_norm:
-            require_edges(program, single=True, name=self.name)
+        # what a layer gives is then what its BatchNorm gave; an inserted affine brings it to its goal
+        self.weight_sets, self.changes_values = ("any", True) if batch_norm else ("one", False)
 
     def apply(self, program: Program) -> Program:
         graph, _ = copy_graph(program.graph)

@@ -20,7 +20,7 @@ from vfx.analyse.layers import Choice, Join, is_normalized, number_layers
 from vfx.errors import ArgumentError
 from vfx.normalization import SCALE, SHIFT, name
 from vfx.program import Program, copy_graph
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 class InsertNormalization(Pass):
@@ -29,15 +29,13 @@ class InsertNormalization(Pass):
     Only layers with goal statistics qualify: preserved branches keep their own.
     """
 
+    weight_sets = "one"
     preserves_function = True
 
     def __init__(self, layers: Choice = None, verify: bool = True, site: Join = "preactivation"):
         if site not in ("preactivation", "activation"):
             raise ArgumentError(f"site must be 'preactivation' or 'activation', got {site!r}")
         self.layers, self.verify, self.site = layers, verify, site
-
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
 
     def apply(self, program: Program) -> Program:
         notes: list[str] = []

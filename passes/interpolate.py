@@ -14,21 +14,17 @@ import torch
 from torch import Tensor
 
 from vfx.alphas import edge_weights
-from vfx.errors import PassError
 from vfx.program import Goal, Program
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 class Interpolate(Pass):
     """Average the weight sets; ``weights`` sum to 1, or one number α: the second of two edges' weight."""
 
+    weight_sets = "several"
+
     def __init__(self, weights: float | Sequence[float] | None = None):
         self.weights = weights
-
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
-        if program.transport is not None:
-            raise PassError("the matching found linear maps; run Transform before Interpolate")
 
     def apply(self, program: Program) -> Program:
         alphas = edge_weights(self.weights, program.edges)

@@ -21,7 +21,7 @@ from vfx.pruning.scores.catalogue import score_named
 from vfx.pruning.scores.score import Pruned, Score, Subject, Values
 from vfx.pruning.selection import Schedule, Sparsity, selection
 from vfx.pruning.targets import Target, find_targets, unprotected
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 from vfx.statistics.data import reusable
 
 Budgets = list[tuple[tuple[Target, ...], float]]
@@ -34,6 +34,8 @@ class MaskWeights(Pass):
     of globs of layers; what no glob matches is kept. ``protect``: globs, "first", "head"; "auto" is the score's own.
     Raises ArgumentError, WeightError, DataError, PassError.
     """
+
+    weight_sets = "one"
 
     def __init__(
         self,
@@ -65,7 +67,6 @@ class MaskWeights(Pass):
         self.budgets: Budgets = []
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
         check_finite(program.weights[0], "the network")
 
     def apply(self, program: Program) -> Program:

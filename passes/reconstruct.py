@@ -30,7 +30,7 @@ from vfx.reconstruct.plan import units_of
 from vfx.reconstruct.references import Reference, References, unchanged
 from vfx.reconstruct.sweep import Options, Solved, Sweep
 from vfx.reconstruct.units import MatrixUnit, Unit
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 from vfx.statistics.data import Batches
 
 Goals = Literal["sum", "output"]
@@ -53,6 +53,8 @@ class Reconstruct(Pass):
 
     Example: ``Reconstruct(aligned, loader)(Interpolate()(aligned))``.
     """
+
+    weight_sets = "one"
 
     def __init__(
         self,
@@ -90,10 +92,6 @@ class Reconstruct(Pass):
         self.max_samples, self.device = max_samples, device
         self.options = Options(ridge, max_rows, memory_limit, progress)
         self.solved: list[Solved] = []
-
-    def requires(self, program: Program) -> None:
-        super().requires(program)
-        require_edges(program, single=True, name=self.name)
 
     @torch.no_grad()
     def apply(self, program: Program) -> Program:

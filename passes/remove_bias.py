@@ -32,7 +32,6 @@ class RemoveBias(Pass):
         self.count, self.direction = count, direction
 
     def requires(self, program: Program) -> None:
-        super().requires(program)
         if program.edges > 1 and (program.private or program.goals):
             raise PassError("RemoveBias acts on edges before they are aligned, or on the merged network")
 

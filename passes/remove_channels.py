@@ -24,7 +24,7 @@ from vfx.resize import Slots, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import masked_error
 from vfx.resize.weights import Kept
-from vfx.rewrite import PRESERVED, Pass, require_edges
+from vfx.rewrite import PRESERVED, Pass
 
 
 class RemoveChannels(Pass):
@@ -36,6 +36,8 @@ class RemoveChannels(Pass):
     parameters. ``data`` feeds the scores that need it. After it ran, ``sizes``, ``kept``, ``carry`` and
     ``error`` (of the proof) say what was done.
     """
+
+    weight_sets = "one"
 
     def __init__(
         self,
@@ -64,9 +66,6 @@ class RemoveChannels(Pass):
         self.kept: Kept = {}
         self.carry: Carry = unchanged
         self.error = 0.0
-
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
 
     def apply(self, program: Program) -> Program:
         facts = self.facts or symmetry(program)

@@ -15,17 +15,17 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import Choice, number_layers
 from vfx.operators import weight_name
 from vfx.program import Program
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 class RescaleWeights(Pass):
     """Scale the edges' weights of ``layers`` (default: all but shortcuts and heads) for a merge with ``weights``."""
 
+    weight_sets = "several"
+    carries_maps = True
+
     def __init__(self, weights: float | Sequence[float] | None = None, layers: Choice = None):
         self.weights, self.layers = weights, layers
-
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
 
     def apply(self, program: Program) -> Program:
         alphas = edge_weights(self.weights, program.edges)

@@ -15,13 +15,15 @@ from vfx.errors import PassError
 from vfx.normalization import reset_readers
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 from vfx.statistics.data import Batches
 from vfx.statistics.frontier import Sweep, sweep
 
 
 class ResetBatchNorm(Pass):
     """Recompute the running mean and variance of every merged BatchNorm on ``data``, or of those behind ``layers``."""
+
+    weight_sets = "one"
 
     def __init__(
         self,
@@ -38,7 +40,6 @@ class ResetBatchNorm(Pass):
         self.max_samples, self.device, self.progress = max_samples, device, progress
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
         if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
             raise PassError("RESET needs BatchNorm layers and this network has none; use 'rescale' or 'repair'")
 

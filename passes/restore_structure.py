@@ -30,7 +30,6 @@ class RestoreStructure(Pass):
         self.like, self.verify = like, verify
 
     def requires(self, program: Program) -> None:
-        super().requires(program)
         known = set(self.like.names())
         extra = [name for name in program.names() if name not in known]
         if extra:

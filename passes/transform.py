@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vfx.program import Program
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 
 class Transform(Pass):
     """Put the maps of ``program.transport`` into each edge's weights; nothing to do where there are none."""
 
-    def requires(self, program: Program) -> None:
-        require_edges(program, single=False, name=self.name)
+    weight_sets = "several"
+    carries_maps = True
 
     def apply(self, program: Program) -> Program:
         transport = program.transport

@@ -25,7 +25,7 @@ from vfx.errors import ArgumentError, PassError
 from vfx.normalization import merged_norms, name
 from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
-from vfx.rewrite import Pass, require_edges
+from vfx.rewrite import Pass
 
 EPSILON = 1e-5
 Kind = Literal["repair", "rescale", "rescale_average", "reset"]
@@ -35,13 +35,14 @@ _aten = torch.ops.aten
 class UseBatchStatistics(Pass):
     """Normalise ``layers`` (default: all but shortcuts and heads) and every merged BatchNorm by each batch."""
 
+    weight_sets = "one"
+
     def __init__(self, kind: Kind, layers: Choice = None):
         if kind not in get_args(Kind):
             raise ArgumentError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
         self.kind, self.layers = kind, layers
 
     def requires(self, program: Program) -> None:
-        require_edges(program, single=True, name=self.name)
         if self.kind != "reset" and not program.goals and list(_plain_layers(program, self.layers)):
             raise PassError("no goal statistics: record them in training (vfx.record), or give Align data")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -12,32 +13,53 @@ from vfx.errors import PassError, VerificationError
 from vfx.outputs import named_tensors
 from vfx.program import Program, in_precision
 
+STALE = "the statistics known of the layers are those of before; run Align with data behind it to normalize"
 PRESERVED = 1e-9  # relative output error in float64 up to which two networks count as the same function
 ROUNDED = 1e-2  # relative difference between a tensor in the network's own precision (bfloat16 at least) and in float64
 
 
 class Pass(ABC):
-    """One rewrite. ``requires`` is checked on the input, ``ensures`` on the result; neither Program is changed.
+    """One rewrite: what is declared here is checked on the input and promised of the result; neither Program changes.
 
-    A pass that ``changes_values`` between layers would leave known statistics and maps behind, so it runs before them.
+    ``weight_sets``: how many it acts on, "one" (a merged network), "several" (its edges) or "any". ``changes_values``:
+    the function stays and values between layers do not, so statistics that were known of them no longer hold.
+    ``carries_maps``: it may run while linear maps wait for ``Transform``.
     """
 
-    preserves_function: ClassVar[bool] = False
-    changes_values: ClassVar[bool] = False
+    weight_sets: Literal["one", "several", "any"] = "any"
+    preserves_function: bool = False
+    changes_values: bool = False
+    carries_maps: bool = False
     verify: bool = True
 
     def __call__(self, program: Program) -> Program:
+        self._check(program)
         self.requires(program)
         result = self.apply(program)
+        if self.changes_values and result.goals:
+            result = replace(result, goals={}, notes=(*result.notes, f"{self.name}: {STALE}"))
         self.ensures(program, result)
         return result
 
-    def requires(self, program: Program) -> None:
-        """Raise PassError if the pass cannot run here."""
-        if not program.weights:
+    def _check(self, program: Program) -> None:
+        """Raise PassError unless the Program is one that the declarations of this pass admit."""
+        edges = program.edges
+        if not edges:
             raise PassError(f"{self.name} needs a Program that holds weights")
-        if self.changes_values and (program.goals or program.transport is not None):
-            raise PassError(f"{self.name} changes values that statistics or maps are known of; run it before Align")
+        if self.weight_sets == "one" and edges != 1:
+            raise PassError(f"{self.name} acts on a merged network, this Program holds {edges}; run Interpolate first")
+        if self.weight_sets == "several" and edges < 2:
+            raise PassError(
+                f"{self.name} acts on two or more weight sets, this Program holds one; run it before Interpolate"
+            )
+        if program.transport is not None and not self.carries_maps:
+            raise PassError(f"the matching found linear maps; run Transform before {self.name}")
+        if self.changes_values and program.goals and edges > 1:
+            raise PassError(f"{self.name} changes values that statistics are known of; run it before Align")
+
+    def requires(self, program: Program) -> None:
+        """Raise PassError if the pass cannot run here for a reason beyond its declarations."""
+        return
 
     @abstractmethod
     def apply(self, program: Program) -> Program:
@@ -66,14 +88,6 @@ class Pass(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__
-
-
-def require_edges(program: Program, single: bool, name: str) -> None:
-    """The order of passes is fixed: align and duplicate act on N weight sets, normalization on the merged one."""
-    if single and program.edges != 1:
-        raise PassError(f"{name} acts on a merged network, this Program holds {program.edges}; run Interpolate first")
-    if not single and program.edges < 2:
-        raise PassError(f"{name} acts on two or more weight sets, this Program holds one; run it before Interpolate")
 
 
 @torch.no_grad()

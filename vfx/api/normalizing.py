@@ -64,13 +64,18 @@ def check_statistics(statistics: Statistics | None, reads: Sequence[str], asked:
             raise ArgumentError(f"these statistics hold no {what}; collect them again")
 
 
+def check_exact(finder: Matcher | None) -> None:
+    """Raise ArgumentError for a matcher of linear maps: references keep their functions."""
+    if finder is not None and not finder.exact:
+        raise ArgumentError("references= are aligned by permutations; match with 'weight' or 'activation'")
+
+
 def reference_goals(
     program: Program, references: Sequence[nn.Module], finder: Matcher | None, data: Any, asked: Normalization,
     own: dict[str, Any], options: dict[str, Any],
 ) -> dict[str, Goal]:  # fmt: skip
     """The references' mean statistics in the first edge's channel order, a row for each edge."""
-    if finder is not None and not finder.exact:
-        raise ArgumentError("references= are aligned by permutations; match with 'weight' or 'activation'")
+    check_exact(finder)
     check_edges([program.module or references[0], *references])
     joint = program.with_weights([program.weights[0], *(weights_of(program, model) for model in references)])
     check_same_function(joint.with_weights(joint.weights[1:]), references)

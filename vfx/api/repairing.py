@@ -13,7 +13,7 @@ from passes.catalogue import choose, normalizing
 from passes.interpolate import Interpolate
 from passes.reconstruct import Reconstruct
 from vfx.alphas import edge_weights
-from vfx.api.normalizing import given_goals, usual
+from vfx.api.normalizing import check_exact, given_goals, usual
 from vfx.api.reconstructing import SOLVES
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import symmetry, trace
@@ -73,6 +73,7 @@ def repair(
         shares = [0.0, *edge_weights(weights, len(references))]
         facts = symmetry(program)
         finder = matcher(match)
+        check_exact(finder)
         within = finder is not None and "within" in finder.needs
         statistics = collect_statistics(program, facts, data, activations=asked.behind, within=within, **options)
         align = Align(finder, data, statistics=statistics, facts=facts, seed=seed, verify=verify)
