@@ -267,6 +267,21 @@ def test_three_edges_and_one_reference(pair: list[nn.Module]) -> None:
     assert alone.verdict.healthy
 
 
+@pytest.mark.parametrize("match", ["auto", None, "weight"])
+def test_a_pruned_result_is_held_against_its_dense_network(pair: list[nn.Module], match: str | None) -> None:
+    """Whatever made the Result, it is what its module gives; there is nothing to align."""
+    options: dict[str, Any] = {"data": X, "normalize": None, "solve": None, "progress": False}
+    pruned = vfx.prune(pair[0], X[:2], sparsity=0.98, **options)
+    smaller = vfx.prune_structured(pair[0], X[:2], sparsity=0.5, **options)
+    for result in (pruned, smaller, vfx.compile(pair[0], X[:2], passes=[])):
+        found = vfx.diagnose(result, pair[0], data=BATCHES, match=match, progress=False)
+        module = vfx.diagnose(result.module, pair[0], X[:2], data=BATCHES, match=match, progress=False)
+        assert [row.feature for row in found.rows] == [row.feature for row in module.rows]
+        assert "align" not in str(found.verdict)
+        assert found.notes == ()
+    assert found.rows[-1].feature == found.rows[-1].edge_features[0]
+
+
 def test_dead_layers_give_no_nan(pair: list[nn.Module], program: vfx.Program) -> None:
     dead = [copy.deepcopy(edge) for edge in pair]
     for edge in dead:

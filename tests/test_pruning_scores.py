@@ -24,7 +24,7 @@ from vfx.pruning.scores.once import ScoreOnce
 from vfx.pruning.scores.random import Random
 from vfx.pruning.scores.score import Score, Subject
 from vfx.pruning.scores.wanda import Wanda, input_squares
-from vfx.pruning.scores.woodfisher import WoodFisher
+from vfx.pruning.scores.woodfisher import WoodFisher, _Run
 from vfx.pruning.selection import selection
 from vfx.pruning.targets import find_targets
 
@@ -108,12 +108,44 @@ def test_diagonal_fisher_is_the_mean_of_squared_sample_gradients(build: Callable
 def test_minibatches_average_before_the_square(net: tuple[nn.Module, Program]) -> None:
     model, program = net
     found = DiagonalFisher(damping=0.0, minibatch=2).scores(subject(program))
-    groups = [[0, 1], [2, 3], [4, 5], [6, 7]]  # batches of 4 and 5: the ninth sample is left out
+    groups = [[0, 1], [2, 3], [4, 5], [6, 7]]  # of nine samples the last is left out
     gradients = literal_gradients(model, list(found), groups)
     weights = dict(model.named_parameters())
     all_close(found, {n: weights[n].detach() ** 2 * g.square().mean(0) / 2 for n, g in gradients.items()})
-    with pytest.raises(DataError, match="no minibatch of 6"):
-        DiagonalFisher(minibatch=6).scores(subject(program))
+    with pytest.raises(DataError, match="9 samples hold no minibatch of 10 alike"):
+        DiagonalFisher(minibatch=10).scores(subject(program))
+
+
+def test_minibatches_reach_over_batches_and_over_the_limit(net: tuple[nn.Module, Program]) -> None:
+    """Batches of 4 and 5 samples, the second cut at 8: what is over goes into the next minibatch."""
+    model, program = net
+    weights = dict(model.named_parameters())
+    for options, groups in (({}, [[0, 1, 2], [3, 4, 5], [6, 7, 8]]), ({"max_samples": 8}, [[0, 1, 2], [3, 4, 5]])):
+        found = DiagonalFisher(damping=0.0, minibatch=3).scores(subject(program, **options))
+        gradients = literal_gradients(model, list(found), groups)
+        all_close(found, {n: weights[n].detach() ** 2 * g.square().mean(0) / 2 for n, g in gradients.items()})
+
+
+def test_woodfisher_reads_as_many_gradients_whatever_the_minibatch(net: tuple[nn.Module, Program]) -> None:
+    """Its bound is 400 gradients, not 400 samples: two batches of 256 hold two minibatches of 256."""
+    _, program = net
+    data = [(images(256, 8, seed=seed, dtype=torch.float64), torch.arange(256) % CLASSES) for seed in range(2)]
+    run = _Run(WoodFisher(minibatch=256), subject(program, data=data))
+    assert [len(run._gradients(part)) for part in run.parts] == [2]
+
+
+def test_labels_that_are_no_classes_are_named(net: tuple[nn.Module, Program]) -> None:
+    _, program = net
+    for label in (CLASSES, -1):
+        data = [(X, Y.clone().index_fill(0, torch.tensor([2]), label))]
+        for score in (DiagonalFisher(), WoodFisher(), GradientWeight()):
+            with pytest.raises(DataError, match=rf"1 of 9 labels are none of the 4 classes 0 to 3, such as {label}"):
+                score.scores(subject(program, data=data))
+    padded = Y.clone()
+    padded[1:] = -100
+    found = DiagonalFisher(damping=0.0).scores(subject(program, data=[(X, padded)]))
+    alone = DiagonalFisher(damping=0.0).scores(subject(program, data=[(X[:1], Y[:1])]))
+    all_close(found, {name: value / COUNT for name, value in alone.items()})
 
 
 def test_gradient_times_weight(net: tuple[nn.Module, Program]) -> None:

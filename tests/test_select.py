@@ -146,7 +146,7 @@ def test_data_are_checked(pair: list[nn.Module]) -> None:
         vfx.select([], 1)
     with pytest.raises(DataError, match="one class for each sample"):
         vfx.select(X, 5, "balanced", labels=Y[:50])
-    with pytest.raises(DataError, match="label 7"):
+    with pytest.raises(DataError, match="such as 7"):
         vfx.select([(X, Y + 7 - Y.max())], 5, "easy", models=pair, progress=False)
     with pytest.raises(ArgumentError, match="classifiers"):
         vfx.select([(X[:, None], Y)], 5, "easy", models=pair, progress=False)

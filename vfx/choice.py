@@ -44,6 +44,14 @@ class Trial:
     fit: Prepared
     judge: Any  # Judge or UserJudge
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is wrong with the labels of the data."""
+        if not isinstance(self.judge, Judge) or self.judge.notes or self.judge.labels is None:
+            return getattr(self.judge, "notes", ())
+        wrong = self.judge.misfit(self.fit.labels)
+        return (f"some labels of the data cannot judge, those held out to choose could: {wrong}",) if wrong else ()
+
 
 class UserJudge:
     """The user's own figure of a module, the larger the better."""
@@ -71,6 +79,11 @@ def trials(
             )
         found.append(Trial(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
     return found
+
+
+def label_notes(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """What is wrong with the labels, once: the first fold's note."""
+    return next((trial.notes for trial in trials if trial.notes), ())
 
 
 def scored(candidate: Candidate, trials: Sequence[Trial]) -> Score:

@@ -36,6 +36,7 @@ from vfx.errors import ArgumentError
 from vfx.outputs import named_tensors
 from vfx.program import Program
 from vfx.statistics.data import Prepared
+from vfx.statistics.labels import PADDING, outside
 
 EVERY, LIMIT = 3, 3000  # one sample in three is held out, of the first 3,000
 SEARCH = {"xatol": 1e-3}  # of log β
@@ -101,6 +102,8 @@ class Judge:
                 arranged = [x.softmax(1) for x in arranged]
             self.expected[name] = sum(a * x for a, x in zip(alphas, arranged))  # type: ignore[assignment]
         self.sizes = [len(next(iter(batch.values()))) for batch in outputs[0]]
+        self.notes: tuple[str, ...] = ()
+        self.labels = self._labels()
 
     def part(self, samples: int) -> Judge:
         """A judge that looks at the first batches alone, until they hold ``samples``."""
@@ -109,6 +112,7 @@ class Judge:
         smaller.held = Prepared(self.held.batches[:count], self.held.labels[:count])
         smaller.sizes = self.sizes[:count]
         smaller.expected = {name: x[: sum(smaller.sizes)] for name, x in self.expected.items()}
+        smaller.labels = None if self.labels is None else self.labels[: sum(smaller.sizes)]
         return smaller
 
     @torch.no_grad()
@@ -134,26 +138,47 @@ class Judge:
             return Score(float(samples.mean()), samples=samples)
         found = _arranged(torch.cat([batch[first] for batch in batches]), self.kinds[first])
         agreement = float((found.argmax(1) == self.expected[first].argmax(1)).double().mean())
-        labels = self._labels(found)
-        if labels is None:
+        if self.labels is None:
             return Score(float(samples.mean()), scale=scale, agreement=agreement, samples=samples)
+        labels = self.labels.to(found.device)
         logits = found if self.kinds[first] == "logits" else found.clamp_min(1e-300).log()
         loss, beta = _fitted(lambda beta: float(cross_entropy(beta * logits, labels)))
         each = _by_sample(cross_entropy(beta * logits, labels, reduction="none"))
         accuracy = float((found.argmax(1) == labels).double().mean())
         return Score(float(samples.mean()), loss, accuracy, scale, agreement, each)
 
-    def _labels(self, logits: Tensor) -> Tensor | None:
-        """The labels of all held-out samples, if all have one that fits the classes.
+    def _labels(self) -> Tensor | None:
+        """The labels of all held-out samples, if all have one that fits the classes; ``notes`` say where they do not.
 
         Labels of sequences are left alone: whether they are shifted against the logits is not known.
         """
         known = [labels for labels in self.held.labels if labels is not None]
-        if len(known) != len(self.held.labels) or logits.ndim == 3 or logits.shape[1] < 2:
+        if not known or not self.classes:
             return None
-        labels = torch.cat(known).to(logits.device)
-        fits = labels.shape == (logits.shape[0], *logits.shape[2:])
-        return labels if fits and 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1] else None
+        wrong = self.misfit(self.held.labels)
+        self.notes = (f"labels of the data were not used to choose: {wrong}",) if wrong else ()
+        return None if wrong else torch.cat(known)
+
+    @property
+    def classes(self) -> int:
+        """How many classes labels of the first output can name; 0 where it has none."""
+        first = next(iter(self.expected), "")
+        judged = self.kinds.get(first) in ("logits", "probabilities") and self.expected[first].ndim != 3
+        return self.expected[first].shape[1] if judged else 0
+
+    def misfit(self, batches: Sequence[Tensor | None]) -> str:
+        """Why the labels of some batches cannot judge the first output, or nothing."""
+        expected = self.expected[next(iter(self.expected))]
+        for labels in batches:
+            if labels is None:
+                return "some batches hold none"
+            if labels.shape[1:] != expected.shape[2:]:
+                return f"their shape {tuple(labels.shape)} does not fit outputs {tuple(expected.shape)}"
+            if wrong := outside(labels, self.classes):
+                return wrong
+            if bool((labels == PADDING).any()):
+                return f"some are {PADDING}, which stands for none"
+        return ""
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

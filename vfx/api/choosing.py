@@ -9,7 +9,7 @@ from typing import Any
 from passes.catalogue import choose
 from vfx.analyse.layers import number_layers
 from vfx.api.reconstructing import Following, Solving, Student, followings, outcome, tried
-from vfx.choice import Candidate, Trial, best, scored, trials
+from vfx.choice import Candidate, Trial, best, label_notes, scored, trials
 from vfx.judge import Score
 from vfx.normalize.catalogue import BEHIND, Normalization
 from vfx.operators import is_layer, layer_arguments
@@ -37,6 +37,7 @@ class Chosen:
     normalization: Normalization | None = None
     scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     outcome: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The choices, for reports."""
@@ -92,11 +93,12 @@ class Choice:
         figures = _dicts(scores | edges)
         text = self._outcome(first if name in edges else options[name].setting, name, options, scores | edges)
         if name in edges:
-            return Chosen(first, edge=list(edges).index(name), scores=figures, outcome=text)
+            edge = list(edges).index(name)
+            return Chosen(first, edge=edge, scores=figures, outcome=text, notes=label_notes(folds))
         chosen = options[name]
         named = None if self.asked is None or self.asked.method == "auto" else self.asked
         normalization = chosen.normalization if chosen.following is None else named
-        return Chosen(chosen.setting, None, chosen.following, normalization, figures, text)
+        return Chosen(chosen.setting, None, chosen.following, normalization, figures, text, label_notes(folds))
 
     def _score(
         self, setting: Setting, lines: Sequence[Sequence[Following]], folds: Sequence[Trial], normalize: bool,
@@ -135,7 +137,7 @@ class Choice:
         folds = trials(self.program, self.alphas, self.data, solving.judge, self.options)
         normalized, scores = choose(asked, setting.aligned, setting.merging, self.alphas, folds, self.options)
         name = min(scores, key=lambda name: scores[name].value)
-        return Chosen(setting, normalization=normalized[name], scores=_dicts(scores))
+        return Chosen(setting, normalization=normalized[name], scores=_dicts(scores), notes=label_notes(folds))
 
     def _edges(self, folds: Sequence[Trial]) -> dict[str, Score]:
         """The score of each edge as it is."""

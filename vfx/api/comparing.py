@@ -22,6 +22,7 @@ from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.data import Batches
+from vfx.statistics.labels import check_classes
 
 RUNS = 5  # of a batch, whose median time counts
 Values = Any  # one value of an option, or a list of them
@@ -104,7 +105,15 @@ class _Judge:
         self.target = "labels" if labels and all(x is not None for x in labels) else "ensemble"
         self.wanted = [x for x in labels if x is not None] if self.target == "labels" else self._ensemble()
         self.samples = sum(len(x) for x in self.wanted)
+        if self.target == "labels":
+            self._check_labels()
         self.seconds = self._seconds(edges.select(0))
+
+    @torch.no_grad()
+    def _check_labels(self) -> None:
+        output = _output(self.edges(*self.batches[0]))
+        for labels in self.wanted:
+            check_classes(labels, output.shape[class_axis(output)])
 
     def references(self, whole: Profile, single: bool) -> list[Point]:
         """The networks that all is made from, and their ensemble."""

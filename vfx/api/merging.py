@@ -177,7 +177,9 @@ def merge(
     result = carried_out(chosen, whole if device is None else whole.to(device), alphas, data, options, verify, watch)
     if prepare == "lift" and chosen.edge is None:
         result = restored(result, captured, watch)
-    result = replace(result, notes=(*result.notes, *skew_notes(result, edges, data, held_out, device, progress)))
+    result = replace(
+        result, notes=(*result.notes, *chosen.notes, *skew_notes(result, edges, data, held_out, device, progress))
+    )
     if carried is not None:
         align.matching = carried.matching
     return result_of(

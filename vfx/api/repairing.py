@@ -17,7 +17,7 @@ from vfx.api.normalizing import check_exact, given_goals, usual
 from vfx.api.reconstructing import SOLVES
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import symmetry, trace
-from vfx.choice import Candidate, scored, trials
+from vfx.choice import Candidate, label_notes, scored, trials
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher
@@ -114,4 +114,5 @@ def _decided(
         scores["least squares"] = scored(candidate, folds)
     name = min(scores, key=lambda name: scores[name].value)
     figures = {name: score.to_dict() for name, score in scores.items()}
-    return (None, solved(data), figures) if name not in normalized else (normalized[name], network, figures)
+    chosen, result = (None, solved(data)) if name not in normalized else (normalized[name], network)
+    return chosen, replace(result, notes=(*result.notes, *label_notes(folds))), figures

@@ -11,7 +11,7 @@ from torch import Tensor
 from passes.catalogue import normalizing
 from passes.reconstruct import Reconstruct
 from vfx.api.results import run_passes
-from vfx.choice import Judging, best, joined, trials
+from vfx.choice import Judging, best, joined, label_notes, trials
 from vfx.judge import Score
 from vfx.normalize.catalogue import Normalization
 from vfx.program import Goal, Program
@@ -63,16 +63,18 @@ class Restoring:
             method = method if self.named else None
             return Restored(self._normalized(result, self.few, watch) if method else result, "least_squares", method)
         with watch("choice"):
-            scores = self._scores()
+            scores, notes = self._scores()
         name = best(scores, (), ())
         result = self._solved(self.data, watch) if name.startswith(SOLVED) else self.pruned
         behind = not name.endswith(SOLVED) and name != "none"
         result = self._normalized(result, self.few, watch) if behind else result
+        result = replace(result, notes=(*result.notes, *notes))
         figures = {name: score.to_dict() for name, score in sorted(scores.items(), key=lambda item: item[1].value)}
         solved = "least_squares" if name.startswith(SOLVED) else None
         return Restored(result, solved, method if behind else None, figures)
 
-    def _scores(self) -> dict[str, Score]:
+    def _scores(self) -> tuple[dict[str, Score], tuple[str, ...]]:
+        """The score of all that is tried, and what is wrong with the labels."""
         folds = trials(self.dense, [1.0], self.data, self.judge, self.options)
         scores: dict[str, Score] = {}
         solved = [self._solved(fold.fit, Stopwatch(), max_samples=None, progress=False) for fold in folds]
@@ -83,7 +85,7 @@ class Restoring:
                 ready[name] = [self._normalized(n, f.fit, Stopwatch(), verify=False) for n, f in zip(networks, folds)]
         for name, networks in ready.items():
             scores[name] = joined([fold.judge(network) for fold, network in zip(folds, networks)])
-        return scores
+        return scores, label_notes(folds)
 
     def _solved(self, data: Any, watch: Stopwatch, **own: Any) -> Program:
         options = dict(self.options) | own

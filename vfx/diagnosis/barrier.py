@@ -31,7 +31,7 @@ from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.collect import Statistics
 from vfx.statistics.data import Batches
-from vfx.statistics.labels import in_order
+from vfx.statistics.labels import PADDING, check_classes, in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,8 +269,8 @@ class Evaluation:
             classes = target if self.labelled else target.argmax(1)
             counted = classes >= 0
             right += float(((logits.argmax(1) == classes) & counted).sum())
-            target = target.masked_fill(~counted, _PADDING) if self.labelled else target
-            loss += float(nn.functional.cross_entropy(logits.double(), target, reduction="sum", ignore_index=_PADDING))
+            target = target.masked_fill(~counted, PADDING) if self.labelled else target
+            loss += float(nn.functional.cross_entropy(logits.double(), target, reduction="sum", ignore_index=PADDING))
             count += int(counted.sum())
             samples += self.batches.size(batch)
         self.samples = samples
@@ -286,14 +286,13 @@ class Evaluation:
         if labels is None or labels.shape != shape:
             found = "no class labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
             raise DataError(f"batch {index} of evaluate has {found}; the outputs take one class for each of {shape}")
-        return labels.to(logits.device).long()
+        labels = labels.to(logits.device).long()
+        check_classes(labels[labels >= 0], logits.shape[1])
+        return labels
 
     def _probabilities(self, batch: list[Tensor]) -> Tensor:
         outputs = (_logits(self.edges(*batch, edge=edge)) for edge in range(self.edges.edges))
         return torch.stack([logits.double().softmax(1) for logits in outputs]).mean(0)
-
-
-_PADDING = -100
 
 
 def _logits(result: Any) -> Tensor:

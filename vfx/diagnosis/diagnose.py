@@ -19,6 +19,7 @@ from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
+from vfx.report import Report
 from vfx.rewrite import PRESERVED
 from vfx.signature import as_call
 from vfx.statistics.collect import collect
@@ -117,7 +118,7 @@ def _align(
 ) -> tuple[Program, bool]:
     """The edges in the merged network's order of units, as far as it is known, and whether it is."""
     if match == "auto":
-        found = merged.report.matching if isinstance(merged, Result) else None
+        found = _matching(merged)
         if found is None:
             return edges, True
         # linear maps act on folded networks, whose groups may have other numbers
@@ -144,6 +145,11 @@ def _aligned(edges: Program, matching: Matching, seed: int) -> Program:
         if not error <= PRESERVED:
             raise VerificationError(f"what reference {edge} was aligned by changes its function ({error:.1e})")
     return edges.with_weights([matching.aligned(facts, own, edge) for edge, own in enumerate(edges.weights)])
+
+
+def _matching(merged: Any) -> Matching | None:
+    """What a Result was merged with; nothing where its network was pruned."""
+    return merged.report.matching if isinstance(merged, Result) and isinstance(merged.report, Report) else None
 
 
 def _notes(merged: Any, match: Any, aligned: bool) -> tuple[str, ...]:
@@ -174,7 +180,8 @@ def _undefined(rows: Sequence[LayerRow]) -> tuple[str, ...]:
 
 
 def _choices(merged: Any) -> dict[str, Any]:
-    """What a merge has done already, where it is known."""
+    """What a merge has done already, where it is known; a pruned network has no edges to align."""
     if not isinstance(merged, Result) or "normalize" not in merged.report.choices:
         return {}
-    return {"normalize": merged.report.choices["normalize"], "aligned": merged.report.matching is not None}
+    done = {"normalize": merged.report.choices["normalize"]}
+    return done | ({"aligned": merged.report.matching is not None} if isinstance(merged.report, Report) else {})

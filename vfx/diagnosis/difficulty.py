@@ -17,7 +17,7 @@ from vfx.errors import ArgumentError, DataError
 from vfx.exporting import structural_copy
 from vfx.program import Program
 from vfx.progress import track
-from vfx.statistics.labels import NAMES
+from vfx.statistics.labels import NAMES, check_classes
 
 Network = Callable[[Any], Tensor]  # a raw batch as the loader gives it -> probabilities (N, C), float64
 
@@ -25,8 +25,7 @@ Network = Callable[[Any], Tensor]  # a raw batch as the loader gives it -> proba
 def el2n(probabilities: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Scores (N,) from each network's probabilities (N, C) and class labels (N,)."""
     classes = probabilities[0].shape[1]
-    if len(labels) and int(labels.max()) >= classes:
-        raise DataError(f"label {int(labels.max())} of a network with {classes} outputs; labels count from 0")
+    check_classes(labels, classes)
     onehot = torch.nn.functional.one_hot(labels, classes)
     return torch.stack([torch.linalg.vector_norm(p - onehot.to(p), dim=1) for p in probabilities]).mean(0)
 

@@ -36,6 +36,7 @@ from vfx.outputs import named_tensors
 from vfx.program import Program, Weights, copy_graph, run
 from vfx.progress import track
 from vfx.statistics.data import Batches
+from vfx.statistics.labels import check_classes
 
 Loss = Callable[[Any, Tensor | None], Tensor]
 LOSSES = ("auto", "labels", "distillation")
@@ -224,8 +225,10 @@ def _cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     for logits in _logits(outputs).values():
         target = labels.to(logits.device).long()
         if (logits.shape[0], *logits.shape[2:]) == target.shape:
+            check_classes(target, logits.shape[1])
             return F.cross_entropy(logits, target)
         if logits.shape[:-1] == target.shape:
+            check_classes(target, logits.shape[-1])
             return F.cross_entropy(logits.flatten(0, -2), target.flatten())
     shapes = ", ".join(str(tuple(t.shape)) for t in named_tensors(outputs).values())
     raise DataError(

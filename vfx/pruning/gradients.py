@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from vfx.progress import track
 from vfx.pruning.scores.score import Subject
 from vfx.signature import has_batch
 from vfx.statistics.data import Batches
-from vfx.statistics.labels import tensor_labels
+from vfx.statistics.labels import PADDING, check_classes, tensor_labels
 
 Labels = Literal["sampled", "argmax"]
 Loss = Callable[[Any, Any], Tensor]
@@ -47,17 +48,24 @@ class SampleGradients:
     def __init__(self, subject: Subject, loss: Loss | None = None, labels: Labels = "sampled", minibatch: int = 1):
         if labels not in ("sampled", "argmax"):
             raise ArgumentError(f"labels={labels!r} is unknown; choose 'sampled' or 'argmax'")
+        self.program = subject.program
         self.graph, self.weights = subject.program.graph, dict(subject.program.weights[0])
         self.batched = has_batch(subject.program.example_inputs)
         self.loss, self.kind, self.minibatch = loss, labels, minibatch
         self.seed, self.progress = subject.seed, subject.progress
+
+    @cached_property
+    @torch.no_grad()
+    def classes(self) -> int:
+        """How many classes the network's scores have."""
+        return by_class(logits(self.program(*self.program.example_inputs))).shape[-1]
 
     def chunks(self, names: Sequence[str], batches: Batches) -> Iterator[dict[str, Tensor]]:
         """Gradients (n, *weight) of each weight in ``names``, chunk by chunk."""
         chosen = {name: self.weights[name] for name in names}
         size = sum(tensor.numel() * tensor.element_size() for tensor in chosen.values())
         limit = max(1, min(CHUNK, CHUNK_BYTES // max(size, 1)))
-        for batch, labels in self._labelled(batches):
+        for batch, labels in self._whole_minibatches(batches):
             for part, own in self._cut(batch, labels, limit * self.minibatch):
                 yield self._gradients(chosen, part, own)
 
@@ -99,7 +107,41 @@ class SampleGradients:
         for batch, labels in track(batches.labelled(tensor_labels), "gradients", len(batches), self.progress):
             if labels is None and self.loss is None:
                 labels = self._pseudo_labels(batch, generator)
+            elif labels is not None and self.loss is None and not labels.is_floating_point():
+                check_classes(labels, self.classes)
             yield batch, labels
+
+    def _whole_minibatches(self, batches: Batches) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """Batches of whole minibatches: what is over of one goes in front of the next; what is over at last is left."""
+        rest: tuple[list[Tensor], Tensor | None] | None = None
+        seen, found = 0, False
+        for batch, labels in self._labelled(batches):
+            seen += batches.size(batch)
+            batch, labels = (batch, labels) if rest is None else self._joined(rest, (batch, labels))
+            count = batches.size(batch)
+            whole = count - count % self.minibatch
+            if whole:
+                found = True
+                yield self._rows(batch, labels, slice(0, whole))
+            rest = self._rows(batch, labels, slice(whole, count)) if whole < count else None
+        if not found:
+            raise DataError(f"{seen} samples hold no minibatch of {self.minibatch} alike; give more of them")
+
+    def _rows(self, batch: list[Tensor], labels: Tensor | None, rows: slice) -> tuple[list[Tensor], Tensor | None]:
+        kept = [x[rows] if batched else x for x, batched in zip(batch, self.batched)]
+        return kept, None if labels is None else labels[rows]
+
+    def _joined(
+        self, one: tuple[list[Tensor], Tensor | None], other: tuple[list[Tensor], Tensor | None]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Two batches as one; only the second where they do not fit together (sequences of another length)."""
+        pairs = [(a, b) for a, b, batched in zip(one[0], other[0], self.batched) if batched]
+        pairs += [(one[1], other[1])] if one[1] is not None and other[1] is not None else []
+        alike = (one[1] is None) == (other[1] is None) and all(a.shape[1:] == b.shape[1:] for a, b in pairs)
+        if not alike:
+            return other
+        joined = [torch.cat([a, b]) if batched else b for a, b, batched in zip(one[0], other[0], self.batched)]
+        return joined, None if one[1] is None or other[1] is None else torch.cat([one[1], other[1]])
 
     @torch.no_grad()
     def _pseudo_labels(self, batch: list[Tensor], generator: torch.Generator) -> Tensor:
@@ -111,15 +153,13 @@ class SampleGradients:
         return torch.multinomial(flat, 1, generator=generator).reshape(rows.shape[:-1]).to(rows.device)
 
     def _cut(self, batch: list[Tensor], labels: Tensor | None, size: int) -> Iterator[tuple[list[Tensor], Any]]:
-        """Chunks (n, m, …) of a batch: n gradients, m samples behind each. A remainder below m is left out."""
+        """Chunks (n, m, …) of a batch of whole minibatches: n gradients, m samples behind each."""
         m = self.minibatch
         count = next(len(x) for x, batched in zip(batch, self.batched) if batched)
-        if count < m:
-            raise DataError(f"a batch of {count} samples holds no minibatch of {m}; give larger batches")
-        for start in range(0, count - count % m, size):
-            own = slice(start, min(start + size, count - count % m))
-            part = [x[own].unflatten(0, (-1, m)) if batched else x for x, batched in zip(batch, self.batched)]
-            yield part, None if labels is None else labels[own].unflatten(0, (-1, m))
+        for start in range(0, count, size):
+            chunk, own = self._rows(batch, labels, slice(start, start + size))
+            part = [x.unflatten(0, (-1, m)) if batched else x for x, batched in zip(chunk, self.batched)]
+            yield part, None if own is None else own.unflatten(0, (-1, m))
 
 
 def _guarded(function: Callable[..., Any], *args: Any) -> Any:
@@ -159,4 +199,5 @@ def cross_entropy(output: Any, labels: Tensor | None) -> Tensor:
             f"cross-entropy of class scores {tuple(rows.shape)} needs integer labels {tuple(rows.shape[:-1])}, got "
             f"{found}; give the score a loss= of your own"
         )
-    return F.cross_entropy(rows.reshape(-1, rows.shape[-1]), labels.reshape(-1).long())
+    total = F.cross_entropy(rows.reshape(-1, rows.shape[-1]), labels.reshape(-1).long(), reduction="sum")
+    return total / (labels != PADDING).sum().clamp_min(1)

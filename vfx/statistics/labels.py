@@ -62,6 +62,25 @@ def class_labels(value: Any, samples: int) -> Tensor | None:
     return value.long().cpu() if value.shape == (samples,) and (not samples or int(value.min()) >= 0) else None
 
 
+PADDING = -100  # labels that no loss counts, as torch.nn.functional.cross_entropy has it
+
+
+def outside(labels: Tensor, classes: int) -> str:
+    """Which labels are no class of ``classes`` and no padding (-100), in words; nothing if all are."""
+    wrong = labels[((labels < 0) & (labels != PADDING)) | (labels >= classes)]
+    if not len(wrong):
+        return ""
+    count, known = f"{len(wrong)} of {labels.numel()} labels", f"the {classes} classes 0 to {classes - 1}"
+    return f"{count} are none of {known}, such as {int(wrong.max())}"
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise DataError for labels that are no class of ``classes`` and no padding."""
+    found = outside(labels, classes)
+    if found:
+        raise DataError(f"{found}; labels count from 0, and {PADDING} stands for none")
+
+
 def in_order(data: Any) -> Any:
     """``data`` with the same order in every pass: a shuffling DataLoader becomes a sequential one, an iterator a list.
 

@@ -30,7 +30,7 @@ from vfx.pruning.scores.score import Pruned, Score, Scored, Subject
 
 Update = Literal["sum", "joint"]
 Factors = tuple[Tensor, Tensor]  # a block's Cholesky factor and the diagonal of its inverse
-SAMPLES = 400  # where the user sets no bound
+GRADIENTS = 400  # where the user sets no bound on the samples
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class _Run:
 
     def __init__(self, score: WoodFisher, subject: Subject):
         self.score, self.subject = score, subject
-        self.samples = subject.max_samples or SAMPLES
-        self.data = subject.batches(SAMPLES).held()  # every pass reads the same samples, shuffled or not
+        self.samples = subject.max_samples or GRADIENTS * score.minibatch
+        self.data = subject.batches(self.samples).held()  # every pass reads the same samples, shuffled or not
         self.weights = {target.name: subject.weight(target) for target in subject.targets}
         self.parts = list(self._parts())
         self.held: list[tuple[Tensor, list[Factors]]] = []
@@ -206,7 +206,7 @@ class _Run:
         dtype = torch.promote_types(first.dtype, torch.float32)
         rows = torch.empty(self.samples // self.score.minibatch, part.width, dtype=dtype, device=first.device)
         done = 0
-        batches = replace(self.subject, data=self.data).batches(SAMPLES)
+        batches = replace(self.subject, data=self.data).batches(self.samples)
         for chunk in source.chunks(part.names, batches):
             count = len(next(iter(chunk.values())))
             for block in part.blocks:
