@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils import _pytree as pytree
 
 from vfx.contexts import body_of, is_context
 from vfx.errors import CaptureError
@@ -208,7 +210,7 @@ class _Builder:
         spec = self.exported.call_spec.out_spec
         flat = list(self._mapped(node.args[0]))
         count = len(self.exported.graph_signature.user_outputs)
-        nested = torch.utils._pytree.tree_unflatten(flat[len(flat) - count :], spec)
+        nested = pytree.tree_unflatten(flat[len(flat) - count :], spec)
         self.graph.output(plain(nested, self.dropped))
 
 
@@ -422,5 +424,15 @@ def _constant_values(graph: fx.Graph, constant: set[fx.Node], weights: Weights) 
                 values[node] = torch.full(value.shape, fill, dtype=value.dtype, device=device)
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                _check_size(node, args, kwargs)
                 values[node] = node.target(*args, **kwargs)
     return values
+
+
+def _check_size(node: fx.Node, args: Any, kwargs: Any) -> None:
+    """Nothing is computed whose size is not as declared: a graph from a file could ask for any amount of memory."""
+    with FakeTensorMode() as fake:
+        args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
+        given = as_value(node.target(*args, **kwargs))  # type: ignore[operator]
+    if given != node.meta["val"]:
+        raise CaptureError(f"node {node.name} gives {given}, where the graph says {node.meta['val']}; export it anew")

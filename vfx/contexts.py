@@ -10,12 +10,12 @@ from torch._ops import HigherOrderOperator
 from vfx.errors import CaptureError
 
 _AUTOCAST = "wrap_with_autocast"
-_CONTEXTS = {_AUTOCAST, "wrap_with_set_grad_enabled", "wrap", "tag_activation_checkpoint", "wrap_activation_checkpoint"}
+CONTEXTS = {_AUTOCAST, "wrap_with_set_grad_enabled", "wrap", "tag_activation_checkpoint", "wrap_activation_checkpoint"}
 
 
 def is_context(node: fx.Node) -> bool:
     """Whether a call runs a nested graph as it stands."""
-    return isinstance(node.target, HigherOrderOperator) and node.target.name() in _CONTEXTS
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() in CONTEXTS
 
 
 def body_of(node: fx.Node, owner: nn.Module) -> tuple[fx.GraphModule, tuple[Any, ...]]:

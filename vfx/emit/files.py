@@ -7,7 +7,6 @@ written whole or not at all, and reading one never runs code from it.
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
+from vfx.archives import check_expanded
 from vfx.capture import capture
 from vfx.checks import check_finite, check_storage, learned
 from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import export_onnx
+from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
-from vfx.errors import ArgumentError, CheckpointError, CheckpointNote
+from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
 from vfx.exporting import exported
 from vfx.files import check_writable, write_atomic
 from vfx.pruning.masks import make_permanent
@@ -60,9 +61,7 @@ def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> No
 
 def _write_pt2(module: nn.Module, path: Path, example_inputs: Any) -> None:
     program, _ = exported(module, _examples(module, example_inputs, ".pt2"))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, write_program(program))
 
 
 _WRITERS = {".onnx": _write_onnx, ".safetensors": _write_safetensors, ".pt2": _write_pt2}
@@ -104,6 +103,7 @@ def load(
         return value
     tensors = choose(value, path.name, notes, entry, model)
     check_storage(tensors, path.name)
+    check_expanded(tensors, path.stat().st_size, path.name)
     result = in_dtype(tensors, dtype) if model is None else filled(model, tensors, path.name, notes, dtype)
     check_finite(result if isinstance(result, dict) else learned(result), path.name)
     for text in notes:
@@ -112,12 +112,14 @@ def load(
 
 
 def _read_pt2(path: Path) -> nn.Module:
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # the archive reader raises many unrelated classes
-        raise CheckpointError(f"{path} is not an exported program: {error}") from error
+    program = read_program(path, path.name)
     args, kwargs = program.example_inputs or ((), {})
-    return graph_module(capture(program, Call(tuple(args), dict(kwargs))))
+    try:
+        return graph_module(capture(program, Call(tuple(args), dict(kwargs))))
+    except VfxError:
+        raise
+    except Exception as error:  # a graph whose parts do not fit each other fails anywhere
+        raise CheckpointError(f"{path.name} holds a damaged graph: {type(error).__name__}: {error}") from error
 
 
 def _read_onnx(path: Path) -> Any:

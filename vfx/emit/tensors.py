@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from vfx.archives import check_archive
 from vfx.errors import CheckpointError
 from vfx.reading import require_file
 
@@ -88,6 +89,7 @@ def read_pickle(path: Path) -> Any:
     Raises CheckpointError for a file that is missing, damaged or something else, or needs code.
     """
     require_file(path, CheckpointError)
+    check_archive(path, path.name)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_STANDINS):
             warnings.simplefilter("ignore")  # foreign pickle protocols; what cannot be read raises

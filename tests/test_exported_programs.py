@@ -1,0 +1,533 @@
+"""A .pt2 is data: hostile archives are refused before torch sees them, honest ones of every kind come back the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from vfx.emit.files import export, load
+from vfx.emit.pt2 import read_program, write_program
+from vfx.emit.pt2.expressions import checked_expression
+from vfx.errors import CaptureError, CheckpointError
+from vfx.exporting import exported
+from vfx.signature import Call
+from vfx.statistics.files import read_inputs
+
+MODEL = "archive/models/model.json"
+WEIGHTS = "archive/data/weights/model_weights_config.json"
+CONSTANTS = "archive/data/constants/model_constants_config.json"
+SAMPLES = "archive/data/sample_inputs/model.pt"
+Files = dict[str, bytes]
+
+
+class Mark(str):
+    """Unpickling this makes an empty folder of its name: a harmless sign that a file's code ran."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self),)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("archive") / "good.pt2"
+    export(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), path, torch.randn(2, 4))
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _written(files: Files, path: Path, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def _pickled(value: Any, by_torch: bool = True) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue() if by_torch else pickle.dumps(value)
+
+
+def _edited(files: Files, name: str, change: Callable[[Any], None]) -> None:
+    value = json.loads(files[name])
+    change(value)
+    files[name] = json.dumps(value).encode()
+
+
+def _all(value: Any, key: str, new: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: new if name == key else _all(item, key, new) for name, item in value.items()}
+    return [_all(item, key, new) for item in value] if isinstance(value, list) else value
+
+
+# hostile archives -----------------------------------------------------------------------------------------------------
+
+
+def _samples(files: Files, mark: Mark) -> None:
+    files[SAMPLES] = _pickled(mark)
+
+
+def _nested_sample(files: Files, mark: Mark) -> None:
+    files[SAMPLES] = _pickled(((torch.zeros(2, 4), mark), {}))
+
+
+def _weight(files: Files, mark: Mark) -> None:
+    _edited(files, WEIGHTS, lambda c: c["config"]["0.weight"].update(use_pickle=True))
+    files["archive/data/weights/weight_0"] = _pickled(mark)
+
+
+def _older_weights(files: Files, mark: Mark) -> None:
+    files["archive/data/weights/model.pt"] = _pickled({"0.weight": mark})
+
+
+def _older_constants(files: Files, mark: Mark) -> None:
+    files["archive/data/constants/model.pt"] = _pickled({"c": mark})
+
+
+def _constant(name: str, by_torch: bool) -> Callable[[Files, Mark], None]:
+    def change(files: Files, mark: Mark) -> None:
+        entry = {"path_name": name, "is_param": False, "use_pickle": True, "tensor_meta": None}
+        files[CONSTANTS] = json.dumps({"config": {"c": entry}}).encode()
+        files["archive/data/constants/" + name] = _pickled(mark, by_torch)
+
+    return change
+
+
+def _expression(files: Files, mark: Mark) -> None:
+    files[MODEL] = json.dumps(
+        _all(json.loads(files[MODEL]), "expr_str", f"__import__('os').mkdir({str(mark)!r})")
+    ).encode()
+
+
+def _guards(files: Files, mark: Mark) -> None:
+    _edited(files, MODEL, lambda m: m.update(guards_code=[f"__import__('os').mkdir({str(mark)!r}) or True"]))
+
+
+def _node(change: Callable[[dict[str, Any], Mark], None]) -> Callable[[Files, Mark], None]:
+    return lambda files, mark: _edited(files, MODEL, lambda m: change(m["graph_module"]["graph"]["nodes"][0], mark))
+
+
+def _calls(target: str) -> Callable[[Files, Mark], None]:
+    """A node without inputs, so that it would be evaluated as a constant when the file is loaded."""
+
+    def change(files: Files, mark: Mark) -> None:
+        def add(model: Any) -> None:
+            graph = model["graph_module"]["graph"]
+            text = {"name": "", "arg": {"as_string": str(mark)}, "kind": 1}
+            output = {"as_tensor": {"name": "made"}}
+            node = {"target": target, "inputs": [text], "outputs": [output], "metadata": {}, "name": "made"}
+            graph["nodes"].insert(0, node)
+            meta = _all(next(iter(graph["tensor_values"].values())), "as_expr", None)
+            graph["tensor_values"]["made"] = {**meta, "sizes": [], "strides": []}
+            graph["nodes"][1]["inputs"][0]["arg"] = output
+
+        _edited(files, MODEL, add)
+
+    return change
+
+
+def _renamed(old: str, new: str) -> Callable[[Files, Mark], None]:
+    def change(files: Files, mark: Mark) -> None:
+        text = json.dumps(new.replace("MARK", repr(str(mark))))[1:-1].encode()
+        files[MODEL] = files[MODEL].replace(b'"' + old.encode() + b'"', b'"' + text + b'"')
+        files[WEIGHTS] = files[WEIGHTS].replace(b'"' + old.encode() + b'"', b'"' + text + b'"')
+
+    return change
+
+
+def _structure(kind: str, context: Callable[[Mark], Any]) -> Callable[[Files, Mark], None]:
+    def change(files: Files, mark: Mark) -> None:
+        leaf = {"type": None, "context": None, "children_spec": []}
+        tree = json.dumps([1, {"type": kind, "context": context(mark), "children_spec": [leaf]}])
+
+        def edit(model: Any) -> None:
+            model["graph_module"]["module_call_graph"][0]["signature"]["out_spec"] = tree
+
+        _edited(files, MODEL, edit)
+
+    return change
+
+
+def _module(mark: Mark) -> str:
+    """A module that leaves the mark when it is imported."""
+    name = f"imported_by_{mark.rpartition('/')[2]}"
+    Path(mark).with_name(f"{name}.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nvalue = dict\n")
+    return name
+
+
+def _enum(mark: Mark) -> str:
+    return json.dumps([{"__enum__": True, "fqn": f"{_module(mark)}:value", "name": "x"}])
+
+
+def _factory(mark: Mark) -> dict[str, Any]:
+    return {"default_factory_module": _module(mark), "default_factory_name": "value", "dict_context": [{}]}
+
+
+def _library(files: Files, mark: Mark) -> None:
+    files["archive/data/aotinductor/model/model.so"] = b"\x7fELF"
+
+
+def _reads_a_file(files: Files, mark: Mark) -> None:
+    _calls("torch.ops.aten.from_file.default")(files, mark)
+
+
+HOSTILE: dict[str, tuple[Callable[[Files, Mark], None], str]] = {
+    "sample inputs": (_samples, "needs code to be unpickled"),
+    "one sample": (_nested_sample, "needs code to be unpickled"),
+    "weight": (_weight, "'0.weight' is stored in 'weight_0' as a pickled object"),
+    "weights in the older form": (_older_weights, "weights/model.pt needs code"),
+    "constants in the older form": (_older_constants, "constants/model.pt needs code"),
+    "constant": (_constant("tensor_0", True), "'c' is stored in 'tensor_0' as a pickled object"),
+    "custom object": (_constant("custom_obj_0", False), "is no plain data|pickled object"),
+    "opaque object": (_constant("opaque_obj_0", False), "is no plain data|pickled object"),
+    "size": (_expression, "no expression of integers and symbols"),
+    "operator of the system": (_calls("torch.os.mkdir"), "'torch.os.mkdir' is no operator of torch"),
+    "operator of Python": (_calls("_operator.methodcaller"), "is no operator of torch"),
+    "library of operators": (_calls("torch.ops.load_library"), "is no operator of torch"),
+    "operator on files": (_reads_a_file, "reaches beyond tensors"),
+    "operator with text": (_calls("torch.ops.torchvision.nms.default"), "takes text|is not known here"),
+    "name of a value": (_renamed("linear", "y=__import__('os').mkdir(MARK)"), "is no name of a value"),
+    "name of a parameter": (_renamed("0.weight", '"+__import__("os").mkdir(MARK)+"'), "is no name of a parameter"),
+    "name of an input": (_renamed("input", "x=__import__('os').mkdir(MARK)"), "is no name of a value"),
+    "enumeration": (_structure("builtins.dict", _enum), "does not name its 1 parts"),
+    "factory": (_structure("collections.defaultdict", _factory), "does not name its 1 parts"),
+    "compiled library": (_library, "it is a compiled library"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_code_in_an_archive_is_refused_and_never_run(
+    name: str, good: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    files, mark = dict(good), Mark(tmp_path / "ran")
+    change, why = HOSTILE[name]
+    change(files, mark)
+    assert files != good
+    with pytest.raises(CheckpointError, match=why):
+        load(_written(files, tmp_path / "model.pt2"))
+    assert not Path(mark).exists()
+
+
+def test_guards_are_left_out(good: Files, tmp_path: Path) -> None:
+    files, mark = dict(good), Mark(tmp_path / "ran")
+    _guards(files, mark)
+    network = load(_written(files, tmp_path / "model.pt2"))
+    network(torch.randn(3, 4))
+    assert not Path(mark).exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sample inputs", "one sample", "weight", "weights in the older form", "constants in the older form", "constant",
+     "opaque object", "size", "enumeration"],
+)  # fmt: skip
+def test_the_hostile_archives_are_real(name: str, good: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own reader runs their code: the test above can fail."""
+    files, mark = dict(good), Mark(tmp_path / "ran")
+    HOSTILE[name][0](files, mark)
+    monkeypatch.syspath_prepend(tmp_path)
+    with contextlib.suppress(Exception):
+        program = torch.export.load(_written(files, tmp_path / "model.pt2"))
+        program.graph_module(*program.state_dict.values(), torch.randn(2, 4))
+    assert Path(mark).exists()
+
+
+# damaged archives -----------------------------------------------------------------------------------------------------
+
+
+def _sizes(sizes: list[int], strides: list[int]) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        meta = config["config"]["0.weight"]["tensor_meta"]
+        meta["sizes"], meta["strides"] = ([{"as_int": n} for n in numbers] for numbers in (sizes, strides))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("member", "change", "why"),
+    [
+        (WEIGHTS, _sizes([60, 40], [40, 1]), "needs 9600 bytes, has 96"),
+        (WEIGHTS, _sizes([6, 4], [-4, 1]), "not of fixed sizes"),
+        (WEIGHTS, _sizes([1 << 40, 1 << 10], [0, 0]), "zip bomb"),
+        (WEIGHTS, lambda c: c["config"].pop("0.weight"), "0.weight"),
+        (WEIGHTS, lambda c: c["config"]["0.weight"].update(path_name="../../secret"), "pickled object"),
+        (WEIGHTS, lambda c: c["config"]["0.weight"].update(is_param=1), "is '1', not bool"),
+        (MODEL, lambda m: m["graph_module"]["graph"]["nodes"].pop(0), "damaged|not an exported program"),
+        (MODEL, lambda m: m["graph_module"].update(module_call_graph=[]), "how it is called"),
+        (MODEL, lambda m: m.pop("graph_module"), "lacks graph_module"),
+        (MODEL, lambda m: m["range_constraints"].update(u99999999999={"min_val": 0, "max_val": 1}), "no symbol"),
+        (MODEL, lambda m: m["schema_version"].update(major=99), "schema version"),
+        (MODEL, lambda m: m.update(verifiers=[]), "checked by ''"),
+    ],
+)
+def test_damaged_archives_name_what_is_wrong(
+    member: str, change: Callable[[Any], Any], why: str, good: Files, tmp_path: Path
+) -> None:
+    files = dict(good)
+    _edited(files, member, change)
+    with pytest.raises(CheckpointError, match=why):
+        load(_written(files, tmp_path / "model.pt2"))
+
+
+def test_members_that_are_missing_or_unknown_are_named(good: Files, tmp_path: Path) -> None:
+    for name in (MODEL, WEIGHTS, SAMPLES, "archive/archive_version", "archive/data/weights/weight_0"):
+        files = {key: content for key, content in good.items() if key != name}
+        with pytest.raises(CheckpointError, match=f"lacks the member {name.removeprefix('archive/')}"):
+            load(_written(files, tmp_path / "less.pt2"))
+    for name in ("archive/code/net.py", "archive/data/weights/../../x", "other/models/model.json", "archive/data.pkl"):
+        with pytest.raises(CheckpointError, match=r"member .* is no plain data"):
+            load(_written({**good, name: b"x"}, tmp_path / "more.pt2"))
+    load(_written({**good, "archive/extra/notes.txt": b"text for the user"}, tmp_path / "notes.pt2"))
+
+
+def test_a_constant_that_asks_for_any_memory_is_refused(good: Files, tmp_path: Path) -> None:
+    """The file says that ``full`` gives a scalar; it would give 4 TiB."""
+    files = dict(good)
+
+    def huge(model: Any) -> None:
+        graph = model["graph_module"]["graph"]
+        inputs = [("size", {"as_ints": [1 << 40]}), ("fill_value", {"as_int": 1})]
+        graph["nodes"].insert(0, {
+            "target": "torch.ops.aten.full.default", "name": "huge", "metadata": {},
+            "inputs": [{"name": name, "arg": arg, "kind": 1} for name, arg in inputs],
+            "outputs": [{"as_tensor": {"name": "huge"}}],
+        })  # fmt: skip
+        graph["nodes"][1]["inputs"][2]["arg"] = {"as_tensor": {"name": "huge"}}
+        graph["tensor_values"]["huge"] = {
+            "dtype": 7, "sizes": [], "strides": [], "requires_grad": False, "device": {"type": "cpu", "index": None},
+            "storage_offset": {"as_int": 0}, "layout": 7,
+        }  # fmt: skip
+
+    _edited(files, MODEL, huge)
+    with pytest.raises(CaptureError, match=r"node huge gives .*1099511627776"):
+        load(_written(files, tmp_path / "model.pt2"))
+
+
+# zip bombs ------------------------------------------------------------------------------------------------------------
+
+
+def _declaring(path: Path, member: str, size: int) -> Path:
+    """A zip archive whose directory says that ``member`` unpacks to ``size`` bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, bytes(1000))
+        archive.infolist()[0].file_size = size
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "member"), [(".pt2", "archive/models/model.json"), (".pt", "archive/data.pkl")])
+def test_zip_bombs_are_refused_by_their_declared_sizes(suffix: str, member: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"would unpack to 3000000000: refused as a zip bomb"):
+        load(_declaring(tmp_path / f"bomb{suffix}", member, 3_000_000_000))
+
+
+def test_bombs_among_data_and_repeated_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="zip bomb"):
+        read_inputs(_declaring(tmp_path / "data.npz", "x.npy", 3_000_000_000))
+    torch.save({"x": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "repeated.pt")
+    for read in (load, read_inputs):
+        with pytest.raises(CheckpointError, match=r"repeated.pt: 'x' .* would unpack to 4398046511104"):
+            read(tmp_path / "repeated.pt")
+    torch.save({"x": torch.zeros(1).expand(1 << 10, 1 << 10)}, tmp_path / "small.pt")
+    assert load(tmp_path / "small.pt")["x"].numel() == 1 << 20
+
+
+def test_packed_archives_of_ordinary_size_are_read(good: Files, tmp_path: Path) -> None:
+    load(_written(good, tmp_path / "model.pt2", zipfile.ZIP_DEFLATED))
+    with pytest.raises(CheckpointError, match="unknown way"):
+        load(_written(good, tmp_path / "model.pt2", zipfile.ZIP_LZMA))
+
+
+# sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Symbol('s77', positive=True, integer=True)",
+        "Add(FloorDiv(Add(Symbol('s0', integer=True), Integer(-1)), Integer(2)), Integer(1))",
+        "TruncToInt(Mul(Float('1.5', precision=53), ToFloat(Symbol('s53', integer=True))))",
+        "StrictLessThan(Symbol('u1', integer=True), Mul(Integer(2), Symbol('s27', integer=True)))",
+        "Pow(Symbol('s0', integer=True), Integer(2))",
+        "Mod(Mul(Integer(-1), Symbol('s3', integer=True)), Integer(4))",
+        "2*s0 + 1",
+        "(s0 - 1)//2 % 3",
+        "s0 >= 4",
+        "s0**2",
+    ],
+)
+def test_sizes_of_real_networks_are_expressions(text: str) -> None:
+    assert checked_expression(checked_expression(text)) == checked_expression(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os')", "s0.__class__", "(lambda: 1)()", "[s0]", "s0 if s1 else s2", "'s0'", "f'{s0}'",
+        "Symbol(s0)",        "Symbol('x.y')",
+        "Symbol('s0', cls=s1)", "eval('1')", "Float('nan')", "Float('1e9999')", "s0 and s1", "s0[0]",
+        "2**2**2", "2**65", "2**(s0 - s0 + 10**9)", "Pow(Integer(2), Add(Integer(9), Integer(999999999)))",
+        "LShift(Integer(1), Integer(99999999999))", "Pow(Integer(2), Float('1e300', precision=53))", "9" * 5000,
+        "(" * 500 + "s0" + ")" * 500, "-" * 500 + "s0", "s0+" * 10_000 + "s0", "s123456", "λ0", "Add(*[1])", "",
+        "s0 s1",        "Add(s0, evaluate=False)", "Pow(Integer(2))", "print(s0)", "s0; s1", "s0 # s1\n+ s2 = 3",
+    ],
+)  # fmt: skip
+def test_everything_else_is_no_size(text: str) -> None:
+    with pytest.raises(CheckpointError, match="no expression of integers and symbols"):
+        checked_expression(text)
+
+
+# honest archives ------------------------------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", ["left", "right"])
+pytree._register_namedtuple(Pair, serialized_type_name="test.Pair")
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(12, 3)
+        self.register_buffer("shift", torch.ones(3))
+        self.register_buffer("steps", torch.arange(3.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0][:, -1]) * self.shift + self.steps
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 9, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.layer(self.words(ids)))}
+
+
+class _Odd(nn.Module):
+    """Names with dashes and spaces, views of one storage, lifted constants, half and complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"conv-1": nn.Conv1d(3, 4, 3, padding=1), "last one": nn.Linear(4, 4)})
+        self.columns = nn.Parameter(torch.randn(8, 4)[2:6].t(), requires_grad=False)
+        self.register_buffer("whole", torch.randn(6))
+        self.register_buffer("end", self.whole[2:])
+        self.short = nn.Parameter(torch.randn(4).half())
+        self.waves = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.parts["last one"](self.parts["conv-1"](x).transpose(1, 2)) @ self.columns
+        y = torch.fft.ifft(torch.fft.fft(y) @ self.waves).real + self.short.float() * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        return y.clamp(-float("inf"), 1e30) + self.end + self.whole[:4]
+
+
+class _Containers(nn.Module):
+    def forward(self, x: Tensor, flag: bool, pair: Any) -> Any:
+        with torch.no_grad():
+            y = x * 2
+        return OrderedDict(a=(y + pair[0], [x if flag else -x]), b=Pair(pair[1]["k"], x))
+
+
+class _Sizes(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.interpolate(x, scale_factor=1.5, mode="bilinear")
+        return y, F.pad(x, (1, 2, 1, 0)), F.max_pool2d(x, 2), x.flatten(2).mean(2) * (x.shape[2] // 2)
+
+
+class _Chosen(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        found = torch.nonzero(x[0] > 0)
+        return x[:, found[:, 0]], found.shape[0] * 2
+
+
+BATCH = Dim("batch", min=1)
+HONEST: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], Any]] = {
+    "recurrent": (_Recurrent, (torch.randn(2, 5, 4),), ({0: BATCH},)),
+    "tied": (_Tied, (torch.arange(8).reshape(2, 4),), ({0: BATCH},)),
+    "odd": (_Odd, (torch.randn(2, 3, 4),), ({0: BATCH},)),
+    "containers": (
+        _Containers,
+        (torch.randn(2, 4), True, (torch.randn(2, 4), {"k": torch.randn(2, 4)})),
+        ({0: BATCH}, None, ({0: BATCH}, {"k": {0: BATCH}})),
+    ),
+    "sizes": (_Sizes, (torch.randn(2, 3, 8, 8),), ({0: BATCH, 2: Dim("height", min=4, max=400)},)),
+    "chosen": (_Chosen, (torch.randn(3, 5),), ({0: BATCH},)),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_archives_of_torch_are_read_as_torch_reads_them(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build, args, shapes = HONEST[name]
+    model = build().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, path := tmp_path / "model.pt2")
+        torchs = torch.export.load(path)
+        ours = read_program(path, path.name)
+    assert str(ours.graph) == str(torchs.graph)
+    assert ours.graph_signature == torchs.graph_signature
+    assert ours.range_constraints == torchs.range_constraints
+    assert {name: tensor.stride() for name, tensor in ours.state_dict.items()} == {
+        name: tensor.stride() for name, tensor in torchs.state_dict.items()
+    }
+    network = load(path)
+    with torch.no_grad():
+        actual, expected = (pytree.tree_leaves(module(*args)) for module in (network, model))
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected):
+            close(one, other, 1e-6)
+
+
+def test_a_tied_weight_stays_one_tensor(tmp_path: Path) -> None:
+    program, _ = exported(_Tied().eval(), Call((torch.arange(8).reshape(2, 4),)))
+    state = read_program(write_program(program), "model").state_dict
+    assert state["words.weight"].data_ptr() == state["head.weight"].data_ptr()
+    assert state["words.weight"].data_ptr() != state["layer.linear1.weight"].data_ptr()
+
+
+def test_the_older_form_of_weights_is_read_as_plain_tensors(good: Files, tmp_path: Path) -> None:
+    files, x = dict(good), torch.randn(3, 4)
+    expected = load(_written(good, tmp_path / "new.pt2"))
+    files["archive/data/weights/model.pt"] = _pickled(dict(expected.named_parameters()))
+    files["archive/data/constants/model.pt"] = _pickled({})
+    with torch.no_grad():
+        assert torch.equal(load(_written(files, tmp_path / "old.pt2"))(x), expected(x))
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    @torch.library.custom_op("vfx_test::spoken", mutates_args=())
+    def spoken(x: Tensor, how: str) -> Tensor:
+        return x + len(how)
+
+    spoken.register_fake(lambda x, how: torch.empty_like(x))
+
+    class Speaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return spoken(x, "aloud")
+
+    with pytest.raises(CheckpointError, match=r"vfx_test.spoken.default takes text"):
+        export(Speaks(), tmp_path / "model.pt2", torch.randn(2, 3))
+    assert not list(tmp_path.iterdir())
