@@ -107,9 +107,9 @@ class _Duplicator:
         return new
 
     def _join(self, node: fx.Node, copies: list[fx.Node]) -> fx.Node:
-        """Σ αᵢ vᵢ; what is not a floating tensor (a size) is the same in every branch."""
+        """Σ αᵢ vᵢ; what is not a floating or complex tensor (a size) is the same in every branch."""
         value = node.meta.get("val")
-        if not isinstance(value, Value) or not value.dtype.is_floating_point:
+        if not isinstance(value, Value) or not (value.dtype.is_floating_point or value.dtype.is_complex):
             return copies[0]
         copies = [self._transported(node, copy, edge) for edge, copy in enumerate(copies)]
         total = weighted_sum(self.graph, copies, self.alphas, value)

@@ -69,8 +69,7 @@ class FoldChannels(Pass):
         outer = {group.parent for group in facts.groups}
         plain = [g for g in facts.groups if g.parent is None and g.index not in outer and self.sizes[g.index] < g.size]
         self.clusters = {
-            g.index: cluster(channel_vectors(g, weights, found, program.buffers), self.sizes[g.index], self.seed)
-            for g in plain
+            g.index: cluster(channel_vectors(g, program, weights, found), self.sizes[g.index], self.seed) for g in plain
         }
         self.kept = strongest(facts, scores, self.sizes) | {g: c.kept for g, c in self.clusters.items()}
         folded = replace(

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from vfx.analyse.activations import Activation, activation_of
 from vfx.analyse.layers import Choice, Join, is_normalized, number_layers
+from vfx.complex_numbers import is_complex
 from vfx.errors import ArgumentError
 from vfx.normalization import SCALE, SHIFT, name
 from vfx.program import Program, copy_graph
@@ -52,6 +53,9 @@ class InsertNormalization(Pass):
         """Where affines belong: a layer's own output, or its activation's."""
         for layer in number_layers(program).select(self.layers):
             node = program.node(layer.node)
+            if is_complex(node):
+                notes.append(f"not normalised: {layer.fqn}, whose outputs are complex")
+                continue
             if self.site == "preactivation":
                 if not is_normalized(node):
                     yield Activation(node, layer.channel)

@@ -46,7 +46,7 @@ class Interpolate(Pass):
 def average(tensors: list[Tensor], alphas: list[float]) -> Tensor:
     """Σ αᵢ tᵢ; integer tensors, and tensors that all edges share, come from the first."""
     first = tensors[0]
-    if not first.is_floating_point() or all(t is first for t in tensors):
+    if not (first.is_floating_point() or first.is_complex()) or all(t is first for t in tensors):
         return first
     total = first * alphas[0]
     for tensor, alpha in zip(tensors[1:], alphas[1:]):

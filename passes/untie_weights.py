@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from vfx.operators import is_layer, layer_arguments, operator
+from vfx.operators import is_layer, layer_arguments, operator, weight_name
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass
 
@@ -31,9 +31,10 @@ class UntieWeights(Pass):
             reads = is_layer(node) or operator(node) == "aten.embedding"
             for name in ("weight", "bias") if reads else ():
                 value = layer_arguments(node).get(name)
-                if not isinstance(value, fx.Node) or value.op != "get_attr" or value.target in program.buffers:
+                fqn = weight_name(node, name)
+                if not isinstance(value, fx.Node) or fqn is None or not program.is_parameter(fqn):
                     continue
-                fqn, layer = str(value.target), str(node.meta.get("module") or node.name)
+                layer = str(node.meta.get("module") or node.name)
                 if owners.setdefault(fqn, layer) == layer:
                     continue
                 new = copies.get((fqn, layer)) or _name(program, fqn, layer, name, set(sets[0]))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import vfx
+from vfx.analyse.contractions import einsum
 from vfx.analyse.cost import HARMLESS, TABLE, Profile, cost
 from vfx.capture import capture as trace
 from vfx.errors import ArgumentError
@@ -321,13 +323,180 @@ def test_dtype_and_batch() -> None:
 def test_unknown_operators_are_reported() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.erfinv(x)
+            return torch.cdist(x, x)
 
-    profile = _profile(Net(), 4)
-    assert profile.unknown_ops == ("aten.erfinv",)
-    assert [(row.operator, row.flops) for row in profile.rows] == [("aten.erfinv", 0)]
-    assert "aten.erfinv" in str(profile).splitlines()[-1]
+    profile = _profile(Net(), 4, 3)
+    assert profile.unknown_ops == ("aten.cdist",)
+    assert [(row.operator, row.flops) for row in profile.rows] == [("aten.cdist", 0)]
+    assert "aten.cdist" in str(profile).splitlines()[-1]
     assert not HARMLESS & set(TABLE)
+
+
+def test_every_report_with_a_total_names_what_is_not_counted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.first(x))[:, None]
+            return self.second(torch.cdist(h, h).expand(-1, 1, 3)).sum(1)
+
+    torch.manual_seed(0)
+    one, other, x = Net().eval(), Net().eval(), torch.randn(8, 4)
+    results = [
+        vfx.merge([one, other], x, match="weight", normalize=None, progress=False),
+        vfx.prune(one, x, sparsity=0.5, protect=(), progress=False),
+        vfx.prune_structured(one, x, sparsity=0.5, progress=False),
+    ]
+    for report in (result.report for result in results):
+        assert report.to_dict()["not_counted"] == ["aten.cdist"]
+        assert "not counted: aten.cdist" in str(report)
+    comparison = vfx.compare([one, other], x, data=[x], grid={"match": ["weight"]}, solve=None, progress=False)
+    assert comparison.to_dict()["not_counted"] == ["aten.cdist"]
+    assert "FLOPs without aten.cdist" in str(comparison)
+
+
+# recurrent layers, and products of several tensors
+
+
+class Steps(nn.Module):
+    """A recurrent layer of 7 steps, or a cell for one."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.cell(x)
+        return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "macs", "outputs"),
+    [
+        (lambda: nn.LSTM(12, 16, batch_first=True), (7, 12), 7 * 64 * (12 + 16), 7 * 2 * 64),
+        (lambda: nn.GRU(12, 16, batch_first=True, bias=False), (7, 12), 7 * 48 * (12 + 16), 7 * 2 * 48),
+        (lambda: nn.RNN(12, 16, batch_first=True), (7, 12), 7 * 16 * (12 + 16), 7 * 2 * 16),
+        (
+            lambda: nn.LSTM(12, 16, num_layers=2, bidirectional=True, batch_first=True),
+            (7, 12),
+            7 * 2 * 64 * ((12 + 16) + (32 + 16)),
+            7 * 2 * 2 * 2 * 64,
+        ),
+        (
+            lambda: nn.LSTM(12, 16, proj_size=5, batch_first=True),
+            (7, 12),
+            7 * (64 * (12 + 5) + 5 * 16),
+            7 * (2 * 64 + 5),
+        ),
+        (lambda: nn.LSTMCell(12, 16), (12,), 64 * (12 + 16), 2 * 64),
+        (lambda: nn.GRUCell(12, 16), (12,), 48 * (12 + 16), 2 * 48),
+        (lambda: nn.RNNCell(12, 16), (12,), 16 * (12 + 16), 2 * 16),
+    ],
+)
+def test_recurrent_layers(build: Callable[[], nn.Module], shape: tuple[int, ...], macs: int, outputs: int) -> None:
+    profile = _profile(Steps(build()), *shape)
+    assert (profile.macs, profile.flops, profile.madd) == (macs, macs, 2 * macs - outputs)
+    assert profile.unknown_ops == ()
+
+
+def test_a_budget_counts_recurrent_layers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.LSTM(12, 16, batch_first=True), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0])
+
+    cost_of = lambda width: 7 * 4 * width * (12 + width) + 7 * width * 5  # noqa: E731
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 12)
+    report = vfx.prune_structured(Net().eval(), x, budget={"flops": 0.5}, progress=False).report
+    after = report.widths[0].after
+    assert report.flops_ratio == pytest.approx(cost_of(after) / cost_of(16))
+    assert cost_of(after) <= 0.5 * cost_of(16) < cost_of(after + 1)
+
+
+class Contracted(nn.Module):
+    """x (N, 5, 6) with tensors of its own."""
+
+    def __init__(self, run: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.run, self.own = run, nn.ParameterList(torch.ones(shape) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.own)
+
+
+SEVERAL: list[tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = [
+    (lambda x, a, b: torch.einsum("nti,ij,jk->ntk", x, a, b), [(6, 7), (7, 4)]),
+    (lambda x, a, b: torch.einsum("...i,ij,jk", x, a, b), [(6, 7), (7, 4)]),
+    (lambda x, a, b, c: torch.einsum("nti,ij,jk,kl->ntl", x, a, b, c), [(6, 7), (7, 4), (4, 3)]),
+    (lambda x, a: torch.einsum("nti,ij,nsj->nts", x, a, x), [(6, 6)]),
+    (lambda x, a, b: torch.einsum("nti,i,ij->ntj", x, a, b), [(6,), (6, 7)]),  # a product entry by entry first
+    (lambda x, a: torch.einsum("nti,tj->nij", x, a), [(5, 7)]),
+    (lambda x: torch.einsum("nti,nsj->nts", x, x), []),  # what stands in one operand alone is summed first
+    (lambda x: torch.einsum("nti,ntj->ntij", x, x), []),
+    (lambda x, a: torch.tensordot(x, a, 2), [(5, 6, 3)]),
+    (lambda x, a: torch.tensordot(x, a, ([1], [2])), [(4, 3, 5)]),
+    (lambda x, a: torch.inner(x, a), [(7, 6)]),
+    (lambda x, a: torch.einsum("nti,ti->n", x, a), [(5, 6)]),
+]
+
+
+@pytest.mark.parametrize("case", range(len(SEVERAL)))
+def test_products_of_several_tensors_are_those_that_run(case: int) -> None:
+    run, shapes = SEVERAL[case]
+    model = Contracted(run, *shapes)
+    profile = _profile(model, 5, 6)
+    assert 2 * profile.macs == _counted(model, 5, 6)
+    assert profile.unknown_ops == ()
+
+
+def test_products_summed_over_a_batch() -> None:
+    model = Contracted(lambda x, a: torch.addbmm(a, x.unflatten(1, (5, 1))[0], x.unflatten(1, (5, 1))[0].mT), (1, 1))
+    assert _profile(model, 5, 6).macs == 5 * 6
+
+
+def test_the_order_of_an_einsum_is_its_path() -> None:
+    shapes = [(2, 30), (30, 3), (3, 20)]
+    sums = lambda path: sum(c.macs for c in einsum("ab,bc,cd->ad", shapes, path))  # noqa: E731
+    assert sums(None) == sums([0, 1, 0, 1]) == 2 * 30 * 3 + 2 * 3 * 20
+    assert sums([1, 2, 0, 1]) == 30 * 3 * 20 + 2 * 30 * 20
+
+
+def test_bilinear_layers_are_two_products() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pairs = nn.Bilinear(6, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pairs(x, x[..., :4])
+
+    profile = _profile(Net(), 5, 6)
+    assert profile.macs == 5 * 3 * 6 * 4 + 5 * 3 * 4
+    assert profile.madd == 2 * profile.macs - 5 * 3 * 4 - 5 * 3
+    assert profile.params == 3 * 6 * 4 + 3
+
+
+def test_deformable_convolutions_count_as_convolutions() -> None:
+    class Net(nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.offset = nn.Conv2d(4, 18, 3, padding=1, bias=False)
+            self.layer = torchvision.ops.DeformConv2d(4, 6, 3, padding=1, bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, self.offset(x))
+
+    for bias in (False, True):
+        profile = _profile(Net(bias), 4, 5, 7)
+        row = next(row for row in profile.rows if row.operator == "torchvision.deform_conv2d")
+        assert (row.macs, row.flops) == (6 * 35 * 36, 6 * 35 * 36 + 6 * 35 * bias)
+        assert profile.unknown_ops == ()
 
 
 def test_edges() -> None:

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
+from vfx.complex_numbers import read_as_complex, real_parts
 from vfx.contexts import body_of, is_context
 from vfx.errors import CaptureError
 from vfx.exporting import DYNAMIC_BATCH, exported
@@ -115,7 +116,7 @@ class _Builder:
             self.aliases[fqn] = self._owner[key]
             return self._owner[key]
         self._owner[key] = fqn
-        self.weights[fqn] = tensor
+        self.weights[fqn] = real_parts(tensor) if fqn in self.parameters else tensor
         return fqn
 
     def build(self) -> fx.Graph:
@@ -162,6 +163,8 @@ class _Builder:
             new = self.graph.placeholder(next(inputs))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             new = self._tensor(spec)
+            self.mapping[node] = self._as_read(new, node.meta.get("val"))
+            return
         else:
             raise CaptureError(f"input {node.name} of kind {spec.kind} is not a tensor; remove it from forward()")
         new.meta = {"val": as_value(node.meta.get("val"))}
@@ -173,6 +176,15 @@ class _Builder:
             self._register(fqn, self.exported.constants[fqn].detach())
             self.constants.add(fqn)
         return self.graph.create_node("get_attr", self.aliases.get(fqn, fqn), name=_identifier(fqn))
+
+    def _as_read(self, new: fx.Node, value: Any) -> fx.Node:
+        """A tensor as forward reads it; a complex parameter is held by its parts."""
+        tensor = self.weights[str(new.target)]
+        if isinstance(value, Tensor) and value.is_complex() and not tensor.is_complex():
+            new.meta = {"val": as_value(tensor)}
+            new = read_as_complex(self.graph, new)
+        new.meta["val"] = as_value(value)
+        return new
 
     def _attribute(self, node: fx.Node, owner: nn.Module) -> None:
         value = getattr(owner, str(node.target), None)

@@ -64,8 +64,9 @@ class Program:
     """A captured network: graph, weight sets by FQN, example inputs and the passes it went through.
 
     ``example_inputs`` holds one tensor for each placeholder, ``signature`` how forward's arguments become those.
-    ``weights[i]`` holds every tensor that edge i's graph reads. ``aliases`` maps the other names of a shared tensor to
-    the one the graph uses. ``module`` is the user's model (edge 0), kept to write results back into its class.
+    ``weights[i]`` holds every tensor that edge i's graph reads, complex parameters by their parts
+    (``vfx.complex_numbers``). ``aliases`` maps the other names of a shared tensor to the one the graph uses.
+    ``module`` is the user's model (edge 0), kept to write results back into its class.
     ``private`` names tensors that belong to one edge's branch and are never interpolated. ``goals`` holds the edges'
     statistics of each layer's output, in the channel order of their weights. ``notes`` is what passes refused, and why.
     ``layers`` keeps the numbering of a network whose branches were duplicated. ``transport`` holds linear maps that are
@@ -120,6 +121,10 @@ class Program:
         """FQNs read by the graph, in order of first use."""
         return list(dict.fromkeys(node.target for node in self.graph.nodes if node.op == "get_attr"))
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether a tensor is trained: floating and no buffer or constant (a complex one is held by its real parts)."""
+        return name not in self.buffers and self.weights[0][name].is_floating_point()
+
     def node(self, name: str) -> fx.Node:
         """The graph node called ``name``."""
         for node in self.graph.nodes:
@@ -159,21 +164,25 @@ def digest(graph: fx.Graph) -> str:
 
 
 def in_precision(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
-    """The graph with its floating casts to ``dtype``; the same object where there are none."""
-    other = lambda value: isinstance(value, torch.dtype) and value.is_floating_point and value != dtype  # noqa: E731
-    if not any(map(other, _literals(graph))):
+    """The graph with its floating and complex casts to ``dtype``; the same object where there are none."""
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.dtype):
+            return value
+        return dtype if value.is_floating_point else complex_of(dtype) if value.is_complex else value
+
+    if all(cast(value) is value for value in _literals(graph)):
         return graph
     changed, _ = copy_graph(graph)
     for node in changed.nodes:
-        node.args, node.kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda value: dtype if other(value) else value
-        )
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), cast)
     return changed
 
 
 def casts(graph: fx.Graph) -> bool:
-    """Whether the graph names a floating dtype of its own."""
-    return any(isinstance(value, torch.dtype) and value.is_floating_point for value in _literals(graph))
+    """Whether the graph names a floating or complex dtype of its own."""
+    inexact = lambda value: value.is_floating_point or value.is_complex  # noqa: E731
+    return any(isinstance(value, torch.dtype) and inexact(value) for value in _literals(graph))
 
 
 def _literals(graph: fx.Graph) -> list[Any]:
@@ -181,10 +190,17 @@ def _literals(graph: fx.Graph) -> list[Any]:
 
 
 def moved(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
-    """A tensor on ``device``, cast to ``dtype`` if floating; anything else unchanged."""
+    """A tensor on ``device``, cast to ``dtype`` if floating, to the complex one if complex; anything else unchanged."""
     if not isinstance(value, Tensor):
         return value
+    if value.is_complex():
+        return value.to(device=device, dtype=complex_of(dtype))
     return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+
+def complex_of(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The complex dtype whose parts have a floating one; single precision for half."""
+    return None if dtype is None else torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

@@ -71,6 +71,7 @@ class Report:
             "flops": self.profile.flops,
             "params_ratio": self.params_ratio,
             "flops_ratio": self.flops_ratio,
+            "not_counted": list(self.edge_profile.unknown_ops),
             "match_objective": list(matching.objective) if matching else None,
             "match_attempts": [list(values) for values in matching.attempts] if matching else None,
             "match_sweeps": list(matching.sweeps) if matching else None,
@@ -90,6 +91,8 @@ class Report:
         table.add_row("passes", " → ".join(self.passes))
         table.add_row("parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× an edge)")
         table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× an edge)")
+        if self.edge_profile.caveat:
+            table.add_row("", self.edge_profile.caveat)
         if self.matching is not None:
             table.add_row("match objective", ", ".join(f"{x:.4g}" for x in self.matching.objective))
         if self.matching is not None and self.verify_error is not None:

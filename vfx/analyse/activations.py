@@ -16,6 +16,7 @@ from torch import fx
 from vfx.analyse.layers import Layer, number_layers
 from vfx.analyse.rules import TABLE, elementwise
 from vfx.analyse.rules.rule import normal
+from vfx.complex_numbers import is_complex
 from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
 from vfx.program import Program
 
@@ -58,12 +59,12 @@ def activation_behind(layer: fx.Node, channel: int) -> Activation | str:
 
 
 def statistics_channels(program: Program, activations: bool = True) -> dict[str, int]:
-    """Channel axis of each layer's node and, by default, of each layer's activation."""
-    layers = list(number_layers(program))
+    """Channel axis of each layer's node and, by default, of each layer's activation; complex ones are left out."""
+    layers = [layer for layer in number_layers(program) if not is_complex(program.node(layer.node))]
     channels = {layer.node: layer.channel for layer in layers}
     if activations:
         found = (activation_of(program, layer) for layer in layers)
-        channels |= {one.node.name: one.channel for one in found if isinstance(one, Activation)}
+        channels |= {x.node.name: x.channel for x in found if isinstance(x, Activation) and not is_complex(x.node)}
     return channels
 
 

@@ -8,6 +8,8 @@ operator               FLOPs                           MAdd
 convolution            MACs + outputs (if biased)      2·MACs − outputs + outputs (if biased)
 linear                 MACs                            2·MACs − outputs
 matrix product         MACs                            2·MACs − outputs of each product
+recurrent, bilinear    those of its matrix products, as torch runs them one after the other
+einsum, tensordot      the same (three operands of einsum are two products)
 BatchNorm, LayerNorm   2·elements                      4·elements
 activation             elements                        elements
 max pool               input elements                  (k − 1)·outputs
@@ -18,7 +20,9 @@ anything else          0                               0
 torchstat sees modules only, so an activation or a pool counts where a module of ``torch.nn`` ran it; called as a
 function (``F.relu``) it costs nothing. Norms count wherever they stand. torchstat knows neither LayerNorm nor its
 relatives (group, instance, RMS norm), nor attention: the former count as BatchNorm here, the latter by its two matrix
-products (the softmax between them is free). Memory is (inputs + parameters) read and outputs written, in bytes of their
+products (the softmax between them is free), nor recurrent layers, whose gates are free, nor deformable convolutions,
+which count as convolutions (their sampling is free). What the table does not know is named wherever a total is shown
+(``Profile.caveat``). Memory is (inputs + parameters) read and outputs written, in bytes of their
 own dtypes, for every row; buffers (running statistics, masks) are neither parameters nor reads. One difference remains:
 torchstat keeps only the last call of a module that runs several times, while every call is counted here.
 """
@@ -39,6 +43,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from vfx.analyse import contractions
+from vfx.analyse.contractions import Contraction
+from vfx.analyse.rules import TABLE as RULES
+from vfx.analyse.rules import elementwise, indexing, movement, positions, windows, writes
+from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
 from vfx.files import write_atomic
 from vfx.operators import arguments, operator
@@ -73,6 +82,11 @@ class Profile:
 
     rows: tuple[Row, ...]
     unknown_ops: tuple[str, ...] = ()
+
+    @property
+    def caveat(self) -> str:
+        """What the totals leave out, in words; nothing where they are whole."""
+        return f"not counted: {', '.join(self.unknown_ops)}" if self.unknown_ops else ""
 
     @property
     def params(self) -> int:
@@ -135,8 +149,7 @@ class Profile:
         return sum(getattr(row, name) for row in self.rows)
 
     def _table(self) -> Table:
-        caption = f"operators that are not counted: {', '.join(self.unknown_ops)}" if self.unknown_ops else None
-        table = Table(show_footer=True, caption=caption)
+        table = Table(show_footer=True, caption=self.caveat or None)
         for title in ("layer", "operator", "input", "output"):
             table.add_column(title, footer="total" if title == "layer" else "", no_wrap=True)
         for name in _TOTALS:
@@ -163,8 +176,8 @@ def cost(program: Program, edge: int = 0) -> Profile:
         if node.op not in ("call_function", "output"):
             continue
         call = Call(node, program, edge)
-        params = sum(math.prod(call.value(p).shape) for p in call.parameters if p.target not in counted)
-        counted |= {str(p.target) for p in call.parameters}
+        params = sum(math.prod(call.value(p).shape) for p in call.parameters if _held_as(p) not in counted)
+        counted |= {str(_held_as(p)) for p in call.parameters}
         if call.is_unknown:
             unknown[call.operator] = None
         if params or not call.is_harmless:
@@ -198,7 +211,7 @@ class Call:
         self.weights = program.weights[edge]
         self.operator = operator(node) or node.op
         self.arguments = arguments(node)
-        self.parameters = [n for n in node.all_input_nodes if self._is_parameter(n)]
+        self.parameters = [] if parts_of(node) is not None else list(filter(self._is_parameter, node.all_input_nodes))
         self.outputs = [] if node.op == "output" else self.values(node)
 
     @property
@@ -224,7 +237,7 @@ class Call:
     def input_shape(self) -> Sizes:
         """Shape of the first tensor that is not a parameter or buffer, or of the first at all."""
         tensors = [n for n in self.node.all_input_nodes if self.values(n)]
-        computed = [n for n in tensors if n.op != "get_attr"]
+        computed = [n for n in tensors if _held_as(n) is None]
         return next((self.values(n)[0].sizes(1) for n in computed or tensors), ())
 
     def count(self) -> Count:
@@ -265,8 +278,13 @@ class Call:
         return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Value)]
 
     def _is_parameter(self, node: fx.Node) -> bool:
-        name = str(node.target)
-        return node.op == "get_attr" and name not in self.program.buffers and self.weights[name].is_floating_point()
+        return _held_as(node) is not None and self.program.is_parameter(str(_held_as(node)))
+
+
+def _held_as(node: fx.Node) -> str | None:
+    """The FQN of the tensor that a node stands for, real or complex."""
+    node = parts_of(node) or node
+    return str(node.target) if node.op == "get_attr" else None
 
 
 # counting functions ---------------------------------------------------------------------------------------------------
@@ -303,21 +321,51 @@ def _attention(call: Call) -> Count:
     return Count(macs, macs, 2 * macs - scores - call.size)
 
 
-def _einsum(call: Call) -> Count:
-    """One operation for each combination of all indices: exact for two operands, without a contraction order for more.
+def _products(found: Iterable[Contraction]) -> Count:
+    products = list(found)
+    macs = sum(product.macs for product in products)
+    return Count(macs, macs, 2 * macs - sum(product.outputs for product in products))
 
-    An ellipsis stands for the axes its term does not name, aligned at the right.
-    """
-    terms = call.arguments["equation"].replace(" ", "").split("->")[0].split(",")
-    sizes: dict[str | int, int] = {}
-    for term, tensor in zip(terms, call.arguments["tensors"]):
-        shape = call.value(tensor).sizes(1)
-        before, _, after = term.partition("...")
-        unnamed = len(shape) - len(before) - len(after)
-        for label, size in zip([*before, *range(-unnamed, 0), *after], shape):
-            sizes[label] = max(size, sizes.get(label, 0))
-    macs = math.prod(sizes.values()) if len(terms) > 1 else 0
-    return Count(macs, macs, max(0, 2 * macs - call.size))
+
+def _einsum(call: Call) -> Count:
+    a = call.arguments
+    return _products(contractions.einsum(a["equation"], [call.value(x).sizes(1) for x in a["tensors"]], a.get("path")))
+
+
+def _tensordot(call: Call) -> Count:
+    a = call.arguments
+    return _products(contractions.tensordot(call.sizes("self"), call.sizes("other"), a["dims_self"], a["dims_other"]))
+
+
+def _inner(call: Call) -> Count:
+    """Over the last axis of both; a number only scales."""
+    one, other = call.sizes("self"), call.sizes("other")
+    return _products(contractions.tensordot(one, other, [-1], [-1])) if one and other else Count()
+
+
+def _batches_summed(call: Call) -> Count:
+    """addbmm: the products of all batches are summed up."""
+    one, other = call.sizes("batch1"), call.sizes("batch2")
+    return _products(contractions.tensordot(one, other, [0, 2], [0, 1]))
+
+
+def _bilinear(call: Call) -> Count:
+    return _products(contractions.bilinear(math.prod(call.sizes("input1")[:-1]), call.sizes("weight")))
+
+
+def _recurrent(call: Call) -> Count:
+    """Layers over all steps (their input may be packed), or one step of a cell."""
+    a = call.arguments
+    x = call.value(a["data"] if "data" in a else a["input"]).sizes(1)
+    cell = [a[name] for name in ("w_ih", "w_hh") if name in a]
+    return _products(contractions.recurrent(math.prod(x[:-1]), [call.value(w).sizes(1) for w in cell or a["params"]]))
+
+
+def _deformable(call: Call) -> Count:
+    """As the convolution; without a bias it is given zeros."""
+    macs = call.size * math.prod(call.sizes("weight")[1:])
+    bias = call.size if call.arguments["bias"] in call.parameters else 0
+    return Count(macs, macs + bias, 2 * macs - call.size + bias)
 
 
 def _norm(call: Call) -> Count:
@@ -352,10 +400,18 @@ _PRODUCTS = {
     "bmm": "self",
     "mv": "self",
     "dot": "self",
+    "vdot": "self",
     "addmm": "mat1",
     "addmv": "mat",
     "baddbmm": "batch1",
 }
+
+_RECURRENT = "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+
+_ATTENTIONS = """
+    scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+"""
 
 _NORMS = """
     batch_norm _native_batch_norm_legit_no_training instance_norm layer_norm native_layer_norm group_norm
@@ -377,7 +433,7 @@ _FREE = """
     adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
     upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d embedding index index_select gather
     index_add index_copy index_put scatter scatter_add roll flip repeat repeat_interleave tile
-    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle complex polar angle
 """
 
 _VIEWS = """
@@ -386,7 +442,8 @@ _VIEWS = """
     tensor_split unbind unfold diagonal clone contiguous copy to _to_copy type_as detach alias lift_fresh_copy positive
     float double half bfloat16 bool int long dropout feature_dropout alpha_dropout feature_alpha_dropout
     native_dropout zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
-    fill zero scalar_tensor arange linspace eye tril triu
+    fill zero scalar_tensor arange linspace eye tril triu view_as_complex view_as_real
+    real imag
 """
 
 
@@ -394,20 +451,29 @@ def _table() -> dict[str, Callable[[Call], Count]]:
     table: dict[str, Callable[[Call], Count]] = dict.fromkeys(_FREE.split(), _free)
     table |= dict.fromkeys(_NORMS.split(), _norm) | dict.fromkeys(_ACTIVATIONS.split(), _activation)
     table |= {name: partial(_product, left=left) for name, left in _PRODUCTS.items()}
-    table |= {"convolution": _convolution, "scaled_dot_product_attention": _attention, "einsum": _einsum}
+    table |= {"convolution": _convolution, "einsum": _einsum, "tensordot": _tensordot, "inner": _inner}
+    table |= {"bilinear": _bilinear, "addbmm": _batches_summed} | dict.fromkeys(_RECURRENT.split(), _recurrent)
+    table |= dict.fromkeys(_ATTENTIONS.split(), _attention)
     for n in (1, 2, 3):
         table |= {f"conv{n}d": _convolution, f"conv_transpose{n}d": _transposed}
         maximum, average = partial(_pool, dimensions=n, spared=1), partial(_pool, dimensions=n, spared=0)
         table |= {f"max_pool{n}d": maximum, f"max_pool{n}d_with_indices": maximum, f"avg_pool{n}d": average}
-    return _aten(table.items())
+    return _free_by_rule() | _aten(table.items()) | {"torchvision.deform_conv2d": _deformable}
+
+
+def _free_by_rule() -> dict[str, Callable[[Call], Count]]:
+    """What acts entry by entry, or moves or sums entries, by the rules of how it treats axes."""
+    free = [module.__name__ for module in (elementwise, indexing, movement, positions, windows, writes)]
+    moves = {name: _free for name, rule in RULES.items() if rule.apply.__module__ in free}
+    return {name: count for name, count in moves.items() if name not in HARMLESS}
 
 
 def _aten(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {f"aten.{name}": entry for name, entry in entries}
 
 
-TABLE = _table()
 HARMLESS = {f"aten.{name}" for name in _VIEWS.split()} | {"getitem", "output"}
+TABLE = _table()
 
 
 # helpers --------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
 from vfx.operators import (
     BATCH_NORMS,
@@ -259,6 +260,7 @@ def cut(layers: Layers, preserve: int | str, join: Join = "preactivation") -> Cu
         kept = set(graph.nodes) - _behind(layers, number, join) if number else set()
     own = descendants({node for node in graph.nodes if node.op == "get_attr"})
     branch = {n for n in graph.nodes if n.op == "call_function" and n in own and n in kept}
+    branch -= {n for n in branch if parts_of(n) is not None and not branch.intersection(n.users)}
     joins = [n for n in graph.nodes if n in branch and any(user not in branch for user in n.users)]
     return Cut(frozenset(branch), tuple(joins))
 
@@ -280,6 +282,7 @@ def heads(layers: Layers, keep: int | str) -> Cut:
         here = {layer.node for layer in layers}
         overlap = any(x.number > total - keep and x.node not in here for x in layers.program.layers)
     kept = {n for n in kept if n.op == "call_function" and not _unpacks(n, kept)}
+    kept |= {n for n in graph.nodes if parts_of(n) is not None and kept.issuperset(n.users)}
     if overlap or any(_reads_private(layers.program, node) for node in kept):
         raise ArgumentError("preserve and heads overlap: no layer is left to merge between them")
     sources = [a for n in graph.nodes if n in kept for a in n.all_input_nodes if a not in kept and a.op != "get_attr"]
@@ -326,7 +329,8 @@ def _owners(node: fx.Node) -> set[str]:
     """The modules that call an operator or own its weights (a captured GraphModule has no calls of its own)."""
     if node.op != "call_function":
         return set()
-    weights = (str(a.target).rpartition(".")[0] for a in node.all_input_nodes if a.op == "get_attr")
+    read = (parts_of(a) or a for a in node.all_input_nodes)
+    weights = (str(a.target).rpartition(".")[0] for a in read if a.op == "get_attr")
     return {name for name in (str(node.meta.get("module") or ""), *weights) if name}
 
 

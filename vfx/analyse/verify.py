@@ -60,15 +60,18 @@ def random_inputs(program: Program, seed: int = 0) -> list[Any]:
 
 
 def in_double(program: Program) -> Program:
-    """The network in float64 on the CPU, where its graph names float32 (casts, tensors made on the way) included."""
+    """The network in float64 on the CPU; where its graph names single precision (casts, tensors made), that too."""
     graph, _ = copy_graph(program.graph)
     for node in graph.nodes:
         node.args, node.kwargs = (map_aggregate(x, _wider) for x in (node.args, node.kwargs))
     return replace(program.to("cpu", torch.float64), graph=graph)
 
 
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 def _wider(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def function_error(program: Program, before: Weights, after: Weights, inputs: list[Any]) -> float:

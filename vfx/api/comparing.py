@@ -70,7 +70,7 @@ def compare(
             points.append(Point(name, chosen, None, float("nan"), float("nan"), error=str(error)))
             continue
         points.append(judge.point(name, chosen, result, whole, latency))
-    return Comparison(tuple(points), judge.target, judge.samples, given)
+    return Comparison(tuple(points), judge.target, judge.samples, given, whole.unknown_ops)
 
 
 def _merging(grid: Mapping[str, Values] | None) -> tuple[Callable[..., Result], list[dict[str, Any]]]:

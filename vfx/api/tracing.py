@@ -16,6 +16,7 @@ from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api.results import Result
 from vfx.capture import capture
 from vfx.checks import check_edges, check_finite, check_heads, check_same_function
+from vfx.complex_numbers import real_parts
 from vfx.errors import ArgumentError
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
@@ -52,8 +53,9 @@ def trace(
 
 def weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
     """Another edge's tensors under the names of the graph; constants of the capture are shared."""
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return {name: own[name].detach() if name in own else tensor for name, tensor in program.weights[0].items()}
+    own = {name: real_parts(tensor.detach()) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    own |= {name: tensor.detach() for name, tensor in model.named_buffers(remove_duplicate=False)}
+    return {name: own.get(name, tensor) for name, tensor in program.weights[0].items()}
 
 
 _symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()

@@ -38,13 +38,15 @@ class Point:
 class Comparison:
     """Points in the order in which they were made; the networks that they were made from come first.
 
-    ``target`` says what accuracy is measured against: "labels", or the "ensemble" of the edges.
+    ``target`` says what accuracy is measured against: "labels", or the "ensemble" of the edges; ``not_counted`` which
+    operators the FLOPs leave out.
     """
 
     points: tuple[Point, ...]
     target: str
     samples: int
     references: int
+    not_counted: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -74,7 +76,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         names = {point.name for point in self.frontier()}
         rows = [asdict(point) | {"frontier": point.name in names} for point in self.points]
-        return {"target": self.target, "samples": self.samples, "points": rows}
+        named = {"target": self.target, "samples": self.samples, "not_counted": list(self.not_counted)}
+        return named | {"points": rows}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The points as JSON; also written to ``path`` if given. Raises OSError."""
@@ -91,7 +94,9 @@ class Comparison:
 
     def table(self) -> Table:
         what = "accuracy" if self.target == "labels" else "agreement with the ensemble"
-        table = Table(title=f"{what} on {self.samples:,} samples; * no other is better at as many parameters")
+        caption = f"FLOPs without {', '.join(self.not_counted)}" if self.not_counted else None
+        title = f"{what} on {self.samples:,} samples; * no other is better at as many parameters"
+        table = Table(title=title, caption=caption)
         for column in ("network", "%", "params", "FLOPs", "latency"):
             table.add_column(column, justify="left" if column == "network" else "right")
         front = {point.name for point in self.frontier()}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vfx.complex_numbers import real_parts
 from vfx.diagnosis.taps import Key, Tap
 from vfx.outputs import named_tensors
 from vfx.program import Execution, Program, schedule
@@ -101,6 +102,7 @@ class Observer:
         while run.execution.position < len(self.plan):
             node, value = run.execution.step()
             if node in self._events:
+                value = real_parts(value)
                 return {key: x for key in self._events[node] if (x := self._read(key, node, value, run)) is not None}
         self._read_logits(run.execution.result, run.samples)
         self._run = None
@@ -127,6 +129,7 @@ class Observer:
             node, value = execution.step()
             for key in self._events.get(node, ()):
                 if self.taps[key].feature is node and bool(torch.isfinite(value).all()):
+                    value = real_parts(value)
                     values[key] = per_sample(node, value, len(reference[0]) if reference[0].ndim else 1).clone()
         return values
 

@@ -56,7 +56,11 @@ def _write_onnx(module: nn.Module, path: Path, example_inputs: Any) -> None:
 def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> None:
     if isinstance(module, fx.GraphModule):
         raise ArgumentError("a GraphModule has no class to load a state dict into; export it to .pt2 or .onnx")
-    write_atomic(path, save_tensors(_unshared(module.state_dict())))
+    try:
+        data = save_tensors(_unshared(module.state_dict()))
+    except KeyError as error:  # what safetensors says of a dtype that it does not know
+        raise ArgumentError(f"a .safetensors file cannot hold {error.args[0]}; cast the network or use .pt2") from error
+    write_atomic(path, data)
 
 
 def _write_pt2(module: nn.Module, path: Path, example_inputs: Any) -> None:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from vfx.complex_numbers import restored, together, with_complex_parameters
 from vfx.emit.arguments import with_arguments
 from vfx.operators import BATCH_NORMS, DROPOUTS, arguments, operator
-from vfx.program import Program, Value, casts, copy_graph
+from vfx.program import Program, Value, casts, copy_graph, moved
 from vfx.rewrite import PRESERVED, outputs_error
 
 _NORM_OF_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -49,7 +50,10 @@ def own_class(program: Program, edge: int = 0) -> nn.Module:
     assert program.module is not None
     weights = program.weights[edge]
     module = copy.deepcopy(program.module).eval()
-    state = {name: weights.get(program.aliases.get(name, name), tensor) for name, tensor in module.state_dict().items()}
+    state = {
+        name: restored(weights.get(program.aliases.get(name, name), tensor), tensor)
+        for name, tensor in module.state_dict().items()
+    }
     module.load_state_dict(state, strict=True)
     return module.to(next((t.device for t in weights.values()), torch.device("cpu")))
 
@@ -58,7 +62,8 @@ def own_class(program: Program, edge: int = 0) -> nn.Module:
 def difference(module: nn.Module, program: Program) -> float:
     """Relative output error between a module and a Program: in float64, or in float32 scaled to the same threshold."""
     try:
-        gap = _difference(copy.deepcopy(module).to("cpu", torch.float64), program.to("cpu", torch.float64))
+        exact = copy.deepcopy(module)._apply(lambda tensor: moved(tensor, "cpu", torch.float64))
+        gap = _difference(exact, program.to("cpu", torch.float64))
         if gap <= PRESERVED or not casts(program.graph):
             return gap
     except RuntimeError:  # the module casts to float32 inside
@@ -77,9 +82,11 @@ def graph_module(program: Program, edge: int = 0) -> fx.GraphModule:
     graph, _ = copy_graph(program.graph)
     root = nn.Module()
     _follow_mode(graph, root, program, weights)
+    joined = with_complex_parameters(graph)
     for node in graph.nodes:
         if node.op == "get_attr":
-            _register(root, str(node.target), weights[str(node.target)], program)
+            tensor = weights[str(node.target)]
+            _register(root, str(node.target), together(tensor) if node.target in joined else tensor, program)
     graph = with_arguments(graph, root, program.signature)
     for node in graph.nodes:
         node.meta = {}
@@ -157,10 +164,10 @@ def _register(root: nn.Module, fqn: str, tensor: Tensor, program: Program) -> No
     owner = _submodule(root, path)
     if leaf in owner._parameters or leaf in owner._buffers:
         return
-    if fqn in program.buffers or not tensor.is_floating_point():
-        owner.register_buffer(leaf, tensor.detach().clone())
-    else:
+    if program.is_parameter(fqn):
         owner.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+    else:
+        owner.register_buffer(leaf, tensor.detach().clone())
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

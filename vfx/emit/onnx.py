@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from vfx.errors import VerificationError
+from vfx.errors import ArgumentError, VerificationError
 from vfx.exporting import exported
 from vfx.files import write_atomic
 from vfx.outputs import named_tensors, plain
@@ -37,7 +37,12 @@ def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0) -> flo
     module = module.to("cpu").eval()
     with _quiet(), torch.no_grad():
         program, _ = exported(module, call)
-        onnx_program = torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=_names(module, call))
+        names = _names(module, call)
+        try:
+            onnx_program = torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=names)
+        except torch.onnx.OnnxExporterError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ArgumentError(f"torch's exporter cannot write this network as ONNX: {cause}; use .pt2") from error
     assert onnx_program is not None
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "draft.onnx"

@@ -24,6 +24,7 @@ from vfx.analyse.symmetry import Group, Member, Symmetry
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.units import Unit, assign_pairs, assign_unit, units
+from vfx.match.universe import scored_names
 from vfx.program import Weights
 
 MAX_SWEEPS = 100
@@ -38,8 +39,8 @@ class Descent:
 
     def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
         self.symmetry, self.units = symmetry, units(symmetry)
-        moved = {m.fqn for g in symmetry.groups for m in g.members} - symmetry.program.buffers
-        scored = {name for name in moved if target[name].shape == other[name].shape}  # not heads for other classes
+        # not heads for other classes
+        scored = {name for name in scored_names(symmetry) if target[name].shape == other[name].shape}
         self.target = {name: target[name].to(self.dtype) for name in scored}
         self.original = {name: other[name].to(self.dtype) for name in scored}
         self.groups_of: dict[str, set[int]] = {}

@@ -149,7 +149,7 @@ class Midpoint:
         self.program, self.symmetry, self.batches, self.alphas = program, symmetry, batches, alphas
         self.graph = batch_statistics(program.graph)
         self.first, *self.others = program.weights
-        self.names = [n for n in scored_names(symmetry) if self.first[n].is_floating_point()]
+        self.names = scored_names(symmetry)
         self.loss = _Criterion(program, loss)
 
     def merged(self, elements: Sequence[Permutations]) -> dict[str, Tensor]:

@@ -203,8 +203,8 @@ class _WeightCosts(_Costs):
         found: tuple[list[Tensor], list[Tensor]] = [], []
         for member in group.members:
             fqn, dim = member.fqn, member.dim
-            buffer = fqn in pairing.one.program.buffers
-            if member.role not in ("out", "tied") or buffer or not self.carrier.settled(fqn, dim):
+            trained = pairing.one.program.is_parameter(fqn)
+            if member.role not in ("out", "tied") or not trained or not self.carrier.settled(fqn, dim):
                 continue
             if self._moved_inside(group, fqn, dim):
                 continue

@@ -54,7 +54,7 @@ def mean_weights(weights: Sequence[Weights], shares: Sequence[float]) -> dict[st
 def scored_names(symmetry: Symmetry) -> list[str]:
     """Parameters that a group moves: running statistics and other buffers never enter an objective on weights."""
     names = dict.fromkeys(m.fqn for group in symmetry.groups for m in group.members)
-    return [name for name in names if name not in symmetry.program.buffers]
+    return [name for name in names if symmetry.program.is_parameter(name)]
 
 
 def pair_objective(symmetry: Symmetry, weights: Sequence[Weights], elements: Sequence[Permutations]) -> float:

@@ -59,6 +59,7 @@ class ChannelReport:
             "flops": self.profile.flops,
             "params_ratio": self.params_ratio,
             "flops_ratio": self.flops_ratio,
+            "not_counted": list(self.dense_profile.unknown_ops),
             "verify_error": self.error,
             "passes": list(self.passes),
             "notes": list(self.notes),
@@ -80,6 +81,8 @@ class ChannelReport:
         table.add_row("passes", " → ".join(self.passes))
         table.add_row("parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× the whole network)")
         table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× the whole network)")
+        if self.dense_profile.caveat:
+            table.add_row("", self.dense_profile.caveat)
         if self.error is not None:
             table.add_row("proof", f"equals the masked network to {self.error:.1e} (float64)")
         for name, score in self.scores.items():

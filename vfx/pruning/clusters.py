@@ -114,10 +114,10 @@ def scaled_rows(weights: Weights, found: list[Pair]) -> dict[str, Tensor]:
     return result
 
 
-def channel_vectors(group: Group, weights: Weights, found: list[Pair], buffers: frozenset[str]) -> Tensor:
+def channel_vectors(group: Group, program: Program, weights: Weights, found: list[Pair]) -> Tensor:
     """What k-means compares (size, features): outgoing rows, and shifts of layers and BatchNorms."""
     shifts = {pair.shift for pair in found}
-    members = [m for m in group.members if m.fqn not in buffers and weights[m.fqn].is_floating_point()]
+    members = [m for m in group.members if program.is_parameter(m.fqn)]
     chosen = [m for m in members if m.role == "out" or m.fqn in shifts] or members
     return torch.cat([rows_of(m, weights[m.fqn]).reshape(group.size, -1).float().cpu() for m in chosen], 1)
 

@@ -75,7 +75,7 @@ def _shape(group: Group) -> tuple[int, ...]:
 def _names(program: Program, facts: Symmetry) -> list[str]:
     """Floating parameters that some group moves."""
     names = dict.fromkeys(m.fqn for g in facts.groups for m in g.members)
-    return [n for n in names if n not in program.buffers and program.weights[0][n].is_floating_point()]
+    return [n for n in names if program.is_parameter(n)]
 
 
 def _summed(
@@ -145,7 +145,7 @@ def _taylor(program: Program, facts: Symmetry, data: Any, loss: Loss, max_sample
     names = _names(program, facts)
     total = {g.index: np.zeros(_shape(g)) for g in facts.groups}
     count = 0
-    for inputs, labels in labelled(program, data, max_samples):
+    for inputs, labels in labelled(program, data, max_samples) if names else ():
         weights = dict(program.weights[0])
         leaves = {name: weights[name].detach().clone().requires_grad_() for name in names}
         with torch.enable_grad():

@@ -98,6 +98,7 @@ class PruneReport:
             "nonzeros": self.nonzeros,
             "flops": self.flops,
             "flops_after": self.flops_after,
+            "not_counted": list(self.profile.unknown_ops),
             "layers": [{**asdict(row), "sparsity": row.sparsity} for row in self.layers],
             "passes": list(self.passes),
             "notes": list(self.notes),
@@ -138,6 +139,8 @@ class PruneReport:
         table.add_row("sparsity", f"{self.sparsity:.4%} of the weights that were not protected")
         table.add_row("parameters", f"{self.params:,}, {self.nonzeros:,} of them not zero")
         table.add_row("FLOPs", f"{self.flops:,} → {self.flops_after:,} without products with zero")
+        if self.profile.caveat:
+            table.add_row("", self.profile.caveat)
         table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
         for name, score in self.scores.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)

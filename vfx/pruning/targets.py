@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from vfx.analyse.layers import ancestors, descendants
+from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
 from vfx.operators import LAYERS, PRODUCTS, TRANSPOSED, arguments, operator
 from vfx.program import Program
@@ -100,11 +101,16 @@ def find_targets(program: Program) -> tuple[tuple[Target, ...], tuple[str, ...]]
         if not isinstance(weight, fx.Node) or not isinstance(source, fx.Node):
             continue
         if weight.op != "get_attr":
-            if operator(node) in LAYERS:
+            if operator(node) in LAYERS and parts_of(weight) is None:
                 notes.append(f"not pruned: the weight of {node.name} is computed by {weight.name}")
         elif _is_matrix(program, node, str(weight.target)):
             calls.setdefault(str(weight.target), []).append(node)
-    others = [name for name in program.names() if name not in calls and _is_parameter(program, name)]
+    parts = {str(held.target) for node in program.graph.nodes if (held := parts_of(node)) is not None}
+    matrices = [name for name in program.names() if name in parts and program.weights[0][name].ndim > 2]
+    if matrices:
+        notes.append(f"not pruned, since they are complex: {_some(matrices)}")
+    known = calls.keys() | parts
+    others = [name for name in program.names() if name not in known and _is_parameter(program, name)]
     if others:
         notes.append(f"not pruned, since no convolution or linear layer reads them: {_some(others)}")
     return tuple(_target(program, name, nodes) for name, nodes in calls.items()), tuple(notes)
@@ -116,8 +122,7 @@ def _is_matrix(program: Program, node: fx.Node, name: str) -> bool:
 
 def _is_parameter(program: Program, name: str) -> bool:
     """Whether a tensor is trained and has rows; biases and norms are not worth pruning."""
-    tensor = program.weights[0][name]
-    return name not in program.buffers and tensor.is_floating_point() and tensor.ndim > 1
+    return program.is_parameter(name) and program.weights[0][name].ndim > 1
 
 
 def _target(program: Program, name: str, nodes: list[fx.Node]) -> Target:

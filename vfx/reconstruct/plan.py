@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from vfx.analyse.layers import normalizes_channels
+from vfx.complex_numbers import is_complex
 from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
 from vfx.program import Program, Value
 from vfx.reconstruct.forms import Form, form_of
@@ -70,7 +71,7 @@ def _matrices(
         if bias is not None and _parameter(bias) is None:
             notes.append(_kept(node, "its bias is computed"))
             continue
-        if name in program.private or name in program.buffers:
+        if name in program.private or not program.is_parameter(name):
             continue
         if node.name in known:
             by_weight.setdefault(name, []).append((node, form, source, name, str(bias.target) if bias else None))
@@ -171,13 +172,13 @@ def _diagonal(
     """A norm's gain and shift, or the parameter that an add or a product applies entry by entry."""
     if node.op != "call_function" or node.name not in known or not isinstance(node.meta.get("val"), Value):
         return None
+    if is_complex(node):
+        return None
     gain, shift, axis = _entries(node)
     parameters = [p for p in (gain, shift) if p is not None]
     for parameter in parameters:
         name = str(parameter.target)
-        if name in program.buffers | program.private or readers[name] != [node]:
-            return None
-        if not program.weights[0][name].is_floating_point():
+        if name in program.private or not program.is_parameter(name) or readers[name] != [node]:
             return None
     if not parameters or any(p.meta["val"].shape != parameters[0].meta["val"].shape for p in parameters):
         return None

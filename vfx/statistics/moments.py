@@ -3,6 +3,8 @@
 Each batch is centred on its own mean before it is squared, so nothing cancels; the variance between batches enters
 through the update of the means. The reference implementations average the batches' variances and lose that part.
 
+A complex activation counts by its real and imaginary parts, as two samples of its channel.
+
 Time goes into memory, not arithmetic: centring writes straight into the rows that the matrix product reads, and those
 rows are buffers used again (``Workspace``), since a fresh large tensor costs page faults.
 """
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vfx.complex_numbers import real_parts
 
 ROUNDING = 1e-6  # a channel whose deviation is below this share of its mean only varies by float32 rounding
 
@@ -111,7 +115,7 @@ class CrossMoments:
 
 def channel_rows(x: Tensor, dim: int) -> Tensor:
     """A fresh matrix (C, samples) of a tensor's channels along ``dim``."""
-    rows = x.movedim(dim, 0)
+    rows = real_parts(x).movedim(dim, 0)
     rows = rows.reshape(rows.shape[0], -1)
     return rows.clone() if rows.data_ptr() == x.data_ptr() else rows
 
@@ -133,7 +137,7 @@ class Workspace:
 
 def centred_rows(x: Tensor, dim: int, workspace: Workspace, slot: int = 0) -> tuple[Tensor, Tensor]:
     """A matrix (C, samples) of a tensor's channels along ``dim``, each minus its mean, and the means (C,)."""
-    channels = x.movedim(dim, 0)
+    channels = real_parts(x).movedim(dim, 0)
     return _centred(channels, mean := _channel_means(channels), workspace, slot), mean
 
 
@@ -156,10 +160,10 @@ def batch_moments(x: Tensor, dim: int) -> tuple[int, Tensor, Tensor]:
     """Samples, mean and squared deviations (C,) of one batch along ``dim``, in float64."""
     if x.ndim < 2:
         raise ValueError("moments need at least one axis besides the channels")
-    channels = x.movedim(dim, 0)
+    channels = real_parts(x).movedim(dim, 0)
     mean, workspace = _channel_means(channels), Workspace()
     m2 = torch.zeros(len(mean), dtype=torch.float64, device=x.device)
     size = max(1, BLOCK * channels.shape[1] // max(channels.numel(), 1))
     for block in channels.split(size, 1):
         m2 += torch.linalg.vector_norm(_centred(block, mean, workspace, 0), dim=1).double() ** 2
-    return x.numel() // x.shape[dim], mean.double(), m2
+    return channels[0].numel(), mean.double(), m2

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from vfx.analyse.action.contraction import sum_of
 from vfx.analyse.action.entries import ANY, Entries, Ids, constant, padded, shrunk
 from vfx.analyse.action.walk import SAMPLES, Walk
-from vfx.analyse.rules import TABLE, movement, windows, writes
+from vfx.analyse.rules import TABLE, movement, positions, windows, writes
 from vfx.analyse.rules.rule import normal
 from vfx.operators import operator
 from vfx.program import Value
@@ -201,6 +201,18 @@ def sampled(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     return None if w.entries(a["grid"]) else one_kind(w, node, a)
 
 
+def complex_pairs(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    """Real maps do the same to real and imaginary parts."""
+    own = w.entries(a["self"])
+    if any(ids.shape[-1] != 1 for ids in own.values()):
+        return None
+    return {key: ids[..., 0] for key, ids in own.items()}
+
+
+def real_pairs(w: Walk, node: fx.Node, a: Arguments) -> Entries:
+    return {key: ids[..., None] for key, ids in w.entries(a["self"]).items()}
+
+
 def copied(w: Walk, node: fx.Node, a: Arguments) -> Entries:
     """Written in place the source goes through the map of what it overwrites."""
     rank = len(w.sizes(node))
@@ -217,4 +229,6 @@ MOVING: dict[Callable[..., Any], Any] = {
     windows.columns: one_kind,
     windows.sampled: sampled,
     writes.copy: copied,
+    positions.complex_pairs: complex_pairs,
+    positions.real_pairs: real_pairs,
 }

@@ -95,7 +95,7 @@ _NORMALIZATIONS = {
 }
 
 _POINTWISE = {
-    _LINEAR: "add sub rsub neg lerp",
+    _LINEAR: "add sub rsub neg lerp complex",
     _POSITIVE: "relu leaky_relu _prelu_kernel abs absolute maximum minimum",
     _SIGNED: "tanh sin asin sinh asinh atan atanh erf sign softsign hardtanh",
     _MONOMIAL: "mul div addcmul addcdiv reciprocal",
@@ -109,7 +109,7 @@ _POINTWISE = {
         arccos arccosh arcsin arcsinh arctan arctan2 arctanh special_expit special_entr special_erf special_log1p
         special_expm1 special_xlog1py erfinv sgn copysign logaddexp logaddexp2 ldexp nextafter deg2rad rad2deg fix
         isposinf isneginf isclose not_equal less less_equal greater greater_equal bitwise_left_shift
-        bitwise_right_shift __lshift__ __rshift__ complex polar angle conj_physical sinc i0 polygamma mvlgamma
+        bitwise_right_shift __lshift__ __rshift__ polar angle conj_physical sinc i0 polygamma mvlgamma
         igamma igammac
     """,
 }
@@ -117,7 +117,7 @@ _POINTWISE = {
 _SAME = """
     clone contiguous to _to_copy type_as dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
     detach alias lift_fresh lift_fresh_copy positive float double half bool int long resolve_conj resolve_neg conj
-    _conj
+    _conj real imag
 """
 
 _FILLS = """
