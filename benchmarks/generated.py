@@ -122,7 +122,7 @@ def moved_copy(model: nn.Module, x: Tensor, seed: int) -> nn.Module:
 def _merged(model: nn.Module, x: Tensor, seed: int, weights: list[float]) -> str:
     moved = moved_copy(model, x, seed)
     result = vfx.merge([model, moved], x, match="weight", weights=weights, progress=False)
-    return _difference(model(x), result.module(x))
+    return difference(model(x), result.module(x))
 
 
 def _pruned(model: nn.Module, x: Tensor) -> str:
@@ -141,14 +141,14 @@ def _exported(model: nn.Module, x: Tensor) -> str:
         name = session.get_inputs()[0].name
         for batch in (x[:3], torch.cat([x, x.flip(0), x[:1]])):
             given = torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
-            wrong = _difference(model(batch), given)
+            wrong = difference(model(batch), given)
             if wrong:
                 return f"batch of {len(batch)}: {wrong}"
     return ""
 
 
 @torch.no_grad()
-def _difference(expected: Tensor, given: Tensor) -> str:
+def difference(expected: Tensor, given: Tensor) -> str:
     error = float((expected - given).abs().max() / expected.abs().max())
     return "" if error <= CLOSE else f"differs by {error:.1e} of the largest output"
 
