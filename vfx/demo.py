@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vfx.api import Result, collect, layers, merge, profile, trace
 from vfx.emit.files import export, load
-from vfx.files import write_atomic
+from vfx.files import make_folder, write_atomic
 from vfx.models import accuracy, digits, fit, predict, vgg16
 from vfx.statistics.collect import Statistics
 
@@ -54,7 +54,7 @@ def run(
 ) -> None:
     """Train (or reuse) the edges, merge them, print the table and write table, plot and ONNX model to ``out``."""
     console = Console()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     train_x, train_y, test_x, test_y = digits()
     edges = [_edge(out, train_x, train_y, width, epochs, seed, retrain, console) for seed in seeds]
     rows, chosen = _rows(edges, train_x, train_y, test_x, test_y)
@@ -166,12 +166,12 @@ def _table(rows: list[Row]) -> Table:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Accuracy against parameters, one line for each column of the table."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from vfx.diagnosis.figures import png
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     merged = [row for row in rows if "" not in row.accuracy]
     for title, marker in zip(COLUMNS, "vos^D"):
         axes.plot(
@@ -189,7 +189,4 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_title("Merging two VGG16 behind l preserved layers (PFM l/L)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center right")
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    temporary.replace(path)
+    write_atomic(path, png(figure, 150))

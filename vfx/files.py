@@ -44,6 +44,14 @@ def check_writable(path: str | os.PathLike[str], suffixes: Collection[str] = ())
         raise _refusal(path, error) from error
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """A folder at ``path``, and those above it; nothing where it is there. Raises OutputError if there can be none."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _refusal(path, error) from error
+
+
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8) in one step; a failed write leaves the old file, or none.
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import data_of, examples_of, labelled, load_all, load_network, optional
+from vfx.cli.inputs import check_outputs, data_of, examples_of, labelled, load_all, load_network, optional
 from vfx.cli.options import Arguments, Data, Inputs, Json, Model, Samples, Seed
+from vfx.files import check_writable, write_atomic
 
 
 @app.command()
@@ -30,6 +31,7 @@ def diagnose(
     """Where a merged network lost its edges' features, and what to try."""
     from vfx.diagnosis.diagnose import diagnose as run
 
+    check_outputs(None, html, csv, report)
     whole = checkpoint.suffix == ".pt2"
     network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments)[0]
     examples = examples_of(inputs)
@@ -70,8 +72,10 @@ def barrier(
     """Accuracy and loss on the line between two networks, before and after alignment and normalization."""
     from vfx.diagnosis.barrier import barrier as run
     from vfx.diagnosis.figures import png
-    from vfx.files import write_atomic
 
+    check_outputs(None, report)
+    if plot is not None:
+        check_writable(plot, (".png",))
     examples = examples_of(inputs)
     found = run(
         load_all(checkpoints, model, arguments),

@@ -10,20 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vfx.errors import ArgumentError
+from vfx.errors import ArgumentError, VfxError
+from vfx.files import check_writable, write_atomic
 from vfx.normalize.catalogue import Normalization
 from vfx.signature import Call
 
 
+def check_outputs(out: list[Path] | None, *others: Path | None, rebuilt: str = "") -> None:
+    """Raise, before any work, unless every network (``out``) and every other file can be written to a place of its own.
+
+    ``rebuilt``: what makes the network one that no class of the user's has, and so no .safetensors file.
+    """
+    from vfx.emit.files import FORMATS, no_class
+
+    paths = [*(out or ()), *(path for path in others if path is not None)]
+    for index, path in enumerate(paths):
+        check_writable(path, FORMATS if index < len(out or ()) else ())
+        if path.suffix == ".safetensors" and rebuilt:
+            raise no_class(path, rebuilt)
+        if path.resolve() in [one.resolve() for one in paths[:index]]:
+            raise ArgumentError(f"{path} is named twice among the files to write")
+
+
 def finish(result: Any, out: list[Path] | None, report: Path | None) -> None:
+    """Print the report and write all that can be written; what cannot is said at the end."""
     from vfx.emit.files import export as write
-    from vfx.files import write_atomic
 
     print(result.report)
+    failures: list[VfxError] = []
     for path in out or ():
-        print(f"wrote {write(result, path)}")
+        try:
+            print(f"wrote {write(result, path)}")
+        except VfxError as error:
+            failures.append(error)
     if report is not None:
-        write_atomic(report, result.report.to_json().encode())
+        write_atomic(report, result.report.to_json())
+        print(f"wrote {report}")
+    if failures:
+        raise type(failures[0])("; ".join(str(error) for error in failures))
 
 
 def cut_of(text: str) -> int | str:

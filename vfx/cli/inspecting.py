@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 
 from vfx.cli.app import app
-from vfx.cli.inputs import construct, examples_of
+from vfx.cli.inputs import check_outputs, construct, examples_of
 from vfx.cli.options import Arguments, Inputs, Json, Model, Seed
 from vfx.errors import ArgumentError
+from vfx.files import check_writable
 
 
 @app.command()
@@ -25,6 +26,7 @@ def profile(
     """Parameters, MACs, FLOPs and memory of each layer."""
     from vfx import api
 
+    check_outputs(None, csv, report)
     table = api.profile(construct(model, arguments), examples_of(inputs))
     Console().print(str(table), soft_wrap=True, highlight=False, markup=False)
     if csv is not None:
@@ -45,7 +47,10 @@ def symmetry(
 ) -> None:
     """Symmetries: groups with their classes and members, pinned axes."""
     from vfx import api
+    from vfx.analyse.drawing import FORMATS as DRAWINGS
 
+    if draw is not None:
+        check_writable(draw, DRAWINGS)
     found = api.symmetry(construct(model, arguments), examples_of(inputs))
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if verify:
@@ -74,6 +79,7 @@ def export(
     from vfx.emit.files import export as write
     from vfx.emit.files import load
 
+    check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix == ".pt2" else "")
     if model is None and checkpoint.suffix != ".pt2":
         raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
     network = load(checkpoint, construct(model, arguments) if model else None)

@@ -9,6 +9,7 @@ import typer
 
 from vfx.cli.app import app
 from vfx.cli.inputs import (
+    check_outputs,
     cut_of,
     data_of,
     examples_of,
@@ -40,6 +41,7 @@ from vfx.cli.options import (
     Sweep,
     Verify,
 )
+from vfx.files import check_writable, write_atomic
 
 
 @app.command()
@@ -89,6 +91,8 @@ def merge(
     """Merge two or more checkpoints of one architecture into one network."""
     from vfx import api
 
+    kept = [f"{name}={value}" for name, value in (("preserve", preserve), ("heads", heads)) if cut_of(value) != 0]
+    check_outputs(out, report, rebuilt=f"a network with a branch for each edge ({', '.join(kept)})" if kept else "")
     edges, examples = load_all(checkpoints, model, arguments), examples_of(inputs)
     asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
     result = api.merge(
@@ -140,8 +144,10 @@ def compare(
     """Merge checkpoints (or prune one) in every way of a grid, side by side."""
     from vfx import api
     from vfx.diagnosis.figures import png
-    from vfx.files import write_atomic
 
+    check_outputs(None, report)
+    if plot is not None:
+        check_writable(plot, (".png",))
     networks, examples = load_all(checkpoints, model, arguments), examples_of(inputs)
     found = api.compare(
         networks if len(networks) > 1 else networks[0],
@@ -184,6 +190,7 @@ def repair(
     """Bring a network's layer statistics to those of its references."""
     from vfx import api
 
+    check_outputs(out, report)
     network, *others = load_all([checkpoint, *references], model, arguments)
     examples = examples_of(inputs)
     result = api.repair(

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import argument, budget_of, examples_of, finish, labelled, load_all, optional, sparsity_of
+from vfx.cli.inputs import (
+    argument,
+    budget_of,
+    check_outputs,
+    examples_of,
+    finish,
+    labelled,
+    load_all,
+    optional,
+    sparsity_of,
+)
 from vfx.cli.options import (
     Arguments,
     Data,
@@ -64,6 +74,7 @@ def prune(
     """Prune a trained network in one shot and solve what is left for its outputs."""
     from vfx import api
 
+    check_outputs(out, report)
     (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
     result = api.prune(
         network,
@@ -121,6 +132,7 @@ def prune_structured(
     """Remove or fold whole channels, heads and groups: a smaller network."""
     from vfx import api
 
+    check_outputs(out, report, rebuilt="a network with fewer channels" if sparsity != 0 else "")
     (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
     result = api.prune_structured(
         network,

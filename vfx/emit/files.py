@@ -40,7 +40,7 @@ def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
     is left.
     """
     path = Path(path)
-    check_writable(path, _WRITERS)
+    check_writable(path, FORMATS)
     module = model if isinstance(model, nn.Module) else model.module
     if example_inputs is None and not isinstance(model, nn.Module):
         example_inputs = model.program.example_call
@@ -55,7 +55,7 @@ def _write_onnx(module: nn.Module, path: Path, example_inputs: Any) -> None:
 
 def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> None:
     if isinstance(module, fx.GraphModule):
-        raise ArgumentError("a GraphModule has no class to load a state dict into; export it to .pt2 or .onnx")
+        raise no_class(path, "a GraphModule")
     try:
         data = save_tensors(_unshared(module.state_dict()))
     except KeyError as error:  # what safetensors says of a dtype that it does not know
@@ -68,7 +68,13 @@ def _write_pt2(module: nn.Module, path: Path, example_inputs: Any) -> None:
     write_atomic(path, write_program(program))
 
 
+def no_class(path: Path, what: str) -> ArgumentError:
+    """The refusal of a state dict where no constructor would give the network that it belongs to."""
+    return ArgumentError(f"{path.name}: {what} has no class to load a state dict into; export it to .pt2 or .onnx")
+
+
 _WRITERS = {".onnx": _write_onnx, ".safetensors": _write_safetensors, ".pt2": _write_pt2}
+FORMATS = tuple(_WRITERS)  # suffixes
 
 
 def load(
