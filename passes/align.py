@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from vfx.alphas import edge_weights
 from vfx.analyse.activation_maps import along
 from vfx.analyse.activations import statistics_channels
+from vfx.analyse.pins import pin_notes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.errors import ArchitectureError, PassError, VerificationError
@@ -86,7 +87,7 @@ class Align(Pass):
         weights = [self.matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
         note = f"Align({type(self.matcher).__name__})"
         result = program.with_weights(weights, note)
-        result = replace(result, notes=(*result.notes, *self.matching.notes))
+        result = replace(result, notes=(*result.notes, *pin_notes(facts), *self.matching.notes))
         if any(self.matching.maps):
             result = replace(result, transport=Transport(facts, self.matching.maps))
         return _with_goals(program, result, facts, statistics, self.matching)

@@ -12,7 +12,6 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.errors import VerificationError
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
 from vfx.pruning.clusters import Clusters, channel_vectors, cluster, merged, merged_goals, pairs, scaled_rows
@@ -21,9 +20,9 @@ from vfx.pruning.widths import Widths, strongest
 from vfx.reconstruct.references import Carry, unchanged
 from vfx.resize import Slots, resize
 from vfx.resize.channels import KeptChannels
-from vfx.resize.masked import masked_error
+from vfx.resize.masked import prove
 from vfx.resize.weights import Kept
-from vfx.rewrite import PRESERVED, Pass
+from vfx.rewrite import Pass
 
 
 class FoldChannels(Pass):
@@ -63,7 +62,7 @@ class FoldChannels(Pass):
         facts = self.facts or symmetry(program)
         slots = Slots(facts)
         scores = channel_scores(program, facts)
-        self.sizes = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
+        self.sizes, left = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
         found = pairs(program)
         weights = scaled_rows(program.weights[0], found)
         outer = {group.parent for group in facts.groups}
@@ -81,13 +80,5 @@ class FoldChannels(Pass):
         small = resize(folded, facts, self.kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
         self.carry = KeptChannels(small, facts, {g: own.average for g, own in self.clusters.items()})
         if self.verify:
-            self._prove(folded, facts, small.program, small.layout)
-        return replace(small.program, notes=(*program.notes, *notes))
-
-    def _prove(self, folded: Program, facts: Symmetry, small: Program, layout: object) -> None:
-        self.error = masked_error(folded, facts, small, layout, self.kept, self.seed)  # type: ignore[arg-type]
-        if not self.error <= PRESERVED:
-            raise VerificationError(
-                f"the smaller network differs from the masked one by {self.error:.1e} (relative, float64); a rule of "
-                "vfx.resize must be wrong: please report the architecture"
-            )
+            self.error = prove(folded, facts, small, self.kept, self.seed)
+        return replace(small.program, notes=(*program.notes, *left, *notes))

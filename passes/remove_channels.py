@@ -10,10 +10,10 @@ reconstruction (``passes.reconstruct``) solves for.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.errors import VerificationError
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
 from vfx.pruning.groups import Loss, Scores, channel_scores
@@ -22,9 +22,9 @@ from vfx.pruning.widths import Widths, strongest
 from vfx.reconstruct.references import Carry, unchanged
 from vfx.resize import Slots, resize
 from vfx.resize.channels import KeptChannels
-from vfx.resize.masked import masked_error
+from vfx.resize.masked import prove
 from vfx.resize.weights import Kept
-from vfx.rewrite import PRESERVED, Pass
+from vfx.rewrite import Pass
 
 
 class RemoveChannels(Pass):
@@ -73,20 +73,15 @@ class RemoveChannels(Pass):
         moments = self._moments(program, facts)
         scores = self.score if not isinstance(self.score, str) else self._scores(program, facts, moments)
         comparable = self.score == "taylor"
-        self.sizes = choose_sizes(
+        self.sizes, notes = choose_sizes(
             program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=comparable
         )
         self.kept = strongest(facts, scores, self.sizes)
         found = resize(program, facts, self.kept, slots=slots, note=self._note(facts))
         self.carry = KeptChannels(found, facts)
         if self.verify:
-            self.error = masked_error(program, facts, found.program, found.layout, self.kept, self.seed)
-            if not self.error <= PRESERVED:
-                raise VerificationError(
-                    f"the smaller network differs from the masked one by {self.error:.1e} (relative, float64); a rule "
-                    "of vfx.resize must be wrong: please report the architecture"
-                )
-        return found.program
+            self.error = prove(program, facts, found, self.kept, self.seed)
+        return replace(found.program, notes=(*found.program.notes, *notes))
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
         if self.data is None or self.score != "activation":

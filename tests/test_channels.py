@@ -131,7 +131,8 @@ def _sizes(widths: Widths, ratio: float, scores: Any = None) -> list[int]:
     program = trace(_mlp(), _vectors())
     facts = symmetry(program)
     slots = Slots(facts)
-    found = slots.sizes(widths.at(facts, slots, by_mean(scores or channel_scores(program, facts)), ratio))
+    ranked = by_mean(scores or channel_scores(program, facts))
+    found = slots.sizes(widths.at(widths.streams(slots), ranked, ratio))
     return [found[g] for g in sorted(found)]
 
 

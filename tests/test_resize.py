@@ -51,7 +51,7 @@ def _drawn(facts: Symmetry, slots: Slots, fraction: float, seed: int = 0) -> dic
 
 
 def _error(program: Program, facts: Symmetry, found: Resized, kept: dict[int, Index]) -> float:
-    return masked_error(program, facts, found.program, found.layout, kept)
+    return masked_error(program, facts, found, kept)
 
 
 # soundness ------------------------------------------------------------------------------------------------------------

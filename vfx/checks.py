@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from vfx.errors import ArchitectureError, ArgumentError, WeightError
+from vfx.analyse.verify import is_defined
+from vfx.errors import ArchitectureError, ArgumentError, CaptureError, DataError, WeightError
 from vfx.exporting import structural_copy
+from vfx.outputs import plain
 from vfx.program import Program
 from vfx.rewrite import outputs_error
 
@@ -97,9 +100,14 @@ def check_same_function(program: Program, models: Sequence[nn.Module]) -> None:
     """Raise ArchitectureError unless every edge computes in its own class what it computes in the shared graph.
 
     State dicts that agree do not prove one architecture: an activation function, a stride, an eps, or a tensor tied in
-    one edge alone shows only in the outputs.
+    one edge alone shows only in the outputs. Raises DataError where these are NaN and say nothing.
     """
     errors = [_gap(program, edge, model) for edge, model in enumerate(models)]
+    if not math.isfinite(errors[0]):
+        raise CaptureError(
+            f"the graph captured from edge 0 ({type(models[0]).__name__}) does not give what it gives on the example "
+            "inputs, so nothing can be compared with it"
+        )
     for edge, error in enumerate(errors[1:], start=1):
         if not error <= max(SAME_NETWORK, 10 * errors[0]):
             raise ArchitectureError(
@@ -116,4 +124,9 @@ def _gap(program: Program, edge: int, model: nn.Module) -> float:
         shared = program(*program.example_inputs, edge=edge)
     except (RuntimeError, TypeError, ValueError):
         return float("inf")
-    return outputs_error(own, shared, blind=True)
+    if not is_defined(plain(own)):
+        raise DataError(
+            f"edge {edge} ({type(model).__name__}) gives NaN on the example inputs, so nothing can be compared; give "
+            "example_inputs on which every output is a number"
+        )
+    return outputs_error(own, shared)

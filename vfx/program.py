@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -111,6 +111,24 @@ class Program:
     @property
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def batch_of(self, inputs: Sequence[Any]) -> int:
+        """How many samples some inputs hold: their size where the graph's is a symbol, 1 where none is."""
+        sizes = [(s, n) for x, own in zip(self.placeholders, inputs) for s, n in zip(x.meta["val"].shape, own.shape)]
+        return next((n for size, n in sizes if isinstance(size, sympy.Symbol)), 1)
+
+    def with_samples(self, most: int) -> Program:
+        """The same Program with example inputs of at most ``most`` samples, where the batch is all that may vary."""
+        shapes = [node.meta["val"].shape for node in self.placeholders]
+        symbols = {size for shape in shapes for size in shape if not isinstance(size, int)}
+        count = self.batch_of(self.example_inputs)
+        if len(symbols) != 1 or not isinstance(symbols.pop(), sympy.Symbol) or count <= most:
+            return self
+        inputs = list(self.example_inputs)
+        for k, shape in enumerate(shapes):
+            for dim, size in enumerate(shape):
+                inputs[k] = inputs[k] if isinstance(size, int) else inputs[k].narrow(dim, 0, most)
+        return replace(self, example_inputs=tuple(inputs))
 
     @property
     def edges(self) -> int:

@@ -48,9 +48,28 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
 def preserved(symmetry: Symmetry, weights: Weights, element: Elements, seed: int = 0) -> float:
     """Relative output error of one given element on the given weights, in float64 on random inputs."""
     program = in_double(symmetry.program.with_weights([weights]))
-    inputs = random_inputs(program, seed)
+    inputs, before = trial(program, seed)
     moved = apply(symmetry, program.weights[0], element, check=False)
-    return function_error(program, program.weights[0], moved, inputs)
+    return largest_error(before, run(program.graph, moved, inputs))
+
+
+@torch.no_grad()
+def trial(program: Program, seed: int = 0) -> tuple[list[Any], Any]:
+    """Inputs to prove on, and what a float64 network gives for them.
+
+    They are normal ones; where these lead to NaN (the root or logarithm of a negative number), the example's own.
+    """
+    inputs = random_inputs(program, seed)
+    outputs = run(program.graph, program.weights[0], inputs)
+    if not is_defined(outputs):
+        inputs = list(program.example_inputs)
+        outputs = run(program.graph, program.weights[0], inputs)
+    return inputs, outputs
+
+
+def is_defined(value: Any) -> bool:
+    """Whether no tensor in a nested output holds NaN."""
+    return not any(bool(tensor.isnan().any()) for tensor in tensors(value))
 
 
 def random_inputs(program: Program, seed: int = 0) -> list[Any]:
@@ -76,16 +95,27 @@ def _wider(value: Any) -> Any:
 
 def function_error(program: Program, before: Weights, after: Weights, inputs: list[Any]) -> float:
     """max |f − g| over all outputs, relative to the spread of f over the batch (or its size, if it does not vary)."""
-    first, second = (tensors(run(program.graph, weights, inputs)) for weights in (before, after))
-    return max((relative_error(x, y) for x, y in zip(first, second)), default=0.0)
+    first, second = (run(program.graph, weights, inputs) for weights in (before, after))
+    return largest_error(first, second)
+
+
+def largest_error(before: Any, after: Any) -> float:
+    """The largest ``relative_error`` over the tensors of two outputs of one structure."""
+    return max((relative_error(x, y) for x, y in zip(tensors(before), tensors(after), strict=True)), default=0.0)
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
-    """max |x − y| over the spread of x; infinite where one side is not finite, or where nothing is finite."""
+    """max |x − y| over the spread of x; infinite where that shows nothing.
+
+    Every value is compared: infinities must be the same ones, and NaN, another shape or no finite value at all prove
+    nothing.
+    """
+    if x.shape != y.shape:
+        return float("inf")
     if not (x.is_floating_point() or x.is_complex()):
         return float((x != y).any())
     finite = x.isfinite()
-    if x.numel() and (not finite.any() or not torch.equal(finite, y.isfinite())):
+    if x.numel() and (not finite.any() or not torch.equal(x[~finite], y[~finite]) or not y[finite].isfinite().all()):
         return float("inf")
     if not finite.all():
         x, y = x[finite], y[finite]

@@ -23,13 +23,13 @@ from vfx.analyse.balance import balance
 from vfx.analyse.composition import inverse, permutations_of
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Elements, apply
-from vfx.analyse.verify import in_double, random_inputs, relative_error, tensors
+from vfx.analyse.verify import in_double, largest_error, trial
 from vfx.match.carry import Carriage, Carrier, Crossing, Pairing, fitted
 from vfx.match.class_ascent import basis
 from vfx.match.class_descent import beyond_permutations
 from vfx.match.counted import attention_factors, norm_scales
 from vfx.match.frame import Frame, moved_into
-from vfx.program import Program, Weights, run
+from vfx.program import Weights, run
 from vfx.statistics.collect import Statistics
 
 
@@ -170,10 +170,5 @@ def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing, seed: in
         for own, weights in ((pairing.one, crossing.first), (pairing.other, crossing.other))
     )
     carried = carriage.weights(first.weights[0], other.weights[0])
-    inputs = random_inputs(first, seed)
-    before, after = _outputs(other, other.weights[0], inputs), _outputs(first, carried, inputs)
-    return max((relative_error(x, y) for x, y in zip(before, after)), default=0.0)
-
-
-def _outputs(program: Program, weights: Weights, inputs: list[Tensor]) -> list[Tensor]:
-    return tensors(run(program.graph, weights, inputs))
+    inputs, before = trial(other, seed)
+    return largest_error(before, run(first.graph, carried, inputs))

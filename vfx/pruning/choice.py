@@ -15,6 +15,7 @@ from vfx.emit.module import graph_module
 from vfx.errors import ArgumentError
 from vfx.program import Program
 from vfx.pruning.groups import Scores
+from vfx.pruning.left import left_alone, shares_missed
 from vfx.pruning.widths import BUDGETS, Widths, by_mean, within
 from vfx.resize import Slots, resize
 
@@ -31,8 +32,8 @@ def choose_sizes(
     budget: str = "channels",
     *,
     comparable: bool = False,
-) -> dict[int, int]:
-    """Channels that each group keeps so that ``sparsity`` of the budget is saved.
+) -> tuple[dict[int, int], list[str]]:
+    """Channels that each group keeps so that ``sparsity`` of the budget is saved, and notes on what could not go.
 
     ``comparable`` scores are compared between groups as they are. Raises ArgumentError for a budget that is unknown.
     """
@@ -42,12 +43,20 @@ def choose_sizes(
         raise ArgumentError(f"sparsity must lie in [0, 1), got {sparsity}")
     widths.check(facts)
     ranked = scores if comparable else by_mean(scores)
-    at = lambda ratio: widths.at(facts, slots, ranked, ratio)  # noqa: E731
+    streams = widths.streams(slots)
+    at = lambda ratio: widths.at(streams, ranked, ratio)  # noqa: E731
+    notes = left_alone(streams) if sparsity else []
     if budget == "channels":
-        return slots.sizes(at(sparsity))
+        units = at(sparsity)
+        if widths.allocation == "uniform" and sparsity:
+            notes += shares_missed(streams, units, 1 - sparsity)
+        return slots.sizes(units), notes
     measure = _measure(program, facts, slots, budget)
     whole = measure([bundle.units for bundle in slots.bundles])
-    return slots.sizes(within(whole * (1 - sparsity), measure, at))
+    units = within(whole * (1 - sparsity), measure, at)
+    if units == at(1.0) and (left := measure(units) / whole) > 1 - sparsity:
+        notes.append(f"budget: {left:.2f} of the {budget} stay instead of {1 - sparsity:.2f}; no more channels can go")
+    return slots.sizes(units), notes
 
 
 def _measure(program: Program, facts: Symmetry, slots: Slots, budget: str) -> Callable[[list[int]], float]:

@@ -1,9 +1,11 @@
 """How many channels each group keeps: a fraction everywhere or the best overall, within a budget.
 
-``uniform`` keeps one fraction of every group; ``global`` removes the channels with the lowest scores wherever they are,
-scores divided by their group's mean (Taylor scores are comparable as they are). The fraction is that of channels, or
-the smallest that reaches a budget in parameters, FLOPs or seconds, found by bisection on the resized network itself.
-Groups tied by a view go together (``vfx.resize.slots``). Every group keeps at least one channel.
+``uniform`` keeps one fraction of every group, or of every product of groups that channels are made of (nested grouped
+convolutions: ``vfx.pruning.shares``); ``global`` removes the channels with the lowest scores wherever they are, scores
+divided by their group's mean (Taylor scores are comparable as they are). The fraction is that of channels, or the
+smallest that reaches a budget in parameters, FLOPs or seconds, found by bisection on the resized network itself.
+Positions (tokens, latents: ``vfx.resize.roles``) stay. Groups tied by a view go together (``vfx.resize.slots``). Every
+group keeps at least one channel, or as many as its operators need (``vfx.resize.least``).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError
 from vfx.pruning.groups import Scores
+from vfx.pruning.shares import Streams
 from vfx.resize.slots import Bundle, Slots
 
 ALLOCATIONS = ("uniform", "global")
@@ -49,11 +52,17 @@ class Widths:
 
     # which ----------------------------------------------------------------------------------------------------------
 
-    def free(self, facts: Symmetry, bundle: Bundle) -> bool:
-        """Whether units of a bundle may be removed."""
-        return not bundle.fixed and not any(self._held(facts, facts.groups[g]) for g in bundle.groups)
+    def streams(self, slots: Slots) -> Streams:
+        """What the bundles make up of which units may be removed."""
+        held = {k for k, bundle in enumerate(slots.bundles) if bundle.fixed or self._held(slots, bundle)}
+        return Streams(slots, frozenset(range(len(slots.bundles))) - held)
 
-    def _held(self, facts: Symmetry, group: Group) -> bool:
+    def _held(self, slots: Slots, bundle: Bundle) -> bool:
+        groups = [slots.facts.groups[g] for g in bundle.groups]
+        return any(g.index in slots.positions or self.is_held(slots.facts, g) for g in groups)
+
+    def is_held(self, facts: Symmetry, group: Group) -> bool:
+        """Whether a group stays whole because that was asked for."""
         outer = any(other.parent == group.index for other in facts.groups)
         if (outer and self.units == "channels") or (group.parent is not None and self.units == "blocks"):
             return True
@@ -68,35 +77,69 @@ class Widths:
 
     # how many -------------------------------------------------------------------------------------------------------
 
-    def at(self, facts: Symmetry, slots: Slots, scores: Scores, ratio: float) -> list[int]:
+    def at(self, streams: Streams, scores: Scores, ratio: float) -> list[int]:
         """Units of each bundle that are kept when ``ratio`` of the channels goes."""
+        slots = streams.slots
         if self.allocation == "uniform":
             wanted = [b.units * (1 - ratio) for b in slots.bundles]
         else:
-            wanted = self._best(facts, slots, scores, ratio)
-        return [
-            self._rounded(facts, bundle, count) if self.free(facts, bundle) else bundle.units
-            for bundle, count in zip(slots.bundles, wanted)
+            wanted = self._best(streams, scores, ratio)
+        units = [
+            self._rounded(slots, k, count) if k in streams.free else slots.bundles[k].units
+            for k, count in enumerate(wanted)
         ]
+        if self.allocation == "uniform" and streams.products:
+            return streams.met(units, 1 - ratio, lambda k: self._allowed(slots, k))
+        return units
 
-    def _rounded(self, facts: Symmetry, bundle: Bundle, count: float) -> int:
-        outer = any(other.parent == g for other in facts.groups for g in bundle.groups)
-        step = 1 if outer or bundle.units < self.round_to else self.round_to
-        return min(bundle.units, max(step, int(np.floor(count / step + 0.5)) * step))
+    def _step(self, slots: Slots, bundle: Bundle) -> int:
+        outer = any(other.parent == g for other in slots.facts.groups for g in bundle.groups)
+        return 1 if outer or bundle.units < self.round_to else self.round_to
 
-    def _best(self, facts: Symmetry, slots: Slots, scores: Scores, ratio: float) -> list[float]:
+    def _rounded(self, slots: Slots, index: int, count: float) -> int:
+        bundle, least = slots.bundles[index], slots.least[index]
+        step = self._step(slots, bundle)
+        return min(bundle.units, max(step, least, int(np.floor(count / step + 0.5)) * step))
+
+    def _allowed(self, slots: Slots, index: int) -> list[int]:
+        return sorted({self._rounded(slots, index, count) for count in range(1, slots.bundles[index].units + 1)})
+
+    def _best(self, streams: Streams, scores: Scores, ratio: float) -> list[float]:
         """Lowest scores first, over all bundles, until ``ratio`` of the channels that may go are gone."""
-        free = [k for k, bundle in enumerate(slots.bundles) if self.free(facts, bundle)]
+        slots, free = streams.slots, sorted(streams.free)
+        facts = slots.facts
         if not free:
             return [float(bundle.units) for bundle in slots.bundles]
-        parts = [_unit_scores(facts, slots.bundles[k], scores)[: slots.bundles[k].units - 1] for k in free]
-        owner = np.repeat(free, [len(part) for part in parts])
-        weight = np.array([_channels(facts, slots.bundles[k]) for k in owner], float)
-        order = np.argsort(np.concatenate(parts), kind="stable")
+        removable = [slots.bundles[k].units - slots.least[k] for k in free]
+        parts = [_unit_scores(facts, slots.bundles[k], scores)[:count] for k, count in zip(free, removable)]
+        owner = np.repeat(free, removable)
+        order = owner[np.argsort(np.concatenate(parts), kind="stable")]
+        if streams.products:
+            return _until(streams, order, ratio)
+        weight = np.array([_channels(facts, slots.bundles[k]) for k in order], float)
         whole = sum(_channels(facts, slots.bundles[k]) * slots.bundles[k].units for k in free)
-        gone = owner[order][np.cumsum(weight[order]) <= ratio * whole + 1e-9]
+        gone = order[np.cumsum(weight) <= ratio * whole + 1e-9]
         removed = np.bincount(gone, minlength=len(slots.bundles))
         return [float(bundle.units - count) for bundle, count in zip(slots.bundles, removed)]
+
+
+def _until(streams: Streams, order: NDArray[np.int64], ratio: float) -> list[float]:
+    """One unit after the other until ``ratio`` of the features are gone; a unit takes all that it is a factor of."""
+    units = [float(bundle.units) for bundle in streams.slots.bundles]
+    features: dict[int, list[tuple[int, ...]]] = {}
+    for bundles in streams.counts:
+        for k in bundles:
+            features.setdefault(k, []).append(bundles)
+    count = lambda k: sum(streams.counts[b] * streams.left(b, units) for b in features.get(k, ()))  # noqa: E731
+    left = ratio * sum(streams.counts.values()) + 1e-9
+    for k in order.tolist():
+        before = count(k)
+        units[k] -= 1
+        left -= before - count(k)
+        if left < 0:
+            units[k] += 1
+            break
+    return units
 
 
 def _channels(facts: Symmetry, bundle: Bundle) -> int:

@@ -2,8 +2,8 @@
 
 The masked network has its full size, and each feature of a removed channel is exactly zero: after every node the
 positions of removed channels are set to zero, so they carry nothing (an activation with f(0) ≠ 0 or the shift of a norm
-would bring them back). Operators that see several positions of an axis at once - norms, softmax, means and extremes
-over channels - run over those that are kept.
+would bring them back). Operators to whom a zero is a value like any other - norms, softmax and attention, means,
+extremes and orders - run over the positions that are kept.
 """
 
 from __future__ import annotations
@@ -15,34 +15,64 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.analyse.infer import BATCH
+from vfx.analyse.rules import TABLE, contraction, elementwise, normalization, positions
+from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.symmetry import Index, Symmetry
-from vfx.analyse.verify import in_double
+from vfx.analyse.verify import in_double, is_defined, random_inputs
+from vfx.errors import VerificationError
 from vfx.operators import arguments, operator
 from vfx.program import Program, Weights
 from vfx.resize.layout import Layout
+from vfx.resize.program import Resized
 from vfx.resize.weights import Kept
-from vfx.rewrite import outputs_error
+from vfx.rewrite import PRESERVED, outputs_error
 
-_OVER_CHANNELS = """
-    layer_norm group_norm rms_norm native_layer_norm native_group_norm batch_norm softmax _softmax log_softmax mean var
-    std var_mean std_mean amax amin max min logsumexp prod norm linalg_vector_norm median topk
-"""
-OVER_CHANNELS = {f"aten.{name}" for name in _OVER_CHANNELS.split()}
-RECURRENT = {"aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu"}
+OVER_KEPT = {  # rules of operators that see several positions at once and do not pass over zeros
+    elementwise.reduction,
+    normalization.softmax,
+    normalization.layer_norm,
+    normalization.group_norm,
+    normalization.per_channel,
+    contraction.attention,
+    contraction.fused_attention,
+    positions.sorted_values,
+    positions.similarity,
+}
+RECURRENT = {f"aten.{name}" for name in GATES}
+
+
+def prove(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: int = 0) -> float:
+    """``masked_error``, or VerificationError where it is above rounding."""
+    error = masked_error(program, facts, small, kept, seed)
+    if error <= PRESERVED:
+        return error
+    if not np.isfinite(error):
+        raise VerificationError(
+            "the smaller network's outputs are NaN or infinite where they were numbers, so nothing can be proved: too "
+            "few channels are left for an operator (a deviation, a norm written by hand), or inputs like the example's "
+            "are outside the network's domain; remove less, or name the layers in protect="
+        )
+    raise VerificationError(
+        f"the smaller network differs from the masked one by {error:.1e} (relative, float64); a rule of vfx.resize "
+        "must be wrong: please report the architecture"
+    )
 
 
 @torch.no_grad()
-def masked_error(program: Program, facts: Symmetry, small: Program, layout: Layout, kept: Kept, seed: int = 0) -> float:
-    """Relative output error in float64 between a smaller network (one edge) and the masked one, on random inputs."""
-    full = in_double(program)
-    weights = facts.permute(full.weights[0], to_slots(facts, layout, kept))
-    generator = torch.Generator().manual_seed(seed)
-    inputs = [
-        torch.randn(x.shape, generator=generator, dtype=x.dtype) if x.is_floating_point() else x
-        for x in full.example_inputs
-    ]
-    wanted = Masked(full, weights, layout, facts).run(*inputs)
-    return outputs_error(wanted, in_double(small)(*inputs), blind=True)
+def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: int = 0) -> float:
+    """Relative output error in float64 between a smaller network (one edge) and the masked one, on random inputs.
+
+    Where these lead to NaN in the masked network, on the example's inputs; infinite where those do, too.
+    """
+    full = in_double(program.with_samples(2))
+    exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]))
+    masked = Masked(full, facts.permute(full.weights[0], to_slots(facts, small.layout, kept)), small.layout, facts)
+    inputs = random_inputs(full, seed)
+    wanted = masked.run(*inputs)
+    if not is_defined(wanted):
+        inputs = list(full.example_inputs)
+        wanted = masked.run(*inputs)
+    return outputs_error(wanted, exact(*inputs))
 
 
 def to_slots(facts: Symmetry, layout: Layout, kept: Kept) -> dict[int, Index]:
@@ -76,22 +106,23 @@ class Masked(fx.Interpreter):
     def __init__(self, program: Program, weights: Weights, layout: Layout, facts: Symmetry):
         super().__init__(nn.Module(), graph=program.graph)
         self.extra_traceback = False
-        self.weights, self.layout = weights, layout
+        self.program, self.weights, self.layout = program, weights, layout
         self._old = {node.name: node for node in facts.program.graph.nodes}
 
     def run(self, *inputs: Any) -> Any:  # type: ignore[override]
-        self.batch = next((x.shape[0] for x in inputs if x.ndim), 1)
+        self.batch = self.program.batch_of(inputs)
         return super().run(*inputs)
 
     def fetch_attr(self, target: str) -> Any:
         return self.weights[target].clone()
 
     def run_node(self, n: fx.Node) -> Any:
-        if operator(n) in OVER_CHANNELS and any(self._cut(x) for x in n.all_input_nodes):
-            return self._over_kept(n)
-        if operator(n) in RECURRENT:  # features go round inside: those removed stay zero with zero weights
-            for source in n.all_input_nodes:
-                self.env[source] = self._zeroed(self.env[source].clone(), self._shapes(source))
+        if any(map(self._cut, n.all_input_nodes)):
+            if _sees_zeros(n):
+                return self._over_kept(n)
+            if operator(n) in RECURRENT:  # features go round inside: those removed stay zero with zero weights
+                for source in n.all_input_nodes:
+                    self.env[source] = self._zeroed(self.env[source].clone(), self._shapes(source))
         value = super().run_node(n)
         return value if n.op == "get_attr" else self._zeroed(value, self._shapes(n))
 
@@ -130,15 +161,28 @@ class Masked(fx.Interpreter):
 
     def _over_kept(self, node: fx.Node) -> Any:
         """The operator on the kept positions, its result spread out again."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._small)
-        a, x = arguments(node), self._small(node.args[0])
+        a = arguments(node)
+        a |= self._sizes_over_kept(node, a)
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        given = fx.node.map_arg(a, self._small)
+        args = [given[argument.name] for argument in schema if not argument.kwarg_only]
+        kwargs = {argument.name: given[argument.name] for argument in schema if argument.kwarg_only}
+        return self._spread(node.target(*args, **kwargs), self._shapes(node))  # type: ignore[operator]
+
+    def _sizes_over_kept(self, node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that count positions, or stand for what was counted over all of them."""
         if "normalized_shape" in a:
-            args = (args[0], list(x.shape[x.ndim - len(a["normalized_shape"]) :]), *args[2:])
-        if "num_groups" in a:
-            entry = self._shape(node.args[0]).axes[1]
-            args = (args[0], len((self._index(entry) // (entry.size // a["num_groups"])).unique()), *args[2:])
-        small = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._spread(small, self._shapes(node))
+            sizes = self._small(a["input"]).shape
+            return {"normalized_shape": list(sizes[len(sizes) - len(a["normalized_shape"]) :])}
+        name = next((name for name in ("num_groups", "group") if name in a), None)
+        if name is not None:
+            entry = self._shape(a["input"]).axes[1]
+            left = self._index(entry)
+            found = {name: len((left // (entry.size // a[name])).unique())}
+            return found | ({"C": len(left)} if "C" in a else {})
+        if "query" in a and a.get("scale") is None:
+            return {"scale": self.env[a["query"]].shape[-1] ** -0.5}
+        return {}
 
     def _spread(self, small: Any, shape: Any) -> Any:
         if isinstance(small, (list, tuple)):
@@ -152,3 +196,11 @@ class Masked(fx.Interpreter):
     def _length(self, entry: Any) -> int:
         """Old size of an axis at this batch size."""
         return entry.size if entry.size < BATCH else entry.size // BATCH * self.batch
+
+
+def _sees_zeros(node: fx.Node) -> bool:
+    """Whether positions that are zero would count in an operator's result."""
+    name = operator(node)
+    rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
+    pairwise = isinstance(arguments(node).get("other"), fx.Node)  # max(x, y), which shares its name with max(x)
+    return rule is not None and rule.apply in OVER_KEPT and not pairwise

@@ -28,11 +28,16 @@ from vfx.resize.weights import Gather, Kept
 
 @dataclass(frozen=True, eq=False)
 class Resized:
-    """The resized ``program``, and where its channels come from (``gather`` of each edge)."""
+    """The resized ``program``, and where its channels come from (``gather`` of each edge).
+
+    ``exact`` holds for each edge the tensors that are no selection of the old ones, in float64: the Program's own are
+    these, rounded.
+    """
 
     program: Program
     layout: Layout
     gathers: tuple[Gather, ...]
+    exact: tuple[Weights, ...]
 
     def gather(self, node: fx.Node, dim: int, edge: int = 0) -> Index:
         """Old position of each new position along one axis of an activation (a node of the old graph)."""
@@ -70,7 +75,12 @@ def resize(
     layout = Layout(facts, slots.multiplicity(slots.units(sizes)))
     gathers = tuple(Gather(facts, layout, choice) for choice in choices)
     graph, made = _graph(program, facts, layout)
-    weights = [_weights(program, edge, gather) | made for edge, gather in enumerate(gathers)]
+    weights, exact = [], []
+    for edge, gather in enumerate(gathers):
+        selected = {**program.weights[edge], **_selected(program.weights[edge], gather), **made}
+        computed = _computed(program, edge, selected, gather)
+        weights.append(selected | {name: tensor.to(selected[name].dtype) for name, tensor in computed.items()})
+        exact.append(computed)
     note = note or f"Resize({sum(sizes[g.index] != g.size for g in facts.groups)} groups)"
     changes = {
         "goals": _goals(program, facts, layout, gathers),
@@ -80,7 +90,7 @@ def resize(
     result = program.with_graph(graph, weights, note, **changes)
     if check:
         check_shapes(result)
-    return Resized(result, layout, gathers)
+    return Resized(result, layout, gathers, tuple(exact))
 
 
 def _checked(facts: Symmetry, kept: Kept) -> dict[int, Index]:
@@ -172,26 +182,29 @@ def _drop_unread(graph: fx.Graph, dead: set[fx.Node]) -> None:
 # weights --------------------------------------------------------------------------------------------------------------
 
 
-def _weights(program: Program, edge: int, gather: Gather) -> dict[str, Tensor]:
-    own = dict(program.weights[edge])
-    for fqn in gather.facts._inference.parameters:
-        own[fqn] = gather.tensor(fqn, own[fqn])
+def _selected(weights: Weights, gather: Gather) -> dict[str, Tensor]:
+    return {fqn: gather.tensor(fqn, weights[fqn]) for fqn in gather.facts._inference.parameters}
+
+
+def _computed(program: Program, edge: int, selected: Weights, gather: Gather) -> dict[str, Tensor]:
+    """Tensors whose values depend on what was removed, in float64: the gains of weight norms."""
+    found: dict[str, Tensor] = {}
     for node in program.graph.nodes:
         if operator(node) in ("aten._weight_norm", "aten._weight_norm_interface"):
-            own |= _weight_norm(node, program.weights[edge], own, gather)
-    return own
+            found |= _weight_norm(node, program.weights[edge], selected, gather)
+    return found
 
 
-def _weight_norm(node: fx.Node, old: Weights, own: Weights, gather: Gather) -> dict[str, Tensor]:
+def _weight_norm(node: fx.Node, old: Weights, selected: Weights, gather: Gather) -> dict[str, Tensor]:
     """v·g/‖v‖ keeps the factor g/‖v‖ that it had with all inputs: g shrinks as much as ‖v‖."""
     a = arguments(node)
     name, gain = weight_name(node, "v"), weight_name(node, "g")
     if name is None or gain is None:
         raise PassError(f"cannot resize {operator(node)} (node {node.name}): it reads a computed weight")
     dims = [d for d in range(old[name].ndim) if d != a["dim"]]
-    before, after = (torch.linalg.vector_norm(x[name], dim=dims, keepdim=True) for x in (old, own))
+    before, after = (torch.linalg.vector_norm(x[name].double(), dim=dims, keepdim=True) for x in (old, selected))
     before = gather.tensor(gain, before)
-    return {gain: own[gain] * torch.where(before > 0, after / before, 1.0)}
+    return {gain: selected[gain].double() * torch.where(before > 0, after / before, 1.0)}
 
 
 def _goals(program: Program, facts: Symmetry, layout: Layout, gathers: Sequence[Gather]) -> dict[str, Goal]:
@@ -247,7 +260,7 @@ def _on_meta(graph: fx.Graph) -> fx.Graph:
 
 def _check_run(program: Program, weights: dict[str, Tensor], inputs: list[Any]) -> None:
     execution = Execution(program.graph, weights, inputs)
-    batch = next((x.shape[0] for x in inputs if x.ndim), 1)
+    batch = program.batch_of(inputs)
     for step in execution.plan:
         try:
             node, value = execution.step()

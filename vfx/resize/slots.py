@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.symmetry import Index, Symmetry
 from vfx.errors import PassError
 from vfx.resize.implied import implied_blocks, whole_axes
+from vfx.resize.least import least_units
+from vfx.resize.roles import positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,16 @@ class Slots:
     def elements(self, group: int) -> Index:
         """The slots of one group, as element ids in order."""
         return self.leaves.elements(self.leaf_of_group[group])
+
+    @cached_property
+    def least(self) -> list[int]:
+        """The fewest units of each bundle with which every operator is defined."""
+        return least_units(self)
+
+    @cached_property
+    def positions(self) -> Mapping[int, str]:
+        """The groups that are positions, not channels, with a layer that carries them along."""
+        return positions(self.facts)
 
     @property
     def count(self) -> int:

@@ -1,0 +1,71 @@
+"""How many units an operator needs: a deviation two values, the k-th value k of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx
+
+from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.rules.rule import dims_of, normal
+from vfx.analyse.shapes import Digit, Shape
+from vfx.analyse.symmetry import Index, Symmetry
+from vfx.operators import arguments, operator
+from vfx.resize.layout import Layout
+
+if TYPE_CHECKING:
+    from vfx.resize.slots import Slots
+
+_DEVIATIONS = {f"aten.{name}" for name in ("var", "std", "var_mean", "std_mean")}
+_RANKED = {"aten.kthvalue", "aten.topk"}
+
+
+def least_units(slots: Slots) -> list[int]:
+    """The smallest number of units of each bundle with which every operator is defined."""
+    least = [bundle.units if bundle.fixed else 1 for bundle in slots.bundles]
+    owner = np.full(slots.count + 1, -1)
+    for index, bundle in enumerate(slots.bundles):
+        owner[bundle.slots] = index
+    for axes, needed in _needs(slots.facts):
+        standing = sorted(set().union(*(_standing(slots, owner, axis) for axis in axes)))
+        while _count(slots, least, axes) < needed:
+            grown = [k for k in standing if least[k] < slots.bundles[k].units]
+            if not grown:
+                break
+            least[max(grown, key=lambda k: slots.bundles[k].units - least[k])] += 1
+    return least
+
+
+def _needs(facts: Symmetry) -> Iterator[tuple[list[Axis | Digit], int]]:
+    """The axes that an operator takes together, and how many positions it needs there."""
+    for node in facts._inference.shapes:
+        name = operator(node)
+        if name not in _DEVIATIONS | _RANKED:
+            continue
+        x, a = facts._inference.shapes[node.all_input_nodes[0]], arguments(node)
+        if not isinstance(x, Shape) or not x.axes:
+            continue
+        if name in _RANKED:
+            yield [x.axes[normal(int(a["dim"]), len(x.axes))]], int(a["k"])
+        else:
+            yield [x.axes[d] for d in dims_of(a.get("dim"), len(x.axes))], int(_correction(node, a)) + 1
+
+
+def _correction(node: fx.Node, a: dict[str, Any]) -> float:
+    """What is taken off the number of values: 1 unless said otherwise."""
+    if "correction" in a:
+        return 1 if a["correction"] is None else float(a["correction"])
+    return float(a.get("unbiased", True))
+
+
+def _standing(slots: Slots, owner: Index, axis: Axis | Digit) -> set[int]:
+    """The bundles on an axis."""
+    rows = [axis.block.flat] if isinstance(axis, Digit) else [f for f in axis.factors if not isinstance(f, Opaque)]
+    return {k for labels in rows for k in np.unique(owner[slots.leaves.resolve(labels)[:, 1:]]).tolist() if k >= 0}
+
+
+def _count(slots: Slots, units: list[int], axes: list[Axis | Digit]) -> int:
+    layout = Layout(slots.facts, slots.multiplicity(units))
+    return int(np.prod([layout.size(axis) for axis in axes], dtype=float))

@@ -1,0 +1,45 @@
+"""Channels and positions: what a group's elements are to the network, told by how its layers use them.
+
+A layer sums over channels with a weight for each; along positions (tokens, latents, queries) it does the same at every
+one. Positions may be permuted like channels, but the network has as many as its task asks for: they are not removed.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from vfx.analyse.layers import descendants
+from vfx.analyse.rules import TABLE, contraction, einsum
+from vfx.analyse.rules.spaces import Spaces
+from vfx.analyse.symmetry import Symmetry
+from vfx.operators import operator
+
+_LAYERS = {contraction.__name__, einsum.__name__}
+
+
+def positions(facts: Symmetry) -> dict[int, str]:
+    """The groups that layers carry along and no weight sums over, each with the node of such a layer."""
+    spaces = Spaces(facts._inference)
+    computed = descendants([node for node in facts.program.graph.nodes if node.op == "placeholder"])
+    summed: set[int] = set()
+    carried: dict[int, str] = {}
+    for node in facts._inference.shapes:
+        rule = TABLE.get(operator(node))
+        if rule is None or rule.apply.__module__ not in _LAYERS:
+            continue
+        values = [a for a in node.all_input_nodes if a in computed or a.op == "placeholder"]
+        weights = [a for a in node.all_input_nodes if a not in values and len(facts._inference.sizes(a)) > 1]
+        if not values or not weights:
+            continue
+        data, own, result = (_leaves(spaces, nodes) for nodes in (values, weights, [node]))
+        summed |= (data & own) - result
+        carried |= {leaf: node.name for leaf in (data & result) - own if leaf not in carried}
+    read = {g.index for g in facts.groups if any(m.role in ("in", "tied") for m in g.members)}
+    found = {facts._group_of_leaf[leaf]: name for leaf, name in carried.items() if leaf in facts._group_of_leaf}
+    named = {facts._group_of_leaf[leaf] for leaf in summed if leaf in facts._group_of_leaf}
+    return {group: name for group, name in found.items() if group not in read | named}
+
+
+def _leaves(spaces: Spaces, nodes: list[fx.Node]) -> frozenset[int]:
+    shapes = [shape for shape in map(spaces.shape, nodes) if shape is not None]
+    return frozenset().union(*(spaces.leaves(axis) for shape in shapes for axis in shape.axes))
