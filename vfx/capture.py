@@ -26,6 +26,7 @@ from vfx.errors import CaptureError
 from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.operators import DROPOUTS, arguments, operator
 from vfx.outputs import plain
+from vfx.precision import name_dtypes
 from vfx.program import Program, Value, Weights, digest, is_empty
 from vfx.signature import Call, Signature, as_call, batched_call, in_order, positional_names, signature_of
 
@@ -72,7 +73,7 @@ def _program(
     graph = builder.build()
     graph = _functionalise(_own_written(_without_idle_writes(graph)))
     graph, weights = _fold_constants(graph, builder.weights, builder.constants)
-    graph = _without_empty_parts(graph)
+    graph = name_dtypes(_without_empty_parts(graph))
     read = {node.target for node in graph.nodes if node.op == "get_attr"}
     weights = {name: tensor for name, tensor in weights.items() if name in read or name in exported.state_dict}
     graph.lint()

@@ -2,23 +2,26 @@
 
 Constant-valued and zero-initialised parameters hide broken ties, and so do untrained normalisation statistics; both are
 randomised first. Statistics are drawn around what each norm really sees, so that signals stay of order one through any
-depth. The error is relative to how much the output varies over the inputs, so a large bias cannot hide it.
+depth. A second run has every layer and norm give values of another order, so that saturations (the upper bound of
+relu6) are reached wherever they stand, and features that vanish with depth do not.
+
+The error is relative to how much the output varies over the inputs, so a large bias cannot hide it. Where it hardly
+varies, rounding is larger than that: no output is resolved better than ``SHARE`` of its size, nor better than some
+units in the last place of the weights and inputs change it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from vfx.analyse.transform import apply
-from vfx.operators import BATCH_NORMS, operator, weight_name
-from vfx.program import Execution, Program, Weights, copy_graph, run
+from vfx.operators import BATCH_NORMS, NORMS, is_layer, operator, weight_name
+from vfx.program import Execution, Program, Weights, run
 
 if TYPE_CHECKING:
     from vfx.analyse.symmetry import Member, Symmetry
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
 
 _FEW = 16  # positions of a channel, over the batch too
+_LARGE = 10.0  # deviation of every layer's and norm's output where saturations are looked for
+SHARE = 2e-4  # of an output's size that its spread counts as at least: 1e-9 of it is a thousand roundings of float64
+_PRESERVED = 1e-9  # the largest error that a function which is kept has
+_ROUNDINGS = 100  # times the change by one rounding of each weight, which is no more than rounding
+_RESOLVED = 1e-4  # of the spread: rounding that goes beyond shows that nothing is proved
 
 
 @torch.no_grad()
@@ -33,15 +41,20 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
     """Largest relative output error in float64 between the network and one moved by a random element.
 
     Every group goes through a map of its full class (orthogonal and invertible ones, scales and signs), or is only
-    permuted (``classes="permutation"``). ``without`` leaves parameter axes out (a negative control: the error must
-    become large).
+    permuted (``classes="permutation"``); the weights and inputs are tried at two scales. ``without`` leaves parameter
+    axes out (a negative control: the error must become large).
     """
     generator = torch.Generator().manual_seed(seed)
     program = in_double(symmetry.program.select(0))
     inputs = [_random_input(x, generator) for x in program.example_inputs]
-    weights = randomise(program, inputs, generator)
     chosen = symmetry.random_maps(np.random.default_rng(seed), classes)
-    return function_error(program, weights, symmetry.transform(weights, chosen, without), inputs)
+    weights = randomise(program, inputs, generator)
+    error = function_error(program, weights, symmetry.transform(weights, chosen, without), inputs)
+    inputs = [x * _LARGE if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    weights = randomise(program, inputs, generator, _LARGE)
+    if _resolves(program, weights, inputs):
+        error = max(error, function_error(program, weights, symmetry.transform(weights, chosen, without), inputs))
+    return error
 
 
 @torch.no_grad()
@@ -50,7 +63,7 @@ def preserved(symmetry: Symmetry, weights: Weights, element: Elements, seed: int
     program = in_double(symmetry.program.with_weights([weights]))
     inputs, before = trial(program, seed)
     moved = apply(symmetry, program.weights[0], element, check=False)
-    return largest_error(before, run(program.graph, moved, inputs))
+    return output_error(program, program.weights[0], inputs, before, run(program.graph, moved, inputs))
 
 
 @torch.no_grad()
@@ -79,24 +92,27 @@ def random_inputs(program: Program, seed: int = 0) -> list[Any]:
 
 
 def in_double(program: Program) -> Program:
-    """The network in float64 on the CPU; where its graph names single precision (casts, tensors made), that too."""
-    graph, _ = copy_graph(program.graph)
-    for node in graph.nodes:
-        node.args, node.kwargs = (map_aggregate(x, _wider) for x in (node.args, node.kwargs))
-    return replace(program.to("cpu", torch.float64), graph=graph)
-
-
-_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
-
-
-def _wider(value: Any) -> Any:
-    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+    """The network in float64 on the CPU, casts and tensors that it makes on the way included."""
+    return program.to("cpu", torch.float64)
 
 
 def function_error(program: Program, before: Weights, after: Weights, inputs: list[Any]) -> float:
-    """max |f − g| over all outputs, relative to the spread of f over the batch (or its size, if it does not vary)."""
+    """max |f − g| over all outputs, relative to the spread of f over the batch; see ``output_error``."""
     first, second = (run(program.graph, weights, inputs) for weights in (before, after))
-    return largest_error(first, second)
+    return output_error(program, before, inputs, first, second)
+
+
+def output_error(program: Program, weights: Weights, inputs: list[Any], expected: Any, given: Any) -> float:
+    """The largest ``relative_error`` of outputs that should be those ``expected`` of the network.
+
+    Where that is too large for a function that is kept, it is compared with what rounding does to the network.
+    """
+    error = largest_error(expected, given)
+    if error <= _PRESERVED:
+        return error
+    rounded = _rounded(program, weights, inputs)
+    triples = zip(tensors(expected), tensors(given), rounded, strict=True)
+    return max(relative_error(x, y, _rounding(x, z)) for x, y, z in triples)
 
 
 def largest_error(before: Any, after: Any) -> float:
@@ -104,11 +120,11 @@ def largest_error(before: Any, after: Any) -> float:
     return max((relative_error(x, y) for x, y in zip(tensors(before), tensors(after), strict=True)), default=0.0)
 
 
-def relative_error(x: Tensor, y: Tensor) -> float:
-    """max |x − y| over the spread of x; infinite where that shows nothing.
+def relative_error(x: Tensor, y: Tensor, rounding: float = 0.0) -> float:
+    """max |x − y| over the spread of x along its first axis, but at least ``SHARE`` of the size of x.
 
-    Every value is compared: infinities must be the same ones, and NaN, another shape or no finite value at all prove
-    nothing.
+    ``rounding`` is an absolute error that counts as none. Every value is compared: infinities must be the same ones,
+    and NaN, another shape or no finite value at all prove nothing (infinite).
     """
     if x.shape != y.shape:
         return float("inf")
@@ -119,10 +135,49 @@ def relative_error(x: Tensor, y: Tensor) -> float:
         return float("inf")
     if not finite.all():
         x, y = x[finite], y[finite]
-    scale = (x - x.mean(0, keepdim=True)).abs().amax() if x.ndim and x.numel() else x.abs().sum()
-    scale = scale if scale > 0 else x.abs().max() if x.numel() else scale
-    error = (x - y).abs().max() if x.numel() else scale
-    return float(error / scale) if scale > 0 else float(error)
+    if not x.numel():
+        return 0.0
+    error, scale = float((x - y).abs().max()), max(_scale(x), rounding / _PRESERVED)
+    return error / scale if scale > 0 else error
+
+
+def _scale(x: Tensor) -> float:
+    """The spread of finite values along their first axis, or what counts as it where they hardly vary."""
+    size = float(x.abs().max())
+    spread = float((x - x.mean(0, keepdim=True)).abs().max()) if x.ndim else 0.0
+    return max(spread, SHARE * size) if spread > 0 else size
+
+
+def _rounded(program: Program, weights: Weights, inputs: list[Any]) -> list[Tensor]:
+    """The outputs when every weight and input is off by about a unit in its last place."""
+    generator = torch.Generator().manual_seed(0)
+    off = {name: _nudged(tensor, generator) for name, tensor in weights.items()}
+    return tensors(run(program.graph, off, [_nudged(x, generator) for x in inputs]))
+
+
+def _nudged(value: Any, generator: torch.Generator) -> Any:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+    return value * (1 + torch.finfo(value.dtype).eps * noise)
+
+
+def _rounding(x: Tensor, rounded: Tensor) -> float:
+    """The error in x that rounding explains; none where rounding is all that there is to see."""
+    if not x.is_floating_point():
+        return 0.0
+    both = x.isfinite() & rounded.isfinite()
+    if not both.any():
+        return 0.0
+    change = _ROUNDINGS * float((x - rounded)[both].abs().max())
+    return change if change <= _RESOLVED * _scale(x[both]) else 0.0
+
+
+def _resolves(program: Program, weights: Weights, inputs: list[Any]) -> bool:
+    """Whether all outputs are finite and show more than rounding: networks of large weights may be chaotic."""
+    first, second = tensors(run(program.graph, weights, inputs)), _rounded(program, weights, inputs)
+    pairs = [(x, y) for x, y in zip(first, second) if x.is_floating_point()]
+    return all(bool(x.isfinite().all()) and relative_error(x, y) <= _PRESERVED / _ROUNDINGS for x, y in pairs)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -136,19 +191,40 @@ def _random_input(x: Any, generator: torch.Generator) -> Any:
     return x.cpu() if isinstance(x, Tensor) else x
 
 
-def randomise(program: Program, inputs: list[Any], generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights in which every parameter and statistic tells its channels apart."""
+def randomise(
+    program: Program, inputs: list[Any], generator: torch.Generator, scale: float | None = None
+) -> dict[str, Tensor]:
+    """Weights in which every parameter and statistic tells its channels apart.
+
+    With a ``scale`` layers and norms have weights (and biases) that give outputs of this deviation.
+    """
     weights = {
         name: _distinct(tensor, generator) if name not in program.buffers else tensor
         for name, tensor in program.weights[0].items()
     }
+    scaled: set[str] = set()
     execution = Execution(program.graph, weights, inputs)
     while execution.position < len(execution.plan):
         node = execution.plan[execution.position].node
         if operator(node) in BATCH_NORMS:
             _random_statistics(node, execution, weights, generator)
+        if scale is not None and (is_layer(node) or operator(node) in NORMS):
+            _rescale(node, execution, weights, scale, scaled)
         execution.step()
     return weights
+
+
+def _rescale(node: fx.Node, execution: Execution, weights: dict[str, Tensor], scale: float, scaled: set[str]) -> None:
+    """The weight and bias of a node, multiplied so that its output has a deviation; those met before stay."""
+    names = {name for role in ("weight", "bias") if (name := weight_name(node, role)) is not None} - scaled
+    if not names:
+        return
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), execution.value)
+    output = tensors(node.target(*args, **kwargs))[0]  # type: ignore[operator]
+    size = float(output.square().mean().sqrt())
+    if 0 < size < float("inf"):
+        weights.update({name: weights[name] * (scale / size) for name in names})
+    scaled |= names
 
 
 def _distinct(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ from vfx.analyse.balance import balance
 from vfx.analyse.composition import inverse, permutations_of
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Elements, apply
-from vfx.analyse.verify import in_double, largest_error, trial
+from vfx.analyse.verify import in_double, output_error, trial
 from vfx.match.carry import Carriage, Carrier, Crossing, Pairing, fitted
 from vfx.match.class_ascent import basis
 from vfx.match.class_descent import beyond_permutations
@@ -171,4 +171,4 @@ def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing, seed: in
     )
     carried = carriage.weights(first.weights[0], other.weights[0])
     inputs, before = trial(other, seed)
-    return largest_error(before, run(first.graph, carried, inputs))
+    return output_error(other, other.weights[0], inputs, before, run(first.graph, carried, inputs))
