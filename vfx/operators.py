@@ -25,16 +25,44 @@ _ELEMENTWISE = """
 ELEMENTWISE = {f"aten.{name}" for name in _ELEMENTWISE.split()}
 DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
 
+_ALIASES = """
+    abs: absolute; acos: arccos; acosh: arccosh; asin: arcsin; asinh: arcsinh; atan: arctan; atanh: arctanh
+    atan2: arctan2; sub: subtract; mul: multiply; div: divide true_divide; neg: negative
+    clamp: clip; trunc: fix; outer: ger; matmul: linalg_matmul; diagonal: linalg_diagonal; cat: concat concatenate
+    vstack: row_stack; transpose: swapaxes swapdims; movedim: moveaxis; mH: adjoint
+    ne: not_equal; lt: less; le: less_equal; gt: greater; ge: greater_equal
+    sigmoid: special_expit; erf: special_erf; erfc: special_erfc; erfinv: special_erfinv; exp2: special_exp2
+    expm1: special_expm1; log1p: special_log1p; logit: special_logit; round: special_round; sinc: special_sinc
+    xlogy: special_xlogy; i0: special_i0; digamma: special_digamma special_psi; lgamma: special_gammaln
+    polygamma: special_polygamma; mvlgamma: special_multigammaln; igamma: special_gammainc; igammac: special_gammaincc
+    logsumexp: special_logsumexp; softmax: special_softmax; log_softmax: special_log_softmax
+"""
+_ALIAS_OF = {
+    f"aten.{other}": f"aten.{name}"
+    for entry in _ALIASES.replace("\n", ";").split(";")
+    if entry.strip()
+    for name, others in [entry.strip().split(": ")]
+    for other in others.split()
+}
+_ELEMENTWISE_OVERLOADS = {"aten.max.other": "aten.maximum", "aten.min.other": "aten.minimum"}  # the others reduce
+
 
 def operator(node: fx.Node) -> str:
-    """``aten.conv2d`` for any overload of it, the function's name for the rest, "" where nothing is called."""
+    """``aten.conv2d`` for any overload of it, the function's name for the rest, "" where nothing is called.
+
+    Aliases have one name: ``aten.neg`` for ``aten.negative``, ``aten.maximum`` for ``aten.max`` of two tensors.
+    """
     return _name(node.target) if node.op == "call_function" else ""
 
 
 @cache
 def _name(target: Any) -> str:
     packet = getattr(target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
+    if packet is None:
+        return getattr(target, "__name__", str(target))
+    name = str(packet)
+    functional = name.removesuffix("_")
+    return _ELEMENTWISE_OVERLOADS.get(str(target)) or _ALIAS_OF.get(functional, functional) + name[len(functional) :]
 
 
 def in_place(target: Any) -> Any:
@@ -53,11 +81,21 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 @cache
 def defaults(target: Any) -> dict[str, Any] | None:
-    """The default of each argument by name, None where there is none; None for what is no ATen overload."""
+    """The default of each argument by name, None where there is none; None for what is no ATen overload.
+
+    An alias' arguments have the names of the operator that it stands for.
+    """
     schema = getattr(target, "_schema", None)
     if schema is None:
         return None
-    return {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}
+    names, kinds = [a.name for a in schema.arguments], [str(a.type) for a in schema.arguments]
+    packet = getattr(torch.ops.aten, _name(target).removeprefix("aten."), None)
+    for overload in packet.overloads() if packet is not None and str(packet) != str(target.overloadpacket) else ():
+        arguments = getattr(packet, overload)._schema.arguments
+        if [str(a.type) for a in arguments] == kinds:
+            names = [a.name for a in arguments]
+            break
+    return {n: a.default_value if a.has_default_value() else None for n, a in zip(names, schema.arguments)}
 
 
 def is_layer(node: fx.Node) -> bool:

@@ -427,7 +427,7 @@ _FREE = """
     add sub rsub neg mul div addcmul addcdiv lerp pow sqrt rsqrt square reciprocal exp expm1 log log1p erf sin cos sign
     floor ceil round remainder floor_divide maximum minimum clamp clamp_min clamp_max where masked_fill eq ne lt le gt
     ge logical_and logical_or logical_not logical_xor __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_not
-    cat concat stack pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+    cat stack pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
     mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm logsumexp prod any all argmax cumsum
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool1d
     adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
@@ -437,8 +437,8 @@ _FREE = """
 """
 
 _VIEWS = """
-    view reshape _unsafe_view view_as reshape_as flatten unflatten permute transpose swapaxes t numpy_T mT movedim
-    moveaxis unsqueeze squeeze expand expand_as broadcast_to slice narrow select split split_with_sizes chunk
+    view reshape _unsafe_view view_as reshape_as flatten unflatten permute transpose t numpy_T mT movedim
+    unsqueeze squeeze expand expand_as broadcast_to slice narrow select split split_with_sizes chunk
     tensor_split unbind unfold diagonal clone contiguous copy to _to_copy type_as detach alias lift_fresh_copy positive
     float double half bfloat16 bool int long dropout feature_dropout alpha_dropout feature_alpha_dropout
     native_dropout zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty

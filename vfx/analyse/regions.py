@@ -18,7 +18,7 @@ from vfx.analyse.rules import TABLE, movement
 from vfx.operators import is_layer, operator
 from vfx.program import Value
 
-_LINEAR = {"mul", "multiply", "div", "add", "sub", "neg", "clone", "contiguous", "to", "_to_copy", "type_as", "getitem"}
+_LINEAR = {"mul", "div", "add", "sub", "neg", "clone", "contiguous", "to", "_to_copy", "type_as", "getitem"}
 _LINEAR |= {"float", "double", "alias", "detach", "dropout", "view_as_complex", "view_as_real"}
 _WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
 
@@ -35,7 +35,7 @@ class Region:
     @property
     def multiplies(self) -> bool:
         """Whether constants with a shape of their own multiply: channels are told apart."""
-        products = (node for node in self.nodes if _name(node) in ("mul", "multiply"))
+        products = (node for node in self.nodes if _name(node) == "mul")
         return any(x in self.constants and self.constants[x].numel() > 1 for p in products for x in p.all_input_nodes)
 
     def run(self, outputs: Mapping[fx.Node, Tensor], batch: int) -> dict[fx.Node, Any]:

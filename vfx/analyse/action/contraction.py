@@ -254,8 +254,7 @@ def attention(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
     queries, keys, values = (_heads(w, operand(w, x, own), a) for x, own in zip((q, k, v), names))
     contract(w, [queries, keys], [*batch, "L", "S"])
     out = [*batch, "L", "d"]
-    result = entries(contract(w, [values], out), out)
-    return w.permuted(_first(w.t.shapes[node]), result) | result
+    return entries(contract(w, [values], out), out)
 
 
 def _heads(w: Walk, x: Operand, a: dict[str, Any]) -> Operand:
@@ -263,10 +262,6 @@ def _heads(w: Walk, x: Operand, a: dict[str, Any]) -> Operand:
     if not a.get("enable_gqa"):
         return x
     return Operand(x.letters, x.has, {p: w.slots.collapse(ids, range(ids.ndim - 1)) for p, ids in x.slots.items()})
-
-
-def _first(shape: Any) -> Any:
-    return shape[0] if isinstance(shape, (list, tuple)) else shape
 
 
 def fused_attention(w: Walk, node: fx.Node, a: dict[str, Any]) -> list[Any]:

@@ -97,24 +97,20 @@ def _turned(w: Walk, node: fx.Node, a: Arguments, x: fx.Node) -> Entries | None:
 def expanded(w: Walk, node: fx.Node, a: Arguments) -> Entries:
     """Broadcasting: what does not vary goes on not varying."""
     x = next(one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Value))
-    rank = len(w.sizes(node))
-    gain = rank - len(w.sizes(x))
-    return {
-        (leaf, axis + gain if axis != ANY else ANY): padded(ids, rank) for (leaf, axis), ids in w.entries(x).items()
-    }
+    return _broadcast(w, x, w.t.shapes[node])
 
 
 def broadcast_tensors(w: Walk, node: fx.Node, a: Arguments) -> list[Entries]:
-    results = []
-    for x, value in zip(a["tensors"], node.meta["val"]):
-        gain = len(value.shape) - len(w.sizes(x))
-        results.append(
-            {
-                (leaf, axis + gain if axis != ANY else ANY): padded(ids, len(value.shape))
-                for (leaf, axis), ids in w.entries(x).items()
-            }
-        )
-    return results
+    return [_broadcast(w, x, shape) for x, shape in zip(a["tensors"], w.t.shapes[node])]
+
+
+def _broadcast(w: Walk, x: fx.Node, shape: Any) -> Entries:
+    rank = len(shape.axes)
+    gain = rank - len(w.sizes(x))
+    wider = {
+        (leaf, axis + gain if axis != ANY else ANY): padded(ids, rank) for (leaf, axis), ids in w.entries(x).items()
+    }
+    return w.uniform(shape, wider)
 
 
 def concatenated(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:

@@ -94,16 +94,19 @@ def softmax(w: Walk, node: fx.Node, a: Arguments) -> Entries:
 
 
 def _affine(w: Walk, result: Entries, a: Arguments, first: int, rank: int) -> Entries:
-    """Gain and shift on the axes from ``first``; channels of BatchNorm and GroupNorm stand on axis 1."""
-    weight, bias = (a.get(name) if isinstance(a.get(name), fx.Node) else None for name in ("weight", "bias"))
-    if weight is not None:
-        own = {leaf: _placed(ids, first, rank) for (leaf, _), ids in w.entries(weight).items()}
-        for key, ids in result.items():
-            if key[0] in own:
-                result[key] = multiplied(w, [(ids, 1), (own[key[0]], 1)], key[0])
-    if bias is not None:
-        shift = {key: _placed(ids, first, rank) for key, ids in w.entries(bias).items()}
-        shift = {(leaf, next((k[1] for k in result if k[0] == leaf), ANY)): ids for (leaf, _), ids in shift.items()}
+    """Gain and shift on the axes from ``first``; channels of BatchNorm and GroupNorm stand on axis 1.
+
+    A leaf along which the normalized value is uniform is left out: it is only permuted.
+    """
+    weight, bias = (
+        {leaf: _placed(ids, first, rank) for (leaf, _), ids in w.entries(a.get(name)).items()}
+        for name in ("weight", "bias")
+    )
+    for key, ids in result.items():
+        if key[0] in weight:
+            result[key] = multiplied(w, [(ids, 1), (weight[key[0]], 1)], key[0])
+    if isinstance(a.get("bias"), fx.Node):
+        shift = {key: bias[key[0]] for key in result if key[0] in bias}
         result = sum_of(w, [(result, rank), (shift, rank)], rank)
     return result
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from torch import fx
 
 from vfx.analyse.action.contraction import multiplied, product, sum_of
@@ -23,7 +24,7 @@ from vfx.operators import operator
 
 Arguments = dict[str, Any]
 
-_PRODUCTS = {"mul": (1, 1), "multiply": (1, 1), "div": (1, -1), "divide": (1, -1), "true_divide": (1, -1)}
+_PRODUCTS = {"mul": (1, 1), "div": (1, -1)}
 _POWERS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1)}
 _SUMS = {"mean", "sum"}
 _HOMOGENEOUS = {"amax", "amin", "max", "min", "std", "norm", "linalg_vector_norm", "median"}
@@ -39,12 +40,12 @@ def pointwise(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     tensors = _tensors(a)
     if name == "_prelu_kernel":
         return prelu(w, node, a)
-    squared = name in ("mul", "multiply") and len(tensors) == 2 and tensors[0] is tensors[1]
+    squared = name == "mul" and len(tensors) == 2 and tensors[0] is tensors[1]
     if name in _PRODUCTS and a.get("rounding_mode") is None and not squared:
         return product(w, node, list(zip(tensors, _PRODUCTS[name])))
     if name in _POWERS or name == "pow" or squared:
         return _power(w, node, a, tensors)
-    if name in ("abs", "absolute"):
+    if name == "abs":
         return {key: _even(w, key[0], ids) for key, ids in w.entries(tensors[0]).items()}
     if name in ("where", "masked_fill"):
         return _chosen(w, node, a)
@@ -67,9 +68,9 @@ def _allowed(name: str, a: Arguments) -> Maps:
     """What the table allows, and the arguments."""
     rule = TABLE.get(f"aten.{name}")
     maps = rule.maps if rule is not None else Maps.PERMUTATION
-    if name in ("hardtanh", "clamp", "clip", "clamp_min", "clamp_max"):
+    if name in ("hardtanh", "clamp", "clamp_min", "clamp_max"):
         return _clamped(a.get("min_val", a.get("min")), a.get("max_val", a.get("max")))
-    if name in ("add", "sub", "rsub", "subtract", "lerp"):
+    if name in ("add", "sub", "rsub", "lerp"):
         numbers = [a[key] for key in ("other", "weight", "end") if key in a and not isinstance(a[key], fx.Node)]
         if name == "lerp":
             return maps if not isinstance(a.get("weight"), fx.Node) else Maps.PERMUTATION
@@ -103,6 +104,7 @@ def _power(w: Walk, node: fx.Node, a: Arguments, tensors: Sequence[fx.Node]) -> 
     for key, ids in w.entries(tensors[0]).items():
         if key in summed:
             w.slots.restrict(ids, Maps.ORTHOGONAL)
+            result[key] = np.full_like(ids, -1)
         else:
             result[key] = multiplied(w, [(ids, Fraction(power))], key[0])
             if Fraction(power).denominator > 1:
@@ -148,19 +150,18 @@ def _chosen(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
 
 
 def same(w: Walk, node: fx.Node, a: Arguments) -> Any:
-    entries = w.entries(_tensors(a)[0])
+    shape = w.t.shapes[node]
+    entries = w.uniform(shape[0] if isinstance(shape, list) else shape, w.entries(_tensors(a)[0]))
     return _with_others(w, node, entries)
 
 
 def fill(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     """New values are uniform; written in place they let what stood there be permuted."""
-    return None if operator(node).endswith("_") else {}
+    return None if operator(node).endswith("_") else w.uniform(w.t.shapes[node])
 
 
 def reduction(w: Walk, node: fx.Node, a: Arguments) -> Any:
     """Sums pass what stands on other axes, extremes and deviations its scales; along an axis: what fixes the ones."""
-    if isinstance(a.get("other"), fx.Node):
-        return pointwise(w, node, a)
     name = name_of(node)
     (x, *_) = _tensors(a)
     euclidean = name in ("norm", "linalg_vector_norm") and a.get("p", a.get("ord")) in (2, 2.0, None)

@@ -7,7 +7,7 @@ only permutations pass, which is what its rule has proved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -130,8 +130,7 @@ class Walk:
             return None
         rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
         result = self._handled(node, rule)
-        if result is None:
-            result = self.still(node)
+        result = self.still(node) if result is None else self._completed(node, result)
         if name.endswith("_") and isinstance(result, dict):
             result = self._in_place(node, result)
         return result
@@ -150,6 +149,34 @@ class Walk:
         moves = rule.apply.__module__ == movement.__name__
         handler = self.special.get(node.name, HANDLERS.get(rule.apply, moving.moved if moves else None))
         return None if handler is None else handler(self, node, arguments(node))
+
+    def _completed(self, node: fx.Node, result: Any) -> Any:
+        """What a handler left out that stands on a result and on an operand: permuted and no more.
+
+        Where values are uniform along a leaf instead, handlers say so with slots of -1.
+        """
+        if not isinstance(result, list):
+            return self._complete(node, self.t.shapes[node], result)
+        shapes = self.t.shapes[node]
+        read = {int(user.args[1]) for user in node.users if user.users}  # type: ignore[arg-type]
+        return [
+            self._complete(node, shape, entries or {}) if k in read else entries
+            for k, (shape, entries) in enumerate(zip(shapes, result))
+        ]
+
+    def _complete(self, node: fx.Node, shape: Any, entries: Entries) -> Entries:
+        known = {leaf for leaf, _ in entries}
+        operands = [self.values.get(operand) for operand in node.all_input_nodes]
+        given = [key for own in operands if isinstance(own, dict) for key in own if key[0] not in known]
+        if given and isinstance(shape, Shape):
+            stands = frozenset().union(*map(self.spaces.leaves, shape.axes))
+            lost = {leaf for leaf, _ in given if leaf in stands}
+            for own in operands if lost else ():
+                for key, ids in own.items() if isinstance(own, dict) else ():
+                    if key[0] in lost:
+                        self.slots.restrict(ids, Maps.PERMUTATION)
+            entries = entries | self.standing(shape, self._still_slot, lost)
+        return {key: ids for key, ids in entries.items() if (ids >= 0).any()}
 
     def _in_place(self, node: fx.Node, result: Entries) -> Entries:
         """Others see what was written: it must go through the map of what stood there."""
@@ -178,17 +205,26 @@ class Walk:
             for ids in (entries or {}).values():
                 self.slots.restrict(ids, Maps.PERMUTATION)
 
-    def permuted(self, shape: Any, but: Iterable[Key] = ()) -> Any:
-        """Entries of a result that only permutations move, for all its leaves ``but`` some."""
+    def permuted(self, shape: Any) -> Any:
+        """Entries of a result that only permutations move."""
         if isinstance(shape, (list, tuple)):
             return [self.permuted(one) for one in shape]
-        return self.standing(shape, self._still_slot, but) if isinstance(shape, Shape) else None
+        return self.standing(shape, self._still_slot) if isinstance(shape, Shape) else None
 
-    def standing(self, shape: Shape, slot: Callable[[int], int], but: Iterable[Key] = ()) -> Entries:
-        """Entries with a slot for each leaf that stands on a tensor."""
+    def uniform(self, shape: Any, entries: Entries | None = None) -> Entries:
+        """Entries of a result that does not vary along any other leaf: what lends it a shape lends no values."""
+        known = {leaf for leaf, _ in entries or ()}
+        if not isinstance(shape, Shape):
+            return entries or {}
+        others = frozenset().union(*map(self.spaces.leaves, shape.axes)) - known
+        return self.standing(shape, lambda leaf: -1, others) | (entries or {})
+
+    def standing(self, shape: Shape, slot: Callable[[int], int], only: Collection[int] | None = None) -> Entries:
+        """Entries with a slot for each leaf (of some) that stands on a tensor."""
         stands = [self.spaces.leaves(axis) for axis in shape.axes]
+        held = frozenset().union(*stands)
         result: Entries = {}
-        for leaf in frozenset().union(*stands) - {leaf for leaf, _ in but}:
+        for leaf in sorted(held if only is None else held.intersection(only)):
             dims = [d for d, own in enumerate(stands) if leaf in own]
             for d in dims if len(dims) > 1 else [ANY]:
                 mask = self._mask(shape, leaf, dims[0] if d == ANY else d)

@@ -54,9 +54,7 @@ def ordered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 
 
 def reduction(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Sums, means, extremes and norms over some axes (``max(x, y)`` shares its name with ``max(x)``)."""
-    if isinstance(a.get("other"), fx.Node):
-        return pointwise(t, node, a)
+    """Sums, means, extremes and norms over some axes."""
     x = t.operands(list(a.values()))[0]
     rank = len(x.axes)
     dims = dims_of(a.get("dim"), rank)

@@ -41,17 +41,16 @@ def permute(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 def transpose(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     order = list(range(len(x.axes)))
-    first, second = ("axis0", "axis1") if "axis0" in a else ("dim0", "dim1")
-    i, j = normal(a[first], len(order)), normal(a[second], len(order))
+    i, j = normal(a["dim0"], len(order)), normal(a["dim1"], len(order))
     order[i], order[j] = order[j], order[i]
     return t.permute(x, order)
 
 
 def reverse_axes(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
-    """t and T turn all axes round, mT and adjoint the last two."""
+    """t and T turn all axes round, mT and mH the last two."""
     x = _first(t, a)
     rank = len(x.axes)
-    if operator(node) in ("aten.mT", "aten.adjoint", "aten.mH"):
+    if operator(node) in ("aten.mT", "aten.mH"):
         return t.permute(x, (*range(rank - 2), rank - 1, rank - 2))
     return t.permute(x, list(reversed(range(rank))))
 
@@ -166,7 +165,7 @@ def broadcast_tensors(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Sh
 
 def stack_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """hstack and vstack: concatenation of tensors that have at least one or two axes."""
-    rows = operator(node) in ("aten.vstack", "aten.row_stack")
+    rows = operator(node) == "aten.vstack"
     shapes = [Shape((t.fresh(1), *s.axes)) if rows and len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
     return _joined(t, shapes, 0 if rows or len(shapes[0].axes) == 1 else 1, t.sizes(node))
 

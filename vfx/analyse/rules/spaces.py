@@ -72,10 +72,19 @@ class Spaces:
 
 
 def varying(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[frozenset[int]]:
-    """The leaves whose channel varies along each dimension of an axis seen as ``sizes``."""
+    """The leaves whose channel varies along each dimension of an axis seen as ``sizes``.
+
+    A leaf that stands on some positions alone varies; that others stand beside it there or not does not matter.
+    """
     digits = rows[:, 1:].reshape(*sizes, -1)
     owner = leaves.leaf_of(digits)
-    return [frozenset(distinct(owner[digits != np.take(digits, [0], axis=d)])) for d in range(len(sizes))]
+    found: list[set[int]] = [set() for _ in sizes]
+    for leaf in distinct(owner):
+        channels = np.sort(np.where(owner == leaf, digits, -1), axis=-1)
+        for d, own in enumerate(found):
+            if (channels != np.take(channels, [0], axis=d)).any():
+                own.add(leaf)
+    return [frozenset(own) for own in found]
 
 
 Space = Callable[[Spaces, fx.Node, dict[str, Any]], "list[Dim] | None"]
@@ -115,8 +124,6 @@ def aligned(s: Spaces, shapes: list[Shape], names: str = "") -> list[Dim]:
 
 
 def reduction(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
-    if isinstance(a.get("other"), fx.Node):
-        return pointwise(s, node, a)
     x = s.shape(node.all_input_nodes[0])
     if x is None:
         return None
