@@ -4,9 +4,11 @@ Inference finds products: heads × dim, groups × channels, with one permutation
 head to head if every operator treats heads one by one wherever dim is in play. Two conditions, both checked on the
 final labels (``vfx.analyse.rules.spaces`` says what an operator does to its index space):
 
-* in every tensor, each position that has a channel of the inner group has exactly one of the outer group;
-* in every operator, a dimension that holds the inner group stands with one that holds the outer group, in the same
-  tensors, and the operator does not mix the latter's positions while the former's are kept apart.
+* in every tensor, each position that has a channel of the inner group has exactly one of the outer group. Where the
+  inner group stands on several axes (a stream on both axes of a weight), each of them has its blocks on itself;
+* in every operator, an axis that holds the inner group holds the outer one as well, or the inner group's dimension
+  stands with one that holds the outer group, in the same tensors, and the operator does not mix the latter's positions
+  while the former's are kept apart.
 
 So q and k share an inner permutation for each head, v and the output projection another; a position bias or scale that
 heads share ties them again, and GroupNorm's groups are blocks of their channels but not the other way round.
@@ -15,7 +17,7 @@ heads share ties them again, and GroupNorm's groups are blocks of their channels
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, takewhile
@@ -116,32 +118,38 @@ class _Allowed:
         """Blocks of a leaf stand beside it, once, wherever it stands."""
         if axes in self._seen or not self._moves(axes):
             return
-        pieces = tuple(self._pieces_of(axes))
-        seen = pieces in self._seen
-        self._seen |= {axes, pieces}
+        lines = tuple(map(tuple, self._lines_of(axes)))
+        seen = lines in self._seen
+        self._seen |= {axes, lines}
         if seen:
             return
-        count = Counter(leaf for piece in pieces for leaf in piece.leaves)
-        throughout = {h for piece in pieces for h in piece.throughout if count[h] == 1}
-        for piece in pieces:
-            for leaf in piece.leaves & self.inner:
-                beside = {h for h in piece.beside(leaf) if count[h] == 1} if count[leaf] == 1 else set()
-                once = all(leaf not in own.repeated for own in pieces)
-                self._keep(leaf, (throughout | beside) - {leaf} if once else ())
+        count = Counter(leaf for line in lines for piece in line for leaf in piece.leaves)
+        everywhere = _throughout((piece for line in lines for piece in line), count)
+        for line in lines:
+            along = Counter(leaf for piece in line for leaf in piece.leaves)
+            throughout = _throughout(line, along)
+            for piece in line:
+                for leaf in piece.leaves & self.inner:
+                    outer = throughout | {h for h in piece.beside(leaf) if along[h] == 1}
+                    if count[leaf] == 1:
+                        outer |= everywhere
+                    once = along[leaf] == 1 and leaf not in piece.repeated
+                    self._keep(leaf, outer - {leaf} if once else ())
 
-    def _pieces_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Piece]:
+    def _lines_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Iterable[Piece]]:
+        """The pieces of each axis, or block, of a tensor."""
         blocks: set[Block] = set()
         for entry in map(self.t.separate, entries):
             if isinstance(entry, Digit):
                 if entry.block not in blocks:
                     blocks.add(entry.block)
-                    yield self._piece(entry.block.flat)
+                    yield (self._piece(entry.block.flat),)
             else:
                 axis = entry.root
                 if axis not in self._known:
                     factors = (factor for factor in axis.factors if not isinstance(factor, Opaque))
                     self._known[axis] = tuple(map(self._piece, factors))
-                yield from self._known[axis]
+                yield self._known[axis]
 
     def _piece(self, rows: Rows) -> Piece:
         return self.t.leaves.once(piece_of, self.t.leaves.resolve(rows))
@@ -151,14 +159,15 @@ class _Allowed:
     def _operator(self, space: list[Dim] | None, node: fx.Node) -> None:
         if space is None:
             for shape in _flat(self.t.shapes[value] for value in (node, *node.all_input_nodes)):
-                for leaf in self.inner & {leaf for piece in self._pieces_of(shape.axes) for leaf in piece.leaves}:
+                leaves = (piece.leaves for line in self._lines_of(shape.axes) for piece in line)
+                for leaf in self.inner & frozenset().union(*leaves):
                     self._keep(leaf, ())
             return
         count = Counter(chain.from_iterable(dim.leaves for dim in space))
         for dim in space:
             for leaf in dim.leaves & self.inner:
                 partners = {h for other in space if _together(dim, other) for h in other.leaves if count[h] == 1}
-                self._keep(leaf, partners - {leaf})
+                self._keep(leaf, (partners | dim.leaves if dim.whole else partners) - {leaf})
 
 
 class Moving(dict[Axis | Digit, frozenset[int]]):
@@ -183,6 +192,11 @@ class Moving(dict[Axis | Digit, frozenset[int]]):
             rows = self.leaves.bindings[leaf]
             self._become[leaf] = [leaf] if rows is None else self.leaves.free_leaves(self.leaves.resolve(rows))
         return self._become[leaf]
+
+
+def _throughout(pieces: Iterable[Piece], count: Mapping[int, int]) -> frozenset[int]:
+    """Leaves that every position of some piece has, and that stand in no other."""
+    return frozenset(leaf for piece in pieces for leaf in piece.throughout if count[leaf] == 1)
 
 
 def _alone(inference: Inference) -> set[int]:

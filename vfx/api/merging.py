@@ -80,9 +80,9 @@ def merge(
     ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are
     data or statistics. ``classes``: "weight" and "activation" match each group's "full" class (scales, signs,
     orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation" alone.
-    ``restarts``: further runs of "weight", "c2m3" or "ste" from random permutations, of which the best by the
-    method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ, too:
-    the result has those of the first.
+    ``restarts``: further runs of "weight", "activation", "c2m3" or "ste" from random permutations, of which the best
+    by the method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ,
+    too: the result has those of the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
     ``solve``: "least_squares" solves every layer for the mean of the edges' outputs on ``data`` (``vfx.Reconstruct``);
     None normalizes only; "auto" keeps what does best on held-out samples of ``data``: least squares, the

@@ -52,7 +52,7 @@ def merge(
     arguments: Arguments = [],  # noqa: B006
     data: Data = None,
     match: Match = "auto",
-    restarts: Annotated[int, typer.Option(help="Further runs of weight, c2m3 or ste from random permutations.")] = 0,
+    restarts: Annotated[int, typer.Option(help="Further runs of weight, activation, c2m3 or ste.")] = 0,
     solve: Solve = "auto",
     follow: Annotated[
         str, typer.Option(help="First layers that follow one edge: auto, a number, or a module's name.")

@@ -7,56 +7,73 @@ and invertible maps and scales are matched too (``vfx.match.class_ascent``).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
+import numpy as np
+
+from vfx.analyse.symmetry import Permutations, Symmetry
 from vfx.analyse.transform import Element, check_classes
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
 from vfx.match.carry import Carriage, Crossing
-from vfx.match.class_ascent import ClassAscent, Classed, with_turns
+from vfx.match.class_ascent import ClassAscent, Classed, Run, with_turns
 from vfx.match.class_descent import beyond_permutations, split
 from vfx.match.matcher import Matching, Problem
 from vfx.match.rectangular import Bridge
 
 
 class ActivationMatching:
-    """One assignment per group on the correlations of ``statistics``; ``classes``: "full" or "permutation"."""
+    """One assignment per group on the correlations of ``statistics``; ``restarts`` more from random permutations.
+
+    ``classes``: "full" or "permutation". Where no two groups share features there is one optimum, and no restart.
+    """
 
     needs = frozenset({"features"})
     exact = True
     through_norms = True
 
-    def __init__(self, classes: str = "full"):
-        self.classes = check_classes(classes)
+    def __init__(self, classes: str = "full", restarts: int = 0):
+        self.restarts, self.classes = restarts, check_classes(classes)
 
     def __call__(self, problem: Problem) -> Matching:
         symmetry, statistics = problem.symmetry, problem.statistics
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
-        start, edges = time.perf_counter(), range(1, problem.program.edges)
+        begin, generator = time.perf_counter(), np.random.default_rng(problem.seed)
         full = self.classes == "full" and beyond_permutations(symmetry)
-        if full:
-            classed = Classed(symmetry, statistics, problem.program.weights)
-            results = [classed.match(edge) for edge in edges]
-        else:
-            permuted = [Ascent(symmetry, statistics, edge).run() for edge in edges]
-            results = [({i: Element(own) for i, own in found.items()}, value, n) for found, value, n in permuted]
-        found = [split(symmetry, element) for element, _, _ in results]
+        classed = Classed(symmetry, statistics, problem.program.weights) if full else None
+        best, attempts = [], []
+        for edge in range(1, problem.program.edges):
+            starts = self._starts(symmetry, generator)
+            runs = classed.match(edge, starts) if classed else _permuted(Ascent(symmetry, statistics, edge), starts)
+            attempts.append(tuple(objective for _, objective, _ in runs))
+            best.append(max(runs, key=lambda run: run[1]))
+        found = [split(symmetry, element) for element, _, _ in best]
         return Matching(
             permutations=(symmetry.identity(), *(permutations for permutations, _ in found)),
             elements=({}, *(behind for _, behind in found)) if full else (),
-            objective=tuple(objective for _, objective, _ in results),
-            sweeps=tuple(sweeps for _, _, sweeps in results),
-            seconds=time.perf_counter() - start,
+            objective=tuple(objective for _, objective, _ in best),
+            sweeps=tuple(sweeps for _, _, sweeps in best),
+            seconds=time.perf_counter() - begin,
+            attempts=tuple(zip(*attempts)),
         )
 
+    def _starts(self, symmetry: Symmetry, generator: np.random.Generator) -> list[Permutations | None]:
+        return [None, *(symmetry.random(generator) for _ in range(self.restarts))]
+
     def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
-        """What is found between networks of two widths (``vfx.match.rectangular``), and the objective reached."""
+        """The best of all runs between networks of two widths (``vfx.match.rectangular``), and its objective."""
         bridge = Bridge(crossing, self.classes == "full")
-        statistics = bridge.statistics()
+        statistics, starts = bridge.statistics(), self._starts(bridge.facts, np.random.default_rng(crossing.seed))
         if bridge.full:
-            found, value, _ = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights).elements()
+            ascent = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights)
+            found, value, _ = max((ascent.elements(start) for start in starts), key=lambda run: run[1])
             found = with_turns(bridge.facts, found, bridge.weights)
         else:
-            permutations, value, _ = Ascent(bridge.facts, statistics, 1).run()
-            found = {index: Element(own) for index, own in permutations.items()}
+            found, value, _ = max(_permuted(Ascent(bridge.facts, statistics, 1), starts), key=lambda run: run[1])
         return bridge.carriage(found), value
+
+
+def _permuted(ascent: Ascent, starts: Iterable[Permutations | None]) -> list[Run]:
+    runs = (ascent.run(start) for start in starts)
+    return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]

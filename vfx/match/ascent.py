@@ -36,7 +36,7 @@ class Ascent:
 
     def __init__(self, symmetry: Symmetry, statistics: Statistics, edge: int, only: Collection[int] | None = None):
         self.symmetry = symmetry
-        self.found: dict[int, Any] = symmetry.identity()
+        self.found: dict[int, Any] = {}
         self.gains: list[tuple[Tap, Gain]] = []
         self.taps_of: dict[int, list[tuple[Tap, Gain]]] = {}
         for tap in statistics.taps:
@@ -53,9 +53,13 @@ class Ascent:
         """What each pair of features gives."""
         return moments.correlation(0, edge).cpu().numpy()
 
-    def run(self) -> tuple[dict[int, Any], float, int]:
-        """Permutations, the sum of correlations reached, and the number of sweeps."""
-        unmatched = {group for unit in self.units for group in unit.groups}
+    def run(self, start: Permutations | None = None) -> tuple[dict[int, Any], float, int]:
+        """Permutations, the sum of correlations reached, and the number of sweeps.
+
+        Without ``start`` groups that have no order yet count at their best in the first sweep.
+        """
+        self.found = self.symmetry.identity() | dict(start or {})
+        unmatched = {group for unit in self.units for group in unit.groups} if start is None else set()
         total, sweeps = -np.inf, 0
         while sweeps < (MAX_SWEEPS if self.coupled else 1):
             sweeps += 1
@@ -99,32 +103,35 @@ class Ascent:
         for tap, gain in self.taps_of.get(group.index, ()):
             if unit.outer.index not in tap.groups:
                 continue
-            beside = [g for g in unit.inner if g.index in tap.groups and g.index != group.index]
-            if len(beside) == 1 and set(tap.groups) == {unit.outer.index, group.index, beside[0].index}:
-                total += self._beside(tap, gain, [unit.outer, group, beside[0]], orders)
+            others = [g for g in unit.inner if g.index in tap.groups and g.index != group.index]
+            if others:
+                total += self._beside(tap, gain, [unit.outer, group, *others], orders)
             else:
                 total += self._by_channel(tap, gain, [unit.outer, group])
         return total
 
     def _beside(self, tap: Tap, gain: Gain, chosen: list[Group], orders: PairOrders) -> Gain:
-        """(n, n, size, size) for an inner group that shares features with another one of the same unit.
+        """(n, n, size, size) for an inner group that shares features with others of the same unit.
 
-        The other counts in its order (or map) for each pair of blocks, or, before it has one, at its best.
+        These count in their order (or map) for each pair of blocks, or, before they have one, at their best.
         """
-        outer, group, other = chosen
-        sizes = [g.size for g in chosen]
-        table = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], [g.index for g in chosen], sizes)
-        table = table.reshape(sizes)
+        outer, group, *others = chosen
+        indices, sizes = [g.index for g in chosen], [g.size for g in chosen]
+        positions = np.arange(tap.size), self._image(tap, keep=indices)
+        one, other = (grid(tap.groups, tap.digits, own[:, None], indices, sizes) for own in positions)
+        free = [g for g in others if g.index not in orders]
         total = np.empty((outer.size,) * 2 + (group.size,) * 2)
         for i, j in np.ndindex(outer.size, outer.size):
-            pairs = gain[table[i][:, :, None, None], table[j]].transpose(0, 2, 1, 3)  # (size, size, other, other)
-            order = orders.get(other.index)
-            if order is None:
-                total[i, j] = self._at_best(other, pairs)
-            elif order.ndim == 3:
-                total[i, j] = pairs[:, :, np.arange(other.size), order[i, j]].sum(-1)
-            else:
-                total[i, j] = (pairs * order[i, j]).sum((-2, -1))
+            copies = zip(np.moveaxis(one[i], -1, 0), np.moveaxis(other[j], -1, 0))
+            pairs = sum(gain[np.ix_(a.reshape(-1), b.reshape(-1))] for a, b in copies)
+            pairs = np.asarray(pairs).reshape(*sizes[1:], *sizes[1:])
+            maps = {g.index: _as_map(orders[g.index][i, j]) for g in others if g.index in orders}
+            pairs = _through(pairs, [None, *(maps.get(g.index) for g in others)])
+            if free:
+                number = int(np.prod([g.size for g in free]))
+                pairs = pairs.reshape(group.size, number, group.size, number).transpose(0, 2, 1, 3)
+                pairs = self._at_best(free[0], pairs) if len(free) == 1 else best_over_blocks(pairs)
+            total[i, j] = pairs
         return total
 
     def _at_best(self, group: Group, gains: Gain) -> Gain:
@@ -157,3 +164,16 @@ class Ascent:
             return self._by_channel(tap, gain, [group])
         features = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], [group.index], [group.size])
         return best_over_blocks(gain[features[:, None, :, None], features[None, :, None, :]])
+
+
+def _as_map(order: Gain | Index) -> Gain:
+    """An order (n,) as a map (n, n); a map as it is."""
+    return np.eye(len(order))[order] if order.ndim == 1 else np.asarray(order, float)
+
+
+def _through(pairs: Gain, maps: Sequence[Gain | None]) -> Gain:
+    """Gains (n…, n…) between features of several digits, those with a map summed over, matched by it."""
+    for k, own in reversed(list(enumerate(maps))):
+        if own is not None:
+            pairs = np.asarray(np.tensordot(pairs, own, ([k, pairs.ndim // 2 + k], [0, 1])), float)
+    return pairs

@@ -12,7 +12,7 @@ import torch
 
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index, Symmetry
-from vfx.match.matcher import Gain
+from vfx.match.matcher import Gain, best_over_blocks
 from vfx.match.units import PairOrders, Unit
 from vfx.program import Weights
 
@@ -22,13 +22,15 @@ class Part:
     """A part of a weight that a unit moves.
 
     ``places`` are (dim, positions), positions having an axis for each of the unit's groups there and one for all else;
-    ``groups`` are those groups in that order, the outer one among them.
+    ``groups`` are those groups in that order, the outer one among them. In a ``quadratic`` part the unit moves further
+    axes, which are left as they are.
     """
 
     fqn: str
     places: tuple[tuple[int, Index], ...]
     groups: tuple[int, ...]
     outer: int
+    quadratic: bool = False
 
     def array(self, weights: Weights) -> Gain:
         """(outer, inner groups…, everything else)."""
@@ -90,6 +92,10 @@ class BlockGains:
             if groups.count(unit.outer.index) == 1 and len(set(groups)) == len(groups):
                 places = tuple((dim, positions) for dim, positions, _ in combination)
                 yield Part(fqn, places, groups, unit.outer.index)
+        standing = [entry for entries in choices for entry in entries if unit.outer.index in entry[2]]
+        if len({dim for dim, _, _ in standing}) > 1:
+            for dim, positions, own in standing:
+                yield Part(fqn, ((dim, positions),), own, unit.outer.index, quadratic=True)
 
     @staticmethod
     def outer(unit: Unit, arrays: Arrays) -> Gain:
@@ -102,7 +108,10 @@ class BlockGains:
 
     @staticmethod
     def inner(unit: Unit, group: Group, orders: PairOrders, arrays: Arrays) -> Gain:
-        """(n, n, size, size) for one inner group; those in ``orders`` stand in their order for each pair already."""
+        """(n, n, size, size) for one inner group; those in ``orders`` stand in their order for each pair already.
+
+        Where each of its parts has others, too, these count at their best order.
+        """
         known = [a for a in arrays if group.index in a[0].inner and set(a[0].inner) <= {group.index, *orders}]
         chosen = known or [a for a in arrays if group.index in a[0].inner]
         total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
@@ -110,8 +119,8 @@ class BlockGains:
             axis = 1 + part.inner.index(group.index)
             first = np.moveaxis(one, axis, 1)
             rest = [g for g in part.inner if g != group.index]
-            if not any(g in orders for g in rest):
-                flat = [np.moveaxis(x, axis, 1).reshape(unit.outer.size, group.size, -1) for x in (one, other)]
+            if not rest:
+                flat = [x.reshape(unit.outer.size, group.size, -1) for x in (first, np.moveaxis(other, axis, 1))]
                 total += np.einsum("iax,jbx->ijab", *flat, optimize=True)
                 continue
             for i, j in np.ndindex(*total.shape[:2]):
@@ -119,8 +128,23 @@ class BlockGains:
                 for k, g in enumerate(rest, start=1):
                     if g in orders:
                         moved = _reordered(moved, orders[g][i, j], k)
-                total[i, j] += first[i].reshape(group.size, -1) @ moved.reshape(group.size, -1).T
+                ordered = [k for k, g in enumerate(rest, start=1) if g in orders]
+                total[i, j] += _at_best(*(_last(x, ordered, len(rest)) for x in (first[i], moved)))
         return total
+
+
+def _last(array: Gain, ordered: Sequence[int], inner: int) -> Gain:
+    """(size, whatever has no order yet, everything else): of ``inner`` axes behind the first some are ordered."""
+    free = [k for k in range(1, 1 + inner) if k not in ordered]
+    turned = array.transpose(0, *free, *ordered, *range(1 + inner, array.ndim))
+    return turned.reshape(len(array), int(np.prod([array.shape[k] for k in free])), -1)
+
+
+def _at_best(one: Gain, other: Gain) -> Gain:
+    """⟨one, other⟩ (size, size) of arrays (size, n, rest), each pair at the best order of the n."""
+    if one.shape[1] == 1:
+        return one[:, 0] @ other[:, 0].T
+    return best_over_blocks(np.einsum("amx,bnx->abmn", one, other, optimize=True))
 
 
 def _reordered(array: Gain, order: Gain | Index, axis: int) -> Gain:

@@ -32,7 +32,7 @@ MATCHERS: dict[str, Callable[..., Matcher]] = {
     "pleas": PartialMatching,
 }
 
-RESTARTED = {"weight", "c2m3", "ste"}  # the best of several runs from random permutations
+RESTARTED = {"weight", "activation", "c2m3", "ste"}  # the best of several runs from random permutations
 CLASSED = {"weight", "activation"}  # match each group's full class of maps, or permutations alone
 
 

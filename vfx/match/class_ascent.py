@@ -16,7 +16,7 @@ Features of two networks are compared where the taps read them. By class of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from vfx.analyse.balance import balance
 from vfx.analyse.classes import Maps, Matrix, contragredient
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
 from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
 from vfx.match import planes
 from vfx.match.ascent import Ascent
@@ -39,6 +39,8 @@ from vfx.statistics.collect import Statistics
 from vfx.statistics.moments import CrossMoments
 from vfx.statistics.taps import Tap
 
+Run = tuple[dict[int, Element], float, int]  # what an edge goes through, the objective and the number of sweeps
+
 
 class Classed:
     """Several networks whose features are matched over their groups' classes."""
@@ -47,15 +49,18 @@ class Classed:
         self.symmetry, self.statistics, self.weights = symmetry, statistics, weights
         self.frames = [balance(symmetry, own) for own in weights]
 
-    def match(self, edge: int) -> tuple[dict[int, Element], float, int]:
-        """The element that brings an edge to the first one, the objective reached and the number of sweeps."""
+    def match(self, edge: int, starts: Iterable[Permutations | None]) -> list[Run]:
+        """From each start the element that brings an edge to the first one, its objective, the number of sweeps."""
         frames = self.frames[0], self.frames[edge]
         weights = self.weights[0], self.weights[edge]
         ascent = ClassAscent(self.symmetry, self.statistics, edge, frames, weights)
-        found, objective, sweeps = ascent.elements()
-        found = compose(self.symmetry, frames[1], found)
-        found = compose(self.symmetry, found, inverse(self.symmetry, frames[0]))
-        return with_turns(self.symmetry, found, weights), objective, sweeps
+        runs = []
+        for start in starts:
+            found, objective, sweeps = ascent.elements(start)
+            found = compose(self.symmetry, frames[1], found)
+            found = compose(self.symmetry, found, inverse(self.symmetry, frames[0]))
+            runs.append((with_turns(self.symmetry, found, weights), objective, sweeps))
+        return runs
 
 
 def with_turns(symmetry: Symmetry, found: dict[int, Element], weights: tuple[Weights, Weights]) -> dict[int, Element]:
@@ -110,9 +115,12 @@ class ClassAscent(Ascent):
         left, right = (basis(self.symmetry, tap, own) for own in self.frames)
         return scale * (left @ second @ right.T)
 
-    def elements(self) -> tuple[dict[int, Element], float, int]:
+    def elements(self, start: Permutations | None = None) -> Run:
         """The element found between balanced networks, the objective reached and the number of sweeps."""
-        permutations, objective, sweeps = self.run()
+        self.behind = {}
+        if start is not None:
+            start = {index: own for index, own in start.items() if not self.kinds[index].mixes}
+        permutations, objective, sweeps = self.run(start)
         found = {index: Element(own, *_parts(self.behind.get(index))) for index, own in permutations.items()}
         return found, objective, sweeps
 

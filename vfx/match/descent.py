@@ -141,8 +141,9 @@ class Descent:
 
     def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Gain:
         """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""
-        known = [m for m in members if self.groups_of[m.fqn] - {group.index} <= settled]
-        shared = [m for m in members if self.groups_of[m.fqn] - {group.index} - settled == self._sharing(group, m)]
+        others = {id(m): self.groups_of[m.fqn] - {group.index} - settled for m in members}
+        known = [m for m in members if not others[id(m)]]
+        shared = [m for m in members if others[id(m)] == self._sharing(group, m) - settled]
         settled.add(group.index)
         if known or not shared:
             return self._gain(known or members, group.size)
@@ -181,6 +182,8 @@ class Descent:
             names = self._known(unit, names, settled)
             settled |= unit.groups
         parts = [part for name in sorted(names) for part in self._block_gains.parts(unit, name)]
+        if settled is not None:
+            parts = [part for part in parts if not part.quadratic] or parts
         order = unit.inner if sweep % 2 else unit.inner[::-1]
         arrays = [(part, part.array(self.target), part.array(self.current)) for part in parts]
         outer = self._block_gains.outer(unit, arrays) + self._beside(unit, names)

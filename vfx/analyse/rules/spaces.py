@@ -24,11 +24,15 @@ from vfx.operators import arguments, operator
 
 
 class Dim(NamedTuple):
-    """One dimension: the leaves on it, the tensors that have it (any names), whether positions depend on each other."""
+    """One dimension: the leaves on it, the tensors that have it (any names), whether positions depend on each other.
+
+    ``whole`` says that it is an axis; else it is a factor of one, and a leaf on it may stand on the other factors too.
+    """
 
     leaves: frozenset[int]
     tensors: frozenset[str]
     coupled: bool = False
+    whole: bool = True
 
 
 class Spaces:
@@ -161,7 +165,7 @@ def group_norm(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     parts = s.parts(x.axes[1], (groups, x.axes[1].size // groups)) if x is not None else None
     if x is None or parts is None:
         return None
-    outer, inner = (Dim(leaves, frozenset("xyw"), coupled) for leaves, coupled in zip(parts, (False, True)))
+    outer, inner = (Dim(leaves, frozenset("xyw"), coupled, False) for leaves, coupled in zip(parts, (False, True)))
     return [s.dim([x.axes[0]], "xy"), outer, inner, *(s.dim([axis], "xy", True) for axis in x.axes[2:])]
 
 
@@ -192,10 +196,10 @@ def convolution(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None
     parts = s.parts(w.axes[0], (groups, w.axes[0].size // groups))
     if parts is None:
         return None
-    outer = Dim(parts[0], frozenset("xwby"))
+    outer, whole = Dim(parts[0], frozenset("xwby"), whole=False), groups == 1
     inside = s.leaves(w.axes[1])
     summed, made = (parts[1], inside) if transposed else (inside, parts[1])
-    dims = [outer, Dim(summed, frozenset("xw"), True), Dim(made, frozenset("wby"))]
+    dims = [outer, Dim(summed, frozenset("xw"), True, whole), Dim(made, frozenset("wby"), False, whole)]
     dims += [s.dim([axis], "xy") for axis in x.axes[:channel]]
     return dims + [s.dim([axis], "xwy", True) for axis in (*x.axes[channel + 1 :], *w.axes[2:])]
 
@@ -256,8 +260,8 @@ def _grouped_heads(s: Spaces, shapes: tuple[Shape, ...]) -> list[Dim] | None:
     parts = s.parts(q.axes[d], (k.axes[d].size, q.axes[d].size // k.axes[d].size))
     if parts is None:
         return None
-    outer = Dim(parts[0] | s.leaves(k.axes[d]), frozenset("yqkv"))
-    return [*(s.dim([x], "yqkv") for x in y.axes[:d]), outer, Dim(parts[1], frozenset("yq"))]
+    outer = Dim(parts[0] | s.leaves(k.axes[d]), frozenset("yqkv"), whole=False)
+    return [*(s.dim([x], "yqkv") for x in y.axes[:d]), outer, Dim(parts[1], frozenset("yq"), whole=False)]
 
 
 def letters(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
