@@ -20,6 +20,7 @@ from vfx.analyse.activations import statistics_channels
 from vfx.analyse.pins import pin_notes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
+from vfx.arguments import checked
 from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
@@ -39,6 +40,7 @@ class Align(Pass):
 
     weight_sets = "several"
 
+    @checked
     def __init__(
         self,
         match: str | Matcher | None = "weight",

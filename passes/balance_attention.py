@@ -20,6 +20,7 @@ from torch import fx
 from vfx.analyse.balance import deficient, in_turn, rewritten
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Group, Symmetry, symmetry
+from vfx.arguments import checked
 from vfx.operators import arguments, operator
 from vfx.program import Program
 from vfx.rewrite import Pass
@@ -34,6 +35,7 @@ class BalanceAttention(Pass):
     preserves_function = True
     changes_values = True
 
+    @checked
     def __init__(self, verify: bool = True):
         self.verify = verify
 

@@ -19,6 +19,7 @@ from vfx.analyse.balance import Scales, rewritten
 from vfx.analyse.classes import Maps
 from vfx.analyse.kinds import Side
 from vfx.analyse.symmetry import Group, Symmetry, symmetry
+from vfx.arguments import checked
 from vfx.program import Program
 from vfx.rewrite import Pass
 
@@ -31,6 +32,7 @@ class BalanceScales(Pass):
     preserves_function = True
     changes_values = True
 
+    @checked
     def __init__(self, verify: bool = True):
         self.verify = verify
 

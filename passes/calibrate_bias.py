@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Layers, number_layers
+from vfx.arguments import checked
 from vfx.operators import weight_name
 from vfx.program import Program
 from vfx.rewrite import Pass
@@ -22,6 +23,7 @@ class CalibrateBias(Pass):
     weight_sets = "several"
     carries_maps = True
 
+    @checked
     def __init__(self, weights: float | Sequence[float] | None = None):
         self.weights = weights
 

@@ -15,13 +15,14 @@ reshift          x − μ_α + μ̄                  ablation in the same table;
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vfx.analyse.activations import statistics_channels
-from vfx.errors import ArgumentError, PassError
+from vfx.arguments import checked
+from vfx.errors import PassError
 from vfx.normalization import Affine, affines, reset_readers
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass
@@ -41,6 +42,7 @@ class CalibrateNormalization(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(
         self,
         kind: Kind,
@@ -52,8 +54,6 @@ class CalibrateNormalization(Pass):
         device: Any = None,
         progress: bool = True,
     ):
-        if kind not in get_args(Kind):
-            raise ArgumentError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
         self.kind, self.data, self.sweep, self.memory_limit = kind, data, sweep, memory_limit
         self.max_samples, self.device, self.progress = max_samples, device, progress
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from vfx.analyse.centring import Place, Streams
 from vfx.analyse.symmetry import symmetry
+from vfx.arguments import checked
 from vfx.operators import arguments
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass
@@ -34,6 +35,7 @@ class CenterStream(Pass):
     preserves_function = True
     changes_values = True
 
+    @checked
     def __init__(self, readers: bool = True, verify: bool = True):
         self.readers, self.verify = readers, verify
 

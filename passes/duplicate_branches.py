@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, Join, number_layers
+from vfx.arguments import checked
 from vfx.duplication import own_weights, prefixes, product, weighted_sum
 from vfx.errors import PassError
 from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
@@ -33,6 +34,7 @@ class DuplicateBranches(Pass):
     weight_sets = "several"
     carries_maps = True
 
+    @checked
     def __init__(
         self, preserve: int | str, weights: float | Sequence[float] | None = None, join: Join = "preactivation"
     ):

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, number_layers
+from vfx.arguments import checked
 from vfx.duplication import call, own_weights, prefixes, product, weighted_sum
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.match.maps import apply_along
@@ -26,7 +27,6 @@ from vfx.program import Execution, Program, Value, copy_node
 from vfx.rewrite import Pass
 
 HeadOutput = Literal["list", "cat", "mean"]
-OUTPUTS = ("list", "cat", "mean")
 
 
 class DuplicateHeads(Pass):
@@ -39,9 +39,8 @@ class DuplicateHeads(Pass):
     weight_sets = "several"
     carries_maps = True
 
+    @checked
     def __init__(self, heads: int | str, weights: float | Sequence[float] | None = None, output: HeadOutput = "list"):
-        if output not in OUTPUTS:
-            raise ArgumentError(f"head_output must be one of {', '.join(map(repr, OUTPUTS))}, got {output!r}")
         self.heads, self.weights, self.output = heads, weights, output
 
     def requires(self, program: Program) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.arguments import checked
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
 from vfx.pruning.clusters import Clusters, channel_vectors, cluster, merged, merged_goals, pairs, scaled_rows
@@ -35,6 +36,7 @@ class FoldChannels(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(
         self,
         sparsity: float,

@@ -23,6 +23,7 @@ from vfx.analyse.folding import Folding, Refused, Share
 from vfx.analyse.gains import Gain, gains
 from vfx.analyse.shift import shift_readers
 from vfx.analyse.symmetry import symmetry
+from vfx.arguments import checked
 from vfx.normalization import add_bias
 from vfx.operators import arguments, layer_arguments, weight_name
 from vfx.program import Program, Value, copy_graph
@@ -40,6 +41,7 @@ class FoldGain(Pass):
     preserves_function = True
     changes_values = True
 
+    @checked
     def __init__(self, biases: bool = True, verify: bool = True):
         self.biases, self.verify = biases, verify
 

@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor, fx
 
 from vfx.analyse.layers import normalizes_channels
+from vfx.arguments import checked
 from vfx.normalization import Affine, add_bias, affines
 from vfx.operators import (
     BATCH_NORMS,
@@ -45,6 +46,7 @@ class FoldNormalization(Pass):
 
     preserves_function = True
 
+    @checked
     def __init__(self, batch_norm: bool = False, verify: bool = True):
         self.batch_norm, self.verify = batch_norm, verify
         # what a layer gives is then what its BatchNorm gave; an inserted affine brings it to its goal

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from vfx.analyse.activations import Activation, activation_of
 from vfx.analyse.layers import Choice, Join, is_normalized, number_layers
+from vfx.arguments import checked
 from vfx.complex_numbers import is_complex
-from vfx.errors import ArgumentError
 from vfx.normalization import SCALE, SHIFT, name
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass
@@ -33,9 +33,8 @@ class InsertNormalization(Pass):
     weight_sets = "one"
     preserves_function = True
 
+    @checked
     def __init__(self, layers: Choice = None, verify: bool = True, site: Join = "preactivation"):
-        if site not in ("preactivation", "activation"):
-            raise ArgumentError(f"site must be 'preactivation' or 'activation', got {site!r}")
         self.layers, self.verify, self.site = layers, verify, site
 
     def apply(self, program: Program) -> Program:

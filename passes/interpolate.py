@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vfx.alphas import edge_weights
+from vfx.arguments import checked
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass
 
@@ -23,6 +24,7 @@ class Interpolate(Pass):
 
     weight_sets = "several"
 
+    @checked
     def __init__(self, weights: float | Sequence[float] | None = None):
         self.weights = weights
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vfx.arguments import checked
 from vfx.checks import check_finite
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Program
@@ -37,6 +38,7 @@ class MaskWeights(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(
         self,
         score: str | Score = "magnitude",

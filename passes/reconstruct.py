@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.program import Program
 from vfx.reconstruct.logits import LogitUnit, logit_units
@@ -56,6 +57,7 @@ class Reconstruct(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(
         self,
         references: Program | Sequence[Reference],
@@ -75,14 +77,6 @@ class Reconstruct(Pass):
         device: Any = None,
         progress: bool = True,
     ):
-        if ridge is not None and not ridge >= 0:
-            raise ArgumentError(f"ridge must be 0 or more, got {ridge:g}")
-        if goals not in get_args(Goals) or centre not in get_args(Centre):
-            raise ArgumentError(
-                f"goals={goals!r}, centre={centre!r}: goals are 'sum' or 'output', centre 'references' or 'own'"
-            )
-        if rounds < 1 or (max_rows is not None and max_rows < 1):
-            raise ArgumentError(f"rounds and max_rows must be at least 1, got {rounds} and {max_rows}")
         if isinstance(references, Program):
             shares = edge_weights(weights, references.edges)
             references = [Reference(references.select(i), share) for i, share in enumerate(shares)]

@@ -8,9 +8,8 @@ its biases did.
 
 from __future__ import annotations
 
-from typing import get_args
-
-from vfx.errors import ArgumentError, PassError
+from vfx.arguments import checked
+from vfx.errors import PassError
 from vfx.normalization import Direction, removed_biases, without
 from vfx.program import Program
 from vfx.rewrite import Pass
@@ -24,11 +23,8 @@ class RemoveBias(Pass):
     Several weight sets are taken as edges that are still to be matched, so only before branches are duplicated.
     """
 
+    @checked
     def __init__(self, count: int | None = DEFAULT_LAYERS, direction: Direction = "backward"):
-        if direction not in get_args(Direction):
-            raise ArgumentError(f"direction must be 'backward' or 'forward', got {direction!r}")
-        if count is not None and count < 0:
-            raise ArgumentError(f"count must not be negative, got {count}")
         self.count, self.direction = count, direction
 
     def requires(self, program: Program) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.arguments import checked
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
 from vfx.pruning.groups import Loss, Scores, channel_scores
@@ -39,6 +40,7 @@ class RemoveChannels(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(
         self,
         sparsity: float,

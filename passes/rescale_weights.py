@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Choice, number_layers
+from vfx.arguments import checked
 from vfx.operators import weight_name
 from vfx.program import Program
 from vfx.rewrite import Pass
@@ -24,6 +25,7 @@ class RescaleWeights(Pass):
     weight_sets = "several"
     carries_maps = True
 
+    @checked
     def __init__(self, weights: float | Sequence[float] | None = None, layers: Choice = None):
         self.weights, self.layers = weights, layers
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from vfx.analyse.layers import Choice, number_layers
+from vfx.arguments import checked
 from vfx.errors import PassError
 from vfx.normalization import reset_readers
 from vfx.operators import BATCH_NORMS, operator
@@ -25,6 +26,7 @@ class ResetBatchNorm(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(
         self,
         data: Any,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vfx.analyse.gains import gains
+from vfx.arguments import checked
 from vfx.errors import PassError, VerificationError
 from vfx.program import Program, Weights
 from vfx.rewrite import PRESERVED, Pass, same_function
@@ -26,6 +27,7 @@ class RestoreStructure(Pass):
 
     preserves_function = True
 
+    @checked
     def __init__(self, like: Program, verify: bool = True):
         self.like, self.verify = like, verify
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from vfx.arguments import checked
 from vfx.operators import is_layer, layer_arguments, operator, weight_name
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass
@@ -19,6 +20,7 @@ class UntieWeights(Pass):
 
     preserves_function = True
 
+    @checked
     def __init__(self, verify: bool = True):
         self.verify = verify
 

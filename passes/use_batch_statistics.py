@@ -15,13 +15,14 @@ RESET    BatchNorm with μ_B, σ_B for its running values
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from vfx.analyse.layers import Choice, Layer, is_normalized, number_layers
-from vfx.errors import ArgumentError, PassError
+from vfx.arguments import checked
+from vfx.errors import PassError
 from vfx.normalization import merged_norms, name
 from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
@@ -37,9 +38,8 @@ class UseBatchStatistics(Pass):
 
     weight_sets = "one"
 
+    @checked
     def __init__(self, kind: Kind, layers: Choice = None):
-        if kind not in get_args(Kind):
-            raise ArgumentError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}")
         self.kind, self.layers = kind, layers
 
     def requires(self, program: Program) -> None:

@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_captured_names_its_cause() -> None:
         ([1.0], "1 weights for 2 edges"),
         ([0.2, 0.3, 0.5], "3 weights for 2 edges"),
         ([], "0 weights for 2 edges"),
-        ("half", "weights must be numbers"),
+        ("half", "weights must be a number, a list of numbers or None"),
     ],
 )
 def test_alpha_outside_its_range_is_refused(program: Program, weights: Any, message: str) -> None:
@@ -276,7 +276,9 @@ def test_one_alpha_for_three_edges_is_refused() -> None:
 
 @pytest.mark.parametrize("preserve", [-1, 4, 100, 1.5, True, None])
 def test_preserve_outside_the_network_is_refused(program: Program, preserve: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"between 0 and 3 \(the number of layers\)"):
+    whole = isinstance(preserve, int) and preserve is not True
+    message = r"between 0 and 3 \(the number of layers\)" if whole else "preserve must be a whole number or a text, got"
+    with pytest.raises(ArgumentError, match=message):
         _merge(program, preserve=preserve)
 
 
@@ -301,7 +303,7 @@ def test_one_model_is_not_enough(models: list[nn.Module]) -> None:
             _merge(few)
     with pytest.raises(ArgumentError, match="at least two models, got 1"):
         _merge(trace(models[0], X[:2]))
-    with pytest.raises(ArgumentError, match="at least two models"):
+    with pytest.raises(ArgumentError, match="models must be a list of networks or a Program, got Sequential"):
         _merge(models[0])
 
 

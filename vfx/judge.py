@@ -25,14 +25,13 @@ import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vfx.errors import ArgumentError
 from vfx.outputs import named_tensors
 from vfx.program import Program
 from vfx.statistics.data import Prepared
@@ -80,16 +79,10 @@ class Score:
 
 
 class Judge:
-    """Scores networks against the ensemble of ``edges``, with shares ``alphas``, on held-out samples.
-
-    Raises ArgumentError for a ``kind`` that it does not know.
-    """
+    """Scores networks against the ensemble of ``edges``, with shares ``alphas``, on held-out samples."""
 
     @torch.no_grad()
     def __init__(self, edges: Program, alphas: Sequence[float], held: Prepared, kind: Kind = "auto"):
-        if kind not in get_args(Kind):
-            known = ", ".join(map(repr, get_args(Kind)))
-            raise ArgumentError(f"judge={kind!r} is unknown; choose one of {known}, or give a function of a module")
         self.held = held
         outputs = [[_tensors(edges(*batch, edge=i)) for batch in held.batches] for i in range(edges.edges)]
         self.kinds: dict[str, str] = {}

@@ -69,7 +69,8 @@ class Layers:
             before = {node.name for node in _up_to_module(self.program, preserve)}
             return max((x.number for x in self.layers if x.node in before and not x.shortcut), default=0)
         if isinstance(preserve, bool) or not isinstance(preserve, Integral) or not 0 <= preserve <= len(self):
-            raise ArgumentError(f"preserve must be between 0 and {len(self)} (the number of layers), got {preserve}")
+            most = f"between 0 and {len(self)} (the number of layers)" if len(self) else _none_to_keep(0)
+            raise ArgumentError(f"preserve must be {most}, got {preserve!r}")
         return int(preserve)
 
     def cut(self, preserve: int | str, join: Join = "preactivation") -> Cut:
@@ -276,8 +277,9 @@ def heads(layers: Layers, keep: int | str) -> Cut:
         first = _inside(graph, keep, "heads")
         kept, overlap = set(first) | descendants(first), False
     else:
-        if isinstance(keep, bool) or not isinstance(keep, Integral) or not 0 <= keep < total:
-            raise ArgumentError(f"heads must be between 0 and {total - 1} (one layer at least is merged), got {keep}")
+        if isinstance(keep, bool) or not isinstance(keep, Integral) or not 0 <= keep < max(total, 1):
+            most = f"between 0 and {total - 1} (one layer at least is merged)" if total > 1 else _none_to_keep(total)
+            raise ArgumentError(f"heads must be {most}, got {keep!r}")
         kept = _behind(layers, total - int(keep), "activation") if keep else set()
         here = {layer.node for layer in layers}
         overlap = any(x.number > total - keep and x.node not in here for x in layers.program.layers)
@@ -287,6 +289,11 @@ def heads(layers: Layers, keep: int | str) -> Cut:
         raise ArgumentError("preserve and heads overlap: no layer is left to merge between them")
     sources = [a for n in graph.nodes if n in kept for a in n.all_input_nodes if a not in kept and a.op != "get_attr"]
     return Cut(frozenset(kept), tuple(dict.fromkeys(sources)))
+
+
+def _none_to_keep(layers: int) -> str:
+    number = "one convolution or linear layer, which is merged" if layers else "no convolution or linear layers"
+    return f"0: the network has {number}"
 
 
 def _unpacks(node: fx.Node, kept: set[fx.Node]) -> bool:

@@ -16,6 +16,7 @@ from vfx.api.merging import merge
 from vfx.api.pruning import prune, prune_structured
 from vfx.api.results import Result
 from vfx.api.tracing import program_of
+from vfx.arguments import check_names, checked
 from vfx.diagnosis.comparison import Comparison, Point
 from vfx.diagnosis.observe import class_axis, first_output
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
@@ -28,8 +29,9 @@ RUNS = 5  # of a batch, whose median time counts
 Values = Any  # one value of an option, or a list of them
 
 
+@checked
 def compare(
-    models: nn.Module | Sequence[nn.Module],
+    models: nn.Module | Sequence[nn.Module] | Program,
     example_inputs: Any,
     *,
     data: Any = None,
@@ -55,6 +57,8 @@ def compare(
     """
     single = isinstance(models, nn.Module)
     make, combinations = _pruning(grid) if single else _merging(grid)
+    check_names("grid=", make, (name for one in combinations[:1] for name in one))
+    check_names("compare", make, options)
     edges = program_of(models, example_inputs)
     edges = edges if device is None else edges.to(device)
     judge = _Judge(edges, data if evaluate is None else evaluate, max_samples if evaluate is None else None, device)

@@ -26,6 +26,7 @@ from vfx.api.reconstructing import Solving, Student, references_of
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import program_of, symmetry
 from vfx.api.widths import Wanted, one_width
+from vfx.arguments import checked
 from vfx.checks import check_finite
 from vfx.choice import Judging
 from vfx.diagnosis.skew import skew_notes
@@ -44,6 +45,7 @@ from vfx.statistics.labels import counted
 from vfx.widths import differ_in_width
 
 
+@checked
 def merge(
     models: Sequence[nn.Module] | Program,
     example_inputs: Any = None,
@@ -204,11 +206,15 @@ def carried_out(
     return run_passes(result, after, watch)
 
 
+@checked
 def compile(
     models: nn.Module | Sequence[nn.Module] | Program, example_inputs: Any = None, *, passes: Iterable[Pass]
 ) -> Result:
     """Run an explicit list of passes over one or several networks and emit the result."""
-    watch = Stopwatch()
+    watch, passes = Stopwatch(), list(passes)
+    wrong = next((one for one in passes if not isinstance(one, Pass)), None)
+    if wrong is not None:
+        raise ArgumentError(f"passes= holds {wrong!r}, which is no vfx.Pass (a class of passes needs its brackets)")
     with watch("trace"):
         program = program_of(models, example_inputs)
     result = run_passes(program, passes, watch)

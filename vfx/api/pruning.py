@@ -17,6 +17,7 @@ from vfx.api.reconstructing import Solving, is_named
 from vfx.api.restoring import Restoring, with_goals
 from vfx.api.results import Result, run_passes
 from vfx.api.tracing import program_of, symmetry
+from vfx.arguments import check_names, checked
 from vfx.choice import Judging
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
@@ -33,6 +34,7 @@ from vfx.report import Stopwatch
 from vfx.statistics.data import Batches, reusable
 
 
+@checked
 def prune(
     model: nn.Module | Program,
     example_inputs: Any = None,
@@ -75,6 +77,7 @@ def prune(
     """
     watch = Stopwatch()
     if scope == "group" or structured is not None:
+        check_names("structured=", prune_structured, structured or {})
         return _whole_channels(
             model, example_inputs, scope, masks, steps, protect,
             dict(structured or {}) | {
@@ -159,6 +162,7 @@ def _whole_channels(
     return prune_structured(model, example_inputs, **{"protect": names} | options)
 
 
+@checked
 def prune_structured(
     model: nn.Module | Program,
     example_inputs: Any = None,

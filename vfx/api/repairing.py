@@ -17,6 +17,7 @@ from vfx.api.normalizing import check_exact, given_goals, usual
 from vfx.api.reconstructing import SOLVES
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import symmetry, trace
+from vfx.arguments import checked
 from vfx.choice import Candidate, label_notes, scored, trials
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher
@@ -30,6 +31,7 @@ from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import reusable
 
 
+@checked
 def repair(
     model: nn.Module | Result,
     references: Sequence[nn.Module] = (),

@@ -14,6 +14,7 @@ from vfx.analyse.layers import Layers, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api.results import Result
+from vfx.arguments import checked
 from vfx.capture import capture
 from vfx.checks import check_edges, check_finite, check_heads, check_same_function
 from vfx.complex_numbers import real_parts
@@ -25,6 +26,7 @@ from vfx.statistics.record import Recorder
 from vfx.statistics.record import recorded as recorded_statistics
 
 
+@checked
 def trace(
     models: nn.Module | Sequence[nn.Module],
     example_inputs: Any,
@@ -61,6 +63,7 @@ def weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
 _symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
 
 
+@checked
 def symmetry(model: nn.Module | Program, example_inputs: Any = None) -> Symmetry:
     """Symmetries of a network: ``.groups`` and their classes, ``.pinned``, ``.verify()``; prints as a table."""
     program = program_of(model, example_inputs)
@@ -70,16 +73,19 @@ def symmetry(model: nn.Module | Program, example_inputs: Any = None) -> Symmetry
     return found
 
 
+@checked
 def layers(model: nn.Module | Program, example_inputs: Any = None) -> Layers:
     """Numbered conv and linear layers, shortcuts among them, and the joins of each cut."""
     return number_layers(program_of(model, example_inputs))
 
 
+@checked
 def profile(model: nn.Module | Program | Result, example_inputs: Any = None) -> Profile:
     """Parameters, MACs, FLOPs and memory of each layer, counted from the graph (torchstat's conventions, batch 1)."""
     return cost(program_of(model.program if isinstance(model, Result) else model, example_inputs))
 
 
+@checked
 def collect(
     models: Sequence[nn.Module] | Program,
     example_inputs: Any = None,
@@ -103,6 +109,7 @@ def collect(
     return collect_statistics(program, symmetry(program), data, **options)
 
 
+@checked
 def record(model: nn.Module, *, momentum: float | None = None) -> Recorder:
     """Record a model's layer statistics while it is trained, for merging without data (*Vanishing Feature*, App. G.4).
 
@@ -112,6 +119,7 @@ def record(model: nn.Module, *, momentum: float | None = None) -> Recorder:
     return Recorder(model, momentum)
 
 
+@checked
 def recorded(
     models: Sequence[nn.Module] | Program, recorders: Sequence[Recorder], example_inputs: Any = None
 ) -> Statistics:

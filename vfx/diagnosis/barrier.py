@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vfx.api import collect, merge, symmetry, trace
+from vfx.arguments import checked
 from vfx.diagnosis.observe import class_axis, first_output
 from vfx.diagnosis.rows import finite
 from vfx.errors import ArgumentError, DataError
@@ -135,6 +136,7 @@ class Barrier:
 _TARGETS = {"labels": "the labels", "ensemble": "the edges' ensemble"}
 
 
+@checked
 @torch.no_grad()
 def barrier(
     models: Sequence[nn.Module] | Program,
@@ -165,8 +167,6 @@ def barrier(
     program = program if device is None else program.to(device)
     if program.edges != 2:
         raise ArgumentError(f"a barrier lies between two edges, got {program.edges}; merge pairs of them")
-    if points < 3:
-        raise ArgumentError(f"points must be at least 3 (both ends and one between), got {points}")
     data = in_order(data)
     methods = _methods(program) if normalize is None else list(normalize)
     matches = _matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vfx.analyse.verify import preserved
 from vfx.api import Result, symmetry, trace
+from vfx.arguments import checked
 from vfx.diagnosis.compare import compare
 from vfx.diagnosis.diagnosis import Diagnosis, Logits
 from vfx.diagnosis.rows import LayerRow, overall
@@ -26,6 +27,7 @@ from vfx.statistics.collect import collect
 from vfx.statistics.data import reusable
 
 
+@checked
 @torch.no_grad()
 def diagnose(
     merged: Result | nn.Module | Program,

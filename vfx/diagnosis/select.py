@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from vfx.arguments import checked
 from vfx.diagnosis.difficulty import networks, scores
 from vfx.errors import ArgumentError, DataError
 from vfx.statistics.data import BATCH_SIZE
 from vfx.statistics.labels import NAMES, batch_labels, class_labels, in_order
 
 Strategy = Literal["random", "easy", "hard", "balanced"]
-STRATEGIES = ("random", "easy", "hard", "balanced")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class Selection:
         return len(self.indices)
 
 
+@checked
 def select(
     data: Any,
     n: int | float,
@@ -148,8 +149,6 @@ def _survey(
 
 
 def _check(strategy: str, quantiles: tuple[float, float]) -> None:
-    if strategy not in STRATEGIES:
-        raise ArgumentError(f"strategy={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
     low, high = quantiles
     if not 0 <= low < high <= 1:
         raise ArgumentError(f"quantiles must satisfy 0 <= low < high <= 1, got {quantiles}")

@@ -7,6 +7,7 @@ written whole or not at all, and reading one never runs code from it.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from vfx.archives import check_expanded
+from vfx.arguments import checked
 from vfx.capture import capture
 from vfx.checks import check_finite, check_storage, learned
 from vfx.emit.checkpoints import choose, filled, in_dtype
@@ -31,7 +33,8 @@ from vfx.reading import require_file
 from vfx.signature import Call, as_call, batched_call, in_order
 
 
-def export(model: Any, path: str | Path, example_inputs: Any = None) -> Path:
+@checked
+def export(model: Any, path: str | os.PathLike[str], example_inputs: Any = None) -> Path:
     """Write a merged network (a Result or a module with example inputs) in the format of ``path``'s suffix.
 
     ``.onnx`` is compared with the module in ONNX Runtime at two batch sizes first. ``.safetensors`` holds the state
@@ -77,8 +80,9 @@ _WRITERS = {".onnx": _write_onnx, ".safetensors": _write_safetensors, ".pt2": _w
 FORMATS = tuple(_WRITERS)  # suffixes
 
 
+@checked
 def load(
-    path: str | Path,
+    path: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
     entry: str | None = None,

@@ -13,6 +13,7 @@ import numpy as np
 
 from vfx.analyse.symmetry import Permutations, Symmetry
 from vfx.analyse.transform import Element, check_classes
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
 from vfx.match.carry import Carriage, Crossing
@@ -32,6 +33,7 @@ class ActivationMatching:
     exact = True
     through_norms = True
 
+    @checked
     def __init__(self, classes: str = "full", restarts: int = 0):
         self.restarts, self.classes = restarts, check_classes(classes)
 

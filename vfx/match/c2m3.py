@@ -29,6 +29,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.descent import CHUNK, Descent, inner_product
 from vfx.match.matcher import Gain, Matching, Problem
@@ -46,6 +47,7 @@ class C2M3:
     needs: frozenset[str] = frozenset()
     exact = True
 
+    @checked
     def __init__(
         self,
         iterations: int = 100,

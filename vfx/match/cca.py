@@ -17,6 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.linear import Features, LinearMatching, Solution
 
@@ -28,6 +29,7 @@ class CCAMerging(LinearMatching):
 
     title: ClassVar[str] = "CCA merging"
 
+    @checked
     def __init__(self, gamma: float = 0.1, relative: bool = False):
         if not gamma > 0:
             raise ArgumentError(f"gamma must be positive, got {gamma}: covariances of dead channels are singular")

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Group
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.matcher import Matcher, Matching, Problem
@@ -21,6 +22,7 @@ from vfx.program import Program
 class FirstLayers:
     """``matcher`` (a name or a Matcher), its result kept for the first ``count`` layers alone."""
 
+    @checked
     def __init__(self, matcher: str | Matcher, count: int):
         found = find_matcher(matcher)
         if found is None:

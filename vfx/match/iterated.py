@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Permutations
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.ascent import Ascent
@@ -52,6 +53,7 @@ class IteratedMatching:
     needs = frozenset({"features", "data"})
     exact = True
 
+    @checked
     def __init__(self, iterations: int = 10, normalize: str | Sequence[Rewrite] | None = "auto"):
         if isinstance(normalize, str) and normalize != "auto":
             raise ArgumentError(f"normalize={normalize!r}: give 'auto', None or a list of passes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,7 @@ class Matching:
         return apply(symmetry, weights, self.element(edge), check=False)
 
 
+@runtime_checkable
 class Matcher(Protocol):
     """Finds, for each edge, what brings it closest to the first edge.
 

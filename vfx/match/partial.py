@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.maps import mappable
@@ -41,6 +42,7 @@ class PartialMatching:
     exact: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.exact = self.apart == 0.0  # else BatchNorms of a wider network would have to be put together from parts
         shares = self.apart.values() if isinstance(self.apart, Mapping) else [self.apart]
         if not all(0 <= share <= 1 for share in shares):

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.arguments import checked
 from vfx.errors import ArgumentError, DataError
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
@@ -53,6 +54,7 @@ class StraightThrough:
     needs = frozenset({"data"})
     exact = True
 
+    @checked
     def __init__(
         self,
         epochs: int = 5,

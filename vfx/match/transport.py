@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vfx.analyse.grids import grid
 from vfx.analyse.symmetry import Group, Index
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match import coupling
 from vfx.match.carry import Carried, Carrier, Crossing, Pairing, Reading
@@ -48,6 +49,7 @@ class OptimalTransport:
 
     through_norms = False
 
+    @checked
     def __init__(
         self,
         method: Literal["exact", "sinkhorn"] = "exact",

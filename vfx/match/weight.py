@@ -16,6 +16,7 @@ import torch
 from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, apply, check_classes
+from vfx.arguments import checked
 from vfx.match.carry import Carriage, Crossing
 from vfx.match.class_descent import ClassDescent, between, beyond_permutations, split
 from vfx.match.descent import Descent
@@ -36,6 +37,7 @@ class WeightMatching:
     exact = True
     through_norms = True
 
+    @checked
     def __init__(self, restarts: int = 0, classes: str = "full"):
         self.restarts, self.classes = restarts, check_classes(classes)
 

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from vfx.analyse.symmetry import Index
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.linear import Features, LinearMatching, Solution
 
@@ -38,6 +39,7 @@ class ZipIt(LinearMatching):
 
     title: ClassVar[str] = "ZipIt!"
 
+    @checked
     def __init__(self, a: float = 1.0, b: float = 0.125):
         if not 0 <= b <= 1:
             raise ArgumentError(f"b must be between 0 and 1, got {b}")

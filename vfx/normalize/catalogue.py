@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from vfx.analyse.layers import Choice, Join
+from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
 from vfx.normalization import Direction
 from vfx.operators import BATCH_NORMS, operator
@@ -38,7 +39,6 @@ METHODS: Mapping[str, Method] = {
     "rescale_weights": Method(False, False, None, True, "|θ_α| brought to the edges' mean magnitude"),
 }
 BEHIND = "repair, activation"  # what "auto" calls it
-SWEEPS = ("exact", "train", "uncorrected", "batch")
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,10 @@ class Normalization:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.method != "auto" and self.method not in METHODS:
             known = ", ".join(METHODS)
             raise ArgumentError(f"normalize={self.method!r} is unknown; choose one of {known}, None or 'auto'")
-        for name, allowed in (("site", get_args(Join)), ("sweep", SWEEPS), ("direction", (None, *get_args(Direction)))):
-            if getattr(self, name) not in allowed:
-                raise ArgumentError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
-                )
-        for name in ("count", "memory_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ArgumentError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.sweep == "batch" and (self.method not in METHODS or not METHODS[self.method].data or self.behind):
             raise ArgumentError("sweep='batch' normalises before the activation by repair, rescale or reset; name one")
         if self.method == "reset" and self.behind:

@@ -36,12 +36,6 @@ Loss = Callable[[Any, Any], Tensor]
 CHUNK_BYTES, CHUNK = 1 << 28, 64  # gradients of at most this much memory and this many samples at once
 
 
-def check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
-
-
 class SampleGradients:
     """Per-sample gradients of one network's loss with respect to chosen weights."""
 

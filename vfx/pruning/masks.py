@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.sparse import SparseSemiStructuredTensor
 
+from vfx.arguments import checked
+
 KEEP = ("permanent", "parametrize", "semi_structured")
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -39,6 +41,7 @@ def parametrize_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> nn.Modu
     return module
 
 
+@checked
 @torch.no_grad()
 def make_permanent(module: nn.Module) -> nn.Module:
     """Turn masks (``masks="parametrize"``) into zeros of plain parameters, 2:4 tensors into dense ones, in place.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
 from vfx.program import Execution, Program, Step, schedule
 
@@ -28,6 +29,9 @@ class Reference:
     program: Program
     share: float = 1.0
     carry: Carry = unchanged
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def value(self, node: str, value: Tensor) -> Tensor:
         """A value of this network in the student's channels."""

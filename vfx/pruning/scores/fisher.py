@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vfx.pruning.gradients import Labels, Loss, SampleGradients, check_count
+from vfx.arguments import checked
+from vfx.pruning.gradients import Labels, Loss, SampleGradients
 from vfx.pruning.scores.score import Score, Subject
 
 
@@ -21,11 +22,12 @@ class DiagonalFisher(Score):
     name: ClassVar[str] = "fisher"
     needs_data: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self, damping: float = 1e-4, *, loss: Loss | None = None, labels: Labels = "sampled", minibatch: int = 1
     ):
         self.damping, self.loss, self.labels = damping, loss, labels
-        self.minibatch = check_count("minibatch", minibatch)
+        self.minibatch = minibatch
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         gradients = SampleGradients(subject, self.loss, self.labels, self.minibatch)

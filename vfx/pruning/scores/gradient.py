@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vfx.arguments import checked
 from vfx.pruning.gradients import Labels, Loss, SampleGradients
 from vfx.pruning.scores.score import Score, Subject
 
@@ -16,6 +17,7 @@ class GradientWeight(Score):
     name: ClassVar[str] = "gradient"
     needs_data: ClassVar[bool] = True
 
+    @checked
     def __init__(self, *, loss: Loss | None = None, labels: Labels = "sampled"):
         self.loss, self.labels = loss, labels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.pruning.scores.catalogue import score_named
 from vfx.pruning.scores.score import Score, Scored, Subject
@@ -17,6 +18,7 @@ class ScoreOnce(Score):
     propagation="pruned", whose scores depend on what is pruned.
     """
 
+    @checked
     def __init__(self, score: str | Score):
         self.inner = score_named(score)
         if self.inner.layer_by_layer:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.operators import CONVOLUTIONS, TRANSPOSED, arguments, operator
 from vfx.progress import track
@@ -39,6 +40,7 @@ class Wanda(Score):
     scope: ClassVar[str] = "row"
     protect: ClassVar[tuple[str, ...]] = ("head",)
 
+    @checked
     def __init__(self, propagation: Propagation = "dense"):
         if propagation not in ("dense", "pruned"):
             raise ArgumentError(f"propagation={propagation!r} is unknown; choose 'dense' or 'pruned'")

@@ -24,8 +24,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
-from vfx.pruning.gradients import Labels, Loss, SampleGradients, check_count
+from vfx.pruning.gradients import Labels, Loss, SampleGradients
 from vfx.pruning.scores.score import Pruned, Score, Scored, Subject
 
 Update = Literal["sum", "joint"]
@@ -105,6 +106,7 @@ class WoodFisher(Score):
     name: ClassVar[str] = "woodfisher"
     needs_data: ClassVar[bool] = True
 
+    @checked
     def __init__(
         self,
         block: int = 2000,
@@ -116,13 +118,11 @@ class WoodFisher(Score):
         minibatch: int = 1,
         memory: int = 5 << 29,
     ):
-        if update not in ("sum", "joint", None):
-            raise ArgumentError(f"update={update!r} is unknown; choose 'sum', 'joint' or None")
         if not damping > 0:
             raise ArgumentError(f"damping must be above 0, got {damping!r}")
-        self.block, self.damping, self.update = check_count("block", block), damping, update
+        self.block, self.damping, self.update = block, damping, update
         self.loss, self.labels = loss, labels
-        self.minibatch, self.memory = check_count("minibatch", minibatch), check_count("memory", memory)
+        self.minibatch, self.memory = minibatch, memory
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         return _Run(self, subject).scores()
