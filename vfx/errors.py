@@ -12,7 +12,14 @@ class ArgumentError(VfxError, ValueError):
 
 
 class CaptureError(VfxError):
-    """torch.export could not capture the model, or the captured graph cannot be represented."""
+    """torch.export could not capture the model, or the captured graph cannot be represented.
+
+    ``details``: what torch printed meanwhile, its graph among it; the command line shows it with ``--debug``.
+    """
+
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message)
+        self.details = details
 
 
 class ArchitectureError(VfxError):

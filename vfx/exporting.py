@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import io
+import logging
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -19,6 +23,15 @@ from vfx.outputs import plain
 from vfx.signature import Call, batch_size
 
 DYNAMIC_BATCH = "batch"
+VALUES = (
+    "where shapes or branches depend on values, give the network without that part (a detector without its "
+    "post-processing: the backbone and the heads in front of non-maximum suppression), or write it with torch.where"
+)
+FIXED = (
+    "where the batch or another size is written into the code, capture the network as it is, program = "
+    "vfx.trace(model, example_inputs, dynamic_shapes=None), and give the program in its place (merge, prune, "
+    "prune_structured and export take dynamic_shapes= too)"
+)
 
 
 def exported(model: nn.Module, call: Call, dynamic_shapes: Any = DYNAMIC_BATCH) -> tuple[ExportedProgram, list[str]]:
@@ -31,14 +44,36 @@ def exported(model: nn.Module, call: Call, dynamic_shapes: Any = DYNAMIC_BATCH) 
     # forward of this copy alone: caches and dataclasses are no outputs that torch.export takes
     replica.forward = _plainly(replica.forward, notes)
     shapes = _batch_shapes(model, call) if dynamic_shapes == DYNAMIC_BATCH else dynamic_shapes
+    said = io.StringIO()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _kept_back(said):
             # the flat weights of recurrent modules, which are the parameters once more
             warnings.filterwarnings("ignore", r"The tensor attributes? self\.\S*_flat_weights\[")
             program = torch.export.export(replica, call.args, dict(call.kwargs), strict=False, dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many unrelated classes
-        raise CaptureError(_explain(model, call, error)) from error
+        raise CaptureError(_explain(model, call, error), said.getvalue()) from error
     return program, list(dict.fromkeys(notes))
+
+
+@contextmanager
+def _kept_back(text: io.StringIO) -> Iterator[None]:
+    """What torch prints and logs of a capture (its whole graph, where it fails) goes into ``text``.
+
+    With TORCH_LOGS in the environment it is left alone: then someone wants to read it.
+    """
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    names = [name for name in logging.Logger.manager.loggerDict if name.split(".")[0] == "torch"]
+    handlers = [h for name in names for h in logging.getLogger(name).handlers if type(h) is logging.StreamHandler]
+    streams = [handler.setStream(text) for handler in handlers]
+    try:
+        with redirect_stdout(text), redirect_stderr(text):
+            yield
+    finally:
+        for handler, stream in zip(handlers, streams):
+            if stream is not None:
+                handler.setStream(stream)
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -67,10 +102,18 @@ def _batch_shapes(model: nn.Module, call: Call) -> tuple[Any, ...]:
 
 
 def _explain(model: nn.Module, call: Call, error: Exception) -> str:
-    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What went wrong in one line, and the way out of it."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    cause = (lines[0] if lines else type(error).__name__).split("For more information")[0].strip()
+    place = next((line.removeprefix("Caused by:").strip() for line in lines if line.startswith("Caused by:")), "")
+    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+        way = VALUES
+    elif "Constraints violated" in text or "pecialized" in text:
+        way = FIXED
+    else:
+        way = f"check that the example inputs fit forward(). If they do: {VALUES}; {FIXED}"
     return (
         f"torch.export could not capture {type(model).__name__} with inputs {call}: {type(error).__name__}: {cause} "
-        "Way out: check that the example inputs fit forward(); replace control flow that depends on tensor values "
-        "(by torch.where, or fix it in eval mode); if the model needs a fixed batch or other dynamic axes, pass "
-        "dynamic_shapes=."
+        f"{place and place + ' '}Way out: {way}."
     )

@@ -31,6 +31,7 @@ from vfx.checks import check_finite
 from vfx.choice import Judging
 from vfx.diagnosis.skew import skew_notes
 from vfx.errors import ArgumentError, PassError
+from vfx.exporting import DYNAMIC_BATCH
 from vfx.match.catalogue import maps_layers, matcher, name_of
 from vfx.match.growth import Growth, grow
 from vfx.match.matcher import Matcher, Matching
@@ -70,6 +71,7 @@ def merge(
     statistics: Statistics | None = None,
     held_out: Any = None,
     max_samples: int | None = None,
+    dynamic_shapes: Any = DYNAMIC_BATCH,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -105,8 +107,8 @@ def merge(
     ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
     may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
     averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
-    nothing; the report warns if the merged network's variances do not fit the edges' on them. ``verify``: prove
-    f(x) = f_π(x) before use.
+    nothing; the report warns if the merged network's variances do not fit the edges' on them. ``dynamic_shapes``: as
+    for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     watch = Stopwatch()
@@ -117,12 +119,12 @@ def merge(
     options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     carried, named = None, normalize
     if not isinstance(models, Program) and not heads and differ_in_width(models):
-        wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed)
+        wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed, dynamic_shapes)
         carried, normalize = one_width(models, example_inputs, data, wanted, options, watch)
         models, match, statistics = carried.program, None, carried.statistics
-        restarts = 0
+        restarts, dynamic_shapes = 0, DYNAMIC_BATCH
     with watch("trace"):
-        program = program_of(models, example_inputs, heads)
+        program = program_of(models, example_inputs, heads, dynamic_shapes)
     check_edges_of(program)
     captured = program if carried is None else carried.captured
     whole = program

@@ -21,6 +21,7 @@ from vfx.arguments import check_names, checked
 from vfx.choice import Judging
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
+from vfx.exporting import DYNAMIC_BATCH
 from vfx.normalize.catalogue import METHODS, Normalization, normalization
 from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
@@ -53,6 +54,7 @@ def prune(
     schedule: str = "cubic",
     masks: str = "permanent",
     structured: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = DYNAMIC_BATCH,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -71,7 +73,8 @@ def prune(
     "repair", "rescale", "reset", towards the dense network's statistics; "auto" is RESET with BatchNorm, else REPAIR,
     and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
     "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
-    ``structured``, its further options) removes whole channels instead: see ``prune_structured``.
+    ``structured``, its further options) removes whole channels instead: see ``prune_structured``. ``dynamic_shapes``:
+    as for ``vfx.trace``.
     *Vanishing Feature* §5.5, App. A.7.
     Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
     """
@@ -83,7 +86,8 @@ def prune(
             dict(structured or {}) | {
                 "sparsity": sparsity, "score": score, "data": data, "max_samples": max_samples,
                 "repair_samples": repair_samples, "solve": solve, "judge": judge, "normalize": normalize,
-                "verify": verify, "seed": seed, "device": device, "progress": progress,
+                "dynamic_shapes": dynamic_shapes, "verify": verify, "seed": seed, "device": device,
+                "progress": progress,
             },
         )  # fmt: skip
     if masks not in KEEP:
@@ -103,7 +107,7 @@ def prune(
         progress=progress,
     )
     with watch("trace"):
-        program = program_of(model, example_inputs)
+        program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes)
     asked = _pruned_normalization(normalize, program, data)
     solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     if device is not None:
@@ -183,6 +187,7 @@ def prune_structured(
     max_samples: int | None = None,
     repair_samples: int = 64,
     normalize: str | Normalization | None = "auto",
+    dynamic_shapes: Any = DYNAMIC_BATCH,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -200,7 +205,8 @@ def prune_structured(
     kept (or merged) on ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
     held-out samples (as ``judge`` sees them, see ``merge``), and gives way to a normalization that is named.
     ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
-    samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data.
+    samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes``: as for
+    ``vfx.trace``.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     watch = Stopwatch()
@@ -208,7 +214,7 @@ def prune_structured(
         raise ArgumentError(f"method={method!r} is unknown; choose 'remove' or 'fold'")
     data = reusable(data)
     with watch("trace"):
-        program = program_of(model, example_inputs)
+        program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if device is not None:
         program = program.to(device)
     asked = _pruned_normalization(normalize, program, data)

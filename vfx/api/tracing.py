@@ -19,6 +19,7 @@ from vfx.capture import capture
 from vfx.checks import check_edges, check_finite, check_heads, check_same_function
 from vfx.complex_numbers import real_parts
 from vfx.errors import ArgumentError
+from vfx.exporting import DYNAMIC_BATCH
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
@@ -32,13 +33,14 @@ def trace(
     example_inputs: Any,
     *,
     heads: int | str = 0,
-    dynamic_shapes: Any = "batch",
+    dynamic_shapes: Any = DYNAMIC_BATCH,
 ) -> Program:
     """Capture one model, or several of one architecture, as a Program with a weight set for each.
 
     ``example_inputs``: a tensor, a tuple of forward's arguments, or a dict of its keyword arguments; arguments may nest
     tensors in tuples, lists and dicts, beside constants, which are baked in. All functions here take them so.
     ``heads``: the last layers, in which the models' tensors may differ in shape (other numbers of classes).
+    ``dynamic_shapes``: which sizes vary, as ``torch.export`` takes it; by default the batch, with None nothing.
     Raises CaptureError, ArchitectureError, WeightError.
     """
     if isinstance(models, nn.Module):
@@ -127,11 +129,13 @@ def recorded(
     return recorded_statistics(program_of(models, example_inputs), recorders)
 
 
-def program_of(models: Any, example_inputs: Any, heads: int | str = 0) -> Program:
+def program_of(models: Any, example_inputs: Any, heads: int | str = 0, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
+    """``models`` captured, or as they are where they were before."""
     if isinstance(models, Program):
+        if dynamic_shapes != DYNAMIC_BATCH:
+            raise ArgumentError("dynamic_shapes= belongs to the capture of a network, and a Program is captured")
         return models
     if example_inputs is None:
         raise ArgumentError("example_inputs are needed to capture a model")
-    return (
-        trace(models, example_inputs) if isinstance(models, nn.Module) else trace(models, example_inputs, heads=heads)
-    )
+    heads = 0 if isinstance(models, nn.Module) else heads
+    return trace(models, example_inputs, heads=heads, dynamic_shapes=dynamic_shapes)

@@ -35,6 +35,7 @@ class Wanted:
     preserve: int | str
     verify: bool
     seed: int
+    dynamic_shapes: Any
 
 
 def one_width(
@@ -48,7 +49,7 @@ def one_width(
     if example_inputs is None:
         raise ArgumentError("example_inputs are needed to capture a model")
     with watch("trace"):
-        captured = [program_of(model, example_inputs) for model in models]
+        captured = [program_of(model, example_inputs, dynamic_shapes=wanted.dynamic_shapes) for model in models]
     asked = normalization(wanted.normalize, data is not None)
     programs = [prepared(program, wanted.prepare, wanted.verify, watch) for program in captured]
     if not finder.through_norms:

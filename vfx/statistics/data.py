@@ -51,17 +51,19 @@ class Batches:
             raise ArgumentError(f"max_samples must be at least 1, got {max_samples}")
         if isinstance(data, Batches):  # those of another Program that takes the same inputs
             data, max_samples, device = data._given_as(max_samples, device)
+        sizes = [node.meta["val"].shape[:1] for node in program.placeholders]
+        batched = has_batch(program.example_inputs)
+        fixed = [size[0] for size, own in zip(sizes, batched) if own and isinstance(size[0], int)]
+        self._fixed = fixed[0] if fixed else None  # a batch size that is part of the network
         if isinstance(data, Tensor):
-            data = data.split(BATCH_SIZE)
+            data = data.split(self._fixed or BATCH_SIZE)
         if not isinstance(data, (Iterable, Prepared)) or isinstance(data, Mapping):
             raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
         self._data = reusable(data)
         self._arguments = program.signature.inputs
         self._checks = [
-            _Check(str(node.target), example, node.meta["val"].shape, batched)
-            for node, example, batched in zip(
-                program.placeholders, program.example_inputs, has_batch(program.example_inputs)
-            )
+            _Check(str(node.target), example, node.meta["val"].shape, own)
+            for node, example, own in zip(program.placeholders, program.example_inputs, batched)
         ]
         self._first = next((index for index, check in enumerate(self._checks) if check.batched), 0)
         self._limit = max_samples
@@ -94,7 +96,9 @@ class Batches:
             batch = list(raw) if isinstance(self._data, Prepared) else self._inputs(raw)
             samples = size = self.size(batch)
             if self._limit is not None and seen + size > self._limit:
-                size = self._limit - seen
+                if self._fixed and seen:
+                    break
+                size = self._whole(self._limit - seen)
                 batch = [x[:size] if check.batched else x for check, x in zip(self._checks, batch)]
             seen += size
             if size:
@@ -108,38 +112,47 @@ class Batches:
         """The first ``limit`` samples without every ``every``-th of them, and those; the same for the same data.
 
         Of the ``every`` ways to choose them ``fold`` is one. Every batch of the first part keeps its place, so it may
-        be smaller; empty ones are left out.
+        be smaller; empty ones are left out. Where the batch size is part of the network whole batches are held out.
         """
         parts: tuple[list[Any], list[Any]] = ([], [])
         seen = 0
         for batch, labels in self.labelled():
-            size = min(self.size(batch), limit - seen)
-            held = (torch.arange(seen, seen + size) + 1 + fold) % every == 0
+            size = self._whole(min(self.size(batch), limit - seen))
+            held = self._held(seen, size, every, fold)
             for part, chosen in zip(parts, (~held, held)):
                 rows = chosen.nonzero()[:, 0]
                 if len(rows):
                     own = [x[rows.to(x.device)] if c.batched else x for c, x in zip(self._checks, batch)]
                     part.append((own, labels[rows.to(labels.device)] if labels is not None else None))
             seen += size
-            if seen == limit:
+            if seen >= limit:
                 break
         return tuple(Prepared(*(tuple(x) for x in zip(*part))) if part else Prepared((), ()) for part in parts)  # type: ignore
 
     def parts(self, every: int) -> Iterator[tuple[Batch, bool]]:
         """Batches that are not held out and such that are (True): every ``every``-th, or where there are few batches,
         or nobody knows how many, the ``every``-th samples of each."""
-        if len(self) >= 2 * every:
+        if len(self) >= 2 * every or (self._fixed and len(self) >= every):
             yield from ((batch, (index + 1) % every == 0) for index, batch in enumerate(self))
             return
         seen = 0
         for batch in self:
             size = self.size(batch)
-            held = (torch.arange(seen, seen + size) + 1) % every == 0
+            held = self._held(seen, size, every)
             seen += size
             for chosen, flag in ((~held, False), (held, True)):
                 rows = chosen.nonzero()[:, 0]
                 if len(rows):
                     yield [x[rows.to(x.device)] if c.batched else x for c, x in zip(self._checks, batch)], flag
+
+    def _whole(self, samples: int) -> int:
+        """As many samples as can be run: all of a batch where its size is part of the network."""
+        return samples if self._fixed is None else max(samples - samples % self._fixed, self._fixed)
+
+    def _held(self, seen: int, size: int, every: int, fold: int = 0) -> Tensor:
+        """Which of the samples behind the first ``seen`` are held out: every ``every``-th, or batch by batch."""
+        place = torch.arange(seen, seen + size)
+        return ((place if self._fixed is None else place // self._fixed) + 1 + fold) % every == 0
 
     def __len__(self) -> int:
         """Number of batches where the loader knows it, else 0."""
@@ -190,7 +203,7 @@ class _Check:
     batched: bool
 
     def __call__(self, value: Tensor) -> None:
-        start = int(self.batched)
+        start = int(self.batched and not isinstance(self.shape[0], int))
         fixed = [(i, size) for i, size in enumerate(self.shape) if i >= start and isinstance(size, int)]
         if value.ndim != len(self.shape) or any(value.shape[i] != size for i, size in fixed):
             sizes = ["batch"] * start + list(map(str, self.shape[start:]))
