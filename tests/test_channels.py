@@ -222,7 +222,8 @@ def test_reconstruction_of_flattened_maps_helps() -> None:
     model = _convolutional(normed=False)
     errors = []
     for solve in (None, "least_squares"):
-        result = prune_structured(model, x[:2], sparsity=0.25, data=x, solve=solve, normalize=None, progress=False)
+        options: dict[str, Any] = {"solve": solve, "normalize": None, "progress": False}
+        result = prune_structured(model, x[:2], sparsity=0.25, score="magnitude", data=x, **options)
         with torch.no_grad():
             errors.append(float((result.module(x) - model(x)).square().mean()))
     assert errors[1] < 0.7 * errors[0]
@@ -231,7 +232,7 @@ def test_reconstruction_of_flattened_maps_helps() -> None:
 @pytest.mark.parametrize(("normed", "name"), [(True, "ResetBatchNorm"), (False, "CalibrateNormalization(repair)")])
 def test_the_statistics_of_kept_channels_are_repaired(normed: bool, name: str) -> None:
     model, x = _convolutional(normed), images(16, 8, dtype=torch.float64)
-    result = prune_structured(model, x[:2], sparsity=0.5, data=x, solve=None, progress=False)
+    result = prune_structured(model, x[:2], sparsity=0.5, score="magnitude", data=x, solve=None, progress=False)
     assert any(note.startswith(name) for note in result.report.passes)
     if not normed:
         kept = [int(i) for i in _kept(model, x)]

@@ -75,7 +75,8 @@ def trials(
         fit, held = batches.split(EVERY, LIMIT, fold)
         if not (fit.batches and held.batches):
             raise ArgumentError(
-                f"'auto' holds samples out to choose; give at least {EVERY}, or name what to do (solve=, normalize=)"
+                f"'auto' holds samples out to choose; give at least {EVERY}, or name what to do (solve=, normalize=, "
+                "and score= where channels go)"
             )
         found.append(Trial(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
     return found

@@ -14,7 +14,7 @@ from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.api.normalizing import usual
 from vfx.api.reconstructing import Solving, is_named
-from vfx.api.restoring import Restoring, with_goals
+from vfx.api.restoring import Restoring, decide, with_goals
 from vfx.api.results import Result, run_passes
 from vfx.api.tracing import program_of, symmetry
 from vfx.arguments import check_names, checked
@@ -33,6 +33,8 @@ from vfx.pruning.selection import Sparsity
 from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
 from vfx.statistics.data import Batches, reusable
+
+TRIED = ("magnitude", "activation")  # scores of channels that "auto" chooses from
 
 
 @checked
@@ -117,16 +119,18 @@ def prune(
     with watch("statistics"):
         program = with_goals(program, asked, few, repair_samples, options)
     masked = replace(run_passes(program, [mask], watch), goals=program.goals)
-    restored = Restoring(
+    restoring = Restoring(
         program, masked, data, few, asked, is_named(normalize), repair_samples, options,
         masks=mask.masks, judge=judge, verify=verify,
-    )(solved, watch)  # fmt: skip
+    )  # fmt: skip
+    decision = decide({"": restoring}, solved, watch)
+    restored = restoring(decision.way, watch)
     result = restored.program
     with watch("statistics"):
         before, after = _moved(program, masked, result, few, repair_samples, device)
     with watch("emit"):
         module, reason = emit(result)
-    notes = result.notes
+    notes = (*result.notes, *decision.notes)
     if masks == "parametrize":
         parametrize_masks(module, mask.masks)
     elif masks == "semi_structured":
@@ -147,7 +151,7 @@ def prune(
             "normalize": restored.normalize,
             "masks": masks,
         },
-        scores=restored.scores,
+        scores=decision.scores,
     )
     return Result(module, result, report)
 
@@ -173,7 +177,7 @@ def prune_structured(
     *,
     sparsity: float | None = None,
     method: str = "remove",
-    score: str | Scores = "magnitude",
+    score: str | Scores = "auto",
     allocation: str = "uniform",
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
@@ -198,12 +202,14 @@ def prune_structured(
     ``sparsity``: the share of the channels of each group that goes; or ``budget``: what is left of one figure of the
     network, {"params": 0.5}, {"flops": 0.5} or {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
-    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group. ``allocation``: "uniform" or "global".
+    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group; "auto" is magnitude without data, and
+    with them magnitude or activation, whichever leaves the better network on held-out samples (as ``judge`` sees
+    them, see ``merge``). ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
     "both". ``protect``: FQNs whose groups stay whole. ``variance``: approximate the variances of folded
     channels without data. ``solve``: "least_squares" solves each layer for what the dense network gives in the channels
     kept (or merged) on ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
-    held-out samples (as ``judge`` sees them, see ``merge``), and gives way to a normalization that is named.
+    held-out samples, and gives way to a normalization that is named.
     ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
     samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes``: as for
     ``vfx.trace``.
@@ -225,37 +231,58 @@ def prune_structured(
     shape: dict[str, Any] = {"allocation": allocation, "budget": kind, "round_to": round_to, "units": units}
     shape |= {"protect": protect, "facts": facts, "verify": verify, "seed": seed}
     reading: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-    one: RemoveChannels | FoldChannels
+    passes: dict[str, RemoveChannels | FoldChannels]
     if method == "fold":
-        one = FoldChannels(share, variance=variance, **shape)
+        passes = {"": FoldChannels(share, variance=variance, **shape)}
     else:
-        one = RemoveChannels(share, score, data=data, loss=loss, **shape, **reading)
+        passes = _removals(share, score, data, loss, shape | reading)
     few = _few(program, data, repair_samples)
     with watch("statistics"):
         program = with_goals(program, asked, few, repair_samples, reading)
-    small = run_passes(program, [one], watch)
-    restored = Restoring(
-        program, small, data, few, asked, is_named(normalize), repair_samples, reading,
-        carry=one.carry, judge=judge, verify=verify,
-    )(solved, watch)  # fmt: skip
+    candidates = {
+        name: Restoring(
+            program, run_passes(program, [one], watch), data, few, asked, is_named(normalize), repair_samples, reading,
+            carry=one.carry, judge=judge, verify=verify,
+        )
+        for name, one in passes.items()
+    }  # fmt: skip
+    decision = decide(candidates, solved, watch)
+    removal, restored = passes[decision.candidate], candidates[decision.candidate](decision.way, watch)
     result = restored.program
     with watch("emit"):
         module, reason = emit(result)
     report = ChannelReport(
-        widths=widths(facts, one.sizes),
+        widths=widths(facts, removal.sizes),
         passes=result.history,
-        notes=result.notes,
+        notes=(*result.notes, *decision.notes),
         profile=cost(result),
         dense_profile=cost(program),
         class_reason=reason,
-        error=one.error if verify else None,
+        error=removal.error if verify else None,
         seconds=watch.seconds,
         choices={"method": method, "sparsity": share, "budget": dict(budget or {}), "allocation": allocation}
-        | {"score": score if isinstance(score, str) else "given"}
+        | {"score": _score_name(removal)}
         | {"solve": restored.solve, "normalize": restored.normalize},
-        scores=restored.scores,
+        scores=decision.scores,
     )
     return Result(module, result, report)
+
+
+def _removals(
+    share: float, score: str | Scores, data: Any, loss: Loss | None, options: dict[str, Any]
+) -> dict[str, RemoveChannels | FoldChannels]:
+    """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
+    if score != "auto" or data is None:
+        named = "magnitude" if score == "auto" else score
+        return {"": RemoveChannels(share, named, data=data, loss=loss, **options)}
+    return {name: RemoveChannels(share, name, data=data, **options) for name in TRIED}
+
+
+def _score_name(removal: RemoveChannels | FoldChannels) -> str | None:
+    """The name of the score that channels went by; folding has none."""
+    if isinstance(removal, FoldChannels):
+        return None
+    return removal.score if isinstance(removal.score, str) else "given"
 
 
 def _budgeted(sparsity: float | None, budget: Mapping[str, float] | None) -> tuple[str, float]:

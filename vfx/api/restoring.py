@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,17 +19,16 @@ from vfx.reconstruct.references import Carry, Reference, unchanged
 from vfx.report import Stopwatch
 from vfx.statistics.collect import collect
 
-SOLVED = "least squares"
+SOLVED, NOTHING = "least squares", "none"
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The network that comes out, what was done (``solve``, ``normalize``), and the scores of all that was tried."""
+    """The network that comes out and what was done: ``solve`` and ``normalize``."""
 
     program: Program
     solve: str | None
     normalize: str | None
-    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,39 +52,36 @@ class Restoring:
     judge: Judging = "auto"
     verify: bool = True
 
-    def __call__(self, solve: str | None, watch: Stopwatch) -> Restored:
-        """Do what was asked for, or what wins on held-out samples ("auto")."""
+    def ways(self, solve: str | None) -> tuple[str, ...]:
+        """The names of what was asked for; of several the best on held-out samples is meant."""
         method = None if self.normalization is None else self.normalization.method
         if solve is None:
-            return Restored(self._normalized(self.pruned, self.few, watch), None, method)
+            return (method or NOTHING,)
         if solve == "least_squares":
-            result = self._solved(self.data, watch)
-            method = method if self.named else None
-            return Restored(self._normalized(result, self.few, watch) if method else result, "least_squares", method)
-        with watch("choice"):
-            scores, notes = self._scores()
-        name = best(scores, (), ())
-        result = self._solved(self.data, watch) if name.startswith(SOLVED) else self.pruned
-        behind = not name.endswith(SOLVED) and name != "none"
-        result = self._normalized(result, self.few, watch) if behind else result
-        result = replace(result, notes=(*result.notes, *notes))
-        figures = {name: score.to_dict() for name, score in sorted(scores.items(), key=lambda item: item[1].value)}
-        solved = "least_squares" if name.startswith(SOLVED) else None
-        return Restored(result, solved, method if behind else None, figures)
+            return (f"{SOLVED}, then {method}" if method and self.named else SOLVED,)
+        return (SOLVED, NOTHING, *((f"{SOLVED}, then {method}", method) if method else ()))
 
-    def _scores(self) -> tuple[dict[str, Score], tuple[str, ...]]:
-        """The score of all that is tried, and what is wrong with the labels."""
+    def scores(self, ways: Sequence[str]) -> tuple[dict[str, Score], tuple[str, ...]]:
+        """The score of each way on held-out samples, and what is wrong with their labels."""
         folds = trials(self.dense, [1.0], self.data, self.judge, self.options)
-        scores: dict[str, Score] = {}
-        solved = [self._solved(fold.fit, Stopwatch(), max_samples=None, progress=False) for fold in folds]
-        ready = {SOLVED: solved, "none": [self.pruned] * len(folds)}
-        if self.normalization is not None:
-            method = self.normalization.method
-            for name, networks in ((f"{SOLVED}, then {method}", solved), (method, ready["none"])):
-                ready[name] = [self._normalized(n, f.fit, Stopwatch(), verify=False) for n, f in zip(networks, folds)]
-        for name, networks in ready.items():
-            scores[name] = joined([fold.judge(network) for fold, network in zip(folds, networks)])
+        networks: dict[str, list[Program]] = {NOTHING: [self.pruned] * len(folds)}
+        if any(way.startswith(SOLVED) for way in ways):
+            networks[SOLVED] = [self._solved(f.fit, Stopwatch(), max_samples=None, progress=False) for f in folds]
+        for way in ways:
+            if way not in networks:
+                start = networks[SOLVED if way.startswith(SOLVED) else NOTHING]
+                networks[way] = [self._normalized(n, f.fit, Stopwatch(), verify=False) for n, f in zip(start, folds)]
+        scores = {way: joined([f.judge(network) for f, network in zip(folds, networks[way])]) for way in ways}
         return scores, label_notes(folds)
+
+    def __call__(self, way: str, watch: Stopwatch) -> Restored:
+        """Do it, on all data."""
+        solved, normalized = way.startswith(SOLVED), way not in (SOLVED, NOTHING)
+        result = self._solved(self.data, watch) if solved else self.pruned
+        if normalized:
+            result = self._normalized(result, self.few, watch)
+        method = self.normalization.method if normalized and self.normalization else None
+        return Restored(result, "least_squares" if solved else None, method)
 
     def _solved(self, data: Any, watch: Stopwatch, **own: Any) -> Program:
         options = dict(self.options) | own
@@ -98,6 +94,35 @@ class Restoring:
         own = dict(self.options) | {"max_samples": self.samples}
         _, passes = normalizing(self.normalization, [], data, own, self.verify if verify is None else verify)
         return run_passes(program, passes, watch)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The candidate and the way that do best on held-out samples, all scores and what is to be said of them."""
+
+    candidate: str
+    way: str
+    scores: Mapping[str, dict[str, float | None]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwatch) -> Decision:
+    """Score every way of every candidate, unless there is one only."""
+    pairs = {_joined(name, way): (name, way) for name, one in candidates.items() for way in one.ways(solve)}
+    if len(pairs) == 1:
+        return Decision(*next(iter(pairs.values())))
+    scores: dict[str, Score] = {}
+    notes: tuple[str, ...] = ()
+    with watch("choice"):
+        for name, restoring in candidates.items():
+            scored, notes = restoring.scores(restoring.ways(solve))
+            scores |= {_joined(name, way): score for way, score in scored.items()}
+    ordered = sorted(scores.items(), key=lambda item: item[1].value)
+    return Decision(*pairs[best(scores, (), ())], {label: score.to_dict() for label, score in ordered}, notes)
+
+
+def _joined(name: str, way: str) -> str:
+    return f"{name}: {way}" if name else way
 
 
 def with_goals(program: Program, normalization: Normalization | None, data: Any, samples: int, options: Any) -> Program:

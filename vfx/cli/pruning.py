@@ -108,7 +108,7 @@ def prune_structured(
     ] = None,
     arguments: Arguments = [],  # noqa: B006
     method: Annotated[str, typer.Option(help="remove, or fold: merge channels by k-means.")] = "remove",
-    score: Annotated[str, typer.Option(help=choices(*CHANNEL_METHODS))] = "magnitude",
+    score: Annotated[str, typer.Option(help=choices("auto", *CHANNEL_METHODS))] = "auto",
     allocation: Annotated[str, typer.Option(help=choices(*ALLOCATIONS))] = "uniform",
     budget: Annotated[
         str | None, typer.Option(help="What is left instead, e.g. flops=0.5: params, flops or latency.")

@@ -1,0 +1,82 @@
+"""Which score removes channels by default: what does better on held-out samples, magnitude where there are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vfx.api import prune_structured
+from vfx.errors import ArgumentError
+
+EXACT, BROKEN = 1e-8, 1e-2
+
+
+def _half_silent() -> nn.Sequential:
+    """Of eight hidden units the four with the largest weights never fire."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    first: Any = model[0]
+    with torch.no_grad():
+        first.weight[:4] *= 5
+        first.bias[:4] = -100.0
+    return model
+
+
+def _samples(count: int = 60) -> Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _error(module: nn.Module, model: nn.Module) -> float:
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        return float((module(x) - model(x)).abs().max())
+
+
+@pytest.mark.parametrize("solve", ["auto", "least_squares", None])
+def test_the_score_that_leaves_the_better_network_wins(solve: str | None) -> None:
+    model, x = _half_silent(), _samples()
+    options: dict[str, Any] = {"sparsity": 0.5, "data": x, "solve": solve, "normalize": None, "progress": False}
+    result = prune_structured(model, x[:2], **options)
+    assert result.report.choices["score"] == "activation"
+    assert {name.split(":")[0] for name in result.report.scores} == {"magnitude", "activation"}
+    assert _error(result.module, model) < EXACT
+    named = prune_structured(model, x[:2], score="magnitude", **options)
+    assert named.report.choices["score"] == "magnitude"
+    assert _error(named.module, model) > BROKEN
+
+
+def test_the_user_s_figure_decides() -> None:
+    model, x = _half_silent(), _samples()
+    seen: list[float] = []
+
+    def most_biased(module: nn.Module) -> float:
+        seen.append(-float(next(p for name, p in module.named_parameters() if name.endswith("0.bias")).min()))
+        return seen[-1]
+
+    result = prune_structured(
+        model, x[:2], sparsity=0.5, data=x, solve="least_squares", judge=most_biased, progress=False
+    )
+    assert len(set(seen)) > 1
+    assert result.report.choices["score"] == "magnitude"
+
+
+def test_without_data_or_with_a_name_nothing_is_tried() -> None:
+    model, x = _half_silent(), _samples()
+    bare = prune_structured(model, x[:2], sparsity=0.5, progress=False)
+    named = prune_structured(model, x[:2], sparsity=0.5, score="magnitude", progress=False)
+    assert bare.report.choices["score"] == "magnitude"
+    assert not bare.report.scores
+    for one, other in zip(bare.module.parameters(), named.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    folded = prune_structured(model, x[:2], sparsity=0.5, method="fold", data=x, solve="least_squares", progress=False)
+    assert folded.report.choices["score"] is None
+    assert not folded.report.scores
+
+
+def test_too_few_samples_to_choose_by_are_refused() -> None:
+    model, x = _half_silent(), _samples(2)
+    with pytest.raises(ArgumentError, match="score="):
+        prune_structured(model, x, sparsity=0.5, data=x, solve="least_squares", progress=False)
