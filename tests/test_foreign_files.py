@@ -170,3 +170,14 @@ def test_code_in_other_formats_is_called_so(tmp_path: Path) -> None:
         load(tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"needs code to be unpickled"):
         read_inputs(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [b"\x80", b"\x80\x02", b"P", b"PK", b"PK\x03\x04", b"\x93NUMPY"])
+@pytest.mark.parametrize(("read", "suffix", "kind"), READERS)
+def test_files_that_end_after_their_first_bytes_are_refused(
+    tmp_path: Path, read: Callable[..., Any], suffix: str, kind: Any, content: bytes
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(kind):
+        read(path)

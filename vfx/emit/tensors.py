@@ -110,7 +110,7 @@ def _explain(path: Path, error: Exception) -> str:
     if not start.startswith((_PICKLE, _ZIP)):
         return f"{path} is not a torch checkpoint: it begins with {start!r}"
     cause = text.partition("WeightsUnpickler error:")[2].strip() or text or type(error).__name__
-    foreign = start[:1] == _PICKLE and start[1] > 2  # torch.save writes protocol 2
+    foreign = start[:1] == _PICKLE and start[1:2] > b"\x02"  # torch.save writes protocol 2
     if foreign or (isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|reduce|Can only", cause)):
         name = re.search(r"GLOBAL (\S+)", cause)
         what = f" ({name[1]})" if name else " (plain pickle, not torch.save)" if foreign else ""
