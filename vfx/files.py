@@ -102,11 +102,12 @@ def one_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def move_into_place(draft: Path, path: Path) -> None:
-    """Let a whole file on the same disk take the place of ``path``, with the permissions of what stood there."""
+def move_into_place(draft: Path, path: Path, like: Path | None = None) -> None:
+    """Let a whole file on the same disk take the place of ``path``, with the permissions of what stood there (or of
+    ``like``)."""
     descriptor = os.open(draft, os.O_RDWR)
     try:
-        _hand_on(descriptor, path)
+        _hand_on(descriptor, like or path)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -141,7 +141,8 @@ def _read_onnx(path: Path) -> Any:
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(str(path))  # by its path: weights may lie beside it
+        onnx.load_external_data_for_model(model, str(path.parent))
     except Exception as error:  # protobuf's DecodeError is not public
         raise CheckpointError(f"{path} is not a valid ONNX model: {error}") from error
     return model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,40 +16,57 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_pair
 from vfx.errors import ArgumentError, VerificationError
 from vfx.exporting import exported
-from vfx.files import write_atomic
+from vfx.files import drafts_beside
 from vfx.outputs import named_tensors, plain
 from vfx.signature import Call, batch_size
 
 TOLERANCE = 1e-4  # absolute, and relative to the output's largest value where that exceeds 1
+ROUNDINGS = 16  # of half precision, which holds three digits and cannot meet the tolerance
 BATCHES = (1, 7)
-_PROTOBUF_LIMIT = 2**31  # bytes: a larger network cannot be one file
+IN_ONE_FILE = 3 * 2**29  # bytes of weights; protobuf ends at 2 GiB
 
 
 def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0) -> float:
     """Write ``module`` with a dynamic batch; returns its largest difference to the module in ONNX Runtime.
 
-    Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns.
-    Raises VerificationError, and writes nothing, if ONNX Runtime differs by more than 1e-4 at batch 1 or 7.
+    Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns. Weights above
+    1.5 GiB lie beside the graph, in ``<name>.<digest>.data``. Raises ArgumentError if torch cannot export the network;
+    VerificationError, and writes nothing, if ONNX Runtime cannot run it or differs by more than 1e-4 (16 roundings in
+    half precision) at batch 1 or 7; OutputError.
     """
     module = module.to("cpu").eval()
+    onnx_program = _converted(module, call)
+    values = onnx_program.model.graph.initializers.values()
+    if sum(value.const_value.nbytes for value in values if value.const_value is not None) <= IN_ONE_FILE:
+        model = onnx_program.model_proto.SerializeToString()
+        worst = _compare(module, model, call, seed)
+        place_file(model, path)
+        return worst
+    check_no_link(path)
+    with drafts_beside(path) as folder:
+        graph = folder / "graph.onnx"
+        onnx_program.save(str(graph), external_data=True)
+        weights = name_weights(graph, folder / "graph.onnx.data", path)
+        worst = _compare(module, graph, call, seed)
+        place_pair(graph, weights, path)
+    return worst
+
+
+def _converted(module: nn.Module, call: Call) -> Any:
+    """The network as torch exports it. Raises ArgumentError."""
     with _quiet(), torch.no_grad():
         program, _ = exported(module, call)
         names = _names(module, call)
         try:
-            onnx_program = torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=names)
-        except torch.onnx.OnnxExporterError as error:
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ArgumentError(f"torch's exporter cannot write this network as ONNX: {cause}; use .pt2") from error
-    assert onnx_program is not None
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / "draft.onnx"
-        onnx_program.save(str(draft), external_data=False)
-        onnx.checker.check_model(str(draft))
-        worst = _compare(module, draft, call, seed)
-        write_atomic(path, draft.read_bytes())
-    return worst
+            return torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=names)
+        except Exception as error:  # beside its own class the exporter lets those of its passes through
+            cause = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+            raise ArgumentError(
+                f"torch's exporter cannot write this network ({_types(module, call)}) as ONNX: {cause}; use .pt2"
+            ) from error
 
 
 def _names(module: nn.Module, call: Call) -> list[str] | None:
@@ -59,26 +75,70 @@ def _names(module: nn.Module, call: Call) -> list[str] | None:
     return [re.sub(r"\W+", "_", path).strip("_") for path in named_tensors(value)] if isinstance(value, dict) else None
 
 
+def _types(module: nn.Module, call: Call) -> str:
+    """The types of a network's weights and inputs, for messages."""
+    return ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in _tensors(module, call)}))
+
+
+def _tensors(module: nn.Module, call: Call) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers(), *call.tensors()]
+
+
+def _tolerance(module: nn.Module, call: Call) -> float:
+    narrow = [x.dtype for x in _tensors(module, call) if x.is_floating_point() and x.dtype.itemsize < 4]
+    return max([TOLERANCE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in narrow)])
+
+
 @torch.no_grad()
-def _compare(module: nn.Module, file: Path, call: Call, seed: int) -> float:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+def _compare(module: nn.Module, model: bytes | Path, call: Call, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
-    worst = 0.0
+    tolerance, worst = _tolerance(module, call), 0.0
+    try:
+        session = _session(model)
+    except Exception as error:  # ONNX Runtime's classes are not public
+        raise VerificationError(_unrunnable(module, call, error)) from error
     for batch in BATCHES:
         fresh = _fresh(call, batch, generator)
         expected = named_tensors(module(*fresh.args, **fresh.kwargs)).values()
-        feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh.tensors(), strict=True)}
-        for index, (want, got) in enumerate(zip(expected, session.run(None, feeds), strict=True)):
-            error = float(np.abs(want.numpy() - got).max() / max(1.0, float(want.abs().max())))
-            if not error <= TOLERANCE:
+        try:
+            feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh.tensors(), strict=True)}
+            outputs = session.run(None, feeds)
+        except Exception as error:
+            raise VerificationError(_unrunnable(module, call, error)) from error
+        for index, (want, got) in enumerate(zip(expected, outputs, strict=True)):
+            difference = _difference(want, got)
+            if not difference <= tolerance:
                 raise VerificationError(
-                    f"ONNX Runtime differs from the module by {error:.1e} in output {index} at batch {batch}; "
+                    f"ONNX Runtime differs from the module by {difference:.1e} in output {index} at batch {batch}; "
                     "nothing was written. Export as .pt2 and report the operator mix"
                 )
-            worst = max(worst, error)
+            worst = max(worst, difference)
     return worst
+
+
+def _session(model: bytes | Path) -> onnxruntime.InferenceSession:
+    onnx.checker.check_model(str(model) if isinstance(model, Path) else model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else model
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _difference(want: Tensor, got: np.ndarray) -> float:
+    """The largest one, relative to the values where those exceed 1."""
+    expected = want.to(torch.complex128 if want.is_complex() else torch.float64).numpy()
+    if got.shape != expected.shape:
+        return float("inf")
+    if not expected.size:
+        return 0.0
+    return float(np.abs(expected - got).max() / max(1.0, np.abs(expected).max()))
+
+
+def _unrunnable(module: nn.Module, call: Call, error: Exception) -> str:
+    return (
+        f"ONNX Runtime cannot run {type(module).__name__} in {_types(module, call)}, so nothing was written: "
+        f"{str(error).splitlines()[0]}. Export the network in float32 (module.float()), or to .pt2"
+    )
 
 
 def _fresh(call: Call, batch: int, generator: torch.Generator) -> Call:
