@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfx.analyse.pins import pin_notes
-from vfx.api import prune_structured, symmetry, trace
+from vfx.api import merge, prune_structured, symmetry, trace
 from vfx.pruning.groups import channel_scores
 from vfx.pruning.widths import Widths, by_mean
 from vfx.resize import Slots
@@ -138,12 +138,33 @@ def test_operators_without_a_rule_are_named_with_what_they_hold() -> None:
     a, p, w = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 18, 3, padding=1), nn.Parameter(torch.randn(8, 8, 3, 3))
     model = net(_deformed, a=a, p=p, w=w, o=nn.Linear(8, 3)).eval()
     x = _x(2, 3, 6, 6)
-    facts = symmetry(model, x)
-    if facts.unknown_ops:
-        (note,) = [note for note in _pruned(model, x).report.notes if "no rule" in note]
-        assert "deform_conv2d" in note
+    (note,) = [note for note in _pruned(model, x).report.notes if "no rule" in note]
+    assert "deform_conv2d" in note
+    assert "a.weight" in note
+    assert note in pin_notes(symmetry(model, x))
+
+
+@torch.library.custom_op("vfx_tests::reversed_channels", mutates_args=())
+def _reversed_channels(x: Tensor) -> Tensor:
+    return x.flip(1).clone()
+
+
+@_reversed_channels.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_operators_of_the_users_own_are_named_in_merges_too() -> None:
+    torch.manual_seed(0)
+    models = [
+        net(lambda s, x: s.c(torch.relu(s.b(_reversed_channels(s.a(x))))), a=nn.Linear(5, 8), b=nn.Linear(8, 6),
+            c=nn.Linear(6, 3)).eval()
+        for _ in range(2)
+    ]  # fmt: skip
+    for report in (_pruned(models[0], _x(4, 5)).report, merge(models, _x(4, 5), progress=False).report):
+        (note,) = [note for note in report.notes if "no rule" in note]
+        assert "reversed_channels" in note
         assert "a.weight" in note
-        assert note in pin_notes(facts)
 
 
 def _states(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
