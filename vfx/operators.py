@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"}
 TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
@@ -63,6 +63,21 @@ def _name(target: Any) -> str:
     name = str(packet)
     functional = name.removesuffix("_")
     return _ELEMENTWISE_OVERLOADS.get(str(target)) or _ALIAS_OF.get(functional, functional) + name[len(functional) :]
+
+
+def grouped_product(x: Tensor, w: Tensor, ends: Tensor, *_: Any) -> Tensor:
+    """Rows (n, k), which stand expert by expert up to ``ends`` (experts,), by the experts' matrices (experts, k, m)."""
+    kind = torch.promote_types(x.dtype, w.dtype)
+    expert = (torch.arange(len(x), device=x.device)[:, None] >= ends).sum(1)
+    result = torch.zeros(len(x), w.shape[2], dtype=kind, device=x.device)
+    for index in range(len(w)):
+        rows = expert == index
+        result[rows] = x[rows].to(kind) @ w[index].to(kind)
+    return result
+
+
+# operators whose kernels take no double precision, which proofs run in
+IN_DOUBLE = {torch.ops.aten._grouped_mm.default: grouped_product}
 
 
 def in_place(target: Any) -> Any:

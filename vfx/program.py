@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
-from vfx.operators import ELEMENTWISE, LAYERS, NORMS, in_place, operator
+from vfx.operators import ELEMENTWISE, IN_DOUBLE, LAYERS, NORMS, in_place, operator
 from vfx.signature import Call, Signature
 
 Weights = Mapping[str, Tensor]
@@ -287,7 +287,10 @@ class Execution:
         if node.op == "output":
             self.result = args[0]
             return None
-        return (in_place or node.target)(*args, **kwargs)  # type: ignore[operator]
+        target = in_place or node.target
+        if target in IN_DOUBLE and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+            target = IN_DOUBLE[target]
+        return target(*args, **kwargs)  # type: ignore[operator]
 
 
 class Step(NamedTuple):

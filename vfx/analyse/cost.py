@@ -404,6 +404,7 @@ _PRODUCTS = {
     "addmm": "mat1",
     "addmv": "mat",
     "baddbmm": "batch1",
+    "_grouped_mm": "self",
 }
 
 _RECURRENT = "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
@@ -443,7 +444,7 @@ _VIEWS = """
     float double half bfloat16 bool int long dropout feature_dropout alpha_dropout feature_alpha_dropout
     native_dropout zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
     fill zero scalar_tensor arange linspace eye tril triu view_as_complex view_as_real
-    real imag
+    real imag histc
 """
 
 
@@ -458,7 +459,9 @@ def _table() -> dict[str, Callable[[Call], Count]]:
         table |= {f"conv{n}d": _convolution, f"conv_transpose{n}d": _transposed}
         maximum, average = partial(_pool, dimensions=n, spared=1), partial(_pool, dimensions=n, spared=0)
         table |= {f"max_pool{n}d": maximum, f"max_pool{n}d_with_indices": maximum, f"avg_pool{n}d": average}
-    return _free_by_rule() | _aten(table.items()) | {"torchvision.deform_conv2d": _deformable}
+    others = {"torchvision.deform_conv2d": _deformable}
+    others |= {"transformers.grouped_mm_fallback": partial(_product, left="input")}
+    return _free_by_rule() | _aten(table.items()) | others
 
 
 def _free_by_rule() -> dict[str, Callable[[Call], Count]]:

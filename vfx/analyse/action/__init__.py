@@ -12,7 +12,7 @@ from vfx.analyse.action import contraction, moving, normalizing, pointwise
 from vfx.analyse.action.walk import Handler, Walk
 from vfx.analyse.rules import contraction as contractions
 from vfx.analyse.rules import einsum as products
-from vfx.analyse.rules import elementwise, normalization
+from vfx.analyse.rules import elementwise, normalization, routing
 
 HANDLERS: dict[Callable[..., Any], Handler] = {
     contractions.linear: contraction.linear,
@@ -26,6 +26,7 @@ HANDLERS: dict[Callable[..., Any], Handler] = {
     products.einsum: contraction.einsum,
     products.dot: contraction.dot,
     products.bilinear: contraction.bilinear,
+    routing.grouped_product: contraction.grouped_product,
     elementwise.pointwise: pointwise.pointwise,
     elementwise.same: pointwise.same,
     elementwise.fill: pointwise.fill,

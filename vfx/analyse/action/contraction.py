@@ -19,6 +19,7 @@ from vfx.analyse.action.walk import Walk
 from vfx.analyse.classes import Maps
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules import einsum as letters_of
+from vfx.analyse.rules import routing
 from vfx.operators import operator
 
 Letter = Any
@@ -158,6 +159,12 @@ def _matmul(w: Walk, node: fx.Node, left: fx.Node, right: fx.Node) -> Entries:
     batch = max(max(ranks) - 2, 0)
     out = [f"b{d}" for d in range(batch, 0, -1)] + ["n"] * (ranks[0] > 1) + ["m"] * (ranks[1] > 1)
     return entries(contract(w, [operand(w, left, first), operand(w, right, second)], out), out)
+
+
+def grouped_product(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
+    """Each row has the matrix of one expert."""
+    rows, matrices, _ = routing.factors(a)
+    return entries(contract(w, [operand(w, rows, "tk"), operand(w, matrices, "ekn")], "tn"), "tn")
 
 
 def addmm(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:

@@ -16,6 +16,7 @@ from vfx.analyse.rules import (
     normalization,
     positions,
     recurrent,
+    routing,
     windows,
     writes,
 )
@@ -54,6 +55,7 @@ _CONTRACTIONS = {
     "outer": einsum.outer,
     "cdist": einsum.distances,
     "_cdist_forward": einsum.distances,
+    "_grouped_mm": routing.grouped_product,
     "addmv": einsum.products_sum,
     "addr": einsum.products_sum,
     "addbmm": einsum.products_sum,
@@ -273,8 +275,10 @@ def _table() -> dict[str, Rule]:
     table |= {name: Rule(elementwise.scan, _PERMUTATION) for name in _SCANS}
     table |= {name: Rule(rule, _LINEAR) for name, rule in (_MOVEMENTS | _INDEXING).items()}
     table |= {name: Rule(rule, _PERMUTATION) for name, rule in (_POSITIONS | _RECURRENT).items()}
+    table["histc"] = Rule(routing.histogram, _PERMUTATION)
     table["glu"] = Rule(elementwise.gated_linear, _PERMUTATION)
-    return {f"aten.{name}": rule for name, rule in table.items()}
+    others = {"transformers.grouped_mm_fallback": table["_grouped_mm"]}
+    return {f"aten.{name}": rule for name, rule in table.items()} | others
 
 
 TABLE = _table()

@@ -62,13 +62,17 @@ def sorted_values(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
 
 
 def differences(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
-    """diff: each position against the one before."""
+    """diff: each position against the one before, those of ``prepend`` and ``append`` among them."""
     x = t.shape(a["self"])
-    if any(isinstance(a.get(name), fx.Node) for name in ("prepend", "append")):
-        return None
     d = normal(a["dim"], len(x.axes))
-    t.pin_dim(x, d, "differences of neighbours")
-    return Shape((*x.axes[:d], t.opaque(t.sizes(node)[d], "differences of neighbours"), *x.axes[d + 1 :]))
+    parts = [x, *(t.shape(a[name]) for name in ("prepend", "append") if isinstance(a.get(name), fx.Node))]
+    if a.get("n", 1) != 1:
+        return None
+    for part in parts:
+        t.pin_dim(part, d, "differences of neighbours")
+    sizes = t.sizes(node)
+    others = t.broadcast([Shape(s.axes[:d] + s.axes[d + 1 :]) for s in parts], sizes[:d] + sizes[d + 1 :])
+    return Shape((*others.axes[:d], t.opaque(sizes[d], "differences of neighbours"), *others.axes[d:]))
 
 
 def cross_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:

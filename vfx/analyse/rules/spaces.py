@@ -16,7 +16,7 @@ from torch import fx
 from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import distinct
-from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement, normalization, writes
+from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement, normalization, routing, writes
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
@@ -214,6 +214,15 @@ def matmul(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     return [*batch, s.dim([left.axes[-2]], "ay"), summed, s.dim([right.axes[-1]], "by")]
 
 
+def grouped_product(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
+    """Each row has the matrix of one expert."""
+    x, w = (s.shape(value) for value in routing.factors(a)[:2])
+    if x is None or w is None:
+        return None
+    summed = s.dim([x.axes[1], w.axes[1]], "xw", True)
+    return [s.dim([x.axes[0]], "xy"), s.dim([w.axes[0]], "w", True), summed, s.dim([w.axes[2]], "wy")]
+
+
 def addmm(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     """The product; a bias that lacks a dimension of the result is added to it position by position."""
     bias, *factors = (v for v in a.values() if isinstance(v, fx.Node))
@@ -316,6 +325,7 @@ SPACES: dict[Any, Space] = {
     contraction.attention: attention,
     contraction.fused_attention: attention,
     einsum.einsum: letters,
+    routing.grouped_product: grouped_product,
     writes.copy: pointwise,
     writes.slice_scatter: nothing,
     writes.select_scatter: nothing,

@@ -1,0 +1,47 @@
+"""Rows routed to experts: each row is multiplied by the matrix of the expert that it was sorted to.
+
+``grouped_mm`` takes x (rows, k) whose rows stand expert by expert, w (experts, k, n) and where each expert's rows end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from vfx.analyse.shapes import Shape
+
+if TYPE_CHECKING:
+    from vfx.analyse.infer import Inference
+
+BY_EXPERT = "rows stand expert by expert"
+
+
+def factors(a: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Rows, matrices and ends among the arguments of a grouped product."""
+    return a.get("self") or a.get("input"), a.get("mat2") or a.get("weight"), a["offs"]
+
+
+def grouped_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """(rows, k) by (experts, k, n) -> (rows, n); other forms are not covered."""
+    rows, matrices, ends = factors(a)
+    if not isinstance(ends, fx.Node) or a.get("bias") is not None:
+        return None
+    x, w = t.shape(rows), t.shape(matrices)
+    if (len(x.axes), len(w.axes)) != (2, 3):
+        return None
+    for shape, d in ((x, 0), (w, 0), (t.shape(ends), 0)):
+        t.pin_dim(shape, d, BY_EXPERT)
+    t.tie(t.axis(x, 1), t.axis(w, 1))
+    t.role(rows, 1, "in")
+    t.role(matrices, 1, "in")
+    t.role(matrices, 2, "out")
+    return Shape((t.axis(x, 0), t.axis(w, 2)))
+
+
+def histogram(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """histc: how many values lie in each interval does not depend on where they stand."""
+    x = t.shape(a["self"])
+    for d in range(len(x.axes)):
+        t.axis(x, d)
+    return Shape((t.opaque(t.sizes(node)[0], "one position for each interval"),))
