@@ -46,14 +46,15 @@ class Interpolate(Pass):
 
 
 def average(tensors: list[Tensor], alphas: list[float]) -> Tensor:
-    """Σ αᵢ tᵢ; integer tensors, and tensors that all edges share, come from the first."""
+    """Σ αᵢ tᵢ; integer tensors, and tensors that all edges share, come from the first, as do infinities (of masks)."""
     first = tensors[0]
     if not (first.is_floating_point() or first.is_complex()) or all(t is first for t in tensors):
         return first
     total = first * alphas[0]
     for tensor, alpha in zip(tensors[1:], alphas[1:]):
         total = torch.add(total, tensor.to(total.device), alpha=alpha)
-    return total
+    infinite = first.isinf()
+    return torch.where(infinite, first, total) if infinite.any() else total
 
 
 def mix(rows: Tensor, shares: Tensor) -> Tensor:

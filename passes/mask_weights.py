@@ -69,7 +69,7 @@ class MaskWeights(Pass):
         self.budgets: Budgets = []
 
     def requires(self, program: Program) -> None:
-        check_finite(program.weights[0], "the network")
+        check_finite(program.weights[0], "the network", program.masks)
 
     def apply(self, program: Program) -> Program:
         found, notes = find_targets(program)

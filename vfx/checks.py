@@ -15,6 +15,7 @@ from vfx.outputs import plain
 from vfx.program import Program
 from vfx.rewrite import outputs_error
 
+STATISTICS = ("running_mean", "running_var")  # the names of a norm's buffers
 SAME_NETWORK = 1e-4  # relative output difference between an edge's own class and the graph it shares with the others
 
 
@@ -28,8 +29,8 @@ def check_edges(models: Sequence[nn.Module], shapes: bool = True) -> None:
     states = [model.state_dict() for model in models]
     for edge, state in enumerate(states[1:], start=1):
         check_same_tensors(states[0], state, "edge 0", f"edge {edge}", shapes)
-    for edge, state in enumerate(states):
-        check_finite(state, f"edge {edge}")
+    for edge, (model, state) in enumerate(zip(models, states)):
+        check_finite(state, f"edge {edge}", masks_of(model))
 
 
 def check_same_tensors(
@@ -55,19 +56,21 @@ def check_same_tensors(
         raise ArchitectureError(f"{other_name} has {extra!r}, which {name} lacks; {way_out}")
 
 
-def check_finite(state: Mapping[str, Tensor], name: str) -> None:
-    """Raise WeightError that names the first tensor with a NaN or infinite value, or of a type without arithmetic."""
+def check_finite(state: Mapping[str, Tensor], name: str, masks: Collection[str] | None = None) -> None:
+    """Raise WeightError that names the first tensor with a value that no network computes with: NaN, or infinities.
+
+    ``masks`` may hold infinities: buffers that are no statistics (``masks_of``, ``Program.masks``). Where nobody says
+    what is one (None) tensors of −∞ and one other value are, as causal masks. Tensors of a type without arithmetic are
+    refused as well.
+    """
     check_storage(state, name)
     for key, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta or torch.isfinite(tensor).all():
+            continue
+        count = int((~torch.isfinite(tensor)).sum())
+        mask = _masks(tensor) if masks is None else key in masks
+        if not mask or tensor.isnan().any():
             raise WeightError(f"{count} of {tensor.numel()} values of {key!r} in {name} are NaN or infinite")
-
-
-def learned(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics, which must be finite; other buffers (masks) may hold infinities."""
-    statistics = {k: x for k, x in module.named_buffers() if k.rpartition(".")[2] in ("running_mean", "running_var")}
-    return {**dict(module.named_parameters()), **statistics}
 
 
 def check_storage(state: Mapping[str, Tensor], name: str) -> None:
@@ -80,6 +83,34 @@ def check_storage(state: Mapping[str, Tensor], name: str) -> None:
                 f"{key!r} in {name} is {kind}: vfx computes with dense tensors, floating ones of 16 bits and "
                 "more; convert it (dequantize() or to_dense()) before"
             )
+
+
+def masks_of(model: nn.Module) -> set[str]:
+    """The buffers of a module that are no running statistics."""
+    names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name for name in names if name.rpartition(".")[2] not in STATISTICS}
+
+
+def _masks(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        return False
+    finite = tensor[tensor.isfinite()]
+    return not (tensor == float("inf")).any() and (not len(finite) or bool((finite == finite[0]).all()))
+
+
+def check_same_masks(program: Program) -> None:
+    """Raise ArchitectureError where edges have infinities at different places of a mask: no average means anything."""
+    for name in sorted(program.masks):
+        first = program.weights[0][name]
+        for edge, weights in enumerate(program.weights[1:], start=1):
+            other = weights[name]
+            if other is first or first.shape != other.shape or not first.is_floating_point() or first.isfinite().all():
+                continue
+            if not torch.equal(torch.where(first.isinf(), first, 0), torch.where(other.isinf(), other, 0)):
+                raise ArchitectureError(
+                    f"{name!r} is infinite at other places in edge {edge} than in edge 0: masks are not averaged; give "
+                    "all edges the same one"
+                )
 
 
 def check_heads(program: Program, heads: Collection[fx.Node]) -> None:

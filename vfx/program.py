@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
-from vfx.operators import ELEMENTWISE, IN_DOUBLE, LAYERS, NORMS, in_place, operator
+from vfx.operators import ELEMENTWISE, IN_DOUBLE, LAYERS, NORMS, arguments, in_place, operator
 from vfx.signature import Call, Signature
 
 Weights = Mapping[str, Tensor]
@@ -142,6 +142,13 @@ class Program:
     def is_parameter(self, name: str) -> bool:
         """Whether a tensor is trained: floating and no buffer or constant (a complex one is held by its real parts)."""
         return name not in self.buffers and self.weights[0][name].is_floating_point()
+
+    @cached_property
+    def masks(self) -> frozenset[str]:
+        """Buffers and constants that no norm reads as its statistics; they may hold infinities."""
+        norms = [arguments(node) for node in self.graph.nodes if operator(node) in NORMS]
+        read = (a.get(name) for a in norms for name in ("running_mean", "running_var"))
+        return self.buffers - {str(value.target) for value in read if isinstance(value, fx.Node)}
 
     def node(self, name: str) -> fx.Node:
         """The graph node called ``name``."""

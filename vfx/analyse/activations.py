@@ -4,13 +4,16 @@ From the layer's output the walk goes through norms, dropout, pools, casts and t
 function that is not affine. It may consist of several operators (x · sigmoid(x), the tanh form of GELU): they must read
 the layer's output, parameters and constants alone, and come together again in one value. A layer has no activation of
 its own where its output meets an add or another product first (the last layer of a residual branch, attention's
-projections), feeds another layer, or leaves the network.
+projections), feeds another layer, or leaves the network. ``activations_reached`` asks for less: it goes on through
+sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from vfx.analyse.layers import Layer, number_layers
@@ -18,11 +21,13 @@ from vfx.analyse.rules import TABLE, elementwise
 from vfx.analyse.rules.rule import normal
 from vfx.complex_numbers import is_complex
 from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
-from vfx.program import Program
+from vfx.program import Program, Value
 
 _POOLS = {f"aten.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)}
 _PASSED = NORMS | DROPOUTS | _POOLS
 _VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view"}
+_TURNS = ("flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze")
+_MOVED = _VIEWS | {f"aten.{name}" for name in (*_TURNS, "mean")}
 _AFFINE = {"aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.mul", "aten.div"}
 
 
@@ -53,9 +58,32 @@ def activation_behind(layer: fx.Node, channel: int) -> Activation | str:
         found = _function(node)
         if found is None:
             return "no elementwise function is behind it"
-        node, curved = found
-        if curved:
+        node = found.node
+        if found.curved:
             return Activation(node, dim)
+
+
+def activations_reached(value: fx.Node) -> Iterator[fx.Node]:
+    """Where the activation functions end that a value reaches before any other layer, through sums with others too."""
+    seen, stack = {value}, [value]
+    while stack:
+        node = stack.pop()
+        found = _function(node) or _function(node, alone=False)
+        if found is not None and found.curved:
+            yield found.node
+            seen |= found.inside
+        for user in node.users:
+            if user not in seen and _goes_through(user):
+                stack.append(user)
+            seen.add(user)
+
+
+def _goes_through(node: fx.Node) -> bool:
+    """Whether features go on through a node: sums and maps of one value, not products of two."""
+    name = operator(node)
+    if name in _PASSED | _MOVED or name == "aten.add" or _rule(node) is elementwise.same:
+        return True
+    return name in _AFFINE and len(_operands(node)) == 1
 
 
 def statistics_channels(program: Program, activations: bool = True) -> dict[str, int]:
@@ -96,29 +124,77 @@ def _moved(user: fx.Node, node: fx.Node, dim: int) -> int | None:
     return None
 
 
-def _function(source: fx.Node) -> tuple[fx.Node, bool] | None:
-    """Where the elementwise operators behind a value come together first, and whether they are more than affine."""
+@dataclass(frozen=True)
+class _Function:
+    """An elementwise function: where it ends, whether it is more than affine, and the operators that it is made of."""
+
+    node: fx.Node
+    curved: bool
+    inside: frozenset[fx.Node]
+
+
+def _function(source: fx.Node, alone: bool = True) -> _Function | None:
+    """The function behind a value: it ends where operators on the value alone come together.
+
+    That is the first place behind which the value is bent, and what goes on from there by itself without parameters
+    (the division of x · relu6(x + 3) / 6). With ``alone`` nothing else may read the value.
+    """
     inside = {source}
-    curved, started = False, False
+    for node in _behind(source):
+        if _elementwise(node) and _like(node, source) and inside.issuperset(_operands(node)):
+            inside.add(node)
+    seen, curved = {source}, False
+    found: _Function | None = None
+    for node in (n for n in _behind(source) if n in inside):
+        if found is not None and found.curved and (not inside.issuperset(found.node.users) or _scaled(node)):
+            break
+        seen.add(node)
+        curved |= _bends(node)
+        ends = seen - {node} if alone else seen - {node, source}
+        if _is_value(node) and all(user in seen for end in ends for user in end.users):
+            found = _Function(node, curved, frozenset(seen - {source}))
+    return found
+
+
+def _behind(source: fx.Node) -> Iterator[fx.Node]:
+    """The calls behind a value in the graph's order."""
+    started = False
     for node in source.graph.nodes:
+        if started and node.op == "call_function" and _operands(node):
+            yield node
         started |= node is source
-        if node is source or not started or not any(a in inside for a in node.all_input_nodes):
-            continue
-        if not _elementwise(node) or any(a not in inside for a in _operands(node)):
-            return None
-        inside.add(node)
-        curved |= (
-            operator(node) not in _AFFINE or sum(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args) > 1
-        )
-        if all(user in inside for other in inside - {node} for user in other.users):
-            return node, curved
-    return None
+
+
+def _like(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value has an entry for each of another's; a gated linear unit has one for each pair."""
+    own, other = (x.meta["val"] for x in (node, source))
+    shapes = [getattr(x, "shape", None) for x in (own, other)]
+    return operator(node) == "aten.glu" or (isinstance(own, Value) and shapes[0] == shapes[1])
+
+
+def _bends(node: fx.Node) -> bool:
+    if _rule(node) in (elementwise.same, elementwise.fill):
+        return False
+    computed = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
+    return operator(node) not in _AFFINE or len(computed) > 1
+
+
+def _scaled(node: fx.Node) -> bool:
+    """Whether an operator reads a tensor of several numbers beside values (a gain, as LayerScale has one)."""
+    shapes = (getattr(a.meta.get("val"), "shape", (1,)) for a in node.all_input_nodes if a.op == "get_attr")
+    return any(shapes)
+
+
+def _is_value(node: fx.Node) -> bool:
+    """Whether a node computes numbers from what it reads."""
+    return node.meta["val"].dtype != torch.bool and _rule(node) not in (elementwise.fill, elementwise.same)
 
 
 def _elementwise(node: fx.Node) -> bool:
-    return operator(node) == "aten.prelu" or _rule(node) in (elementwise.pointwise, elementwise.same)
+    functions = (elementwise.pointwise, elementwise.same, elementwise.fill, elementwise.gated_linear)
+    return operator(node) == "aten.prelu" or _rule(node) in functions
 
 
 def _rule(node: fx.Node) -> object:
-    found = TABLE.get(operator(node))
+    found = TABLE.get(operator(node)) or TABLE.get(operator(node).removesuffix("_"))
     return None if found is None else found.apply

@@ -27,7 +27,7 @@ from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import program_of, symmetry
 from vfx.api.widths import Wanted, one_width
 from vfx.arguments import checked
-from vfx.checks import check_finite
+from vfx.checks import check_finite, check_same_masks
 from vfx.choice import Judging
 from vfx.diagnosis.skew import skew_notes
 from vfx.errors import ArgumentError, PassError
@@ -229,7 +229,8 @@ def check_edges_of(program: Program) -> None:
     if program.edges < 2:
         raise ArgumentError(f"merging needs at least two models, got {program.edges}")
     for edge, weights in enumerate(program.weights):
-        check_finite(weights, f"edge {edge}")
+        check_finite(weights, f"edge {edge}", program.masks)
+    check_same_masks(program)
 
 
 def gathered(

@@ -16,7 +16,7 @@ from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api.results import Result
 from vfx.arguments import checked
 from vfx.capture import capture
-from vfx.checks import check_edges, check_finite, check_heads, check_same_function
+from vfx.checks import check_edges, check_finite, check_heads, check_same_function, masks_of
 from vfx.complex_numbers import real_parts
 from vfx.errors import ArgumentError
 from vfx.exporting import DYNAMIC_BATCH
@@ -44,7 +44,7 @@ def trace(
     Raises CaptureError, ArchitectureError, WeightError.
     """
     if isinstance(models, nn.Module):
-        check_finite(models.state_dict(), "the model")
+        check_finite(models.state_dict(), "the model", masks_of(models))
         return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
     check_edges(models, shapes=not heads)
     program = capture(models[0], example_inputs, dynamic_shapes=dynamic_shapes)

@@ -1,10 +1,10 @@
 """Where each conv and linear layer of a network is read: at its output and at the activation behind it.
 
 The output is that of the layer together with what folds into it: a BatchNorm with running statistics and the affines
-that normalization inserts. So folding changes no measure. The activation is the first activation function that the
-output reaches through norms, adds, pools, dropout and views before any other layer; of several layers that meet in an
-add the last one owns it, shortcuts own none. Layers of two networks are the same if they are the same call of modules
-of one name.
+that normalization inserts. So folding changes no measure. The activation is the first that the output reaches through
+norms, adds, pools, dropout and views before any other layer (``vfx.analyse.activations``); of several layers that meet
+in an add the last one owns it, shortcuts own none. Layers of two networks are the same if they are the same call of
+modules of one name.
 """
 
 from __future__ import annotations
@@ -17,25 +17,14 @@ from types import MappingProxyType
 
 from torch import fx
 
+from vfx.analyse.activations import activations_reached
 from vfx.analyse.layers import Layer, number_layers
 from vfx.normalization import affines
-from vfx.operators import BATCH_NORMS, DROPOUTS, NORMS, arguments, is_layer, operator, weight_name
+from vfx.operators import BATCH_NORMS, arguments, is_layer, operator, weight_name
 from vfx.program import Program
 
 Key = tuple[str, int]  # a module's name and which call of it
 
-_NAMES = """
-    relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh softplus
-    softsign threshold log_sigmoid hardshrink softshrink glu
-"""
-ACTIVATIONS = {f"aten.{name}" for name in _NAMES.split()}
-_ARITHMETIC = {f"aten.{name}" for name in ("add", "sub", "mul", "div")}
-_PASSED_NAMES = """
-    view reshape _unsafe_view flatten unflatten permute transpose t contiguous clone unsqueeze squeeze to mean
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-"""
-_PASSED = NORMS | DROPOUTS | {f"aten.{name}" for name in _PASSED_NAMES.split()}
 _BRANCH = re.compile(r"^branches(_\d+)?\.\d+\.")  # where PFM keeps the edges' own layers
 
 
@@ -95,7 +84,7 @@ def _owners(places: list[tuple[Layer, fx.Node]], outputs: Mapping[str, fx.Node])
     order = {node: index for index, node in enumerate(places[0][1].graph.nodes)} if places else {}
     owner: dict[fx.Node, str] = {}
     for layer, _ in places:
-        reached = [] if layer.shortcut else list(_activations(outputs[layer.node]))
+        reached = [] if layer.shortcut else list(activations_reached(outputs[layer.node]))
         if reached:
             owner[min(reached, key=order.__getitem__)] = layer.node
     return {name: node for node, name in owner.items()}
@@ -108,25 +97,3 @@ def _folded(node: fx.Node, channel: int, rewritten: Mapping[fx.Node, fx.Node]) -
     if user is None or operator(user) not in BATCH_NORMS or channel != 1 or user.args[0] is not node:
         return node
     return user if isinstance(arguments(user)["running_mean"], fx.Node) else node
-
-
-def _activations(node: fx.Node) -> Iterator[fx.Node]:
-    """Activation functions that a value reaches before any other layer."""
-    seen, stack = {node}, [node]
-    while stack:
-        for user in stack.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if operator(user) in ACTIVATIONS:
-                yield user
-            elif _passes(user):
-                stack.append(user)
-
-
-def _passes(node: fx.Node) -> bool:
-    """Whether a layer's features go on through a node: sums and maps of one value, not products of two."""
-    if operator(node) in _PASSED or operator(node) == "aten.add":
-        return True
-    computed = [a for a in node.all_input_nodes if a.op != "get_attr"]
-    return operator(node) in _ARITHMETIC and len(computed) == 1

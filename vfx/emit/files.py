@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from vfx.archives import check_expanded
 from vfx.arguments import checked
 from vfx.capture import capture
-from vfx.checks import check_finite, check_storage, learned
+from vfx.checks import check_finite, check_storage, masks_of
 from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import export_onnx
@@ -47,7 +47,7 @@ def export(model: Any, path: str | os.PathLike[str], example_inputs: Any = None)
     module = model if isinstance(model, nn.Module) else model.module
     if example_inputs is None and not isinstance(model, nn.Module):
         example_inputs = model.program.example_call
-    check_finite(learned(module), "the network")
+    check_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}, "the network", masks_of(module))
     _WRITERS[path.suffix](make_permanent(copy.deepcopy(module)).cpu().eval(), path, example_inputs)
     return path
 
@@ -118,8 +118,12 @@ def load(
     tensors = choose(value, path.name, notes, entry, model)
     check_storage(tensors, path.name)
     check_expanded(tensors, path.stat().st_size, path.name)
-    result = in_dtype(tensors, dtype) if model is None else filled(model, tensors, path.name, notes, dtype)
-    check_finite(result if isinstance(result, dict) else learned(result), path.name)
+    if model is None:
+        result: Any = in_dtype(tensors, dtype)
+        check_finite(result, path.name)
+    else:
+        result = filled(model, tensors, path.name, notes, dtype)
+        check_finite(result.state_dict(), path.name, masks_of(result))
     for text in notes:
         warnings.warn(text, CheckpointNote, stacklevel=2)
     return result

@@ -42,10 +42,10 @@ def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
 
 
 def mean_weights(weights: Sequence[Weights], shares: Sequence[float]) -> dict[str, Tensor]:
-    """Σ shares_i weights_i of aligned weight sets, fresh tensors; integer tensors come from the first."""
+    """Σ shares_i weights_i of aligned weight sets, fresh tensors; integer tensors and masks come from the first."""
     return {
         name: sum((share * w[name] for share, w in zip(shares, weights)), start=torch.zeros_like(tensor))
-        if tensor.is_floating_point() or tensor.is_complex()
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isinf().any()
         else tensor
         for name, tensor in weights[0].items()
     }

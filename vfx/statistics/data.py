@@ -213,5 +213,7 @@ class _Check:
             )
         if value.dtype != self.example.dtype:
             raise DataError(f"input {self.name!r} of a batch is {value.dtype}, the network takes {self.example.dtype}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if not (value.is_floating_point() or value.is_complex()) or torch.isfinite(value).all():
+            return
+        if value.isnan().any() or torch.isfinite(self.example).all():  # a mask has infinities in the example, too
             raise DataError(f"input {self.name!r} of a batch holds NaN or infinite values")
