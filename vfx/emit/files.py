@@ -107,7 +107,7 @@ def load(
     """
     path = Path(path)
     suffix, notes = path.suffix.lower(), list[str]()
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype must be a floating type, such as torch.float32, got {dtype!r}")
     if suffix not in _READERS and path.is_file():
         raise CheckpointError(f"cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(_READERS)}")
@@ -125,7 +125,7 @@ def load(
         result = filled(model, tensors, path.name, notes, dtype)
         check_finite(result.state_dict(), path.name, masks_of(result))
     for text in notes:
-        warnings.warn(text, CheckpointNote, stacklevel=2)
+        warnings.warn(text, CheckpointNote, stacklevel=3)  # behind the check of the arguments
     return result
 
 
