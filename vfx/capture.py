@@ -48,7 +48,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_
     The first axis of the first tensor is the batch, and so is that of every tensor that has the same size there (a
     batch of one is doubled so that it is not taken for a constant). ``dynamic_shapes`` goes to ``torch.export``; by
     default the batch axis alone is dynamic, with a minimum of 1, and with None every size is the examples'. Outputs
-    that are no tensors (caches) are dropped, with a note. Raises CaptureError if the model cannot be captured, ArgumentError if the inputs do not fit its ``forward``.
+    that are no tensors (caches) are dropped, with a note. Raises CaptureError if the model cannot be captured,
+    ArgumentError if the inputs do not fit its ``forward``.
     """
     if isinstance(model, ExportedProgram):
         call = as_call(example_inputs)

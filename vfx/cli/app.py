@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from typing import TextIO
 
@@ -11,8 +12,10 @@ from rich.console import Console
 
 from vfx.errors import CheckpointNote, VfxError
 
+DEBUG = "--debug"
+
 app = typer.Typer(
-    help="Merge and prune trained networks without retraining.",
+    help="Merge and prune trained networks without retraining. With --debug an error shows its whole origin.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -21,7 +24,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: vfx's own errors end with a message, not a traceback, and its notes are a line each."""
+    """Entry point: vfx's own errors end with a message, and its notes are a line each.
+
+    With ``--debug`` an error shows what torch printed as well, and a traceback.
+    """
+    debug = DEBUG in sys.argv
     others = warnings.showwarning
 
     def show(
@@ -39,8 +46,11 @@ def main() -> None:
 
     warnings.showwarning = show
     try:
-        app(prog_name="vfx")
+        app([text for text in sys.argv[1:] if text != DEBUG], prog_name="vfx")
     except VfxError as error:
+        if debug:
+            print(getattr(error, "details", ""), file=sys.stderr)
+            traceback.print_exception(error)
         Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
         Console(stderr=True, soft_wrap=True, markup=False).print(str(error))
         sys.exit(1)

@@ -26,7 +26,7 @@ from vfx.emit.onnx import export_onnx
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
-from vfx.exporting import exported
+from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.files import check_writable, write_atomic
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
@@ -34,11 +34,14 @@ from vfx.signature import Call, as_call, batched_call, in_order
 
 
 @checked
-def export(model: Any, path: str | os.PathLike[str], example_inputs: Any = None) -> Path:
+def export(
+    model: Any, path: str | os.PathLike[str], example_inputs: Any = None, *, dynamic_shapes: Any = DYNAMIC_BATCH
+) -> Path:
     """Write a merged network (a Result or a module with example inputs) in the format of ``path``'s suffix.
 
     ``.onnx`` is compared with the module in ONNX Runtime at two batch sizes first. ``.safetensors`` holds the state
     dict of a network of the user's own class; a GraphModule goes to ``.pt2``. Masks of ``vfx.prune`` become zeros.
+    ``dynamic_shapes``: which sizes vary in ``.onnx`` and ``.pt2``, as for ``vfx.trace``.
     Raises ArgumentError, OutputError (before any work), WeightError, CaptureError, VerificationError; no partial file
     is left.
     """
@@ -48,15 +51,16 @@ def export(model: Any, path: str | os.PathLike[str], example_inputs: Any = None)
     if example_inputs is None and not isinstance(model, nn.Module):
         example_inputs = model.program.example_call
     check_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}, "the network", masks_of(module))
-    _WRITERS[path.suffix](make_permanent(copy.deepcopy(module)).cpu().eval(), path, example_inputs)
+    network = make_permanent(copy.deepcopy(module)).cpu().eval()
+    _WRITERS[path.suffix](network, path, example_inputs, dynamic_shapes)
     return path
 
 
-def _write_onnx(module: nn.Module, path: Path, example_inputs: Any) -> None:
-    export_onnx(module, path, _examples(module, example_inputs, "ONNX"))
+def _write_onnx(module: nn.Module, path: Path, example_inputs: Any, shapes: Any) -> None:
+    export_onnx(module, path, _examples(module, example_inputs, "ONNX", shapes), dynamic_shapes=shapes)
 
 
-def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> None:
+def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any, shapes: Any) -> None:
     if isinstance(module, fx.GraphModule):
         raise no_class(path, "a GraphModule")
     try:
@@ -66,8 +70,8 @@ def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any) -> No
     write_atomic(path, data)
 
 
-def _write_pt2(module: nn.Module, path: Path, example_inputs: Any) -> None:
-    program, _ = exported(module, _examples(module, example_inputs, ".pt2"))
+def _write_pt2(module: nn.Module, path: Path, example_inputs: Any, shapes: Any) -> None:
+    program, _ = exported(module, _examples(module, example_inputs, ".pt2", shapes), shapes)
     write_atomic(path, write_program(program))
 
 
@@ -159,10 +163,11 @@ _READERS = {
 }
 
 
-def _examples(module: nn.Module, example_inputs: Any, what: str) -> Call:
+def _examples(module: nn.Module, example_inputs: Any, what: str, shapes: Any) -> Call:
     if example_inputs is None:
         raise ArgumentError(f"{what} export of a module needs example_inputs")
-    call = batched_call(in_order(module.forward, as_call(example_inputs), type(module).__name__))
+    call = in_order(module.forward, as_call(example_inputs), type(module).__name__)
+    call = batched_call(call) if shapes == DYNAMIC_BATCH else call
     return call.map(lambda x: x.cpu() if isinstance(x, Tensor) else x)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_pair
 from vfx.errors import ArgumentError, VerificationError
-from vfx.exporting import exported
+from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.files import drafts_beside
 from vfx.outputs import named_tensors, plain
 from vfx.signature import Call, batch_size
@@ -29,20 +29,22 @@ BATCHES = (1, 7)
 IN_ONE_FILE = 3 * 2**29  # bytes of weights; protobuf ends at 2 GiB
 
 
-def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0) -> float:
+def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0, dynamic_shapes: Any = DYNAMIC_BATCH) -> float:
     """Write ``module`` with a dynamic batch; returns its largest difference to the module in ONNX Runtime.
 
     Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns. Weights above
-    1.5 GiB lie beside the graph, in ``<name>.<digest>.data``. Raises ArgumentError if torch cannot export the network;
-    VerificationError, and writes nothing, if ONNX Runtime cannot run it or differs by more than 1e-4 (16 roundings in
-    half precision) at batch 1 or 7; OutputError.
+    1.5 GiB lie beside the graph, in ``<name>.<digest>.data``. With other ``dynamic_shapes`` the file is compared at the
+    shapes of ``call`` alone. Raises ArgumentError if torch cannot export the network; VerificationError, and writes
+    nothing, if ONNX Runtime cannot run it or differs by more than 1e-4 (16 roundings in half precision) at batch 1 or
+    7; OutputError.
     """
     module = module.to("cpu").eval()
-    onnx_program = _converted(module, call)
+    onnx_program = _converted(module, call, dynamic_shapes)
+    sizes = BATCHES if dynamic_shapes == DYNAMIC_BATCH else (batch_size(call.tensors()),)
     values = onnx_program.model.graph.initializers.values()
     if sum(value.const_value.nbytes for value in values if value.const_value is not None) <= IN_ONE_FILE:
         model = onnx_program.model_proto.SerializeToString()
-        worst = _compare(module, model, call, seed)
+        worst = _compare(module, model, call, sizes, seed)
         place_file(model, path)
         return worst
     check_no_link(path)
@@ -50,15 +52,15 @@ def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0) -> flo
         graph = folder / "graph.onnx"
         onnx_program.save(str(graph), external_data=True)
         weights = name_weights(graph, folder / "graph.onnx.data", path)
-        worst = _compare(module, graph, call, seed)
+        worst = _compare(module, graph, call, sizes, seed)
         place_pair(graph, weights, path)
     return worst
 
 
-def _converted(module: nn.Module, call: Call) -> Any:
+def _converted(module: nn.Module, call: Call, dynamic_shapes: Any) -> Any:
     """The network as torch exports it. Raises ArgumentError."""
     with _quiet(), torch.no_grad():
-        program, _ = exported(module, call)
+        program, _ = exported(module, call, dynamic_shapes)
         names = _names(module, call)
         try:
             return torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=names)
@@ -90,14 +92,14 @@ def _tolerance(module: nn.Module, call: Call) -> float:
 
 
 @torch.no_grad()
-def _compare(module: nn.Module, model: bytes | Path, call: Call, seed: int) -> float:
+def _compare(module: nn.Module, model: bytes | Path, call: Call, sizes: Sequence[int | None], seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     tolerance, worst = _tolerance(module, call), 0.0
     try:
         session = _session(model)
     except Exception as error:  # ONNX Runtime's classes are not public
         raise VerificationError(_unrunnable(module, call, error)) from error
-    for batch in BATCHES:
+    for batch in sizes:
         fresh = _fresh(call, batch, generator)
         expected = named_tensors(module(*fresh.args, **fresh.kwargs)).values()
         try:
@@ -141,12 +143,12 @@ def _unrunnable(module: nn.Module, call: Call, error: Exception) -> str:
     )
 
 
-def _fresh(call: Call, batch: int, generator: torch.Generator) -> Call:
+def _fresh(call: Call, batch: int | None, generator: torch.Generator) -> Call:
     """Random samples in place of the call's batch; integers are drawn from the examples' rows."""
     size = batch_size(call.tensors())
 
     def sample(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size:
+        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size or batch is None:
             return x
         if x.is_floating_point():
             return torch.randn((batch, *x.shape[1:]), generator=generator).to(x.dtype)
