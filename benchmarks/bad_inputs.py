@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import vfx
 from vfx.errors import VfxError
 
-WIDTH = 200  # characters of a message that the table shows
+WIDTH = 240  # characters of a message that the table shows
 FOREIGN = (
     "Expected one of",
     "Found no",
@@ -296,6 +296,7 @@ def refusal(call: Callable[[], Any]) -> VfxError:
 def told(error: VfxError) -> str:
     """The message as the table shows it: one line, no folder of this machine, what torch adds left out."""
     text = re.sub(r"\S*/tmp\w*/", "", " ".join(str(error).split()))
+    text = re.sub(r"(with inputs .*?): \w+: .* Way out", r"\1: … Way out", text)
     cut = min((text.index(words) for words in FOREIGN if words in text), default=len(text))
     text = text if cut == len(text) else text[:cut] + "…"
     text = text if len(text) <= WIDTH else text[:WIDTH] + "…"
