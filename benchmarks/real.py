@@ -281,19 +281,19 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["# Networks that others trained", "", text, ""]
     for name, result in results.items():
         network = NETWORKS[name]
-        rows = [["nothing", "", *network.show(result["dense"]), "1.000×", "", ""]]
+        rows = [["nothing", "", *network.show(result["dense"]), "1.000×", "", "", ""]]
         for cut in network.cuts:
             cells = {method: result["cells"].get(f"{cut.title}/{method}") for method in METHODS}
             rows += [_row(cut, method, network.show(cell), cell) for method, cell in cells.items() if cell]
         versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-        head = ["what goes", "method", *network.head, "parameters left", "normalize", "seconds"]
+        head = ["what goes", "method", *network.head, "parameters left", "score", "normalize", "seconds"]
         lines += [f"## {network.title}", "", *grid(head, rows), "", f"{versions}.", ""]
     return "\n".join(lines)
 
 
 def _row(cut: Cut, method: str, figures: list[str], cell: dict[str, Any]) -> list[str]:
     left, seconds = f"{cell['params_left']:.3f}×", f"{cell['seconds']:.1f}"
-    return [cut.title, method, *figures, left, cell["normalize"] or "none", seconds]
+    return [cut.title, method, *figures, left, cell["score"], cell["normalize"] or "none", seconds]
 
 
 # running ------------------------------------------------------------------------------------------------------------

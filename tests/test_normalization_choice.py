@@ -75,7 +75,8 @@ def test_scores_are_divergence_cross_entropy_and_accuracy(labels: Tensor | None)
     judge = Judge(program, ALPHAS, Prepared(tuple([x] for x in cuts[0]), tuple(cuts[1])))
     found = judge(program.select(0))
     with torch.no_grad():
-        p = 0.3 * models[0](X).softmax(1) + 0.7 * models[1](X).softmax(1)
+        p = models[0](X).softmax(1) ** 0.3 * models[1](X).softmax(1) ** 0.7
+        p = p / p.sum(1, keepdim=True)
         q = models[0](X).softmax(1)
         z, scales = models[0](X), torch.logspace(-2, 2, 4001, dtype=torch.float64)
         logs = torch.stack([(beta * z).log_softmax(1) for beta in scales])
@@ -111,7 +112,7 @@ def test_one_column_and_tokens_are_scored_too() -> None:
     with torch.no_grad():
         (a, b), (c, d) = (model(x) for model in models)
         mean = (a + c) / 2
-        p, scales = (b.softmax(2) + d.softmax(2)) / 2, torch.logspace(-2, 2, 4001, dtype=torch.float64)
+        p, scales = ((b + d) / 2).softmax(2), torch.logspace(-2, 2, 4001, dtype=torch.float64)
         rest = min((p * (p.log() - (beta * b).log_softmax(2))).sum(2).mean() for beta in scales)
         close(found.divergence, float((a - mean).square().mean() / mean.var() + rest), 1e-5)
 

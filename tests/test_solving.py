@@ -307,6 +307,24 @@ def test_what_outputs_are_decides_how_they_are_compared() -> None:
     close(other.divergence, float(expected.mean()), 1e-9)
 
 
+def test_the_ensemble_of_classifiers_is_that_of_their_logits() -> None:
+    x = images(12, 4, dtype=torch.float64)
+    models = edges(lambda: _Headed(lambda y: 4 * y), x)
+    with torch.no_grad():
+        mean = 0.3 * models[0](x) + 0.7 * models[1](x)
+        mixed = (0.3 * models[0](x).softmax(1) + 0.7 * models[1](x).softmax(1)).log()
+    program = trace(models, x[:2])
+    judge = Judge(program, [0.3, 0.7], Prepared(([x],), (None,)))
+    assert abs(judge.score([mean]).divergence) < 1e-6
+    assert judge.score([mixed]).divergence > 1e-4
+    for model in models:
+        model.change = lambda y: (4 * y).softmax(1)
+    alike = Judge(trace(models, x[:2]), [0.3, 0.7], Prepared(([x],), (None,)))
+    assert set(alike.kinds.values()) == {"probabilities"}
+    close(next(iter(alike.expected.values())), next(iter(judge.expected.values())), 1e-10)
+    assert abs(alike.score([mean.softmax(1)]).divergence) < 1e-9
+
+
 class _Headed(nn.Module):
     def __init__(self, change: Any):
         super().__init__()
