@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from conftest import close
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+from typer.testing import CliRunner
 
+from vfx.cli import app
 from vfx.emit.files import export, load
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.pt2.expressions import checked_expression
@@ -371,6 +374,8 @@ def test_packed_archives_of_ordinary_size_are_read(good: Files, tmp_path: Path) 
         "(s0 - 1)//2 % 3",
         "s0 >= 4",
         "s0**2",
+        "Max(Integer(1), Min(s0, s1, 300))",
+        "Add(" + ", ".join(f"Mul(Integer(4), Min(Integer(300), u{i}))" for i in range(90)) + ")",
     ],
 )
 def test_sizes_of_real_networks_are_expressions(text: str) -> None:
@@ -387,6 +392,7 @@ def test_sizes_of_real_networks_are_expressions(text: str) -> None:
         "LShift(Integer(1), Integer(99999999999))", "Pow(Integer(2), Float('1e300', precision=53))", "9" * 5000,
         "(" * 500 + "s0" + ")" * 500, "-" * 500 + "s0", "s0+" * 10_000 + "s0", "s123456", "λ0", "Add(*[1])", "",
         "s0 s1",        "Add(s0, evaluate=False)", "Pow(Integer(2))", "print(s0)", "s0; s1", "s0 # s1\n+ s2 = 3",
+        "Max(" + ", ".join(f"s{i}" for i in range(99)) + ")", "Pow(Integer(9), Rational(1, 2))", "sqrt(s0)",
     ],
 )  # fmt: skip
 def test_everything_else_is_no_size(text: str) -> None:
@@ -531,3 +537,33 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vfx_test.spoken.default takes text"):
         export(Speaks(), tmp_path / "model.pt2", torch.randn(2, 3))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export CHECKPOINT -o OUT.onnx", "diagnose CHECKPOINT CHECKPOINT MODEL -d DATA",
+        "diagnose GOOD CHECKPOINT MODEL -d DATA",
+        "barrier CHECKPOINT GOOD MODEL -d DATA", "merge CHECKPOINT GOOD MODEL -o OUT.pt2",
+        "compare CHECKPOINT GOOD MODEL -d DATA", "repair CHECKPOINT GOOD MODEL -d DATA -o OUT.pt2",
+        "prune CHECKPOINT MODEL -o OUT.pt2", "prune-structured CHECKPOINT MODEL -o OUT.pt2",
+    ],
+)  # fmt: skip
+def test_no_command_runs_code_from_an_archive(command: str, good: Files, tmp_path: Path) -> None:
+    files, mark = dict(good), Mark(tmp_path / "ran")
+    _weight(files, mark)
+    np.save(tmp_path / "data.npy", np.zeros((4, 4), dtype=np.float32))
+    words = {
+        "CHECKPOINT": [str(_written(files, tmp_path / "hostile.pt2"))],
+        "GOOD": [str(_written(good, tmp_path / "good.pt2"))],
+        "MODEL": ["-m", "torch.nn:Linear", "-a", "in_features=4", "-a", "out_features=3"],
+        "DATA": [str(tmp_path / "data.npy")],
+    }
+    arguments = [
+        part.replace("OUT", str(tmp_path / "out")) for word in command.split() for part in words.get(word, [word])
+    ]
+    result = CliRunner().invoke(app, [*arguments, "-i", "4"])
+    assert isinstance(result.exception, CheckpointError), result.output
+    assert "hostile.pt2 cannot be read as an exported program: '0.weight' is stored" in str(result.exception)
+    assert not Path(mark).exists()
+    assert not list(tmp_path.glob("out*"))

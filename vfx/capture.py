@@ -38,6 +38,7 @@ _FILLED_LIKE = {"aten.zeros_like": 0, "aten.new_zeros": 0, "aten.ones_like": 1, 
 _MAY_RETURN_INPUT = {*DROPOUTS, "aten.type_as", "aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d",
                      "aten.broadcast_tensors", "aten.meshgrid", "aten.einsum"}  # fmt: skip
 _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to compute than to keep
+_MAX_ALL_FOLDED = 1 << 27  # elements of all constants: a graph from a file could ask for any number of them
 
 
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
@@ -375,9 +376,13 @@ def _constant_nodes(graph: fx.Graph, constants: set[str]) -> set[fx.Node]:
     families = _families(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     constant: set[fx.Node] = set()
+    kept = 0
     for node in graph.nodes:
-        if (node.op == "get_attr" and node.target in constants) or _is_foldable(node, constant):
+        if node.op == "get_attr" and node.target in constants:
             constant.add(node)
+        elif _is_foldable(node, constant) and kept + _elements(node) <= _MAX_ALL_FOLDED:
+            constant.add(node)
+            kept += _elements(node)
     while True:
         lost = {node for node in constant if node.op == "call_function" and not _is_foldable(node, constant)}
         for members in families:
@@ -418,9 +423,14 @@ def _is_foldable(node: fx.Node, constant: set[fx.Node]) -> bool:
     for value in values if isinstance(values, list) else [values]:
         if not isinstance(value, Value) or any(not isinstance(size, int) for size in value.shape):
             return False
-        if math.prod(value.shape) > _MAX_FOLDED:
-            return False
+    if _elements(node) > _MAX_FOLDED:
+        return False
     return operator(node) in _FILLED_LIKE or all(argument in constant for argument in node.all_input_nodes)
+
+
+def _elements(node: fx.Node) -> int:
+    values = node.meta["val"]
+    return sum(math.prod(value.shape) for value in (values if isinstance(values, list) else [values]))
 
 
 def _constant_values(graph: fx.Graph, constant: set[fx.Node], weights: Weights) -> dict[fx.Node, Any]:

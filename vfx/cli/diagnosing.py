@@ -32,7 +32,7 @@ def diagnose(
     from vfx.diagnosis.diagnose import diagnose as run
 
     check_outputs(None, html, csv, report)
-    whole = checkpoint.suffix == ".pt2"
+    whole = checkpoint.suffix.lower() == ".pt2"
     network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments)[0]
     examples = examples_of(inputs)
     found = run(

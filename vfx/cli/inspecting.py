@@ -79,8 +79,8 @@ def export(
     from vfx.emit.files import export as write
     from vfx.emit.files import load
 
-    check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix == ".pt2" else "")
-    if model is None and checkpoint.suffix != ".pt2":
+    check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix.lower() == ".pt2" else "")
+    if model is None and checkpoint.suffix.lower() != ".pt2":
         raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
     network = load(checkpoint, construct(model, arguments) if model else None)
     for path in out:

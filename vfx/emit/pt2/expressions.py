@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection
+from typing import TypeGuard
 
 from vfx.errors import CheckpointError
 
@@ -17,11 +19,13 @@ _LONGEST = 20_000  # characters
 _DEEPEST = 60  # nested calls
 _LARGEST = 1 << 63
 _LARGEST_POWER = 64
+_MOST_COMPARED = 24
+_EXTREMA = ("Max", "Min")
 _POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift", "RShift")
 _FUNCTIONS = frozenset({
-    "Add", "Mul", "Max", "Min", "Abs", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "ModularIndexing",
+    "Add", "Mul", "Max", "Min", "Abs", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv",
     "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat", "CeilToInt", "FloorToInt", "RoundToInt", "RoundDecimal",
-    "ToFloat", "Identity", "Where", "floor", "ceiling", "sqrt", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality",
+    "ToFloat", "Identity", "Where", "floor", "ceiling", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality",
     "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan", "And", "Or", "Not",
     "IsNonOverlappingAndDenseIndicator", *_POWERS,
 })  # fmt: skip
@@ -76,6 +80,11 @@ def _check_call(node: ast.Call, depth: int) -> None:
     elif name in _FUNCTIONS and not node.keywords:
         if name in _POWERS:
             _check_power(*node.args)
+        if (
+            name in _EXTREMA
+            and sum(len(part.args) for part in ast.walk(node) if _calls(part, _EXTREMA)) > _MOST_COMPARED
+        ):
+            raise ValueError(f"more than {_MOST_COMPARED} terms of one Max or Min")  # each is compared with each
         for argument in node.args:
             _check(argument, depth - 1)
     else:
@@ -120,17 +129,18 @@ def _is_small(exponent: ast.expr) -> bool:
         name, values = exponent.func.id, exponent.args
         if name == "Float" and len(values) == 1 and isinstance(values[0], ast.Constant):
             return abs(float(values[0].value)) <= _LARGEST_POWER  # type: ignore[arg-type]
-        integers = name in ("Integer", "Rational") and all(_is_integer(value, _LARGEST_POWER) for value in values)
-        return name == "Symbol" or integers
+        return name == "Symbol" or (name == "Integer" and all(_is_integer(x, _LARGEST_POWER) for x in values))
     if isinstance(exponent, ast.Constant) and type(exponent.value) is float:
         return abs(exponent.value) <= _LARGEST_POWER
     return _is_integer(exponent, _LARGEST_POWER)
 
 
 def _is_power(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return node.func.id in _POWERS
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow)
+    return _calls(node, _POWERS) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow))
+
+
+def _calls(node: ast.AST, names: Collection[str]) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
 
 
 def _is_integer(node: ast.expr, largest: int = _LARGEST) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
@@ -97,7 +98,7 @@ def _view(name: str, content: Tensor, meta: schema.TensorMeta) -> Tensor:
     (offset,) = _integers(name, [meta.storage_offset])
     if len(sizes) != len(strides):
         raise CheckpointError(f"{name!r} has {len(sizes)} sizes and {len(strides)} strides")
-    count = torch.Size(sizes).numel()
+    count = math.prod(sizes)
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides)) + 1 if count else 0
     if last * dtype.itemsize > content.numel():
         raise CheckpointError(f"{name!r} of shape {sizes} needs {last * dtype.itemsize} bytes, has {content.numel()}")
