@@ -1,6 +1,6 @@
 """A Program resized along its symmetry groups: new weights, new graph, sizes that were baked in worked out anew.
 
-The new graph is run once without data (``meta`` tensors), at the example's batch size and at another: every value must
+The new graph is run once without data (``meta`` tensors), at another batch size than the example's: every value must
 have the shape that the axis terms foretell. Reductions and norms over channels run over those that are there, attention
 keeps the scale of the original network.
 """
@@ -235,18 +235,19 @@ def _along(layout: Layout, gather: Gather, node: fx.Node, dim: int) -> Index:
 
 @torch.no_grad()
 def check_shapes(program: Program) -> None:
-    """Run a Program without data at two batch sizes; raise PassError where a value has not its foretold shape."""
+    """Run a Program without data, at another batch size than the example's where it may vary.
+
+    Raises PassError where a value has not its foretold shape.
+    """
     program = replace(program, graph=_on_meta(program.graph))
     weights = {name: tensor.to("meta") for name, tensor in program.weights[0].items()}
-    sizes = [value.meta["val"].shape for value in program.placeholders]
-    symbolic = any(not isinstance(size, int) for shape in sizes for size in shape)
-    own = [tuple(x.shape) for x in program.example_inputs]
-    shapes = [own]
-    if symbolic:
-        shapes.append([node.meta["val"].sizes(7) for node in program.placeholders])
-    for given in shapes:
-        inputs = [torch.empty(s, dtype=x.dtype, device="meta") for s, x in zip(given, program.example_inputs)]
-        _check_run(program, weights, inputs)
+    placeholders = program.placeholders
+    symbolic = any(not isinstance(size, int) for node in placeholders for size in node.meta["val"].shape)
+    shapes = [
+        node.meta["val"].sizes(7) if symbolic else x.shape for node, x in zip(placeholders, program.example_inputs)
+    ]
+    inputs = [torch.empty(s, dtype=x.dtype, device="meta") for s, x in zip(shapes, program.example_inputs)]
+    _check_run(program, weights, inputs)
 
 
 def _on_meta(graph: fx.Graph) -> fx.Graph:
