@@ -17,10 +17,12 @@ from torch import Tensor, fx
 from vfx.alphas import edge_weights
 from vfx.analyse.activation_maps import along
 from vfx.analyse.activations import statistics_channels
+from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.pins import pin_notes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.arguments import checked
+from vfx.duplication import read_only_in
 from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
@@ -35,7 +37,8 @@ class Align(Pass):
     """Bring edges 1…N−1 to edge 0 with ``match``: a matcher, its name, or None to leave them as they are.
 
     ``data`` (a loader) or ``statistics`` are needed by matchers that read activations; ``classes`` is for "weight" and
-    "activation": each group's "full" class, or "permutation".
+    "activation": each group's "full" class, or "permutation". ``preserve`` and ``heads`` say which layers each edge is
+    going to keep for itself (``DuplicateBranches`` with its ``join``, ``DuplicateHeads``): no scale is read off those.
     """
 
     weight_sets = "several"
@@ -50,10 +53,14 @@ class Align(Pass):
         statistics: Statistics | None = None,
         weights: float | Sequence[float] | None = None,
         facts: Symmetry | None = None,
+        preserve: int | str = 0,
+        join: Join = "preactivation",
+        heads: int | str = 0,
         seed: int = 0,
         verify: bool = True,
         progress: bool = True,
     ):
+        self.preserve, self.join, self.heads = preserve, join, heads
         self.matcher = find_matcher(match, classes=classes)
         self.data, self.statistics, self.weights, self.facts = data, statistics, weights, facts
         self.seed, self.verify, self.progress = seed, verify, progress
@@ -83,7 +90,13 @@ class Align(Pass):
         if self.matcher is None:
             return _with_goals(program, program, facts, statistics, Matching(({},) * program.edges))
         shares = tuple(edge_weights(self.weights, program.edges))
-        self.matching = self.matcher(Problem(program, facts, statistics, shares, self.data, self.seed, self.progress))
+        layers = number_layers(program)
+        heads = read_only_in(program, layers.heads(self.heads).branch if self.heads else ())
+        branches = read_only_in(program, layers.cut(self.preserve, self.join).branch if self.preserve else ())
+        apart = heads | branches
+        self.matching = self.matcher(
+            Problem(program, facts, statistics, shares, self.data, self.seed, self.progress, apart, heads)
+        )
         if self.verify:
             self.error = self._prove(program, facts, self.matching)
         weights = [self.matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from passes.balance_attention import BalanceAttention
 from passes.balance_scales import BalanceScales
 from passes.fold_normalization import FoldNormalization
+from vfx.analyse import balance as balancing
 from vfx.analyse.balance import Scales
 from vfx.analyse.classes import Maps
 from vfx.analyse.rules import TABLE, elementwise
@@ -421,3 +422,36 @@ def test_merge_balances_its_edges() -> None:
     assert (plain - model(VECTORS)).abs().max() > 1e-2
     with pytest.raises(ArgumentError, match="'lift', 'balance', 'remove_bias'"):
         merge([model, twin], VECTORS, prepare="polish", **options)
+
+
+# depth ----------------------------------------------------------------------------------------------------------------
+
+
+def _deep(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(16, 3)).double().eval()
+
+
+def _steps_a_feature(depth: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """How often the scales of a feature change until all are balanced, and how far from it they are in the end."""
+    program = trace(_deep(depth), torch.randn(2, 16, dtype=torch.float64))
+    facts, calls, step = symmetry(program), [0], balancing._step
+    with monkeypatch.context() as patch:
+        patch.setattr(balancing, "_step", lambda *given: calls.__setitem__(0, calls[0] + 1) or step(*given))
+        found = apply(facts, program.weights[0], balancing.balance(facts, program.weights[0]))
+    worst = 0.0
+    for k in range(0, 2 * depth, 2):
+        made = found[f"{k}.weight"].square().sum(1) + found[f"{k}.bias"].square()
+        worst = max(worst, float((made / found[f"{k + 2}.weight"].square().sum(0)).log().abs().max()))
+    return calls[0] / depth, worst
+
+
+def test_deep_networks_are_balanced_in_as_many_sweeps_as_shallow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow, _ = _steps_a_feature(6, monkeypatch)
+    deep, worst = _steps_a_feature(60, monkeypatch)
+    assert worst < 1e-8
+    assert deep < 2 * shallow + 5
+    monkeypatch.setattr(balancing._Whole, "steps", lambda self: iter(()))
+    slow, _ = _steps_a_feature(60, monkeypatch)
+    assert slow > 10 * deep

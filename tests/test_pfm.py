@@ -194,7 +194,7 @@ def test_the_reference_tells_cuts_joins_and_weights_apart(name: str) -> None:
 def test_permutations_are_folded_into_the_branches(name: str, preserve: int) -> None:
     """With aligned edges the join is a plain weighted sum of the aligned prefixes."""
     models, program = _edges(name)
-    aligned = Align("weight")(program)
+    aligned = Align("weight", preserve=preserve)(program)
     moved = [copy.deepcopy(model) for model in models]
     for model, weights in zip(moved, aligned.weights):
         model.load_state_dict(weights)

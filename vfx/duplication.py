@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ def prefixes(program: Program, root: str) -> list[str]:
     names = (root, *(f"{root}_{index}" for index in range(2, len(taken) + 3)))
     free = next(name for name in names if name not in taken)
     return [f"{free}.{edge}." for edge in range(program.edges)]
+
+
+def read_only_in(program: Program, part: Collection[fx.Node]) -> frozenset[str]:
+    """The tensors that no node outside a part of the graph reads."""
+    own: dict[str, bool] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            own[name] = own.get(name, True) and all(user in part for user in node.users)
+    return frozenset(name for name, inside in own.items() if inside)
 
 
 def own_weights(program: Program, graph: fx.Graph, names: list[str]) -> tuple[list[dict[str, Tensor]], dict[str, str]]:

@@ -14,23 +14,29 @@ two networks of one orbit have balanced forms that differ by signed permutations
   sign that makes the largest entry of its first side positive: what the basis was does not matter.
 
 Sides on which a running statistic stands keep their scale: statistics that are measured anew are those of the layer as
-it is. A scale that only makes or only reads has no minimum and stays. Directions in which a product all but vanishes
-(many trained heads have them) are left unequal: raising them would cost the weights their precision. A head with fewer
-inputs or outputs than its size, or whose second side has a lower rank, stays as it is: no invertible map balances it.
+it is. A scale that only makes or only reads has no minimum and stays; where the other side is there but stays apart
+(the heads of each edge), what is left gets rows of norm one, or orthonormal ones. Directions in which a product all but
+vanishes (many trained heads have them) are left unequal: raising them would cost the weights their precision. A head
+with fewer inputs or outputs than its size, or whose second side has a lower rank, stays as it is: no invertible map
+balances it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import networkx as nx
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.sparse import linalg
 from torch import Tensor
 
-from vfx.analyse.classes import Maps, Matrix, turning
+from vfx.analyse.classes import Maps, Matrix, contragredient, turning
 from vfx.analyse.composition import compose
 from vfx.analyse.slots import Vector, nullspace
 from vfx.analyse.symmetry import Group, Symmetry
@@ -40,6 +46,7 @@ from vfx.program import Weights
 TOLERANCE = 1e-10  # of λ, in one sweep over all channels
 ROUNDED = 1e-5  # the same for weights of single precision
 SWEEPS = 2000
+NEWTON, RIDGE = 20, 1e-12  # steps at most, and what is added to the second derivatives, a share of the largest
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
 FLOOR = 1e-4  # of a product's singular values, a share of the largest: smaller ones are not raised to balance
@@ -48,11 +55,14 @@ DEFICIENT = 1e-7  # singular values of a map below this share of the largest
 Variable = tuple[int, int]  # group, free scale
 
 
-def balance(symmetry: Symmetry, weights: Weights) -> dict[int, Element]:
-    """The element that brings a weight set to its balanced form, by positive scales, invertible maps and planes."""
-    scales, paired = Scales(symmetry), (Maps.LINEAR, Maps.ROTATIONS)
+def balance(symmetry: Symmetry, weights: Weights, apart: Collection[str] = ()) -> dict[int, Element]:
+    """The element that brings a weight set to its balanced form, by positive scales, invertible maps and planes.
+
+    Parameters that stay ``apart`` (heads of one edge alone) do not count.
+    """
+    scales, paired = Scales(symmetry, apart=apart), (Maps.LINEAR, Maps.ROTATIONS)
     pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired]
-    moved = {m.fqn for g in symmetry.moving for m in g.members}
+    moved = {m.fqn for g in symmetry.moving for m in g.members}.difference(apart)
     own = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
     return in_turn(symmetry, own, scales, pairs) if pairs else scales(own)
 
@@ -120,6 +130,11 @@ def _maps(symmetry: Symmetry, group: Group, weights: Weights) -> list[Matrix | N
 
 def _paired_form(first: Tensor, second: Tensor) -> Matrix | None:
     """T (d, d) for (d, n) and (d, m), the second of which carries T⁻ᵀ; None where there is none."""
+    if not second.shape[1]:
+        return _orthonormal(first)
+    if not first.shape[1]:
+        held = _orthonormal(second)
+        return None if held is None else contragredient(held)
     found = _balanced(first, second)
     return _balanced_where_used(first, second) if found is None else found
 
@@ -142,6 +157,16 @@ def _balanced_where_used(first: Tensor, second: Tensor) -> Matrix | None:
     rest = torch.linalg.svd(used[0]).U[:, rank:]
     held = torch.from_numpy(inner) @ torch.linalg.solve(between.T, used[1].T)
     return torch.cat([held, rest.T]).numpy()
+
+
+def _orthonormal(side: Tensor) -> Matrix | None:
+    """T (d, d), symmetric, behind which the rows of (d, n) are orthonormal where they differ from zero at all."""
+    if not side.numel() or not bool(side.any()):
+        return None
+    u, s, _ = torch.linalg.svd(side, full_matrices=False)
+    held = s > DEFICIENT * s[0]
+    u, s = u[:, held], s[held].clamp_min(FLOOR * float(s[0]))
+    return np.asarray(torch.eye(len(side), dtype=side.dtype) + u @ torch.diag(1 / s - 1) @ u.T)
 
 
 def _used(side: Tensor) -> Tensor:
@@ -168,6 +193,8 @@ def _balanced(first: Tensor, second: Tensor) -> Matrix | None:
 def _equal_planes(first: Tensor, second: Tensor) -> np.ndarray:
     """Scales of planes (d, d) for (d, n) and (d, m): both sides get the same sum of squares, unless one is zero."""
     one, other = (side.square().sum(1).reshape(-1, 2).sum(1).numpy() for side in (first, second))
+    if not second.shape[1] or not first.shape[1]:
+        one, other = (x if x.any() else np.ones_like(x) for x in (one, other))
     ratio = np.where((one > 0) & (other > 0), other / np.where(one > 0, one, 1.0), 1.0)
     return turning(ratio**0.25 + 0j)
 
@@ -195,20 +222,23 @@ class Place:
 class Scales:
     """The positive scales of every group that has them; called with weights it gives those that balance them.
 
-    With ``mixed`` those of groups of class LINEAR too, whose invertible maps hold them.
+    With ``mixed`` those of groups of class LINEAR too, whose invertible maps hold them. Parameters that stay ``apart``
+    do not count: a feature that they alone read (or make) gets a given sum of squares from what is left.
     """
 
-    def __init__(self, symmetry: Symmetry, mixed: bool = False):
+    def __init__(self, symmetry: Symmetry, mixed: bool = False, apart: Collection[str] = ()):
         self.symmetry = symmetry
         self.vectors = {g.index: _vectors(symmetry, g, mixed) for g in symmetry.groups}
         self.places: dict[Variable, list[Place]] = {}
         for group in symmetry.groups:
             for variable, place in _places(symmetry, group, self.vectors[group.index]):
                 self.places.setdefault(variable, []).append(place)
-        self.places = {v: own for v, own in self.places.items() if _two_sided(own)}
+        counted = {v: [p for p in own if p.fqn not in apart] for v, own in self.places.items() if _two_sided(own)}
+        self.places = {v: own for v, own in counted.items() if own}
+        self.shares = _shares(self.places)
 
     def __call__(self, weights: Weights, sweeps: int = SWEEPS) -> dict[int, Element]:
-        found = _minimum(weights, self.places, self.symmetry, sweeps)
+        found = _minimum(weights, self.places, self.shares, self.symmetry, sweeps)
         elements = {}
         for index in dict.fromkeys(group for group, _ in found):
             logs = {x: own for (group, x), own in found.items() if group == index}
@@ -260,20 +290,46 @@ def _two_sided(places: list[Place]) -> bool:
     return min(p.exponent for p in places) < 0 < max(p.exponent for p in places)
 
 
+def _shares(places: Mapping[Variable, list[Place]]) -> dict[Variable, float]:
+    """The sums of squares that features of one side get.
+
+    Where layers stand between features that are only made and others that are only read, scaling all of them alike
+    changes nothing: both kinds have to get the same sum in total.
+    """
+    tensors = nx.Graph([(v, p.fqn) for v, own in places.items() for p in own])
+    found: dict[Variable, float] = {}
+    for part in nx.connected_components(tensors):
+        one_sided = [v for v in places if v in part and not _two_sided(places[v])]
+        for variable in one_sided:
+            alike = [v for v in one_sided if places[v][0].exponent * places[variable][0].exponent > 0]
+            found[variable] = 1 / len(alike)
+    return found
+
+
 def _minimum(
-    weights: Weights, places: Mapping[Variable, list[Place]], symmetry: Symmetry, sweeps: int
+    weights: Weights,
+    places: Mapping[Variable, list[Place]],
+    shares: Mapping[Variable, float],
+    symmetry: Symmetry,
+    sweeps: int,
 ) -> dict[Variable, np.ndarray]:
     """λ of every variable, (size,) or (blocks, size)."""
     squares, tolerance = _squares(weights, places), _tolerance(weights)
+    whole = _Whole(squares, places, shares)
     shapes = {v: _shape(symmetry.groups[v[0]]) for v in places}
     logs = {v: np.zeros(math.prod(shape)) for v, shape in shapes.items()}
     changes = [float("inf")]
     for _ in range(sweeps):
+        for variable, own in whole.steps():
+            logs[variable] += own
+            for place in places[variable]:
+                if place.fqn in squares:
+                    squares[place.fqn].scale(place, np.full(len(logs[variable]), own))
         over, largest = relaxation(changes), 0.0
         for variable, own in places.items():
             own = [p for p in own if p.fqn in squares]
             if own:
-                step = over * _step(squares, own, symmetry.groups[variable[0]])
+                step = over * _step(squares, own, symmetry.groups[variable[0]], shares.get(variable))
                 logs[variable] += step
                 for place in own:
                     squares[place.fqn].scale(place, step)
@@ -341,6 +397,13 @@ class _Squares:
             line = line * _shaped(self.factors[d], k, line.ndim)
         return line
 
+    def total(self, kinds: list[Matrix]) -> Matrix:
+        """The sums over positions of each kind, (kinds of the first axis, of the second, …)."""
+        total = self.values
+        for factor, chosen in zip(self.factors, kinds):  # the first axis goes, its kinds come last
+            total = np.tensordot(total, chosen * factor, (0, 1))
+        return total
+
     def scale(self, place: Place, step: Matrix) -> None:
         axis = self.axes.index(place.dim)
         factors = np.exp(2 * place.exponent * step)
@@ -357,6 +420,84 @@ class _Squares:
             other = self.axes.index(part.elsewhere[0])
             rows = (slice(None),) * other + (part.elsewhere[1],)
             self.values[rows] *= _shaped(own, axis, self.values.ndim)
+
+
+class _Whole:
+    """The minimum over one number for each feature, by which all of its channels are scaled alike.
+
+    From layer to layer scales spread no faster than one layer a sweep, so that a network of depth L would take some L
+    sweeps; but what spreads so far differs little from channel to channel (a two-level method: Brandt 1977). Newton's
+    steps on Σ S e^{2 E c}, S being the sums of squares of parts of tensors that scale alike and E their powers, cost
+    little more than L. Features that stand in some blocks of a tensor's other axis alone are left as they are.
+    """
+
+    def __init__(
+        self,
+        squares: Mapping[str, _Squares],
+        places: Mapping[Variable, list[Place]],
+        shares: Mapping[Variable, float],
+    ):
+        self.squares = squares
+        self.variables = [
+            v for v, own in places.items() if all(part.elsewhere is None for place in own for part in place.parts)
+        ]
+        column = {v: k for k, v in enumerate(self.variables)}
+        on_axis: dict[tuple[str, int], list[tuple[int, Place]]] = {}
+        for variable in self.variables:
+            for place in places[variable]:
+                on_axis.setdefault((place.fqn, place.dim), []).append((column[variable], place))
+        self.kinds: dict[str, list[Matrix]] = {}  # of each tensor, by axis: which positions scale alike (kinds, size)
+        rows: list[sparse.csr_matrix] = []
+        for name, own in squares.items():
+            found = [_alike(on_axis.get((name, dim), []), own.values.shape[k]) for k, dim in enumerate(own.axes)]
+            self.kinds[name] = [kinds for kinds, _ in found]
+            rows.append(_combined([powers for _, powers in found], len(self.variables)))
+        self.powers = sparse.vstack(rows).tocsr() if rows else sparse.csr_matrix((0, len(self.variables)))
+        sign = {v: math.copysign(1.0, places[v][0].exponent) for v in self.variables}
+        self.slope = np.array([sign[v] * shares.get(v, 0.0) for v in self.variables])
+
+    def steps(self) -> Iterator[tuple[Variable, float]]:
+        """By how much λ of all channels of each feature changes."""
+        if len(self.variables) < 2:
+            return
+        sums = np.concatenate([own.total(self.kinds[name]).reshape(-1) for name, own in self.squares.items()])
+        logs = np.zeros(len(self.variables))
+        for _ in range(NEWTON):
+            terms = sums.astype(np.float64) * np.exp(2 * (self.powers @ logs))
+            bend = 2 * (self.powers.T @ self.powers.multiply(terms[:, None])).tocsc()
+            ridge = RIDGE * max(float(bend.diagonal().max()), np.finfo(float).tiny)
+            rise = self.powers.T @ terms - self.slope
+            step = -linalg.spsolve(bend + ridge * sparse.eye(len(logs), format="csc"), rise)
+            step = step.clip(-1, 1)
+            logs += step
+            if np.abs(step).max() <= TOLERANCE:
+                break
+        yield from zip(self.variables, logs.tolist())
+
+
+def _alike(places: list[tuple[int, Place]], size: int) -> tuple[Matrix, list[dict[int, float]]]:
+    """Which positions of an axis scale alike, (kinds, size), and the power of each feature on those of a kind."""
+    columns = list(dict.fromkeys(column for column, _ in places))
+    powers = np.zeros((size, len(columns)))
+    for column, place in places:
+        for part in place.parts:
+            powers[part.position.reshape(-1), columns.index(column)] += place.exponent
+    kinds, inverse = np.unique(powers, axis=0, return_inverse=True)
+    chosen = (inverse.reshape(-1) == np.arange(len(kinds))[:, None]).astype(np.float64)
+    return chosen, [{c: float(x) for c, x in zip(columns, row) if x} for row in kinds]
+
+
+def _combined(axes: list[list[dict[int, float]]], width: int) -> sparse.csr_matrix:
+    """The powers of each feature on what is of one kind on every axis, in row-major order."""
+    rows, columns, values, count = [], [], [], 0
+    for combination in itertools.product(*axes):
+        for powers in combination:
+            for column, power in powers.items():
+                rows.append(count)
+                columns.append(column)
+                values.append(power)
+        count += 1
+    return sparse.csr_matrix((values, (rows, columns)), shape=(count, width))
 
 
 def _shaped(vector: Matrix, axis: int, rank: int) -> Matrix:
@@ -380,7 +521,7 @@ def _squares(weights: Weights, places: Mapping[Variable, list[Place]]) -> dict[s
     return result
 
 
-def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) -> Matrix:
+def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group, share: float | None) -> Matrix:
     """By how much λ changes for each channel of one feature: the minimum if all else stays.
 
     A channel that nothing makes, or nothing reads, keeps its scale. Where a tensor holds the feature on several axes
@@ -389,23 +530,39 @@ def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group) ->
     """
     exponents = np.array([place.exponent for place in places])
     sums = np.stack([squares[place.fqn].sums(place, group) for place in places])
-    up, down = sums[exponents > 0].sum(0), sums[exponents < 0].sum(0)
-    alive = (up > 0) & (down > 0)
-    up, down = np.where(alive, up, 1.0), np.where(alive, down, 1.0)
-    size = float(np.abs(exponents).max())
-    alike = float(np.abs(exponents).min()) == size
-    step = np.log(down / up) / (4 * size) if alike else newton(exponents, sums)
+    alive, step = _balancing(exponents, sums) if share is None else _norming(exponents, sums, share)
     axes: dict[str, set[int]] = {}
     for place in places:
         axes.setdefault(place.fqn, set()).add(place.dim)
     return np.where(alive, step, 0.0) / max(len(own) for own in axes.values())
 
 
-def newton(exponents: Matrix, sums: Matrix) -> Matrix:
-    """The minimum over λ of Σ sums e^{2 e λ}, for exponents that are not all ±1."""
+def _balancing(exponents: Matrix, sums: Matrix) -> tuple[Matrix, Matrix]:
+    """The channels that have both sides, and the step at which the sum over both is least."""
+    up, down = sums[exponents > 0].sum(0), sums[exponents < 0].sum(0)
+    alive = (up > 0) & (down > 0)
+    up, down = np.where(alive, up, 1.0), np.where(alive, down, 1.0)
+    size = float(np.abs(exponents).max())
+    alike = float(np.abs(exponents).min()) == size
+    return alive, np.log(down / up) / (4 * size) if alike else newton(exponents, sums)
+
+
+def _norming(exponents: Matrix, sums: Matrix, share: float) -> tuple[Matrix, Matrix]:
+    """The same where the other side stays apart: what is left gets a sum of squares of ``share``, alike in channels."""
+    total = sums.sum(0)
+    alive = total > 0
+    target = share / max(int(alive.sum()), 1)
+    if bool((exponents == exponents[0]).all()):
+        power = float(exponents[0])
+        return alive, np.log(target / (abs(power) * np.where(alive, total, 1.0))) / (2 * power)
+    return alive, newton(exponents, sums, float(np.sign(exponents[0])) * target)
+
+
+def newton(exponents: Matrix, sums: Matrix, slope: float = 0.0) -> Matrix:
+    """The minimum over λ of Σ sums e^{2 e λ} − 2 · slope · λ, for exponents that are not all ±1."""
     step = np.zeros(sums.shape[1], exponents.dtype)
     for _ in range(50):
         terms = sums * np.exp(2 * exponents[:, None] * step)
-        slope, bend = (exponents[:, None] * terms).sum(0), (2 * exponents[:, None] ** 2 * terms).sum(0)
-        step -= (slope / bend.clip(1e-300)).clip(-1, 1)
+        rise, bend = (exponents[:, None] * terms).sum(0) - slope, (2 * exponents[:, None] ** 2 * terms).sum(0)
+        step -= (rise / bend.clip(1e-300)).clip(-1, 1)
     return step

@@ -149,7 +149,8 @@ def merge(
         statistics = gathered(statistics, finder, asked, program, facts, data, options)
     own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
     reader = Batches(program, data, max_samples, device) if finder is not None and "data" in finder.needs else None
-    align = Align(finder, reader, statistics=statistics, facts=facts, **own)
+    kept: dict[str, Any] = {"heads": heads, "preserve": preserve if budget is None else 0, "join": join}
+    align = Align(finder, reader, statistics=statistics, facts=facts, **kept, **own)
     edges = run_passes(program, [align], watch)
     ridge = None if align.matching is None else align.matching.ridge
     solving = replace(solving, ridge=ridge, follow=0 if ridge is not None and follow == "auto" else follow)

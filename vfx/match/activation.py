@@ -43,7 +43,7 @@ class ActivationMatching:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         begin, generator = time.perf_counter(), np.random.default_rng(problem.seed)
         full = self.classes == "full" and beyond_permutations(symmetry)
-        classed = Classed(symmetry, statistics, problem.program.weights) if full else None
+        classed = Classed(symmetry, statistics, problem.program.weights, problem.apart) if full else None
         best, attempts = [], []
         for edge in range(1, problem.program.edges):
             starts = self._starts(symmetry, generator)

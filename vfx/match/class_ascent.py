@@ -45,9 +45,11 @@ Run = tuple[dict[int, Element], float, int]  # what an edge goes through, the ob
 class Classed:
     """Several networks whose features are matched over their groups' classes."""
 
-    def __init__(self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights]):
+    def __init__(
+        self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights], apart: Collection[str] = ()
+    ):
         self.symmetry, self.statistics, self.weights = symmetry, statistics, weights
-        self.frames = [balance(symmetry, own) for own in weights]
+        self.frames = [balance(symmetry, own, apart) for own in weights]
 
     def match(self, edge: int, starts: Iterable[Permutations | None]) -> list[Run]:
         """From each start the element that brings an edge to the first one, its objective, the number of sweeps."""

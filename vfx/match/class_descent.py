@@ -123,12 +123,15 @@ class ClassDescent(Descent):
     ``frame`` is what balances the other network where that is not done yet.
     """
 
-    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights, frame: Elements | None = None):
+    def __init__(
+        self, symmetry: Symmetry, target: Weights, other: Weights, frame: Elements | None = None,
+        heads: frozenset[str] = frozenset(),
+    ):  # fmt: skip
         self.frame = frame or {}
         self.kinds = {group.index: compact(symmetry, group) for group in symmetry.moving}
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
-        super().__init__(symmetry, target, other)
+        super().__init__(symmetry, target, other, heads)
         self.units += [Unit(group) for group in symmetry.rotations if group.parent is None]
 
     def _groups(self) -> tuple[Group, ...]:

@@ -32,15 +32,15 @@ TOLERANCE = 1e-12
 
 
 class Descent:
-    """One coordinate descent that brings ``other`` to ``target``."""
+    """One coordinate descent that brings ``other`` to ``target``; ``heads`` are not compared."""
 
     dtype = torch.float32
     solve = staticmethod(assign_pairs)  # of the groups inside blocks
 
-    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights):
+    def __init__(self, symmetry: Symmetry, target: Weights, other: Weights, heads: frozenset[str] = frozenset()):
         self.symmetry, self.units = symmetry, units(symmetry)
-        # not heads for other classes
-        scored = {name for name in scored_names(symmetry) if target[name].shape == other[name].shape}
+        named = [name for name in scored_names(symmetry) if name not in heads]
+        scored = {name for name in named if target[name].shape == other[name].shape}  # not heads for other classes
         self.target = {name: target[name].to(self.dtype) for name in scored}
         self.original = {name: other[name].to(self.dtype) for name in scored}
         self.groups_of: dict[str, set[int]] = {}

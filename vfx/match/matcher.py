@@ -25,7 +25,8 @@ class Problem:
     """What there is to match: a Program's edges, its symmetry, what is known of their activations, and the choices.
 
     ``weights`` are the edges' shares in the merge (equal if empty); ``data`` is the user's loader, for matchers that
-    run the networks themselves.
+    run the networks themselves. ``apart`` names parameters that are not merged, since each edge keeps its own: what is
+    merged is not scaled by them. Of these the ``heads`` do not tell either which channels belong together.
     """
 
     program: Program
@@ -35,6 +36,8 @@ class Problem:
     data: Any = None
     seed: int = 0
     progress: bool = False
+    apart: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -46,7 +46,7 @@ class WeightMatching:
         begin = time.perf_counter()
         symmetry, generator = problem.symmetry, np.random.default_rng(problem.seed)
         full = self.classes == "full" and beyond_permutations(symmetry)
-        match = (_in_classes if full else _permuted)(symmetry, problem.program.weights[0])
+        match = (_in_classes if full else _permuted)(problem, problem.program.weights[0])
         best, attempts = [], []
         for weights in problem.program.weights[1:]:
             starts = (None if attempt == 0 else symmetry.random(generator) for attempt in range(1 + self.restarts))
@@ -74,17 +74,19 @@ class WeightMatching:
         return bridge.carriage(element), objective
 
 
-def _permuted(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
-    return lambda other, starts, generator: _runs(symmetry, first, other, starts, generator, None)
+def _permuted(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
+    symmetry, heads = problem.symmetry, problem.heads
+    return lambda other, starts, generator: _runs(symmetry, first, other, starts, generator, None, heads)
 
 
-def _in_classes(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
-    target = balance(symmetry, first)
+def _in_classes(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
+    symmetry = problem.symmetry
+    target = balance(symmetry, first, problem.apart)
     balanced = apply(symmetry, first, target, check=False)
 
     def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
-        frame = balance(symmetry, other)
-        runs = _runs(symmetry, balanced, other, starts, generator, frame)
+        frame = balance(symmetry, other, problem.apart)
+        runs = _runs(symmetry, balanced, other, starts, generator, frame, problem.heads)
         return [(between(symmetry, target, frame, found), value, sweeps) for found, value, sweeps in runs]
 
     return match
@@ -92,11 +94,14 @@ def _in_classes(symmetry: Symmetry, first: Weights) -> Callable[..., list[Run]]:
 
 def _runs(
     symmetry: Symmetry, first: Weights, other: Weights, starts: Iterable[Any], generator: np.random.Generator,
-    frame: Elements | None,
+    frame: Elements | None, heads: frozenset[str] = frozenset(),
 ) -> list[Run]:  # fmt: skip
-    """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations."""
+    """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations.
+
+    ``heads`` are not compared.
+    """
     if frame is not None:
-        descent = ClassDescent(symmetry, first, other, frame)
+        descent = ClassDescent(symmetry, first, other, frame, heads)
         return [descent.run(generator, start and descent.permuted(start)) for start in starts]
-    runs = (Descent(symmetry, first, other).run(generator, start) for start in starts)
+    runs = (Descent(symmetry, first, other, heads).run(generator, start) for start in starts)
     return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]
