@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import close
 from micro_models import net
@@ -41,15 +43,18 @@ def language_model(name: str, experts: str | None = None, seed: int = 0) -> nn.M
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe"])
-def test_stream_and_hidden_channels_of_experts_are_free(name: str) -> None:
+def test_stream_hidden_channels_and_experts_are_free(name: str) -> None:
+    """Experts may be permuted, with the router's outputs and biases of their own, but none is taken away."""
     model = language_model(name)
     facts = symmetry(model, IDS)
-    assert {STREAM, HIDDEN} <= {group.size for group in facts.groups}
+    assert {STREAM, HIDDEN, EXPERTS} <= {group.size for group in facts.groups}
     assert not facts.unknown_ops
     assert facts.verify() < 1e-10
     result = prune_structured(model, IDS, sparsity=0.5, progress=False)
     assert result.report.params_ratio < 0.4
     assert result.module(IDS).shape == model(IDS).shape
+    left = [tensor for key, tensor in result.module.named_parameters() if "gate_up_proj" in key]
+    assert all(len(tensor) == EXPERTS for tensor in left)
 
 
 @pytest.mark.parametrize("experts", [None, "batched_mm"])
@@ -57,7 +62,9 @@ def test_every_tie_of_an_expert_counts(experts: str | None) -> None:
     """Control: a member left out of its group is noticed."""
     facts = symmetry(language_model("Mixtral", experts), IDS)
     members = [m for group in facts.groups for m in group.members if ".experts." in m.fqn]
-    assert {re.sub(r".*\.", "", m.fqn) for m in members} == {"gate_up_proj", "down_proj"}
+    assert {(re.sub(r".*\.", "", m.fqn), m.dim) for m in members} == {
+        (name, dim) for name in ("gate_up_proj", "down_proj") for dim in range(3)
+    }
     assert all(facts.verify(without=(member,)) > 1e-4 for member in members)
 
 
@@ -65,6 +72,22 @@ def test_a_copy_is_merged_into_the_network() -> None:
     model = language_model("Mixtral")
     merged = merge([model, model], IDS, match="weight", normalize=None, progress=False)
     close(merged.module(IDS), model(IDS), 1e-6)
+
+
+@pytest.mark.parametrize("experts", [None, "batched_mm"])
+def test_experts_in_a_new_order_are_found_again(experts: str | None) -> None:
+    model, twin = (language_model("Mixtral", experts) for _ in range(2))
+    order = torch.tensor([2, 0, 3, 1])
+    mlp = twin.language.model.layers[0].mlp
+    with torch.no_grad():
+        for parameter in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj):
+            parameter.copy_(parameter[order])
+    close(twin(IDS), model(IDS), 1e-5)
+    plain = (model.language.model.layers[0].mlp.experts.down_proj - mlp.experts.down_proj).abs().max()
+    assert float(plain) > 0.1
+    for match in ("weight", "activation"):
+        merged = merge([model, twin], IDS, data=[IDS], match=match, normalize=None, solve=None, progress=False)
+        close(merged.module(IDS), model(IDS), 1e-4)
 
 
 def test_a_row_costs_the_matrices_of_its_experts() -> None:
@@ -81,6 +104,75 @@ def test_export_is_refused_with_the_operator_s_name(tmp_path: Path) -> None:
     with pytest.raises(VfxError, match="grouped_mm"):
         export(language_model("Mixtral"), path, IDS)
     assert not list(tmp_path.iterdir())
+
+
+# numbers of positions -------------------------------------------------------------------------------------------------
+
+
+def _routed(read: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+    """A router with two of four experts for each row; ``read`` gets hidden values, values and numbers of topk."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.first(x)
+        values, numbers = self.router(h).softmax(-1).topk(2, -1)
+        return self.last(read(self, h, values, numbers))
+
+    torch.manual_seed(0)
+    sizes = {"first": nn.Linear(6, 10), "router": nn.Linear(10, 4), "last": nn.Linear(10, 3)}
+    return net(forward, **sizes, table=nn.Parameter(torch.randn(4, 10)), bias=nn.Parameter(torch.randn(4))).eval()
+
+
+def _sorted_rows(self: Any, h: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
+    """Rows by number, each multiplied by its own vector, and put back."""
+    flat = numbers.flatten()
+    order = flat.argsort()
+    rows = torch.tanh(h[order // 2] * self.table[flat[order]]) * values.flatten()[order, None]
+    return rows[order.argsort()].view(-1, 2, 10).sum(1)
+
+
+FREE: dict[str, Callable[..., Tensor]] = {
+    "looked up": lambda self, h, values, numbers: (h[:, None] * self.table[numbers] * values[..., None]).sum(1),
+    "the first": lambda self, h, values, numbers: h * self.table[numbers[:, 0]] * values[:, :1],
+    "gathered": lambda self, h, values, numbers: h * (self.router(h) + self.bias).gather(1, numbers).sum(1, True),
+    "one hot": lambda self, h, values, numbers: h * (F.one_hot(numbers, 4).to(h.dtype).sum(1) @ self.table),
+    "sorted": _sorted_rows,
+}
+PINNED: dict[str, Callable[..., Tensor]] = {
+    "a value": lambda self, h, values, numbers: h * self.table[numbers].sum(1) * (1 + numbers.sum(1, True)),
+    "another table": lambda self, h, values, numbers: (
+        h * self.table[numbers].sum(1) * self.bias[(numbers[:, :1] + 1) % 4]
+    ),
+    "compared": lambda self, h, values, numbers: h * self.table[numbers].sum(1) * (numbers[:, :1] < 2),
+    "running": lambda self, h, values, numbers: h * F.one_hot(numbers, 4).sum(1).cumsum(-1)[:, :1],
+    "order of rows": lambda self, h, values, numbers: (
+        h + self.table[numbers.flatten()][numbers.flatten().argsort()].cumsum(0)[:1]
+    ),
+    "first rows": lambda self, h, values, numbers: h + self.table[numbers.flatten().sort()[0]][:2].sum(0),
+    "not put back": lambda self, h, values, numbers: h[numbers.flatten().argsort() // 2].view(-1, 2, 10).sum(1),
+    "put back twice": lambda self, h, values, numbers: h[numbers[:, 0].argsort().argsort()],
+}
+
+
+def _experts(model: nn.Module) -> list[Any]:
+    facts = symmetry(model, torch.randn(5, 6, generator=torch.Generator().manual_seed(1)))
+    assert not facts.unknown_ops
+    assert facts.verify() < 1e-10
+    return [group for group in facts.groups if any(m.fqn == "router.weight" and m.dim == 0 for m in group.members)]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_is_looked_up_by_number_may_be_numbered_anew(name: str) -> None:
+    (group,) = _experts(_routed(FREE[name]))
+    assert group.size == 4
+    assert {m.fqn for m in group.members} >= {"router.weight", "router.bias"}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_numbers_and_orders_that_are_read_pin_the_experts(name: str) -> None:
+    assert not _experts(_routed(PINNED[name]))
+
+
+# the product by itself ------------------------------------------------------------------------------------------------
 
 
 def _grouped(self: Any, x: Tensor) -> Tensor:

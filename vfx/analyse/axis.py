@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from vfx.analyse.store import Rows
 
@@ -21,6 +22,7 @@ class Opaque:
 
     size: int
     reason: str
+    order: Any = None  # what the order of the positions depends on (``vfx.analyse.routed``)
 
 
 Factor = Opaque | Rows
@@ -79,6 +81,12 @@ class Axis:
     def opaque(self) -> bool:
         """Whether every factor is."""
         return self.root._opaque
+
+    @property
+    def order(self) -> Any:
+        """What the order of its positions depends on, if anything."""
+        factors = self.root._factors or ()
+        return next((factor.order for factor in factors if isinstance(factor, Opaque) and factor.order), None)
 
     @property
     def factors(self) -> tuple[Factor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 
 from vfx.analyse.axis import Axis
 from vfx.analyse.parts import Parts, keeps_parts
+from vfx.analyse.routed import NUMBERS, Meaning, kept, read, release
 from vfx.analyse.rules import HARMLESS, KEEPING, TABLE
 from vfx.analyse.rules.movement import concatenate
 from vfx.analyse.rules.rule import Rule
@@ -30,7 +32,7 @@ class Inference(Parts):
     """Axis terms of every value in a Program's graph.
 
     ``parameters`` holds the axes of each parameter by FQN, ``roles`` what each rule said of a parameter's axis,
-    ``unknown`` the operators without a rule (their axes are pinned).
+    ``unknown`` the operators without a rule (their axes are pinned), ``numbered`` the axes whose positions are read.
     """
 
     def __init__(self, program: Program):
@@ -39,6 +41,7 @@ class Inference(Parts):
         self.shapes: dict[fx.Node, Any] = {}
         self.parameters: dict[str, tuple[Axis, ...]] = {}
         self.roles: list[tuple[str, int, Axis, str]] = []
+        self.numbered: list[Axis] = []
         self.unknown: dict[str, list[str]] = {}
         self._sizes: dict[fx.Node, tuple[int, ...]] = {}
         self.used = _reachable(program.graph)
@@ -71,6 +74,13 @@ class Inference(Parts):
         if source is not None:
             fqn, own = source
             self.roles.append((fqn, own, axis or self.parameters[fqn][own], role))
+
+    def numbers(self, shape: Shape, axis: Axis) -> Shape:
+        """A tensor whose values are positions along an axis."""
+        if axis.opaque:
+            return shape
+        self.numbered.append(axis)
+        return replace(shape, meaning=Meaning(NUMBERS, axis, object()))
 
     def pin_dim(self, shape: Shape, dim: int, reason: str) -> None:
         self.pin(self.axis(shape, dim), reason)
@@ -109,7 +119,10 @@ class Inference(Parts):
         rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
         if rule is not None:
             parts = self._parts(node, rule)
-            result = rule.apply(self, node, arguments(node))
+            result = read(self, node, rule)
+            if result is None:
+                result = rule.apply(self, node, arguments(node))
+                result = result if result is None else kept(self, node, rule, result)
             if result is not None:
                 self._check(node, result)
                 return self.carried(node, parts, result) if parts else result
@@ -148,6 +161,7 @@ class Inference(Parts):
             for item in shape:
                 self._pin_all(item, reason)
         elif isinstance(shape, Shape):
+            release(self, [shape])
             for dim in range(len(shape.axes)):
                 self.pin_dim(shape, dim, reason)
 

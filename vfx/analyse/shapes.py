@@ -46,10 +46,14 @@ class Digit:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """Axis terms of a tensor. ``origin[d]`` is (FQN, dim) where axis d is a parameter's own, untouched axis."""
+    """Axis terms of a tensor. ``origin[d]`` is (FQN, dim) where axis d is a parameter's own, untouched axis.
+
+    ``meaning`` is what integers say of an axis (``vfx.analyse.routed``).
+    """
 
     axes: tuple[Axis | Digit, ...]
     origin: tuple[tuple[str, int] | None, ...] = field(default=())
+    meaning: Any = None
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -34,7 +34,9 @@ def implied_blocks(facts: Symmetry) -> Iterator[Block]:
 
 
 def whole_axes(facts: Symmetry) -> Iterator[Rows]:
-    """Labels of axes that cannot lose positions, though they may be permuted: what is sorted is as long as before."""
+    """Labels of axes that cannot lose positions, though they may be permuted: what is sorted or numbered is whole."""
+    numbered = (facts._inference.rows(axis) for axis in facts._inference.numbered)
+    yield from (facts._leaves.resolve(rows) for rows in numbered if rows is not None)
     for node in facts._inference.shapes:
         if operator(node) in _SORTS:
             x = node.all_input_nodes[0]

@@ -117,11 +117,11 @@ def gather(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
         return None
     d = normal(a["dim"], len(x.axes))
     t.pin_dim(x, d, NUMBERED)
-    _tie_others(t, x, numbers, d)
+    tie_others(t, x, numbers, d)
     return numbers
 
 
-def _tie_others(t: Inference, x: Shape, numbers: Shape, dim: int) -> None:
+def tie_others(t: Inference, x: Shape, numbers: Shape, dim: int) -> None:
     """Axes of the index against the leading part of x's."""
     for d, axis in enumerate(numbers.axes):
         if d != dim and x.axes[d].size >= axis.size:
@@ -136,10 +136,10 @@ def scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     t.pin_dim(x, d, NUMBERED)
     if not numbers.axes:
         return x
-    _tie_others(t, x, numbers, d)
+    tie_others(t, x, numbers, d)
     if isinstance(a.get("src"), fx.Node):
         source = t.shape(a["src"])
-        _tie_others(t, source, numbers, -1)
+        tie_others(t, source, numbers, -1)
     return x
 
 

@@ -8,6 +8,7 @@ from torch import fx
 
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
+from vfx.operators import operator
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -53,12 +54,13 @@ def sorted_values(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """sort, topk: values in order of size do not depend on where they stood; their indices do."""
     x = t.shape(a["self"])
     d = normal(a.get("dim", -1), len(x.axes))
-    if not isinstance(node.meta["val"], list) or any(user.args[1] == 1 for user in node.users if user.users):
-        t.pin_dim(x, d, "the position of a value is read")
-    t.axis(x, d)
+    axis = t.axis(x, d)
     sizes = node.meta["val"][0].sizes(_batch()) if isinstance(node.meta["val"], list) else t.sizes(node)
-    result = Shape((*x.axes[:d], t.opaque(sizes[d], "ordered by size"), *x.axes[d + 1 :]))
-    return [result, result] if isinstance(node.meta["val"], list) else result
+    values = Shape((*x.axes[:d], t.opaque(sizes[d], "ordered by size"), *x.axes[d + 1 :]))
+    if operator(node) == "aten.msort":
+        return values
+    numbers = t.numbers(values, axis)
+    return [values, numbers] if isinstance(node.meta["val"], list) else numbers
 
 
 def differences(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -24,14 +25,22 @@ def factors(a: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 def grouped_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """(rows, k) by (experts, k, n) -> (rows, n); other forms are not covered."""
-    rows, matrices, ends = factors(a)
-    if not isinstance(ends, fx.Node) or a.get("bias") is not None:
-        return None
+    ends = factors(a)[2]
+
+    def by_place() -> None:
+        for value in factors(a):
+            t.pin_dim(t.shape(value), 0, BY_EXPERT)
+
+    return product(t, a, by_place) if isinstance(ends, fx.Node) else None
+
+
+def product(t: Inference, a: dict[str, Any], experts: Callable[[], Any]) -> Shape | None:
+    """The result of (rows, k) by (experts, k, n); ``experts`` says what holds of their axes."""
+    rows, matrices, _ = factors(a)
     x, w = t.shape(rows), t.shape(matrices)
-    if (len(x.axes), len(w.axes)) != (2, 3):
+    if (len(x.axes), len(w.axes)) != (2, 3) or a.get("bias") is not None:
         return None
-    for shape, d in ((x, 0), (w, 0), (t.shape(ends), 0)):
-        t.pin_dim(shape, d, BY_EXPERT)
+    experts()
     t.tie(t.axis(x, 1), t.axis(w, 1))
     t.role(rows, 1, "in")
     t.role(matrices, 1, "in")

@@ -1,0 +1,256 @@
+"""Numbers of positions: the experts that rows are sent to, and rows that stand in the order of their numbers.
+
+``topk`` gives each row the numbers of its experts. Permuted experts have other numbers; where all that is done with
+these is to look something up along the experts' axis, or to count, the result is the same and the axis is as free as
+any other. Rows may be sorted by number: their order then follows the experts', and as long as operators treat them one
+by one and an inverse order puts them back, the result does not depend on it. Anything else that reads numbers, or rows
+in such an order, pins the axis. (Equal values, between which an operator chooses by position, are left aside.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.rules import contraction, elementwise, indexing, movement, normalization, positions, routing
+from vfx.analyse.rules.rule import Rule, normal
+from vfx.analyse.shapes import Shape
+from vfx.operators import arguments, operator
+
+if TYPE_CHECKING:
+    from vfx.analyse.infer import Inference
+
+READ = "the position of a value is read"
+NUMBERS, COUNTS, ENDS, PLACES, BACK = "numbers", "counts", "ends", "places", "back"
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Rows sorted by the numbers of an axis; ``source`` stands for the numbers, whatever their order."""
+
+    axis: Axis
+    source: object
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the values of a tensor of integers say of an axis.
+
+    ``numbers`` are positions along it, ``counts`` how many numbers name each, ``ends`` their running total. ``places``
+    say where each row of an ``order`` stood before, ``back`` where each row stands in it.
+    """
+
+    kind: str
+    axis: Axis
+    source: object
+    order: Order | None = None
+
+
+_SAME_NUMBERS = {movement.view, movement.permute, movement.transpose, movement.unsqueeze, movement.squeeze}
+_SOME_NUMBERS = {movement.slice_, movement.narrow, movement.split, movement.select, movement.expand}
+_ROW_BY_ROW = _SAME_NUMBERS | _SOME_NUMBERS | {
+    elementwise.pointwise, elementwise.same, elementwise.reduction, contraction.linear, normalization.layer_norm,
+    movement.gather_constant,
+}  # fmt: skip
+
+
+def read(t: Inference, node: fx.Node, rule: Rule) -> Any:
+    """The result of an operator that looks up, counts or sorts by number; None for any other."""
+    handler = _READERS.get(rule.apply)
+    return handler(t, node, arguments(node)) if handler is not None and touched(t, node) else None
+
+
+def touched(t: Inference, node: fx.Node) -> list[Shape]:
+    """The operands that hold numbers, or rows in the order of some."""
+    return [shape for shape in t.operands(node.all_input_nodes) if shape.meaning is not None or _orders(shape)]
+
+
+def kept(t: Inference, node: fx.Node, rule: Rule, result: Any) -> Any:
+    """The result of another operator, with its meaning; where it sees numbers or rows' order, their axis is pinned."""
+    shapes = touched(t, node)
+    if not shapes or (rule.apply is elementwise.fill and not operator(node).endswith("_")):  # reads sizes alone
+        return result
+    results = result if isinstance(result, list) else [result]
+    meanings = [shape.meaning for shape in shapes if shape.meaning is not None and shape.meaning.kind != PLACES]
+    carried = _carried(node, rule, meanings[0]) if len(meanings) == len(t.operands(node.all_input_nodes)) == 1 else None
+    if (meanings and carried is None) or not _row_by_row(t, node, rule, shapes, results):
+        release(t, shapes)
+        return result
+    if carried is None:
+        return result
+    found = [replace(one, meaning=carried) if isinstance(one, Shape) else one for one in results]
+    return found if isinstance(result, list) else found[0]
+
+
+def release(t: Inference, shapes: Iterable[Shape]) -> None:
+    """Pin what the values and rows of some tensors depend on."""
+    for shape in shapes:
+        if shape.meaning is not None:
+            t.pin(shape.meaning.axis, READ)
+        for order in _orders(shape):
+            t.pin(order.axis, READ)
+
+
+def _orders(shape: Shape) -> list[Order]:
+    return [axis.order for axis in shape.axes if isinstance(axis, Axis) and axis.order is not None]
+
+
+def _carried(node: fx.Node, rule: Rule, meaning: Meaning) -> Meaning | None:
+    """What the values still mean behind an operator that moves or casts them."""
+    if operator(node).endswith("_"):
+        return None
+    if rule.apply is elementwise.same or (meaning.kind == NUMBERS and rule.apply in _SAME_NUMBERS):
+        return meaning
+    some = meaning.kind == NUMBERS and rule.apply in _SOME_NUMBERS
+    return replace(meaning, source=object()) if some else None
+
+
+def _row_by_row(t: Inference, node: fx.Node, rule: Rule, shapes: list[Shape], results: list[Any]) -> bool:
+    """Whether rows in an order are rows of the result, each worked on by itself."""
+    rows = {id(axis.root): axis.order for s in shapes for axis in s.axes if isinstance(axis, Axis) and axis.order}
+    if not rows:
+        return True
+    if rule.apply not in _ROW_BY_ROW or operator(node).endswith("_") or len({id(order) for order in rows.values()}) > 1:
+        return False
+    if rule.apply is elementwise.pointwise and not _aligned(t, node):
+        return False
+    if rule.apply is normalization.layer_norm and any(
+        isinstance(axis, Axis) and axis.order for axis in results[0].axes[-len(arguments(node)["normalized_shape"]) :]
+    ):
+        return False
+    if rule.apply is movement.gather_constant and _orders(t.shape(node.all_input_nodes[0])):
+        return False  # rows of the order, looked up by place
+    return all(isinstance(one, Shape) and len(_orders(one)) == 1 for one in results)
+
+
+def _aligned(t: Inference, node: fx.Node) -> bool:
+    """Whether all operands of a pointwise operator that have a dimension have it in one order."""
+    shapes = t.operands(node.all_input_nodes)
+    rank = max(len(shape.axes) for shape in shapes)
+    for back in range(1, rank + 1):
+        axes = [shape.axes[-back] for shape in shapes if len(shape.axes) >= back and shape.axes[-back].size != 1]
+        if len({id(axis.order) if isinstance(axis, Axis) else None for axis in axes}) > 1:
+            return False
+    return True
+
+
+# readers of numbers ---------------------------------------------------------------------------------------------------
+
+
+def _sorted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """sort and argsort of numbers, or of the places that these gave."""
+    x = t.shape(a["self"])
+    meaning = x.meaning
+    if len(x.axes) != 1 or meaning is None or operator(node) == "aten.topk" or a.get("descending"):
+        return None
+    if meaning.kind == PLACES:
+        back = Shape((t.opaque(x.axes[0].size, "rows"),), meaning=replace(meaning, kind=BACK))
+        return None if isinstance(node.meta["val"], list) else back
+    if meaning.kind != NUMBERS or _orders(x):
+        return None
+    order = Order(meaning.axis, meaning.source)
+    rows = Axis((Opaque(x.axes[0].size, "rows sorted by number", order),))
+    numbers, places = (Shape((rows,), meaning=replace(meaning, kind=kind, order=order)) for kind in (NUMBERS, PLACES))
+    return [numbers, places] if isinstance(node.meta["val"], list) else places
+
+
+def _counted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """histc with an interval for each number."""
+    meaning = t.shape(a["self"]).meaning
+    if meaning is None or meaning.kind != NUMBERS:
+        return None
+    size = meaning.axis.size
+    whole = (a["bins"], a["min"], a["max"]) == (size, 0, size - 1)
+    return Shape((meaning.axis,), meaning=replace(meaning, kind=COUNTS, order=None)) if whole else None
+
+
+def _running(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """cumsum of counts: where the rows of each number end."""
+    x = t.shape(a["self"])
+    if operator(node) != "aten.cumsum" or x.meaning is None or x.meaning.kind != COUNTS:
+        return None
+    return Shape((t.opaque(x.axes[0].size, "running totals"),), meaning=replace(x.meaning, kind=ENDS))
+
+
+def _grouped(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """Rows in the order of the numbers, by the matrices that these name."""
+    x, w, ends = (t.shape(value) for value in routing.factors(a))
+    order = x.axes[0].order if isinstance(x.axes[0], Axis) else None
+    if ends.meaning is None or ends.meaning.kind != ENDS or order is None or order.source is not ends.meaning.source:
+        return None
+    return routing.product(t, a, lambda: t.tie(t.axis(w, 0), ends.meaning.axis))  # type: ignore[union-attr]
+
+
+def _looked_up(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """index and index_select along one axis by numbers, or of rows in an order by the way back."""
+    given = [(d, value) for d, value in enumerate(a["indices"]) if value is not None] if "indices" in a else []
+    x = t.shape(a["self"])
+    if "index" in a:
+        given = [(normal(a["dim"], len(x.axes)), a["index"])]
+    if len(given) != 1 or (x.meaning is not None and x.meaning.kind != NUMBERS):
+        return None
+    ((d, node_of),) = given
+    numbers = t.shape(node_of)
+    meaning, axes = numbers.meaning, (*x.axes[:d], *numbers.axes, *x.axes[d + 1 :])
+    if meaning is None:
+        return None
+    if x.meaning is not None:  # numbers in the order of their own places
+        own = meaning.kind == PLACES and meaning.source is x.meaning.source and len(x.axes) == 1 and not _orders(x)
+        return Shape(axes, meaning=replace(x.meaning, order=meaning.order)) if own else None
+    if meaning.kind == BACK:
+        rows = x.axes[d]
+        return Shape(axes) if isinstance(rows, Axis) and rows.order is meaning.order else None
+    if meaning.kind != NUMBERS or _orders(x) or x.axes[d].size != meaning.axis.size:
+        return None
+    t.tie(t.axis(x, d), meaning.axis)
+    return Shape(axes)
+
+
+def _gathered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """gather along an axis by its numbers."""
+    x, numbers = t.shape(a["self"]), t.shape(a["index"] if "index" in a else a["indices"])
+    meaning = numbers.meaning
+    if meaning is None or meaning.kind != NUMBERS or a["dim"] is None or x.meaning is not None or _orders(x):
+        return None
+    d = normal(a["dim"], len(x.axes))
+    if _orders(numbers) or numbers.sizes != t.sizes(node) or x.axes[d].size != meaning.axis.size:
+        return None
+    t.tie(t.axis(x, d), meaning.axis)
+    indexing.tie_others(t, x, numbers, d)
+    return replace(numbers, meaning=None)
+
+
+def _one_hot(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    x = t.shape(a["self"])
+    if x.meaning is None or x.meaning.kind != NUMBERS or t.sizes(node)[-1] != x.meaning.axis.size or _orders(x):
+        return None
+    return Shape((*x.axes, x.meaning.axis))
+
+
+def _inverse(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """empty[places] = 0, 1, 2, …: the way back."""
+    if len(a["indices"]) != 1 or a.get("accumulate") or operator(node).endswith("_"):
+        return None
+    places, values = t.shape(a["indices"][0]), a["values"]
+    if places.meaning is None or places.meaning.kind != PLACES or operator(values) != "aten.arange":
+        return None
+    steps = arguments(values)
+    if steps.get("start") not in (None, 0) or steps.get("step") not in (None, 1) or t.sizes(node) != places.sizes:
+        return None
+    return Shape((t.opaque(places.axes[0].size, "rows"),), meaning=replace(places.meaning, kind=BACK))
+
+
+_READERS: dict[Callable[..., Any], Callable[[Inference, fx.Node, dict[str, Any]], Any]] = {
+    positions.sorted_values: _sorted,
+    routing.histogram: _counted,
+    elementwise.scan: _running,
+    routing.grouped_product: _grouped,
+    movement.gather_constant: _looked_up,
+    indexing.gather: _gathered,
+    indexing.one_hot: _one_hot,
+    indexing.index_put: _inverse,
+}
