@@ -96,6 +96,7 @@ def load(
 
     ``.safetensors`` and what ``torch.save`` wrote (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.pth.tar``) give a state
     dict, or a copy of ``model`` that holds it; ``.pt2`` gives a GraphModule; ``.onnx`` gives the checked ONNX model.
+    An exported program (``.pt2``) is taken as plain data: pickled objects and compiled libraries in it are refused.
 
     Training code wraps state dicts. Of those in a file the first that fits ``model`` is taken: trained weights
     (``state_dict``, ``model_state_dict``, ``model``, ``net`` …) before their averages (``state_dict_ema``, ``ema`` …)

@@ -26,7 +26,7 @@ from vfx.archives import open_archive
 from vfx.emit.pt2.records import read_record
 from vfx.emit.pt2.rules import RULES
 from vfx.emit.pt2.tensors import read_pickled_tensors, read_samples, read_tensors
-from vfx.errors import CheckpointError, VfxError
+from vfx.errors import ArgumentError, CheckpointError, VfxError
 
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id|\w+)|models/\w+\.json|extra/.*"
@@ -39,11 +39,17 @@ _TORCH = threading.Lock()  # torch's deserializer keeps its state in a global
 
 
 def write_program(program: ExportedProgram) -> bytes:
-    """The archive of an exported program. Raises CheckpointError for one that ``read_program`` would refuse."""
+    """The archive of an exported program. Raises ArgumentError for one that ``read_program`` would refuse."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    read_program(buffer.getvalue(), "the exported program")
-    return buffer.getvalue()
+    content = buffer.getvalue()
+    try:
+        read_program(content, "the archive")
+    except CheckpointError as error:
+        raise ArgumentError(
+            f"this network cannot go to .pt2, as it could not be read again safely: {error.__cause__}; export to .onnx"
+        ) from error
+    return content
 
 
 def read_program(source: Path | bytes, name: str) -> ExportedProgram:
