@@ -103,7 +103,11 @@ def content(path: Path) -> np.ndarray | None:
 
 
 def judged(path: Path, old: Path, new: Path) -> str:
-    """ "old", "new" or "broken": by the bytes, else by what is computed."""
+    """Old, new or broken: by the bytes, else by what is computed."""
+    if path.is_file() and path.suffix != ".onnx":  # whose weights may lie beside it
+        for name, reference in (("old", old), ("new", new)):
+            if path.read_bytes() == reference.read_bytes():
+                return name
     found = content(path)
     if found is None:
         return "broken"
@@ -199,9 +203,11 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     output: Output = RESULTS,
 ) -> None:
-    rows = [measured(command, moments, seed) for command in COMMANDS]
-    write_atomic(output / "killed.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    write_atomic(output / "killed.md", markdown(rows))
+    rows: list[Row] = []
+    for command in COMMANDS:
+        rows.append(measured(command, moments, seed))
+        write_atomic(output / "killed.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_atomic(output / "killed.md", markdown(rows))
     print(markdown(rows))
     if any(row.broken for row in rows):
         sys.exit(1)
