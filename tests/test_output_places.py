@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vfx import cli
@@ -143,3 +144,17 @@ def test_notes_on_checkpoints_are_a_line_each(
     key = "features.0.weight"
     lines = [f"note: {name}.pth.tar: names are stripped to the model's, as module.{key} to {key}" for name in "ab"]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_entry_chooses_among_state_dicts(tmp_path: Path) -> None:
+    states = [vgg11_bn(width=0.125, in_channels=1).state_dict() for _ in range(2)]
+    torch.save({"model": states[0], "ema": states[1]}, tmp_path / "last.pt")
+    for options, expected in ((["--entry", "ema"], states[1]), (["--entry", "model"], states[0])):
+        out = tmp_path / "x.safetensors"
+        CliRunner().invoke(
+            cli.app, ["export", str(tmp_path / "last.pt"), *MODEL, *options, "-o", str(out)], catch_exceptions=False
+        )
+        assert all(torch.equal(x, expected[key]) for key, x in load_file(out).items())
+    for command in ("merge", "compare", "repair", "prune", "prune-structured", "diagnose", "barrier", "export"):
+        out = ["-o", "x.onnx"] if command == "export" else []
+        assert "gone" in str(refused(*COMMANDS[command], *out, "--entry", "ema"))

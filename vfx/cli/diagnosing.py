@@ -9,7 +9,7 @@ import typer
 
 from vfx.cli.app import app
 from vfx.cli.inputs import check_outputs, data_of, examples_of, labelled, load_all, load_network, optional
-from vfx.cli.options import Arguments, Data, Inputs, Json, Model, Samples, Seed
+from vfx.cli.options import Arguments, Data, Entry, Inputs, Json, Model, Samples, Seed
 from vfx.files import check_writable, write_atomic
 
 
@@ -21,6 +21,7 @@ def diagnose(
     inputs: Inputs,
     data: Data,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     match: Annotated[str, typer.Option(help="Align the edges first: auto, none, weight or activation.")] = "auto",
     max_samples: Samples = None,
     seed: Seed = 0,
@@ -33,11 +34,11 @@ def diagnose(
 
     check_outputs(None, html, csv, report)
     whole = checkpoint.suffix.lower() == ".pt2"
-    network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments)[0]
+    network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments, entry)[0]
     examples = examples_of(inputs)
     found = run(
         network,
-        load_all(references, model, arguments),
+        load_all(references, model, arguments, entry),
         examples,
         data=data_of(data, examples),
         match=optional(match),
@@ -58,6 +59,7 @@ def barrier(
     inputs: Inputs,
     data: Data,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     evaluate: Annotated[
         str | None, typer.Option(help="What is measured on, with labels if it has any; like --data.")
     ] = None,
@@ -78,7 +80,7 @@ def barrier(
         check_writable(plot, (".png",))
     examples = examples_of(inputs)
     found = run(
-        load_all(checkpoints, model, arguments),
+        load_all(checkpoints, model, arguments, entry),
         examples,
         data=data_of(data, examples),
         evaluate=labelled(evaluate or data, examples),

@@ -86,10 +86,10 @@ def load_network(path: Path) -> nn.Module:
     return load(path)
 
 
-def load_all(paths: list[Path], model: str, arguments: list[str]) -> list[nn.Module]:
+def load_all(paths: list[Path], model: str, arguments: list[str], entry: str | None = None) -> list[nn.Module]:
     from vfx.emit.files import load
 
-    return [load(path, construct(model, arguments)) for path in paths]
+    return [load(path, construct(model, arguments), entry=entry) for path in paths]
 
 
 def examples_of(texts: list[str]) -> Call:

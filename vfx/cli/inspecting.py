@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vfx.cli.app import app
 from vfx.cli.inputs import check_outputs, construct, examples_of
-from vfx.cli.options import Arguments, Inputs, Json, Model, Seed
+from vfx.cli.options import Arguments, Entry, Inputs, Json, Model, Seed
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
 
@@ -74,6 +74,7 @@ def export(
     inputs: Inputs,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor as module:name.")] = None,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
 ) -> None:
     """Convert a checkpoint to ONNX, .pt2 or safetensors; ONNX is checked in ONNX Runtime."""
     from vfx.emit.files import export as write
@@ -82,7 +83,7 @@ def export(
     check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix.lower() == ".pt2" else "")
     if model is None and checkpoint.suffix.lower() != ".pt2":
         raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
-    network = load(checkpoint, construct(model, arguments) if model else None)
+    network = load(checkpoint, construct(model, arguments) if model else None, entry=entry)
     for path in out:
         print(f"wrote {write(network, path, examples_of(inputs))}")
 

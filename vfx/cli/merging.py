@@ -27,6 +27,7 @@ from vfx.cli.options import (
     Chosen,
     Data,
     Device,
+    Entry,
     Inputs,
     Json,
     Match,
@@ -50,6 +51,7 @@ def merge(
     model: Model,
     inputs: Inputs,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     data: Data = None,
     match: Match = "auto",
     restarts: Annotated[int, typer.Option(help="Further runs of weight, activation, c2m3 or ste.")] = 0,
@@ -93,7 +95,7 @@ def merge(
 
     kept = [f"{name}={value}" for name, value in (("preserve", preserve), ("heads", heads)) if cut_of(value) != 0]
     check_outputs(out, report, rebuilt=f"a network with a branch for each edge ({', '.join(kept)})" if kept else "")
-    edges, examples = load_all(checkpoints, model, arguments), examples_of(inputs)
+    edges, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs)
     asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
     result = api.merge(
         edges,
@@ -108,7 +110,7 @@ def merge(
         normalize=normalization_of(normalize, layers, memory_limit, **asked),
         classes=classes,
         prepare=optional(prepare),
-        references=load_all(references or [], model, arguments),
+        references=load_all(references or [], model, arguments, entry),
         preserve=cut_of(preserve),
         join=join,  # type: ignore[arg-type]
         heads=cut_of(heads),
@@ -128,6 +130,7 @@ def compare(
     model: Model,
     inputs: Inputs,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     data: Data = None,
     evaluate: Annotated[
         str | None, typer.Option(help="What is measured on, with labels if it has any; like --data (the default).")
@@ -148,7 +151,7 @@ def compare(
     check_outputs(None, report)
     if plot is not None:
         check_writable(plot, (".png",))
-    networks, examples = load_all(checkpoints, model, arguments), examples_of(inputs)
+    networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs)
     found = api.compare(
         networks if len(networks) > 1 else networks[0],
         examples,
@@ -175,6 +178,7 @@ def repair(
     inputs: Inputs,
     data: Data,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     solve: Solve = "auto",
     method: Annotated[str, typer.Option(help="auto, repair, rescale, rescale_average, reshift or reset.")] = "auto",
     layers: Chosen = None,
@@ -191,7 +195,7 @@ def repair(
     from vfx import api
 
     check_outputs(out, report)
-    network, *others = load_all([checkpoint, *references], model, arguments)
+    network, *others = load_all([checkpoint, *references], model, arguments, entry)
     examples = examples_of(inputs)
     result = api.repair(
         network,

@@ -22,6 +22,12 @@ Model = Annotated[
 Arguments = Annotated[
     list[str], typer.Option("--arg", "-a", help="Constructor argument key=value (value in JSON), repeatable.")
 ]
+Entry = Annotated[
+    str | None,
+    typer.Option(
+        help="Entry of the checkpoints to take, e.g. ema, or how the names of its tensors begin, e.g. teacher."
+    ),
+]
 Inputs = Annotated[
     list[str],
     typer.Option(

@@ -23,6 +23,7 @@ from vfx.cli.options import (
     Arguments,
     Data,
     Device,
+    Entry,
     Inputs,
     Json,
     Model,
@@ -45,6 +46,7 @@ def prune(
     model: Model,
     inputs: Inputs,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     sparsity: Annotated[
         list[str] | None,
         typer.Option("--sparsity", "-s", help="Share of the weights that go, or glob=share for layers; repeatable."),
@@ -75,7 +77,7 @@ def prune(
     from vfx import api
 
     check_outputs(out, report)
-    (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
+    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs)
     result = api.prune(
         network,
         examples,
@@ -107,6 +109,7 @@ def prune_structured(
         float | None, typer.Option("--sparsity", "-s", help="Share of the channels of each group that goes.")
     ] = None,
     arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
     method: Annotated[str, typer.Option(help="remove, or fold: merge channels by k-means.")] = "remove",
     score: Annotated[str, typer.Option(help=choices("auto", *CHANNEL_METHODS))] = "auto",
     allocation: Annotated[str, typer.Option(help=choices(*ALLOCATIONS))] = "uniform",
@@ -133,7 +136,7 @@ def prune_structured(
     from vfx import api
 
     check_outputs(out, report, rebuilt="a network with fewer channels" if sparsity != 0 else "")
-    (network,), examples = load_all([checkpoint], model, arguments), examples_of(inputs)
+    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs)
     result = api.prune_structured(
         network,
         examples,
