@@ -320,11 +320,11 @@ def _minimum(
     logs = {v: np.zeros(math.prod(shape)) for v, shape in shapes.items()}
     changes = [float("inf")]
     for _ in range(sweeps):
-        for variable, own in whole.steps():
-            logs[variable] += own
+        for variable, shift in whole.steps():
+            logs[variable] += shift
             for place in places[variable]:
                 if place.fqn in squares:
-                    squares[place.fqn].scale(place, np.full(len(logs[variable]), own))
+                    squares[place.fqn].scale(place, np.full(len(logs[variable]), shift))
         over, largest = relaxation(changes), 0.0
         for variable, own in places.items():
             own = [p for p in own if p.fqn in squares]
