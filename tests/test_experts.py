@@ -142,6 +142,7 @@ PINNED: dict[str, Callable[..., Tensor]] = {
     "another table": lambda self, h, values, numbers: (
         h * self.table[numbers].sum(1) * self.bias[(numbers[:, :1] + 1) % 4]
     ),
+    "a number": lambda self, h, values, numbers: h * self.table[numbers].sum(1) * (1 + numbers[0, 0].item()),
     "compared": lambda self, h, values, numbers: h * self.table[numbers].sum(1) * (numbers[:, :1] < 2),
     "running": lambda self, h, values, numbers: h * F.one_hot(numbers, 4).sum(1).cumsum(-1)[:, :1],
     "order of rows": lambda self, h, values, numbers: (

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from vfx.analyse.axis import Axis
 from vfx.analyse.parts import Parts, keeps_parts
 from vfx.analyse.routed import NUMBERS, Meaning, kept, read, release
-from vfx.analyse.rules import HARMLESS, KEEPING, TABLE
+from vfx.analyse.rules import HARMLESS, KEEPING, SIZES, TABLE
 from vfx.analyse.rules.movement import concatenate
 from vfx.analyse.rules.rule import Rule
 from vfx.analyse.shapes import Shape
@@ -113,6 +113,8 @@ class Inference(Parts):
     def _call(self, node: fx.Node) -> Any:
         name = operator(node)
         if name in HARMLESS or not isinstance(node.meta.get("val"), (Value, list)):
+            if name not in SIZES:  # a value is read
+                release(self, self.operands(node.all_input_nodes))
             return None
         if any(map(is_empty, (node, *node.all_input_nodes))):
             return self._refused(node, EMPTY)

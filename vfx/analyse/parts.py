@@ -9,6 +9,7 @@ that does more than that, or a concatenation puts it beside anything else.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ class Parts(Algebra):
         if not isinstance(result, Shape) or not any(axis in parts for axis in result.axes):
             return result
         done = f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda _: None)} {number}"
-        return Shape(tuple(self._after(axis, done) if axis in parts else axis for axis in result.axes), result.origin)
+        return replace(result, axes=tuple(self._after(axis, done) if axis in parts else axis for axis in result.axes))
 
     def _after(self, axis: Any, done: str) -> Axis:
         part = self.parts[axis]

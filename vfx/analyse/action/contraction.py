@@ -164,6 +164,8 @@ def _matmul(w: Walk, node: fx.Node, left: fx.Node, right: fx.Node) -> Entries:
 def grouped_product(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
     """Each row has the matrix of one expert."""
     rows, matrices, _ = routing.factors(a)
+    for ids in w.on(matrices, {0}).values():
+        w.slots.restrict(ids, Maps.PERMUTATION)
     return entries(contract(w, [operand(w, rows, "tk"), operand(w, matrices, "ekn")], "tn"), "tn")
 
 

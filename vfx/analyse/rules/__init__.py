@@ -289,9 +289,10 @@ KEEPING = frozenset({
     elementwise.same, elementwise.pointwise,
 })  # fmt: skip
 
-HARMLESS = {
-    "aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.item", "aten.is_nonzero",
+SIZES = {"aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset", "aten.numel"}
+HARMLESS = SIZES | {
+    "aten.item", "aten.is_nonzero",
     "add", "sub", "mul", "floordiv", "mod", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "neg", "pow", "sym_sum",
     "sym_max", "sym_min", "sym_not", "sym_float", "sym_int", "sym_ite", "and_", "or_", "ceil", "floor",
-    "trunc", "round", "aten._local_scalar_dense", "aten.numel", "_sym_sqrt",
+    "trunc", "round", "aten._local_scalar_dense", "_sym_sqrt",
 }  # fmt: skip

@@ -57,10 +57,10 @@ def sorted_values(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     axis = t.axis(x, d)
     sizes = node.meta["val"][0].sizes(_batch()) if isinstance(node.meta["val"], list) else t.sizes(node)
     values = Shape((*x.axes[:d], t.opaque(sizes[d], "ordered by size"), *x.axes[d + 1 :]))
-    if operator(node) == "aten.msort":
-        return values
-    numbers = t.numbers(values, axis)
-    return [values, numbers] if isinstance(node.meta["val"], list) else numbers
+    if isinstance(node.meta["val"], list):
+        read = any(user.args[1] == 1 for user in node.users if user.users)
+        return [values, t.numbers(values, axis) if read else values]
+    return values if operator(node) == "aten.msort" else t.numbers(values, axis)
 
 
 def differences(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
