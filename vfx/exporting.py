@@ -8,6 +8,7 @@ import inspect
 import io
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -23,6 +24,7 @@ from vfx.outputs import plain
 from vfx.signature import Call, batch_size
 
 DYNAMIC_BATCH = "batch"
+EXPORTING = threading.RLock()  # torch.export keeps what it does in module globals: one thread at a time
 VALUES = (
     "where shapes or branches depend on values, give the network without that part (a detector without its "
     "post-processing: the backbone and the heads in front of non-maximum suppression), or write it with torch.where"
@@ -46,7 +48,7 @@ def exported(model: nn.Module, call: Call, dynamic_shapes: Any = DYNAMIC_BATCH) 
     shapes = _batch_shapes(model, call) if dynamic_shapes == DYNAMIC_BATCH else dynamic_shapes
     said = io.StringIO()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _kept_back(said):
+        with EXPORTING, torch.no_grad(), warnings.catch_warnings(), _kept_back(said):
             # the flat weights of recurrent modules, which are the parameters once more
             warnings.filterwarnings("ignore", r"The tensor attributes? self\.\S*_flat_weights\[")
             program = torch.export.export(replica, call.args, dict(call.kwargs), strict=False, dynamic_shapes=shapes)

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
 from vfx.operators import ELEMENTWISE, IN_DOUBLE, LAYERS, NORMS, arguments, in_place, operator
-from vfx.signature import Call, Signature
+from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
 _FRESH = LAYERS | NORMS | ELEMENTWISE  # operators that never return a view of what they read
@@ -49,6 +49,10 @@ def is_empty(node: fx.Node) -> bool:
 @lru_cache(maxsize=4096)
 def _substitute(size: Any, batch: int) -> Any:
     return size.subs(dict.fromkeys(size.free_symbols, batch)) if isinstance(size, sympy.Expr) else size
+
+
+def _fixed(size: Any) -> bool:
+    return isinstance(size, int)
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,25 @@ class Program:
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
+    @cached_property
+    def batch_axes(self) -> tuple[int | None, ...]:
+        """The axis of each placeholder on which samples stand: the first that is dynamic, and those of its size.
+
+        Where none is, the first axes of one size.
+        """
+        shapes = [node.meta["val"].shape for node in self.placeholders]
+        dynamic = [(i, d) for i, shape in enumerate(shapes) for d, size in enumerate(shape) if not _fixed(size)]
+        if not dynamic:
+            return tuple(0 if batched else None for batched in has_batch(self.example_inputs))
+        samples = self.example_inputs[dynamic[0][0]].shape[dynamic[0][1]]
+        return tuple(
+            next((d for d, size in enumerate(shape) if not _fixed(size) and x.shape[d] == samples), None)
+            for shape, x in zip(shapes, self.example_inputs)
+        )
+
     def batch_of(self, inputs: Sequence[Any]) -> int:
-        """How many samples some inputs hold: their size where the graph's is a symbol, 1 where none is."""
-        sizes = [(s, n) for x, own in zip(self.placeholders, inputs) for s, n in zip(x.meta["val"].shape, own.shape)]
-        return next((n for size, n in sizes if isinstance(size, sympy.Symbol)), 1)
+        """How many samples some inputs hold, one tensor for each placeholder; 1 where none holds any."""
+        return next((int(x.shape[d]) for d, x in zip(self.batch_axes, inputs) if d is not None), 1)
 
     def with_samples(self, most: int) -> Program:
         """The same Program with example inputs of at most ``most`` samples, where the batch is all that may vary."""

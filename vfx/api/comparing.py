@@ -22,7 +22,7 @@ from vfx.diagnosis.observe import class_axis, first_output
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.program import Program
 from vfx.progress import track
-from vfx.statistics.data import Batches
+from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import check_classes
 
 RUNS = 5  # of a batch, whose median time counts
@@ -55,7 +55,7 @@ def compare(
 
     Example: ``vfx.compare([a, b], x, data=loader, evaluate=test, grid={"preserve": [0, 4, 8]})``.
     """
-    single = isinstance(models, nn.Module)
+    single, data = isinstance(models, nn.Module), reusable(data)
     make, combinations = _pruning(grid) if single else _merging(grid)
     check_names("grid=", make, (name for one in combinations[:1] for name in one))
     check_names("compare", make, options)

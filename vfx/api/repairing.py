@@ -28,7 +28,7 @@ from vfx.reconstruct.references import Reference
 from vfx.report import Stopwatch
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
-from vfx.statistics.data import reusable
+from vfx.statistics.data import Batches, reusable
 
 
 @checked
@@ -78,7 +78,8 @@ def repair(
         check_exact(finder)
         within = finder is not None and "within" in finder.needs
         statistics = collect_statistics(program, facts, data, activations=asked.behind, within=within, **options)
-        align = Align(finder, data, statistics=statistics, facts=facts, seed=seed, verify=verify)
+        reader = Batches(program, data, max_samples)
+        align = Align(finder, reader, statistics=statistics, facts=facts, seed=seed, verify=verify)
         aligned = run_passes(program, [align], watch)
         network = replace(aligned.select(0), goals=Interpolate(shares)(aligned).goals)
         targets = [Reference(aligned.select(edge), share) for edge, share in enumerate(shares) if share]

@@ -31,7 +31,7 @@ from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.collect import Statistics
-from vfx.statistics.data import Batches
+from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import PADDING, check_classes, in_order
 
 if TYPE_CHECKING:
@@ -167,10 +167,11 @@ def barrier(
     program = program if device is None else program.to(device)
     if program.edges != 2:
         raise ArgumentError(f"a barrier lies between two edges, got {program.edges}; merge pairs of them")
-    data = in_order(data)
+    data = in_order(reusable(data))
     methods = _methods(program) if normalize is None else list(normalize)
     matches = _matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)
-    test = Evaluation(program, in_order(evaluate) if evaluate is not None else data, device)
+    measured = Batches(program, data, max_samples) if evaluate is None else in_order(reusable(evaluate))
+    test = Evaluation(program, measured, device)
     alphas = [index / (points - 1) for index in range(points)]
     ends = [test(program.select(edge)) for edge in range(2)]
     todo = [(found, method, alpha) for found in matches for method in methods for alpha in alphas[1:-1]]
@@ -234,7 +235,8 @@ def _matches(
     name = name_of(finder)
     if not finder.exact:
         return [*found, _Match(name, finder, None if _has_batch_norm(program) else statistics)]
-    problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), data, seed, progress)
+    reader = Batches(program, data, limit, device)
+    problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), reader, seed, progress)
     return [*found, _Match(name, Known(finder(problem)), statistics)]
 
 

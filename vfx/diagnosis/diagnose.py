@@ -24,7 +24,7 @@ from vfx.report import Report
 from vfx.rewrite import PRESERVED
 from vfx.signature import as_call
 from vfx.statistics.collect import collect
-from vfx.statistics.data import reusable
+from vfx.statistics.data import Batches, reusable
 
 
 @checked
@@ -135,7 +135,8 @@ def _align(
     if finder.needs & {"features", "within"}:
         options: dict[str, Any] = {"max_samples": limit, "device": device, "progress": progress}
         statistics = collect(edges, facts, data, layers=False, within="within" in finder.needs, **options)
-    matching = finder(Problem(edges, facts, statistics, (), data, seed, progress))
+    reader = Batches(edges, data, limit, device)
+    matching = finder(Problem(edges, facts, statistics, (), reader, seed, progress))
     return _aligned(edges, matching, seed), True
 
 

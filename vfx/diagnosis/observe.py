@@ -84,7 +84,8 @@ class Observer:
                 self._events.setdefault(node, []).append(key)
         self._zeros: dict[tuple[torch.Size, ...], dict[Key, Tensor]] = {}
         self._given = reference
-        self._held = [x[:1] if isinstance(x, Tensor) and x.ndim else x for x in program.example_inputs]
+        self._axes, self._samples = program.batch_axes, program.batch_of
+        self._held = [self._one(x, d) for x, d in zip(program.example_inputs, self._axes)]
         self._run: _Run | None = None
 
     def start(self, batch: list[Tensor], samples: int) -> None:
@@ -113,15 +114,20 @@ class Observer:
         if self._given is not None:
             return [x.to(like.device) for x, like in zip(self._given, batch)]
         found = []
-        for node, x, held in zip(self.placeholders, batch, self._held):
-            dynamic = x.ndim > 0 and not isinstance(node.meta["val"].shape[0], int)
-            one = x[:1] if dynamic else x
+        for node, x, axis, held in zip(self.placeholders, batch, self._axes, self._held):
+            dynamic = axis is not None and not isinstance(node.meta["val"].shape[axis], int)
+            one = self._one(x, axis) if dynamic else x
             if x.is_floating_point():
                 found.append(torch.zeros_like(one))
             else:
                 fits = isinstance(held, Tensor) and held.shape == one.shape and held.dtype == one.dtype
                 found.append(held.to(one.device) if fits else one.clone())
         return found
+
+    @staticmethod
+    def _one(x: Tensor, axis: int | None) -> Tensor:
+        """The first sample."""
+        return x if axis is None else x.narrow(axis, 0, 1)
 
     def _at_zero(self, reference: list[Tensor]) -> dict[Key, Tensor]:
         execution, values = Execution(self.graph, self.weights, reference, self.plan), {}
@@ -130,7 +136,7 @@ class Observer:
             for key in self._events.get(node, ()):
                 if self.taps[key].feature is node and bool(torch.isfinite(value).all()):
                     value = real_parts(value)
-                    values[key] = per_sample(node, value, len(reference[0]) if reference[0].ndim else 1).clone()
+                    values[key] = per_sample(node, value, self._samples(reference)).clone()
         return values
 
     def _read(self, key: Key, node: fx.Node, value: Tensor, run: _Run) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from vfx.arguments import checked
 from vfx.diagnosis.difficulty import networks, scores
 from vfx.errors import ArgumentError, DataError
-from vfx.statistics.data import BATCH_SIZE
+from vfx.statistics.data import BATCH_SIZE, reusable
 from vfx.statistics.labels import NAMES, batch_labels, class_labels, in_order
 
 Strategy = Literal["random", "easy", "hard", "balanced"]
@@ -75,7 +75,7 @@ def select(
     Raises ArgumentError, DataError.
     """
     _check(strategy, quantiles)
-    data = in_order(data.split(BATCH_SIZE) if isinstance(data, Tensor) else data)
+    data = in_order(data.split(BATCH_SIZE) if isinstance(data, Tensor) else reusable(data))
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
     balanced = balanced or strategy == "balanced"

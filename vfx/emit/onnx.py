@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_pair
 from vfx.errors import ArgumentError, VerificationError
-from vfx.exporting import DYNAMIC_BATCH, exported
+from vfx.exporting import DYNAMIC_BATCH, EXPORTING, exported
 from vfx.files import drafts_beside
 from vfx.outputs import named_tensors, plain
 from vfx.signature import Call, batch_size
@@ -59,7 +59,7 @@ def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0, dynami
 
 def _converted(module: nn.Module, call: Call, dynamic_shapes: Any) -> Any:
     """The network as torch exports it. Raises ArgumentError."""
-    with _quiet(), torch.no_grad():
+    with EXPORTING, _quiet(), torch.no_grad():
         program, _ = exported(module, call, dynamic_shapes)
         names = _names(module, call)
         try:

@@ -27,7 +27,6 @@ from vfx.outputs import named_tensors
 from vfx.program import run
 from vfx.progress import track
 from vfx.pruning.scores.score import Subject
-from vfx.signature import has_batch
 from vfx.statistics.data import Batches
 from vfx.statistics.labels import PADDING, check_classes, tensor_labels
 
@@ -44,7 +43,7 @@ class SampleGradients:
             raise ArgumentError(f"labels={labels!r} is unknown; choose 'sampled' or 'argmax'")
         self.program = subject.program
         self.graph, self.weights = subject.program.graph, dict(subject.program.weights[0])
-        self.batched = has_batch(subject.program.example_inputs)
+        self.axes = subject.program.batch_axes
         self.loss, self.kind, self.minibatch = loss, labels, minibatch
         self.seed, self.progress = subject.seed, subject.progress
 
@@ -83,8 +82,7 @@ class SampleGradients:
         def loss(weights: dict[str, Tensor], batch: list[Tensor], labels: Tensor | None) -> Tensor:
             return self._loss(self._forward(weights, batch), labels)
 
-        dims = [0 if batched else None for batched in self.batched]
-        each = vmap(grad(loss), in_dims=(None, dims, None if labels is None else 0))
+        each = vmap(grad(loss), in_dims=(None, list(self.axes), None if labels is None else 0))
         return _guarded(each, chosen, batch, labels)
 
     def _forward(self, weights: dict[str, Tensor], batch: list[Tensor]) -> Any:
@@ -122,19 +120,22 @@ class SampleGradients:
             raise DataError(f"{seen} samples hold no minibatch of {self.minibatch} alike; give more of them")
 
     def _rows(self, batch: list[Tensor], labels: Tensor | None, rows: slice) -> tuple[list[Tensor], Tensor | None]:
-        kept = [x[rows] if batched else x for x, batched in zip(batch, self.batched)]
+        axes = ((d, x) for d, x in zip(self.axes, batch))
+        kept = [x if d is None else x[(slice(None),) * d + (rows,)] for d, x in axes]
         return kept, None if labels is None else labels[rows]
 
     def _joined(
         self, one: tuple[list[Tensor], Tensor | None], other: tuple[list[Tensor], Tensor | None]
     ) -> tuple[list[Tensor], Tensor | None]:
         """Two batches as one; only the second where they do not fit together (sequences of another length)."""
-        pairs = [(a, b) for a, b, batched in zip(one[0], other[0], self.batched) if batched]
-        pairs += [(one[1], other[1])] if one[1] is not None and other[1] is not None else []
-        alike = (one[1] is None) == (other[1] is None) and all(a.shape[1:] == b.shape[1:] for a, b in pairs)
+        pairs = [(a, b, d) for a, b, d in zip(one[0], other[0], self.axes) if d is not None]
+        pairs += [(one[1], other[1], 0)] if one[1] is not None and other[1] is not None else []
+        alike = (one[1] is None) == (other[1] is None) and all(
+            a.select(d, 0).shape == b.select(d, 0).shape for a, b, d in pairs
+        )
         if not alike:
             return other
-        joined = [torch.cat([a, b]) if batched else b for a, b, batched in zip(one[0], other[0], self.batched)]
+        joined = [b if d is None else torch.cat([a, b], d) for a, b, d in zip(one[0], other[0], self.axes)]
         return joined, None if one[1] is None or other[1] is None else torch.cat([one[1], other[1]])
 
     @torch.no_grad()
@@ -149,10 +150,10 @@ class SampleGradients:
     def _cut(self, batch: list[Tensor], labels: Tensor | None, size: int) -> Iterator[tuple[list[Tensor], Any]]:
         """Chunks (n, m, …) of a batch of whole minibatches: n gradients, m samples behind each."""
         m = self.minibatch
-        count = next(len(x) for x, batched in zip(batch, self.batched) if batched)
+        count = self.program.batch_of(batch)
         for start in range(0, count, size):
             chunk, own = self._rows(batch, labels, slice(start, start + size))
-            part = [x.unflatten(0, (-1, m)) if batched else x for x, batched in zip(chunk, self.batched)]
+            part = [x if d is None else x.unflatten(d, (-1, m)) for d, x in zip(self.axes, chunk)]
             yield part, None if own is None else own.unflatten(0, (-1, m))
 
 

@@ -160,14 +160,10 @@ def _taylor(program: Program, facts: Symmetry, data: Any, loss: Loss, max_sample
 
 def labelled(program: Program, data: Any, max_samples: int | None) -> Iterator[tuple[list[Tensor], Any]]:
     """Batches of inputs, each with what stands behind them (labels), or None."""
-    raw = data.split(128) if isinstance(data, Tensor) else data
-    width, seen = len(program.signature.inputs), 0
-    for one in raw:
-        behind = one[width] if isinstance(one, (tuple, list)) and len(one) > width else None
-        left = None if max_samples is None else max_samples - seen
-        if left == 0:
-            return
-        for inputs in (batches := Batches(program, [one], left)):
-            size = batches.size(inputs)
-            seen += size
-            yield inputs, behind[:size] if isinstance(behind, Tensor) else None
+    batches = Batches(program, data, max_samples)
+    return batches.labelled(lambda raw, width, samples: _behind(raw, width))
+
+
+def _behind(raw: Any, width: int) -> Tensor | None:
+    behind = raw[width] if isinstance(raw, (tuple, list)) and len(raw) > width else None
+    return behind if isinstance(behind, Tensor) else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vfx.errors import ArgumentError, DataError
 from vfx.program import Program
-from vfx.signature import Argument, has_batch
+from vfx.signature import Argument
 from vfx.statistics.labels import integer_labels
 
 BATCH_SIZE = 128  # for data given as one tensor
@@ -31,9 +31,31 @@ class Prepared:
         return len(self.batches)
 
 
+class Replay:
+    """An iterator that can be read again: batches are taken from it as they are asked for, and kept.
+
+    So a limit on samples ends the reading of an endless one.
+    """
+
+    def __init__(self, source: Iterator[Any]):
+        self._source = source
+        self._kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        index = 0
+        while True:
+            if index == len(self._kept):
+                try:
+                    self._kept.append(next(self._source))
+                except StopIteration:
+                    return
+            yield self._kept[index]
+            index += 1
+
+
 def reusable(data: Any) -> Any:
-    """``data``, or its batches where it can be read only once."""
-    return list(data) if isinstance(data, Iterator) else data
+    """``data``, or a replay of it where it can be read only once."""
+    return Replay(data) if isinstance(data, Iterator) else data
 
 
 class Batches:
@@ -51,21 +73,23 @@ class Batches:
             raise ArgumentError(f"max_samples must be at least 1, got {max_samples}")
         if isinstance(data, Batches):  # those of another Program that takes the same inputs
             data, max_samples, device = data._given_as(max_samples, device)
-        sizes = [node.meta["val"].shape[:1] for node in program.placeholders]
-        batched = has_batch(program.example_inputs)
-        fixed = [size[0] for size, own in zip(sizes, batched) if own and isinstance(size[0], int)]
+        shapes = [node.meta["val"].shape for node in program.placeholders]
+        sizes = [shape[axis] for shape, axis in zip(shapes, program.batch_axes) if axis is not None]
+        fixed = [size for size in sizes if isinstance(size, int)]
         self._fixed = fixed[0] if fixed else None  # a batch size that is part of the network
         if isinstance(data, Tensor):
-            data = data.split(self._fixed or BATCH_SIZE)
+            data = data.split(self._fixed or BATCH_SIZE, program.batch_axes[0] or 0)
         if not isinstance(data, (Iterable, Prepared)) or isinstance(data, Mapping):
             raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
         self._data = reusable(data)
         self._arguments = program.signature.inputs
         self._checks = [
-            _Check(str(node.target), example, node.meta["val"].shape, own)
-            for node, example, own in zip(program.placeholders, program.example_inputs, batched)
+            _Check(str(node.target), example, shape, axis)
+            for node, example, shape, axis in zip(
+                program.placeholders, program.example_inputs, shapes, program.batch_axes
+            )
         ]
-        self._first = next((index for index, check in enumerate(self._checks) if check.batched), 0)
+        self._samples = program.batch_of
         self._limit = max_samples
         self._device = device
 
@@ -99,7 +123,7 @@ class Batches:
                 if self._fixed and seen:
                     break
                 size = self._whole(self._limit - seen)
-                batch = [x[:size] if check.batched else x for check, x in zip(self._checks, batch)]
+                batch = self._rows(batch, torch.arange(size))
             seen += size
             if size:
                 yield raw, samples, [x.to(self._device) if self._device else x for x in batch]
@@ -122,7 +146,7 @@ class Batches:
             for part, chosen in zip(parts, (~held, held)):
                 rows = chosen.nonzero()[:, 0]
                 if len(rows):
-                    own = [x[rows.to(x.device)] if c.batched else x for c, x in zip(self._checks, batch)]
+                    own = self._rows(batch, rows)
                     part.append((own, labels[rows.to(labels.device)] if labels is not None else None))
             seen += size
             if seen >= limit:
@@ -143,7 +167,7 @@ class Batches:
             for chosen, flag in ((~held, False), (held, True)):
                 rows = chosen.nonzero()[:, 0]
                 if len(rows):
-                    yield [x[rows.to(x.device)] if c.batched else x for c, x in zip(self._checks, batch)], flag
+                    yield self._rows(batch, rows), flag
 
     def _whole(self, samples: int) -> int:
         """As many samples as can be run: all of a batch where its size is part of the network."""
@@ -164,13 +188,19 @@ class Batches:
 
     def size(self, batch: Batch) -> int:
         """Number of samples in a batch."""
-        return int(batch[self._first].shape[0])
+        return self._samples(batch)
+
+    def _rows(self, batch: Batch, rows: Tensor) -> Batch:
+        """Some samples of a batch."""
+        axes = ((check.axis, x) for check, x in zip(self._checks, batch))
+        return [x if axis is None else x.index_select(axis, rows.to(x.device)) for axis, x in axes]
 
     def _inputs(self, raw: Any) -> Batch:
         values = [x for argument, value in self._given(raw) for x in argument.read(value, DataError)]
         for check, value in zip(self._checks, values):
             check(value)
-        sizes = {check.name: int(x.shape[0]) for check, x in zip(self._checks, values) if check.batched}
+        found = ((check, x) for check, x in zip(self._checks, values) if check.axis is not None)
+        sizes = {check.name: int(x.shape[check.axis]) for check, x in found}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the inputs of a batch differ in their number of samples: {sizes}")
         return values
@@ -200,13 +230,13 @@ class _Check:
     name: str
     example: Tensor
     shape: tuple[Any, ...]
-    batched: bool
+    axis: int | None  # of the samples
 
     def __call__(self, value: Tensor) -> None:
-        start = int(self.batched and not isinstance(self.shape[0], int))
-        fixed = [(i, size) for i, size in enumerate(self.shape) if i >= start and isinstance(size, int)]
+        fixed = [(i, size) for i, size in enumerate(self.shape) if isinstance(size, int)]
         if value.ndim != len(self.shape) or any(value.shape[i] != size for i, size in fixed):
-            sizes = ["batch"] * start + list(map(str, self.shape[start:]))
+            free = self.axis if self.axis is not None and not isinstance(self.shape[self.axis], int) else None
+            sizes = ["batch" if i == free else str(size) for i, size in enumerate(self.shape)]
             raise DataError(
                 f"input {self.name!r} of a batch has shape {tuple(value.shape)}, the network was captured with "
                 f"({', '.join(sizes)}); resize the data or trace with other inputs"

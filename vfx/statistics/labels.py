@@ -82,12 +82,10 @@ def check_classes(labels: Tensor, classes: int) -> None:
 
 
 def in_order(data: Any) -> Any:
-    """``data`` with the same order in every pass: a shuffling DataLoader becomes a sequential one, an iterator a list.
+    """``data`` with the same order in every pass: a shuffling DataLoader becomes a sequential one.
 
     Raises DataError for a loader whose batches another sampler composes.
     """
-    if isinstance(data, Iterator):
-        return list(data)
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return data
     if isinstance(data.sampler, SequentialSampler) and data.batch_size is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import re
-import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from vfx.emit.pt2.records import read_record
 from vfx.emit.pt2.rules import RULES
 from vfx.emit.pt2.tensors import read_pickled_tensors, read_samples, read_tensors
 from vfx.errors import ArgumentError, CheckpointError, VfxError
+from vfx.exporting import EXPORTING
 
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id|\w+)|models/\w+\.json|extra/.*"
@@ -35,13 +35,13 @@ _KNOWN = re.compile(
     re.DOTALL,
 )
 _OLDER = "serialized_exported_program.json"
-_TORCH = threading.Lock()  # torch's deserializer keeps its state in a global
 
 
 def write_program(program: ExportedProgram) -> bytes:
     """The archive of an exported program. Raises ArgumentError for one that ``read_program`` would refuse."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    with EXPORTING:
+        torch.export.save(program, buffer)
     content = buffer.getvalue()
     try:
         read_program(content, "the archive")
@@ -70,7 +70,7 @@ def _program(archive: zipfile.ZipFile, name: str) -> ExportedProgram:
     state = members.tensors(layout.WEIGHTS_DIR, "model_weights_config.json")
     constants = members.tensors(layout.CONSTANTS_DIR, "model_constants_config.json")
     samples = read_samples(members.read("data/sample_inputs/model.pt"), "the member of sample inputs")
-    with _TORCH:
+    with EXPORTING:  # torch's deserializer keeps its state in a global, too
         return ExportedProgramDeserializer().deserialize(record, state, constants, samples)
 
 
