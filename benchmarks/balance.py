@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from benchmarks.pairs_report import grid
 from passes.balance_scales import BalanceScales
@@ -154,10 +154,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no pair {unknown[0]!r}; there are {', '.join(PAIRS)}")
     torch.set_num_threads(1)
-    try:
-        run([] if render else pair or list(PAIRS), fresh, checkpoints, data, output, samples, seeds)
-    except MissingData as error:
-        console.print(f"[yellow]nothing measured:[/] {error}")
+    run([] if render else pair or list(PAIRS), fresh, checkpoints, data, output, samples, seeds)
 
 
 def run(names: list[str], fresh: bool, checkpoints: Path, data: Path, output: Path, samples: int, seeds: int) -> None:
@@ -178,4 +175,4 @@ def run(names: list[str], fresh: bool, checkpoints: Path, data: Path, output: Pa
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vfx
 from benchmarks.diagnosis_report import draw, markdown
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from vfx.files import write_atomic
 from vfx.match.matcher import Known, Problem
@@ -169,10 +169,7 @@ def main(
         for which in part or PARTS
         if fresh or which not in results.get(name, {})
     ]
-    try:
-        run(todo, results, file, checkpoints, data, samples)
-    except MissingData as error:
-        console.print(f"[yellow]nothing measured:[/] {error}")
+    run(todo, results, file, checkpoints, data, samples)
     if results:
         write_atomic(output / "diagnosis.md", markdown(results))
         draw(results, output)
@@ -198,4 +195,4 @@ def run(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

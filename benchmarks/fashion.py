@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +24,15 @@ LAYOUTS = (Path(), Path("raw"), Path("FashionMNIST") / "raw")  # the files thems
 
 
 class MissingData(Exception):
-    """Files that a benchmark reads are not on this machine; the message says how to get them."""
+    """What a benchmark needs is not on this machine, and how to get it; ``command`` ends the command with it."""
+
+
+def command(main: Callable[..., None]) -> None:
+    """Run a benchmark's command; one that lacks what it reads has measured nothing and ends with status 1."""
+    try:
+        typer.run(main)
+    except MissingData as error:
+        sys.exit(f"nothing measured: {error}")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
 from vfx.api import prune_structured, trace
@@ -123,13 +123,9 @@ def main(
     file = output / "folding.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console) as progress:
-            for name in pair or list(PAIRS):
-                _measure(Subject(name, checkpoints, data, samples), name, results, file, progress)
-    except MissingData as error:
-        console.print(f"[yellow]nothing measured:[/] {error}")
-        return
+    with Progress(*columns, console=console) as progress:
+        for name in pair or list(PAIRS):
+            _measure(Subject(name, checkpoints, data, samples), name, results, file, progress)
     console.print(f"wrote {file} and folding.md")
 
 
@@ -146,4 +142,4 @@ def _measure(subject: Subject, name: str, results: dict[str, Any], file: Path, p
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
 from vfx.api import prune, trace
@@ -65,33 +65,29 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     file = output / "masks.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
-    try:
-        train, _ = fashion_mnist(data, "train", CALIBRATION)
-        images, labels = fashion_mnist(data, "t10k", samples)
-        for name in pair or list(PAIRS):
-            model = PAIRS[name].edges(checkpoints)[0]
-            program = trace(model, train[:2])
+    train, _ = fashion_mnist(data, "train", CALIBRATION)
+    images, labels = fashion_mnist(data, "t10k", samples)
+    for name in pair or list(PAIRS):
+        model = PAIRS[name].edges(checkpoints)[0]
+        program = trace(model, train[:2])
 
-            def accuracy(module: Any) -> float:
-                return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
+        def accuracy(module: Any) -> float:
+            return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
 
-            found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
-            for key, method, sparsity in [(f"{m}/{s}", m, s) for s in SPARSITIES for m in METHODS]:
-                if key in found["cells"]:
-                    continue
-                options, start = METHODS[method], time.process_time()
-                given = {} if options is None else {"data": train} | options
-                result = prune(program, sparsity=sparsity, progress=False, **given)
-                seconds = round(time.process_time() - start, 1)
-                choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
-                found["cells"][key] = {"accuracy": accuracy(result.module), "seconds": seconds} | choices
-                console.print(name, key, found["cells"][key])
-                write_atomic(file, json.dumps(results, indent=1) + "\n")
-                write_atomic(file.with_suffix(".md"), markdown(results))
-    except MissingData as error:
-        console.print(f"[red]nothing measured:[/] {error}")
-        raise typer.Exit(1) from error
+        found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
+        for key, method, sparsity in [(f"{m}/{s}", m, s) for s in SPARSITIES for m in METHODS]:
+            if key in found["cells"]:
+                continue
+            options, start = METHODS[method], time.process_time()
+            given = {} if options is None else {"data": train} | options
+            result = prune(program, sparsity=sparsity, progress=False, **given)
+            seconds = round(time.process_time() - start, 1)
+            choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
+            found["cells"][key] = {"accuracy": accuracy(result.module), "seconds": seconds} | choices
+            console.print(name, key, found["cells"][key])
+            write_atomic(file, json.dumps(results, indent=1) + "\n")
+            write_atomic(file.with_suffix(".md"), markdown(results))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

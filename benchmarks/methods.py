@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.memory import current_memory, peak_memory, reset_peak_memory
 from benchmarks.options import Checkpoints, DataFolder, Output, Samples
 from benchmarks.pairs_report import grid
@@ -151,10 +151,7 @@ def main(
         if unknown:
             raise typer.BadParameter(f"{unknown[0]!r} is unknown; there are {', '.join(known)}")
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        run(pair or list(PAIRS), method or methods(), method is not None, checkpoints, data, output, samples)
-    except MissingData as error:
-        console.print(f"[yellow]nothing measured:[/] {error}")
+    run(pair or list(PAIRS), method or methods(), method is not None, checkpoints, data, output, samples)
 
 
 def run(
@@ -179,4 +176,4 @@ def run(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.normalization_report import draw, markdown
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from vfx.api import collect, merge, trace
@@ -187,4 +187,4 @@ def write(file: Path, results: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    typer.run(main)
+    command(main)

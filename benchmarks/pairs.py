@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Output, Render, Samples
 from benchmarks.pairs_report import draw, markdown
 from vfx.api import collect, merge, trace
@@ -133,11 +133,8 @@ def main(
     unknown = sorted(set(pair or ()) - set(PAIRS))
     if unknown:
         raise typer.BadParameter(f"no pair {unknown[0]!r}; there are {', '.join(PAIRS)}")
-    try:
-        matches = [None if name == "none" else name for name in match] if match else MATCHES
-        run([] if render else pair or list(PAIRS), matches, checkpoints, data, output, samples)
-    except MissingData as error:
-        console.print(f"[yellow]nothing measured:[/] {error}")
+    matches = [None if name == "none" else name for name in match] if match else MATCHES
+    run([] if render else pair or list(PAIRS), matches, checkpoints, data, output, samples)
 
 
 def run(
@@ -165,4 +162,4 @@ def run(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

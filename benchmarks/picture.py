@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import typer
 from matplotlib.axes import Axes
 
-from benchmarks.fashion import RESULTS
+from benchmarks.fashion import RESULTS, command
 from benchmarks.options import Output
 from vfx.files import write_atomic
 
@@ -89,4 +88,4 @@ def main(results: Output = RESULTS) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

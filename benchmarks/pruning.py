@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, command, fashion_mnist
 from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Render, Samples
 from benchmarks.pruning_report import draw, markdown
 from vfx.api import prune, trace
@@ -229,11 +229,16 @@ def main(
     file = output / "pruning.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"networks": {}}
     save = lambda: write_atomic(file, json.dumps(results, indent=1) + "\n")  # noqa: E731
-    for name in [] if render else net or makers:
+    names = [] if render else list(net or makers)
+    absent: dict[str, MissingData] = {}
+    for name in names:
         try:
             measure(name, makers[name], results["networks"], save, limit)
         except MissingData as error:
+            absent[name] = error
             console.print(f"[yellow]not measured:[/] {error}")
+    if names and len(absent) == len(names):
+        raise absent[names[0]]
     if woodfisher and not render:
         results["woodfisher"] = woodfisher_cost()
     save()
@@ -243,4 +248,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, command, fashion_mnist
 from benchmarks.memory import peak_memory
 from benchmarks.options import Checkpoints, DataFolder, Output
 from benchmarks.pairs_report import grid
@@ -362,16 +362,21 @@ def main(
     results: dict[str, Any] = json.loads(file.read_text()) if only and file.is_file() else {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        for name in progress.track(only or [*NETWORKS, *PAIRS], description="networks"):
+        names = only or [*NETWORKS, *PAIRS]
+        absent: dict[str, MissingData] = {}
+        for name in progress.track(names, description="networks"):
             try:
                 results[name] = isolated(Case(name, seed, threads, checkpoints, data))
             except MissingData as error:
+                absent[name] = error
                 progress.console.print(f"[yellow]{name} left out:[/] {error}")
                 continue
             progress.console.print(summary(name, results[name]))
             results = {known: results[known] for known in (*NETWORKS, *PAIRS) if known in results}
             write_atomic(file, json.dumps(results, indent=1) + "\n")
             write_atomic(output / "recovery.md", markdown(results))
+    if len(absent) == len(names):
+        raise absent[names[0]]
 
 
 def isolated(case: Case) -> dict[str, Any]:
@@ -393,4 +398,4 @@ def summary(name: str, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

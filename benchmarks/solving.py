@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, Pair, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
 from vfx.api import merge, trace
@@ -185,19 +185,15 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     file = output / "solving.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
-    try:
-        for name in pair or list(PAIRS):
-            if name in results and not pair:
-                continue
-            console.print(name)
-            results[name] = Subject(PAIRS[name], checkpoints, data, samples).measure()
-            results = {known: results[known] for known in PAIRS if known in results}
-            write_atomic(file, json.dumps(results, indent=1) + "\n")
-            write_atomic(file.with_suffix(".md"), markdown(results))
-    except MissingData as error:
-        console.print(f"[red]nothing measured:[/] {error}")
-        raise typer.Exit(1) from error
+    for name in pair or list(PAIRS):
+        if name in results and not pair:
+            continue
+        console.print(name)
+        results[name] = Subject(PAIRS[name], checkpoints, data, samples).measure()
+        results = {known: results[known] for known in PAIRS if known in results}
+        write_atomic(file, json.dumps(results, indent=1) + "\n")
+        write_atomic(file.with_suffix(".md"), markdown(results))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

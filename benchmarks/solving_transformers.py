@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.fashion import FASHION_MNIST, RESULTS, MissingData
+from benchmarks.fashion import FASHION_MNIST, RESULTS, command
 from benchmarks.options import Cache, DataFolder, Output
 from benchmarks.pairs_report import grid
 from benchmarks.transformers import PAIRS, SAMPLES, Subject
@@ -67,11 +67,7 @@ def main(
     file = output / "solving_transformers.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for one in [PAIRS[name] for name in pair or PAIRS]:
-        try:
-            loaded = one.load(data)
-        except MissingData as error:
-            console.print(f"[red]{one.title} not measured:[/] {error}")
-            raise typer.Exit(1) from error
+        loaded = one.load(data)
         subject = Subject(one.edges(loaded, cache, one.epochs), loaded, one.calibration, SAMPLES)
         found: dict[str, Any] = {"title": one.title, "edges": subject.facts()["edges"], "cells": {}}
         for prepare in (None, "lift"):
@@ -87,4 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fashion import FASHION_MNIST, RESULTS, MissingData, fashion_mnist
+from benchmarks.fashion import FASHION_MNIST, RESULTS, MissingData, command, fashion_mnist
 from benchmarks.options import Cache, DataFolder, Fresh, Output, Render
 from benchmarks.transformers_report import draw, markdown
 from vfx.api import merge, trace
@@ -219,10 +219,13 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     file = output / "transformers.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    for one in () if render else [PAIRS[name] for name in pair or PAIRS]:
+    chosen = [] if render else [PAIRS[name] for name in pair or PAIRS]
+    absent: list[MissingData] = []
+    for one in chosen:
         try:
             loaded = one.load(data)
         except MissingData as error:
+            absent.append(error)
             console.print(f"[yellow]{one.title} not measured:[/] {error}")
             continue
         count = epochs or one.epochs
@@ -233,6 +236,8 @@ def main(
             results = {name: results[name] for name in PAIRS if name in results}
             write_atomic(file, json.dumps(results, indent=1) + "\n")
             write_atomic(output / "transformers.md", markdown(results))
+    if chosen and len(absent) == len(chosen):
+        raise absent[0]
     if results:
         write_atomic(output / "transformers.md", markdown(results))
         draw(results, output / "transformers.png")
@@ -240,4 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, fashion_mnist
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, command, fashion_mnist
 from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Samples
 from vfx.api import merge
 from vfx.files import write_atomic
@@ -155,10 +155,7 @@ def main(
     samples: Samples = None,
 ) -> None:
     """Merge networks of different widths and write widths.json and widths.md."""
-    try:
-        run(subject or list(SUBJECTS), checkpoints, data, cache, output, epochs, samples)
-    except MissingData as error:
-        console.print(f"[yellow]nothing measured:[/] {error}")
+    run(subject or list(SUBJECTS), checkpoints, data, cache, output, epochs, samples)
 
 
 def run(
@@ -193,4 +190,4 @@ def run(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main)
