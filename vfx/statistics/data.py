@@ -199,8 +199,8 @@ class Batches:
         values = [x for argument, value in self._given(raw) for x in argument.read(value, DataError)]
         for check, value in zip(self._checks, values):
             check(value)
-        found = ((check, x) for check, x in zip(self._checks, values) if check.axis is not None)
-        sizes = {check.name: int(x.shape[check.axis]) for check, x in found}
+        checked = zip(self._checks, values)
+        sizes = {check.name: int(x.shape[check.axis]) for check, x in checked if check.axis is not None}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the inputs of a batch differ in their number of samples: {sizes}")
         return values
