@@ -44,7 +44,7 @@ class FoldChannels(Pass):
         allocation: str = "uniform",
         budget: str = "channels",
         round_to: int = 1,
-        units: str = "channels",
+        units: str = "auto",
         protect: Collection[str] = (),
         variance: bool = True,
         facts: Symmetry | None = None,

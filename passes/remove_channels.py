@@ -33,8 +33,9 @@ class RemoveChannels(Pass):
 
     ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index. ``allocation``:
     "uniform" or "global". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency".
-    ``units``: inside heads and groups remove "channels", whole "blocks", or "both". ``protect``: FQNs of modules or
-    parameters. ``data`` feeds the scores that need it. After it ran, ``sizes``, ``kept``, ``carry`` and
+    ``units``: inside heads and groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do
+    not allow the share). ``protect``: FQNs of modules or parameters. ``data`` feeds the scores that need it. After it
+    ran, ``sizes``, ``kept``, ``carry`` and
     ``error`` (of the proof) say what was done.
     """
 
@@ -49,7 +50,7 @@ class RemoveChannels(Pass):
         allocation: str = "uniform",
         budget: str = "channels",
         round_to: int = 1,
-        units: str = "channels",
+        units: str = "auto",
         protect: Collection[str] = (),
         data: Any = None,
         loss: Loss | None = None,

@@ -181,7 +181,7 @@ def prune_structured(
     allocation: str = "uniform",
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
-    units: str = "channels",
+    units: str = "auto",
     protect: Sequence[str] = (),
     variance: bool = True,
     data: Any = None,
@@ -206,9 +206,10 @@ def prune_structured(
     with them magnitude or activation, whichever leaves the better network on held-out samples (as ``judge`` sees
     them, see ``merge``). ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
-    "both". ``protect``: FQNs whose groups stay whole. ``variance``: approximate the variances of folded
-    channels without data. ``solve``: "least_squares" solves each layer for what the dense network gives in the channels
-    kept (or merged) on ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
+    "both"; "auto" is channels, and blocks where their numbers do not allow the share. ``protect``: FQNs whose groups
+    stay whole. ``variance``: approximate the variances of folded channels without data.
+    ``solve``: "least_squares" solves each layer for what the dense network gives in the channels kept (or merged) on
+    ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
     held-out samples, and gives way to a normalization that is named.
     ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
     samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes``: as for

@@ -118,8 +118,8 @@ def prune_structured(
     ] = None,
     round_to: Annotated[int, typer.Option(help="Kept widths are multiples of it.")] = 1,
     units: Annotated[
-        str, typer.Option(help="What goes inside heads and groups: channels, whole blocks, or both.")
-    ] = "channels",
+        str, typer.Option(help="What goes inside heads and groups: channels, whole blocks, both, or auto.")
+    ] = "auto",
     protect: Annotated[list[str] | None, typer.Option(help="Weight whose groups stay whole; repeatable.")] = None,
     data: Data = None,
     max_samples: Samples = None,

@@ -15,7 +15,7 @@ from vfx.emit.module import graph_module
 from vfx.errors import ArgumentError
 from vfx.program import Program
 from vfx.pruning.groups import Scores
-from vfx.pruning.left import left_alone, shares_missed
+from vfx.pruning.left import left_alone, shares_missed, total_missed
 from vfx.pruning.widths import BUDGETS, Widths, by_mean, within
 from vfx.resize import Slots, resize
 
@@ -48,8 +48,8 @@ def choose_sizes(
     notes = left_alone(streams) if sparsity else []
     if budget == "channels":
         units = at(sparsity)
-        if widths.allocation == "uniform" and sparsity:
-            notes += shares_missed(streams, units, 1 - sparsity)
+        missed = shares_missed if widths.allocation == "uniform" else total_missed
+        notes += missed(streams, units, 1 - sparsity) if sparsity else []
         return slots.sizes(units), notes
     measure = _measure(program, facts, slots, budget)
     whole = measure([bundle.units for bundle in slots.bundles])

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vfx.analyse.pins import listed, pin_notes
-from vfx.pruning.shares import Streams
+from vfx.pruning.shares import NEAR, Streams
 
-NEAR = 0.1  # a share of a stream's channels this far from the one asked for is said
 FEW = 5  # streams that are named
 
 
@@ -32,13 +31,19 @@ def left_alone(streams: Streams) -> list[str]:
 def shares_missed(streams: Streams, units: Sequence[int], share: float) -> list[str]:
     """Notes on streams of which another share than the one asked for stays, as nearly as their factors allow."""
     bundles, groups = streams.slots.bundles, streams.slots.facts.groups
-    notes = []
-    for made_of in streams.counts:
+    streams, notes = streams.whole, []
+    for made_of in streams.missed(units, share):
         left = streams.left(made_of, units)
-        if abs(left - share) > NEAR:
-            names = " × ".join(f"{groups[bundles[k].groups[0]].name} ({bundles[k].units})" for k in made_of)
-            kept = " × ".join(str(units[k]) for k in made_of)
-            notes.append(
-                f"{names}: {kept} stay, {left:.0%} instead of {share:.0%}, the nearest that their numbers allow"
-            )
+        names = " × ".join(f"{groups[bundles[k].groups[0]].name} ({bundles[k].units})" for k in made_of)
+        kept = " × ".join(str(units[k]) for k in made_of)
+        notes.append(f"{names}: {kept} stay, {left:.0%} instead of {share:.0%}, the nearest that their numbers allow")
     return notes if len(notes) <= FEW else [*notes[:FEW], f"{len(notes) - FEW} more streams like these"]
+
+
+def total_missed(streams: Streams, units: Sequence[int], share: float) -> list[str]:
+    """A note where another share of all channels together than the one asked for stays."""
+    whole = sum(streams.counts.values())
+    left = sum(count * streams.left(made_of, units) for made_of, count in streams.counts.items()) / max(whole, 1)
+    if not whole or abs(left - share) <= NEAR:
+        return []
+    return [f"{left:.0%} of the channels stay instead of {share:.0%}: one more unit takes too many channels with it"]

@@ -17,13 +17,26 @@ import numpy as np
 from vfx.analyse.rows import unique_rows
 from vfx.resize.slots import Slots
 
+NEAR = 0.1  # a share of a stream's channels this far from the one asked for counts as missed
+
 
 @dataclass(frozen=True, eq=False)
 class Streams:
-    """The features of a network by the bundles that stand in them, ``free`` those of which units may be removed."""
+    """The features of a network by the bundles that stand in them, ``free`` those of which units may be removed.
+
+    Of ``blocks`` (heads, groups) units go only where the channels inside cannot meet a share. ``nested``: blocks and
+    what is inside them are factors of one share; else each goes by itself.
+    """
 
     slots: Slots
     free: frozenset[int]
+    blocks: frozenset[int] = frozenset()
+    nested: bool = False
+
+    @cached_property
+    def whole(self) -> Streams:
+        """The same with the blocks as factors like any other."""
+        return Streams(self.slots, self.free | self.blocks, self.blocks, nested=True) if self.blocks else self
 
     @cached_property
     def counts(self) -> Mapping[tuple[int, ...], int]:
@@ -44,6 +57,8 @@ class Streams:
 
     def _together(self, bundles: set[int]) -> tuple[int, ...]:
         """Bundles without the blocks that others stand in: how many of these go is said apart (``units``)."""
+        if self.nested:
+            return tuple(sorted(bundles))
         parents = {self.slots.facts.groups[g].parent for k in bundles for g in self.slots.bundles[k].groups}
         return tuple(sorted(k for k in bundles if not parents & set(self.slots.bundles[k].groups)))
 
@@ -62,13 +77,29 @@ class Streams:
     def met(self, units: Sequence[int], share: float, allowed: Callable[[int], Sequence[int]]) -> list[int]:
         """Numbers of units with which ``share`` of each product stays as nearly as may be; ``units`` for all else.
 
-        One bundle after the other is set to the best of what is ``allowed``, from the whole on and from ``units`` on.
+        One bundle after the other is set to the best of what is ``allowed``, from the whole on and from ``units`` on;
+        blocks only where a stream would miss the share by more than ``NEAR``.
         """
+        result = self._met(units, share, allowed, self.products)
+        whole = self.whole
+        missed = {k for made_of in whole.missed(result, share) for k in made_of}
+        components = [c for c in whole.products if missed & set(c) and self.blocks & set(c)]
+        inner_first = [sorted(component, key=lambda k: (k in self.blocks, k)) for component in components]
+        return whole._met(result, share, allowed, inner_first)
+
+    def missed(self, units: Sequence[int], share: float) -> list[tuple[int, ...]]:
+        """The features of which another share stays than ``share``, those of blocks alone left out."""
+        far = [made_of for made_of in self.counts if abs(self.left(made_of, units) - share) > NEAR]
+        return [made_of for made_of in far if not set(made_of) <= self.blocks]
+
+    def _met(
+        self, units: Sequence[int], share: float, allowed: Callable[[int], Sequence[int]], components: list[list[int]]
+    ) -> list[int]:
         result = list(units)
-        for component in self.products:
+        for component in components:
             own = [bundles for bundles in self.counts if set(bundles) & set(component)]
-            whole = [b.units if k in component else result[k] for k, b in enumerate(self.slots.bundles)]
-            tried = [self._descended(start, component, own, share, allowed) for start in (whole, result)]
+            full = [b.units if k in component else result[k] for k, b in enumerate(self.slots.bundles)]
+            tried = [self._descended(start, component, own, share, allowed) for start in (full, result)]
             result = min(tried, key=lambda chosen: self._miss(own, chosen, share))
         return result
 

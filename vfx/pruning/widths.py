@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.symmetry import Index, Symmetry
 from vfx.errors import ArgumentError
 from vfx.pruning.groups import Scores
 from vfx.pruning.shares import Streams
@@ -24,7 +24,7 @@ from vfx.resize.slots import Bundle, Slots
 
 ALLOCATIONS = ("uniform", "global")
 BUDGETS = ("channels", "params", "flops", "latency")
-UNITS = ("channels", "blocks", "both")
+UNITS = ("auto", "channels", "blocks", "both")
 STEPS = 12  # of the bisection: a budget is met to 1/4096 of the channels
 
 
@@ -34,13 +34,14 @@ class Widths:
 
     ``protect``: FQNs of parameters or modules whose groups stay whole. ``round_to``: kept widths are multiples of this
     where a group has as many. ``units``: of groups inside blocks (heads × dim, groups × channels) remove "channels" in
-    each block, whole "blocks", or "both". ``allocation``: "uniform" or "global".
+    each block, whole "blocks", or "both"; "auto" is channels, and blocks where their numbers do not allow the share.
+    ``allocation``: "uniform" or "global".
     """
 
     allocation: str = "uniform"
     round_to: int = 1
     protect: tuple[str, ...] = ()
-    units: str = "channels"
+    units: str = "auto"
 
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
@@ -54,19 +55,18 @@ class Widths:
 
     def streams(self, slots: Slots) -> Streams:
         """What the bundles make up of which units may be removed."""
-        held = {k for k, bundle in enumerate(slots.bundles) if bundle.fixed or self._held(slots, bundle)}
-        return Streams(slots, frozenset(range(len(slots.bundles))) - held)
+        movable = {k for k, bundle in enumerate(slots.bundles) if not (bundle.fixed or self._stays(slots, bundle))}
+        outer = {group.parent for group in slots.facts.groups}
+        blocks = {k for k in movable if outer & set(slots.bundles[k].groups)}
+        inside = {k for k in movable if any(slots.facts.groups[g].parent is not None for g in slots.bundles[k].groups)}
+        free = movable - {"blocks": inside, "both": set()}.get(self.units, blocks)
+        return Streams(slots, frozenset(free), frozenset(blocks - free if self.units == "auto" else ()))
 
-    def _held(self, slots: Slots, bundle: Bundle) -> bool:
-        groups = [slots.facts.groups[g] for g in bundle.groups]
-        return any(g.index in slots.positions or self.is_held(slots.facts, g) for g in groups)
-
-    def is_held(self, facts: Symmetry, group: Group) -> bool:
-        """Whether a group stays whole because that was asked for."""
-        outer = any(other.parent == group.index for other in facts.groups)
-        if (outer and self.units == "channels") or (group.parent is not None and self.units == "blocks"):
-            return True
-        return any(f"{m.fqn}.".startswith(f"{name}.") for m in group.members for name in self.protect)
+    def _stays(self, slots: Slots, bundle: Bundle) -> bool:
+        """Whether a bundle is of positions or protected."""
+        members = [m for g in bundle.groups for m in slots.facts.groups[g].members]
+        protected = any(f"{m.fqn}.".startswith(f"{name}.") for m in members for name in self.protect)
+        return protected or any(g in slots.positions for g in bundle.groups)
 
     def check(self, facts: Symmetry) -> None:
         """Raise ArgumentError for a protected name that no group has."""
@@ -88,7 +88,7 @@ class Widths:
             self._rounded(slots, k, count) if k in streams.free else slots.bundles[k].units
             for k, count in enumerate(wanted)
         ]
-        if self.allocation == "uniform" and streams.products:
+        if self.allocation == "uniform":
             return streams.met(units, 1 - ratio, lambda k: self._allowed(slots, k))
         return units
 

@@ -12,7 +12,7 @@ same in both networks, so the proof loses nothing on inputs that are small there
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +24,12 @@ from vfx.resize.operators import put
 
 SAMPLES = 2  # as many as show how an output varies over the batch
 _VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view"}
+PARTS = 4, 2
 UNIT, SMALL = 32, 64  # most networks halve an image five times; a side is cut to a multiple of UNIT, SMALL at least
 
 
 class Unfit(Exception):
-    """These inputs are too small for this network."""
+    """These inputs leave too few positions somewhere in this network."""
 
 
 def fewer_samples(program: Program) -> Program:
@@ -36,19 +37,19 @@ def fewer_samples(program: Program) -> Program:
     return program.with_samples(SAMPLES)
 
 
-def fewer_positions(program: Program) -> Program | None:
-    """Example inputs of about a quarter of each long side; None where there are none."""
-    inputs = [_cut(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in program.example_inputs]
-    if all(one is other for one, other in zip(inputs, program.example_inputs)):
-        return None
-    return replace(program, example_inputs=tuple(inputs))
+def fewer_positions(program: Program) -> Iterator[Program]:
+    """Example inputs of about a quarter of each long side, and of a half."""
+    for part in PARTS:
+        cut = [_cut(x, part) if isinstance(x, Tensor) and x.is_floating_point() else x for x in program.example_inputs]
+        if any(one is not other for one, other in zip(cut, program.example_inputs)):
+            yield replace(program, example_inputs=tuple(cut))
 
 
-def _cut(x: Tensor) -> Tensor:
+def _cut(x: Tensor, part: int) -> Tensor:
     """Axes behind batch and channels, as convolutions have them."""
     for dim in range(2, x.ndim):
-        side = max(SMALL, -(-x.shape[dim] // (4 * UNIT)) * UNIT)
-        if 2 * side <= x.shape[dim]:
+        side = max(SMALL, -(-x.shape[dim] // (part * UNIT)) * UNIT)
+        if 3 * side <= 2 * x.shape[dim]:
             x = x.narrow(dim, 0, side)
     return x
 
@@ -92,14 +93,14 @@ def rewritten(program: Program, sizes: Mapping[str, tuple[str, dict[int, int]]])
 
 
 def check_extent(node: fx.Node, value: Any, resized: Sequence[tuple[int, int]] = ()) -> None:
-    """Raise Unfit where a value has a single position along an axis of several, or not the lengths that it must have.
+    """Raise Unfit where a value has a single position along an axis of several.
 
-    ``resized``: dimensions with their lengths.
+    ``resized``: dimensions with the lengths that they must have; ValueError where they have not.
     """
     foretold = node.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(foretold, Value) or value.ndim != len(foretold.shape):
         return
-    if any(isinstance(old, int) and old > 1 and new < 2 for old, new in zip(foretold.shape, value.shape)):
-        raise Unfit
     if any(value.shape[dim] != length for dim, length in resized):
+        raise ValueError("positions stand on a resized axis")
+    if any(isinstance(old, int) and old > 1 and new < 2 for old, new in zip(foretold.shape, value.shape)):
         raise Unfit

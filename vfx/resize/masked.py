@@ -70,13 +70,14 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
     full = in_double(fewer_samples(program).with_weights([moved]))
     exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]))
     masked = Masked(full, small.layout, facts)
-    cut = fewer_positions(full)
-    if cut is not None:
+    for cut in fewer_positions(full):
         try:
             if (error := _error(masked, exact, cut, seed)) <= PRESERVED:
                 return error
-        except (Unfit, PassError, RuntimeError, ValueError, IndexError):  # sizes that the graph holds as numbers
-            pass
+        except Unfit:
+            continue
+        except (PassError, RuntimeError, ValueError, IndexError):  # sizes that the graph holds as numbers
+            break
     return _error(masked, exact, full, seed)
 
 
