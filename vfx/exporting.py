@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from vfx.errors import CaptureError
 from vfx.outputs import plain
-from vfx.signature import Call, batch_size
+from vfx.program import Program
+from vfx.signature import Call, batch_size, has_batch
 
 DYNAMIC_BATCH = "batch"
 EXPORTING = threading.RLock()  # torch.export keeps what it does in module globals: one thread at a time
@@ -93,6 +94,21 @@ def _plainly(forward: Callable[..., Any], notes: list[str]) -> Callable[..., Any
         return plain(forward(*args, **kwargs), notes)
 
     return wrapped
+
+
+def captured_shapes(program: Program, model: nn.Module) -> Any:
+    """``dynamic_shapes`` that leave open for ``model`` what a Program's capture left open."""
+    shapes = [node.meta["val"].shape for node in program.placeholders]
+    axes = [{d: Dim.DYNAMIC for d, size in enumerate(shape) if not isinstance(size, int)} for shape in shapes]
+    if [set(own) for own in axes] == [{0} if batched else set() for batched in has_batch(program.example_inputs)]:
+        return DYNAMIC_BATCH
+    if not any(axes):
+        return None
+    call, own = program.example_call, iter(axes)
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    return tuple(
+        pytree.tree_map(lambda x: next(own) if isinstance(x, Tensor) else None, value) for value in bound.values()
+    )
 
 
 def _batch_shapes(model: nn.Module, call: Call) -> tuple[Any, ...]:

@@ -44,6 +44,7 @@ from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import counted
 from vfx.widths import differ_in_width
+from vfx.wrappers import plain_models
 
 
 @checked
@@ -112,6 +113,7 @@ def merge(
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     watch = Stopwatch()
+    models, references = plain_models(models), plain_models(references)
     data = reusable(data)
     solving = Solving(solve, follow, follow_edge, judge)
     if budget is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,8 @@ from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.record import Recorder
 from vfx.statistics.record import recorded as recorded_statistics
+from vfx.ties import with_common_ties
+from vfx.wrappers import plain_models
 
 
 @checked
@@ -39,16 +42,20 @@ def trace(
 
     ``example_inputs``: a tensor, a tuple of forward's arguments, or a dict of its keyword arguments; arguments may nest
     tensors in tuples, lists and dicts, beside constants, which are baked in. All functions here take them so.
+    DataParallel and ``torch.compile`` are taken off; a tie that not all models have is loosened, with a note.
     ``heads``: the last layers, in which the models' tensors may differ in shape (other numbers of classes).
     ``dynamic_shapes``: which sizes vary, as ``torch.export`` takes it; by default the batch, with None nothing.
     Raises CaptureError, ArchitectureError, WeightError.
     """
+    models = plain_models(models)
     if isinstance(models, nn.Module):
         check_finite(models.state_dict(), "the model", masks_of(models))
         return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
     check_edges(models, shapes=not heads)
-    program = capture(models[0], example_inputs, dynamic_shapes=dynamic_shapes)
+    first, notes = with_common_ties(models)
+    program = capture(first, example_inputs, dynamic_shapes=dynamic_shapes)
     program = program.with_weights([program.weights[0], *(weights_of(program, model) for model in models[1:])])
+    program = replace(program, notes=(*program.notes, *notes))
     if heads:
         check_heads(program, number_layers(program).heads(heads).branch)
     check_same_function(program, models)
@@ -118,7 +125,7 @@ def record(model: nn.Module, *, momentum: float | None = None) -> Recorder:
     Use it around the training loop (``with vfx.record(model) as recorder``), and ``reset()`` when the last epoch
     begins; ``momentum`` lets older batches fade instead. Raises ArgumentError.
     """
-    return Recorder(model, momentum)
+    return Recorder(plain_models(model), momentum)
 
 
 @checked

@@ -22,15 +22,16 @@ from vfx.capture import capture
 from vfx.checks import check_finite, check_storage, masks_of
 from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
-from vfx.emit.onnx import export_onnx
+from vfx.emit.onnx import Axes, export_onnx
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
-from vfx.exporting import DYNAMIC_BATCH, exported
+from vfx.exporting import DYNAMIC_BATCH, captured_shapes, exported
 from vfx.files import check_writable, write_atomic
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
 from vfx.signature import Call, as_call, batched_call, in_order
+from vfx.wrappers import plain_model
 
 
 @checked
@@ -41,26 +42,30 @@ def export(
 
     ``.onnx`` is compared with the module in ONNX Runtime at two batch sizes first. ``.safetensors`` holds the state
     dict of a network of the user's own class; a GraphModule goes to ``.pt2``. Masks of ``vfx.prune`` become zeros.
-    ``dynamic_shapes``: which sizes vary in ``.onnx`` and ``.pt2``, as for ``vfx.trace``.
+    ``dynamic_shapes``: which sizes vary in ``.onnx`` and ``.pt2``, as for ``vfx.trace``; by default those that the
+    capture of a Result left open, and the batch of a module.
     Raises ArgumentError, OutputError (before any work), WeightError, CaptureError, VerificationError; no partial file
     is left.
     """
     path = Path(path)
     check_writable(path, FORMATS)
-    module = model if isinstance(model, nn.Module) else model.module
+    module = plain_model(model if isinstance(model, nn.Module) else model.module, "the network")
+    axes = None
     if example_inputs is None and not isinstance(model, nn.Module):
         example_inputs = model.program.example_call
+        if dynamic_shapes == DYNAMIC_BATCH:
+            dynamic_shapes, axes = captured_shapes(model.program, module), model.program.batch_axes
     check_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}, "the network", masks_of(module))
     network = make_permanent(copy.deepcopy(module)).cpu().eval()
-    _WRITERS[path.suffix](network, path, example_inputs, dynamic_shapes)
+    _WRITERS[path.suffix](network, path, example_inputs, dynamic_shapes, axes)
     return path
 
 
-def _write_onnx(module: nn.Module, path: Path, example_inputs: Any, shapes: Any) -> None:
-    export_onnx(module, path, _examples(module, example_inputs, "ONNX", shapes), dynamic_shapes=shapes)
+def _write_onnx(module: nn.Module, path: Path, example_inputs: Any, shapes: Any, axes: Axes) -> None:
+    export_onnx(module, path, _examples(module, example_inputs, "ONNX", shapes), dynamic_shapes=shapes, axes=axes)
 
 
-def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any, shapes: Any) -> None:
+def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any, shapes: Any, axes: Axes) -> None:
     if isinstance(module, fx.GraphModule):
         raise no_class(path, "a GraphModule")
     try:
@@ -70,7 +75,7 @@ def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any, shape
     write_atomic(path, data)
 
 
-def _write_pt2(module: nn.Module, path: Path, example_inputs: Any, shapes: Any) -> None:
+def _write_pt2(module: nn.Module, path: Path, example_inputs: Any, shapes: Any, axes: Axes) -> None:
     program, _ = exported(module, _examples(module, example_inputs, ".pt2", shapes), shapes)
     write_atomic(path, write_program(program))
 

@@ -21,30 +21,40 @@ from vfx.errors import ArgumentError, VerificationError
 from vfx.exporting import DYNAMIC_BATCH, EXPORTING, exported
 from vfx.files import drafts_beside
 from vfx.outputs import named_tensors, plain
-from vfx.signature import Call, batch_size
+from vfx.signature import Call, has_batch
 
 TOLERANCE = 1e-4  # absolute, and relative to the output's largest value where that exceeds 1
 ROUNDINGS = 16  # of half precision, which holds three digits and cannot meet the tolerance
 BATCHES = (1, 7)
+Axes = Sequence[int | None] | None  # on which samples stand, one for each tensor; None where nobody says
 IN_ONE_FILE = 3 * 2**29  # bytes of weights; protobuf ends at 2 GiB
 
 
-def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0, dynamic_shapes: Any = DYNAMIC_BATCH) -> float:
+def export_onnx(
+    module: nn.Module,
+    path: Path,
+    call: Call,
+    seed: int = 0,
+    dynamic_shapes: Any = DYNAMIC_BATCH,
+    axes: Axes = None,
+) -> float:
     """Write ``module`` with a dynamic batch; returns its largest difference to the module in ONNX Runtime.
 
     Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns. Weights above
     1.5 GiB lie beside the graph, in ``<name>.<digest>.data``. With other ``dynamic_shapes`` the file is compared at the
-    shapes of ``call`` alone. Raises ArgumentError if torch cannot export the network; VerificationError, and writes
-    nothing, if ONNX Runtime cannot run it or differs by more than 1e-4 (16 roundings in half precision) at batch 1 or
-    7; OutputError.
+    shapes of ``call`` alone, unless ``axes`` says where samples stand (an axis for each tensor, or None). Raises
+    ArgumentError if torch cannot export the network; VerificationError, and writes nothing, if ONNX Runtime cannot run
+    it or differs by more than 1e-4 (16 roundings in half precision) at batch 1 or 7; OutputError.
     """
     module = module.to("cpu").eval()
     onnx_program = _converted(module, call, dynamic_shapes)
-    sizes = BATCHES if dynamic_shapes == DYNAMIC_BATCH else (batch_size(call.tensors()),)
+    usual = dynamic_shapes == DYNAMIC_BATCH
+    axes = axes or [0 if batched else None for batched in has_batch(call.tensors())] if usual or axes else None
+    sizes = BATCHES if axes is not None and dynamic_shapes is not None else (None,)
     values = onnx_program.model.graph.initializers.values()
     if sum(value.const_value.nbytes for value in values if value.const_value is not None) <= IN_ONE_FILE:
         model = onnx_program.model_proto.SerializeToString()
-        worst = _compare(module, model, call, sizes, seed)
+        worst = _compare(module, model, call, axes, sizes, seed)
         place_file(model, path)
         return worst
     check_no_link(path)
@@ -52,7 +62,7 @@ def export_onnx(module: nn.Module, path: Path, call: Call, seed: int = 0, dynami
         graph = folder / "graph.onnx"
         onnx_program.save(str(graph), external_data=True)
         weights = name_weights(graph, folder / "graph.onnx.data", path)
-        worst = _compare(module, graph, call, sizes, seed)
+        worst = _compare(module, graph, call, axes, sizes, seed)
         place_pair(graph, weights, path)
     return worst
 
@@ -92,7 +102,9 @@ def _tolerance(module: nn.Module, call: Call) -> float:
 
 
 @torch.no_grad()
-def _compare(module: nn.Module, model: bytes | Path, call: Call, sizes: Sequence[int | None], seed: int) -> float:
+def _compare(
+    module: nn.Module, model: bytes | Path, call: Call, axes: Axes, sizes: Sequence[int | None], seed: int
+) -> float:
     generator = torch.Generator().manual_seed(seed)
     tolerance, worst = _tolerance(module, call), 0.0
     try:
@@ -100,7 +112,7 @@ def _compare(module: nn.Module, model: bytes | Path, call: Call, sizes: Sequence
     except Exception as error:  # ONNX Runtime's classes are not public
         raise VerificationError(_unrunnable(module, call, error)) from error
     for batch in sizes:
-        fresh = _fresh(call, batch, generator)
+        fresh = _fresh(call, axes, batch, generator)
         expected = named_tensors(module(*fresh.args, **fresh.kwargs)).values()
         try:
             feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh.tensors(), strict=True)}
@@ -143,16 +155,17 @@ def _unrunnable(module: nn.Module, call: Call, error: Exception) -> str:
     )
 
 
-def _fresh(call: Call, batch: int | None, generator: torch.Generator) -> Call:
-    """Random samples in place of the call's batch; integers are drawn from the examples' rows."""
-    size = batch_size(call.tensors())
+def _fresh(call: Call, axes: Axes, batch: int | None, generator: torch.Generator) -> Call:
+    """Random samples in place of the call's; integers are drawn from the examples' own."""
+    own = iter(axes or [None] * len(call.tensors()))
 
     def sample(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != size or batch is None:
+        axis = next(own) if isinstance(x, Tensor) else None
+        if axis is None or batch is None:
             return x
         if x.is_floating_point():
-            return torch.randn((batch, *x.shape[1:]), generator=generator).to(x.dtype)
-        return x[torch.randint(len(x), (batch,), generator=generator)]
+            return torch.randn((*x.shape[:axis], batch, *x.shape[axis + 1 :]), generator=generator).to(x.dtype)
+        return x.index_select(axis, torch.randint(x.shape[axis], (batch,), generator=generator))
 
     return call.map(sample)
 
