@@ -214,7 +214,7 @@ def test_calibration_needs_goals_and_reset_needs_batchnorm() -> None:
     ):
         with pytest.raises(DataError, match="no samples"):
             build([])
-    with pytest.raises(ArgumentError, match="one of 'repair', 'rescale'"):
+    with pytest.raises(ArgumentError, match="kind must be 'repair', 'rescale'"):
         CalibrateNormalization("reshuffle", DATA)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="direction"):
         RemoveBias(direction="sideways")  # type: ignore[arg-type]

@@ -127,7 +127,7 @@ def test_missing_labels_are_refused_with_the_way_out(pair: list[nn.Module]) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "nonsense"}, "unknown"),
+        ({"strategy": "nonsense"}, "strategy must be .random., .easy."),
         ({"strategy": "easy"}, "models="),
         ({"n": 0}, "0 samples"),
         ({"n": 91}, "the data hold 90"),
