@@ -296,7 +296,7 @@ def test_layers_are_named_by_number_name_or_glob(chosen: Any, expected: set[str]
 
 def test_layers_that_match_nothing_are_refused_and_preserved_ones_left_alone() -> None:
     models = _edges()
-    with pytest.raises(ArgumentError, match="layers must be a whole number, a text, a list of .* or None, got True"):
+    with pytest.raises(ArgumentError, match=r"layers must be a whole number, a text, a list of .* or None, got True"):
         Normalization("repair", layers=True)
     for wrong in (7, 0, "conv*", ["0", "nothing"]):
         with pytest.raises(ArgumentError, match=r"matches no layer; there are 1 0, 2 2"):

@@ -218,7 +218,7 @@ def test_calibration_needs_goals_and_reset_needs_batchnorm() -> None:
         CalibrateNormalization("reshuffle", DATA)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="direction"):
         RemoveBias(direction="sideways")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="negative"):
+    with pytest.raises(ArgumentError, match="count must be at least 0"):
         RemoveBias(-1)
 
 
