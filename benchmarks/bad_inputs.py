@@ -182,7 +182,7 @@ CASES: Mapping[str, Callable[[], Any]] = {
     "merge: classes='all'": _merge(classes="all"),
     "merge: classes=None": _merge(classes=None),
     "merge: restarts=-1": _merge(restarts=-1),
-    "merge: restarts for a matcher without": _merge(restarts=2, match="activation", data=X),
+    "merge: restarts for a matcher without": _merge(restarts=2, match="zipit", data=X),
     "merge: seed=-1": _merge(seed=-1),
     "merge: seed='0'": _merge(seed="0"),
     "merge: weights that sum to 1.2": _merge(weights=[0.6, 0.6]),
