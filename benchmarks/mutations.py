@@ -66,7 +66,9 @@ def mutate_json(rng: Random, data: bytes, mark: str) -> bytes:
     """Values of a JSON text exchanged for each other or for odd ones, keys renamed, left out and added."""
     try:
         tree = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, (dict, list)):
         return mutate_bytes(rng, data, mark)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         spots = list(_spots(tree))

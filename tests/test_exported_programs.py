@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict, namedtuple
@@ -350,6 +351,15 @@ def test_bombs_among_data_and_repeated_numbers_are_refused(tmp_path: Path) -> No
             read(tmp_path / "repeated.pt")
     torch.save({"x": torch.zeros(1).expand(1 << 10, 1 << 10)}, tmp_path / "small.pt")
     assert load(tmp_path / "small.pt")["x"].numel() == 1 << 20
+
+
+@pytest.mark.parametrize(("suffix", "read"), [(".pt2", load), (".pt", load), (".npz", read_inputs)])
+def test_one_part_of_an_archive_in_several_is_refused(suffix: str, read: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = _written({"archive/data.pkl": b"x"}, tmp_path / f"part{suffix}")
+    content, end = path.read_bytes()[:-22], path.read_bytes()[-22:]
+    path.write_bytes(content + struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2) + end)  # of two disks
+    with pytest.raises(CheckpointError, match="span multiple disks"):
+        read(path)
 
 
 def test_packed_archives_of_ordinary_size_are_read(good: Files, tmp_path: Path) -> None:

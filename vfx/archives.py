@@ -35,8 +35,11 @@ def check_expanded(values: Mapping[str, Any], packed: int, name: str) -> None:
 
 def check_archive(source: Path | bytes, name: str) -> None:
     """Raise CheckpointError if ``source`` is a zip archive that must not be unpacked; other files pass."""
-    file = BytesIO(source) if isinstance(source, bytes) else source
-    if zipfile.is_zipfile(file):
+    try:
+        packed = zipfile.is_zipfile(BytesIO(source) if isinstance(source, bytes) else source)
+    except zipfile.BadZipFile as error:  # of an archive in several files
+        raise CheckpointError(f"{name} is no whole zip archive: {error}") from error
+    if packed:
         with open_archive(source, name):
             pass
 
