@@ -502,7 +502,10 @@ def test_every_door_takes_keyword_inputs() -> None:
     assert compile(models[0], tokens(2), passes=[]).report.own_class
     for normalize in ("rescale", "repair"):
         merged = merge(models, tokens(2), data=data, normalize=normalize, progress=False)
-        assert merged.report.notes == ("output cache is Cache, not a tensor: dropped",)
+        assert merged.report.notes == (
+            "output cache is Cache, not a tensor: dropped",
+            "what the network returns: channels of up.weight stay as they are",
+        )
         repaired = repair(merged, models, data=data, progress=False)
         assert isinstance(repaired.module, Scorer)
 
