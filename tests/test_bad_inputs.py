@@ -114,7 +114,7 @@ def test_numbers_have_a_least_value(name: str) -> None:
         (nn.ModuleList([nn.ReLU()]), list[nn.Module]), ({"a": 1}, dict[str, float]), (print, Callable[..., Any]),
         (None, int | None), (0.5, float | None),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_values_of_other_libraries_are_what_they_are(value: Any, hint: Any) -> None:
     check_argument("f", "x", value, hint)
@@ -128,7 +128,7 @@ def test_values_of_other_libraries_are_what_they_are(value: Any, hint: Any) -> N
         ({"a": "b"}, dict[str, float], "a dict of numbers"), (iter([0.5]), list[float], "a list of numbers"),
         ([0.5, "a"], list[float], "a list of numbers"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_only_looks_like_it_is_refused(value: Any, hint: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=f"f: x must be {words}, got"):
