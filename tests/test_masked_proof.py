@@ -61,6 +61,16 @@ def test_operators_over_channels_run_over_those_kept(name: str) -> None:
     assert result.module(x).isfinite().all()
 
 
+def test_distances_to_a_parameter_are_between_the_channels_kept() -> None:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 8), "places": nn.Parameter(torch.randn(6, 8)), "c": nn.Linear(6, 3)}
+    model = net(lambda s, x: s.c(torch.cdist(s.a(x), s.places)), **layers).eval()
+    program = trace(model, _x(4, 5), dynamic_shapes=None)  # torch fixes the batch where there are distances
+    result = prune_structured(program, sparsity=0.5, normalize=None, progress=False)
+    assert result.report.params_ratio < 0.6
+    assert result.report.error <= PRESERVED
+
+
 def test_a_rule_that_is_not_known_to_see_zeros_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked, "OVER_KEPT", set())
     with pytest.raises(VerificationError, match="differs from the masked one"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.analyse.infer import BATCH
-from vfx.analyse.rules import TABLE, contraction, elementwise, normalization, positions
+from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, normalization, positions
 from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.symmetry import Index, Symmetry
 from vfx.analyse.verify import in_double, is_defined, random_inputs
@@ -38,6 +38,7 @@ OVER_KEPT = {  # rules of operators that see several positions at once and do no
     contraction.fused_attention,
     positions.sorted_values,
     positions.similarity,
+    einsum.distances,
 }
 RECURRENT = {f"aten.{name}" for name in GATES}
 
