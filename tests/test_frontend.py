@@ -504,7 +504,8 @@ def test_every_door_takes_keyword_inputs() -> None:
         merged = merge(models, tokens(2), data=data, normalize=normalize, progress=False)
         assert merged.report.notes == (
             "output cache is Cache, not a tensor: dropped",
-            "what the network returns: channels of up.weight stay as they are",
+            "what the network returns as hidden[0]: channels of up.weight stay as they are; outputs= names those that "
+            "count",
         )
         repaired = repair(merged, models, data=data, progress=False)
         assert isinstance(repaired.module, Scorer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator as python_operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from vfx.complex_numbers import read_as_complex, real_parts
 from vfx.contexts import body_of, is_context
-from vfx.errors import CaptureError
+from vfx.errors import CaptureError, listed
 from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.operators import DROPOUTS, arguments, operator
-from vfx.outputs import plain
+from vfx.outputs import plain, selected
 from vfx.precision import name_dtypes
 from vfx.program import Program, Value, Weights, digest, is_empty
 from vfx.signature import Call, Signature, as_call, batched_call, in_order, positional_names, signature_of
@@ -41,7 +41,10 @@ _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to com
 _MAX_ALL_FOLDED = 1 << 27  # elements of all constants: a graph from a file could ask for any number of them
 
 
-def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_shapes: Any = DYNAMIC_BATCH,
+    outputs: Sequence[int | str] | None = None,
+) -> Program:  # fmt: skip
     """Capture ``model`` as a Program with one weight set.
 
     ``example_inputs`` is a tensor, a tuple of forward's positional arguments or a dict of its keyword arguments. They
@@ -49,17 +52,18 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic_
     The first axis of the first tensor is the batch, and so is that of every tensor that has the same size there (a
     batch of one is doubled so that it is not taken for a constant). ``dynamic_shapes`` goes to ``torch.export``; by
     default the batch axis alone is dynamic, with a minimum of 1, and with None every size is the examples'. Outputs
-    that are no tensors (caches) are dropped, with a note. Raises CaptureError if the model cannot be captured,
-    ArgumentError if the inputs do not fit its ``forward``.
+    that are no tensors (caches) are dropped, with a note, and so are those that ``outputs`` does not name
+    (``vfx.outputs.selected``), with all that only they need. Raises CaptureError if the model cannot be captured,
+    ArgumentError if the inputs do not fit its ``forward`` or an output has no such name.
     """
     if isinstance(model, ExportedProgram):
         call = as_call(example_inputs)
-        return _program(model, call, signature_of(call, _exported_names(model, call)), None)
+        return _program(model, call, signature_of(call, _exported_names(model, call)), None, [], outputs)
     call = in_order(model.forward, as_call(example_inputs), type(model).__name__)
     call = batched_call(call) if dynamic_shapes == DYNAMIC_BATCH else call
     signature = signature_of(call, positional_names(model.forward, call))
     program, notes = exported(model, call, dynamic_shapes)
-    return _program(program, call, signature, model, notes)
+    return _program(program, call, signature, model, notes, outputs)
 
 
 def _exported_names(exported: ExportedProgram, call: Call) -> list[str] | None:
@@ -70,11 +74,12 @@ def _exported_names(exported: ExportedProgram, call: Call) -> list[str] | None:
 
 
 def _program(
-    exported: ExportedProgram, call: Call, signature: Signature, model: nn.Module | None, notes: list[str] | None = None
-) -> Program:
-    builder = _Builder(exported, signature)
+    exported: ExportedProgram, call: Call, signature: Signature, model: nn.Module | None, notes: list[str],
+    outputs: Sequence[int | str] | None,
+) -> Program:  # fmt: skip
+    builder = _Builder(exported, signature, outputs)
     graph = builder.build()
-    graph = _functionalise(_own_written(_without_idle_writes(graph)))
+    graph = _without_unread_writes(_functionalise(_own_written(_without_idle_writes(graph))))
     graph, weights = _fold_constants(graph, builder.weights, builder.constants)
     graph = name_dtypes(_without_empty_parts(graph))
     read = {node.target for node in graph.nodes if node.op == "get_attr"}
@@ -88,18 +93,20 @@ def _program(
         module=model,
         buffers=frozenset(set(weights) - builder.parameters),
         aliases=builder.aliases,
-        notes=tuple(notes or builder.dropped),
+        notes=(*notes, *builder.notes),
         origin=digest(graph),
+        outputs=tuple(outputs or ()),
     )
 
 
 class _Builder:
     """Rebuilds an exported graph with FQN-addressed tensors and the user's inputs and outputs."""
 
-    def __init__(self, exported: ExportedProgram, signature: Signature):
+    def __init__(self, exported: ExportedProgram, signature: Signature, outputs: Sequence[int | str] | None):
         self.exported = exported
         self.names = signature.names
-        self.dropped: list[str] = []
+        self.outputs = outputs
+        self.notes: list[str] = []
         self.weights: dict[str, Tensor] = {}
         self.parameters = set(exported.graph_signature.parameters)
         self.constants: set[str] = set()
@@ -227,7 +234,12 @@ class _Builder:
         flat = list(self._mapped(node.args[0]))
         count = len(self.exported.graph_signature.user_outputs)
         nested = pytree.tree_unflatten(flat[len(flat) - count :], spec)
-        self.graph.output(plain(nested, self.dropped))
+        returned = plain(nested, self.notes)
+        if self.outputs is not None:
+            returned, dropped = selected(returned, self.outputs)
+            if dropped:
+                self.notes.append(f"outputs left out, of which nothing is proved: {listed(dropped)}")
+        self.graph.output(returned)
 
 
 def _identifier(fqn: str) -> str:
@@ -350,6 +362,31 @@ def _without_idle_writes(graph: fx.Graph) -> fx.Graph:
             node.replace_all_uses_with(target)
             graph.erase_node(node)
     return graph
+
+
+def _without_unread_writes(graph: fx.Graph) -> fx.Graph:
+    """In-place operators go whose target no output reads, under whatever view of it."""
+    family = {node: members for members in _families(graph) for node in members}
+    needed: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.is_impure() and not _writes_first_alone(node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += [*node.all_input_nodes, *filter(_is_mutable, family[node])]
+    for node in reversed(list(graph.nodes)):
+        if node not in needed:
+            graph.erase_node(node)
+    return graph
+
+
+def _writes_first_alone(node: fx.Node) -> bool:
+    """Whether an operator writes to its first argument, a tensor, and to nothing else."""
+    if not _is_mutable(node) or not isinstance(node.args[0] if node.args else None, fx.Node):
+        return False
+    parameters = node.target._schema.arguments  # type: ignore[union-attr]
+    written = [parameter.alias_info is not None and parameter.alias_info.is_write for parameter in parameters]
+    return written[0] and not any(written[1:])
 
 
 def _without_empty_parts(graph: fx.Graph) -> fx.Graph:

@@ -151,7 +151,7 @@ def _gap(program: Program, edge: int, model: nn.Module) -> float:
     """Relative output difference between a model and its weight set in the graph; infinite where the model fails."""
     call = program.example_call.map(lambda x: x.clone() if isinstance(x, Tensor) else x)
     try:
-        own = structural_copy(model).eval()(*call.args, **call.kwargs)
+        own = program.returned(structural_copy(model).eval()(*call.args, **call.kwargs))
         shared = program(*program.example_inputs, edge=edge)
     except (RuntimeError, TypeError, ValueError):
         return float("inf")

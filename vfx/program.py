@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
 from vfx.operators import ELEMENTWISE, IN_DOUBLE, LAYERS, NORMS, arguments, in_place, operator
+from vfx.outputs import plain, selected
 from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
@@ -74,7 +75,8 @@ class Program:
     ``private`` names tensors that belong to one edge's branch and are never interpolated. ``goals`` holds the edges'
     statistics of each layer's output, in the channel order of their weights. ``notes`` is what passes refused, and why.
     ``layers`` keeps the numbering of a network whose branches were duplicated. ``transport`` holds linear maps that are
-    still to be put into the edges' weights (``vfx.match.maps``).
+    still to be put into the edges' weights (``vfx.match.maps``). ``outputs`` names those of the model's outputs
+    that the graph returns, () all.
     """
 
     graph: fx.Graph
@@ -91,6 +93,7 @@ class Program:
     transport: Any = None
     history: tuple[str, ...] = ()
     origin: str = ""
+    outputs: tuple[int | str, ...] = ()
 
     @cached_property
     def structural(self) -> bool:
@@ -106,6 +109,10 @@ class Program:
         if not named and len(inputs) == len(self.placeholders) and all(isinstance(x, Tensor) for x in inputs):
             return list(inputs)
         return self.signature.flatten(inputs, named or {})
+
+    def returned(self, output: Any) -> Any:
+        """What the user's class returns, reduced to the outputs that the graph returns."""
+        return selected(plain(output), self.outputs)[0] if self.outputs else output
 
     @property
     def example_call(self) -> Call:

@@ -19,10 +19,12 @@ from vfx.analyse.rules.movement import concatenate
 from vfx.analyse.rules.rule import Rule
 from vfx.analyse.shapes import Shape
 from vfx.operators import NORMS, arguments, operator
+from vfx.outputs import spelled_tensors
 from vfx.program import Program, Value, is_empty
 
 BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product of other sizes
 
+MODEL_INPUT, MODEL_OUTPUT = "model input", "model output"
 OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
 EMPTY = "an empty tensor is cut from it, or computed with it"
 _DOTS = {"aten.dot", "aten.vdot"}
@@ -96,12 +98,13 @@ class Inference(Parts):
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return Shape(tuple(self.opaque(size, "model input") for size in self.sizes(node)))
+            return Shape(tuple(self.opaque(size, MODEL_INPUT) for size in self.sizes(node)))
         if node.op == "get_attr":
             return self._attribute(node)
         if node.op == "output":
-            for value in node.all_input_nodes:
-                self._pin_all(self.shapes[value], "model output")
+            values = spelled_tensors(node.args[0])
+            for name, value in values.items():
+                self._pin_all(self.shapes[value], f"{MODEL_OUTPUT} {name}" if len(values) > 1 else MODEL_OUTPUT)
             return None
         if node.target is python_operator.getitem and is_empty(node):
             return self._refused(node.args[0], EMPTY)[int(node.args[1])]  # type: ignore[arg-type]

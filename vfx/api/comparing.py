@@ -59,7 +59,8 @@ def compare(
     make, combinations = _pruning(grid) if single else _merging(grid)
     check_names("grid=", make, (name for one in combinations[:1] for name in one))
     check_names("compare", make, options)
-    edges = program_of(models, example_inputs)
+    capturing = {name: options.pop(name) for name in ("dynamic_shapes", "outputs") if name in options}
+    edges = program_of(models, example_inputs, **capturing)
     edges = edges if device is None else edges.to(device)
     judge = _Judge(edges, data if evaluate is None else evaluate, max_samples if evaluate is None else None, device)
     whole = cost(edges.select(0))

@@ -73,6 +73,7 @@ def merge(
     held_out: Any = None,
     max_samples: int | None = None,
     dynamic_shapes: Any = DYNAMIC_BATCH,
+    outputs: Sequence[int | str] | None = None,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -108,8 +109,8 @@ def merge(
     ``heads``: the last layers kept for each edge (partial zipping), a number 0…L−1 or the module they begin with, which
     may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
     averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
-    nothing; the report warns if the merged network's variances do not fit the edges' on them. ``dynamic_shapes``: as
-    for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use.
+    nothing; the report warns if the merged network's variances do not fit the edges' on them. ``dynamic_shapes`` and
+    ``outputs`` (those that count): as for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     watch = Stopwatch()
@@ -121,12 +122,12 @@ def merge(
     options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
     carried, named = None, normalize
     if not isinstance(models, Program) and not heads and differ_in_width(models):
-        wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed, dynamic_shapes)
+        wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed, dynamic_shapes, outputs)
         carried, normalize = one_width(models, example_inputs, data, wanted, options, watch)
         models, match, statistics = carried.program, None, carried.statistics
-        restarts, dynamic_shapes = 0, DYNAMIC_BATCH
+        restarts, dynamic_shapes, outputs = 0, DYNAMIC_BATCH, None
     with watch("trace"):
-        program = program_of(models, example_inputs, heads, dynamic_shapes)
+        program = program_of(models, example_inputs, heads, dynamic_shapes, outputs)
     check_edges_of(program)
     captured = program if carried is None else carried.captured
     whole = program
@@ -213,15 +214,19 @@ def carried_out(
 
 @checked
 def compile(
-    models: nn.Module | Sequence[nn.Module] | Program, example_inputs: Any = None, *, passes: Iterable[Pass]
-) -> Result:
-    """Run an explicit list of passes over one or several networks and emit the result."""
+    models: nn.Module | Sequence[nn.Module] | Program, example_inputs: Any = None, *, passes: Iterable[Pass],
+    outputs: Sequence[int | str] | None = None,
+) -> Result:  # fmt: skip
+    """Run an explicit list of passes over one or several networks and emit the result.
+
+    ``outputs``: those that count, as for ``vfx.trace``.
+    """
     watch, passes = Stopwatch(), list(passes)
     wrong = next((one for one in passes if not isinstance(one, Pass)), None)
     if wrong is not None:
         raise ArgumentError(f"passes= holds {wrong!r}, which is no vfx.Pass (a class of passes needs its brackets)")
     with watch("trace"):
-        program = program_of(models, example_inputs)
+        program = program_of(models, example_inputs, outputs=outputs)
     result = run_passes(program, passes, watch)
     if result.edges != 1:
         raise PassError(f"the passes leave {result.edges} weight sets; add vfx.Interpolate to merge them")

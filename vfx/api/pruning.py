@@ -57,6 +57,7 @@ def prune(
     masks: str = "permanent",
     structured: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = DYNAMIC_BATCH,
+    outputs: Sequence[int | str] | None = None,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -75,8 +76,8 @@ def prune(
     "repair", "rescale", "reset", towards the dense network's statistics; "auto" is RESET with BatchNorm, else REPAIR,
     and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
     "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
-    ``structured``, its further options) removes whole channels instead: see ``prune_structured``. ``dynamic_shapes``:
-    as for ``vfx.trace``.
+    ``structured``, its further options) removes whole channels instead: see ``prune_structured``. ``dynamic_shapes``
+    and ``outputs`` (those that count): as for ``vfx.trace``.
     *Vanishing Feature* §5.5, App. A.7.
     Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
     """
@@ -88,7 +89,7 @@ def prune(
             dict(structured or {}) | {
                 "sparsity": sparsity, "score": score, "data": data, "max_samples": max_samples,
                 "repair_samples": repair_samples, "solve": solve, "judge": judge, "normalize": normalize,
-                "dynamic_shapes": dynamic_shapes, "verify": verify, "seed": seed, "device": device,
+                "dynamic_shapes": dynamic_shapes, "outputs": outputs, "verify": verify, "seed": seed, "device": device,
                 "progress": progress,
             },
         )  # fmt: skip
@@ -109,7 +110,7 @@ def prune(
         progress=progress,
     )
     with watch("trace"):
-        program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     asked = _pruned_normalization(normalize, program, data)
     solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     if device is not None:
@@ -192,6 +193,7 @@ def prune_structured(
     repair_samples: int = 64,
     normalize: str | Normalization | None = "auto",
     dynamic_shapes: Any = DYNAMIC_BATCH,
+    outputs: Sequence[int | str] | None = None,
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
@@ -212,8 +214,8 @@ def prune_structured(
     ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
     held-out samples, and gives way to a normalization that is named.
     ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
-    samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes``: as for
-    ``vfx.trace``.
+    samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes`` and
+    ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     watch = Stopwatch()
@@ -221,7 +223,7 @@ def prune_structured(
         raise ArgumentError(f"method={method!r} is unknown; choose 'remove' or 'fold'")
     data = reusable(data)
     with watch("trace"):
-        program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     if device is not None:
         program = program.to(device)
     asked = _pruned_normalization(normalize, program, data)

@@ -59,12 +59,14 @@ def repair(
     watch = Stopwatch()
     data = reusable(data)
     target = model.module if isinstance(model, Result) else model
+    # a graph returns those alone that were chosen; the user's own class still returns all
+    outputs = None if not isinstance(model, Result) or model.program.structural else model.program.outputs or None
     if example_inputs is None and isinstance(model, Result):
         example_inputs = model.program.example_call
     if bool(references) == (goals is not None):
         raise ArgumentError("repair needs either references= (networks) or goals= (statistics of layers)")
     with watch("trace"):
-        program = trace([target, *references] if references else target, example_inputs)
+        program = trace([target, *references] if references else target, example_inputs, outputs=outputs)
     asked = normalization(method, True)
     if asked is None or (asked.method != "auto" and not METHODS[asked.method].data):
         known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)

@@ -37,6 +37,7 @@ def trace(
     *,
     heads: int | str = 0,
     dynamic_shapes: Any = DYNAMIC_BATCH,
+    outputs: Sequence[int | str] | None = None,
 ) -> Program:
     """Capture one model, or several of one architecture, as a Program with a weight set for each.
 
@@ -45,15 +46,18 @@ def trace(
     DataParallel and ``torch.compile`` are taken off; a tie that not all models have is loosened, with a note.
     ``heads``: the last layers, in which the models' tensors may differ in shape (other numbers of classes).
     ``dynamic_shapes``: which sizes vary, as ``torch.export`` takes it; by default the batch, with None nothing.
-    Raises CaptureError, ArchitectureError, WeightError.
+    ``outputs``: those that count, by key (``["logits"]``), index or path (``states[2]``); by default all. The graph
+    returns these alone, in the nesting that they have, and channels that leave the network in others are free. The
+    user's own class, where it comes back, still returns all its outputs: nothing is proved of the others.
+    Raises ArgumentError, CaptureError, ArchitectureError, WeightError.
     """
     models = plain_models(models)
     if isinstance(models, nn.Module):
         check_finite(models.state_dict(), "the model", masks_of(models))
-        return capture(models, example_inputs, dynamic_shapes=dynamic_shapes)
+        return capture(models, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     check_edges(models, shapes=not heads)
     first, notes = with_common_ties(models)
-    program = capture(first, example_inputs, dynamic_shapes=dynamic_shapes)
+    program = capture(first, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     program = program.with_weights([program.weights[0], *(weights_of(program, model) for model in models[1:])])
     program = replace(program, notes=(*program.notes, *notes))
     if heads:
@@ -73,9 +77,14 @@ _symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
 
 
 @checked
-def symmetry(model: nn.Module | Program, example_inputs: Any = None) -> Symmetry:
-    """Symmetries of a network: ``.groups`` and their classes, ``.pinned``, ``.verify()``; prints as a table."""
-    program = program_of(model, example_inputs)
+def symmetry(
+    model: nn.Module | Program, example_inputs: Any = None, *, outputs: Sequence[int | str] | None = None
+) -> Symmetry:
+    """Symmetries of a network: ``.groups`` and their classes, ``.pinned``, ``.verify()``; prints as a table.
+
+    ``outputs``: those that count, as for ``vfx.trace``.
+    """
+    program = program_of(model, example_inputs, outputs=outputs)
     found = _symmetries.get(program.graph)
     if found is None or found.program.weights[0] is not program.weights[0]:
         found = _symmetries[program.graph] = infer_symmetry(program)
@@ -136,13 +145,17 @@ def recorded(
     return recorded_statistics(program_of(models, example_inputs), recorders)
 
 
-def program_of(models: Any, example_inputs: Any, heads: int | str = 0, dynamic_shapes: Any = DYNAMIC_BATCH) -> Program:
+def program_of(
+    models: Any, example_inputs: Any, heads: int | str = 0, dynamic_shapes: Any = DYNAMIC_BATCH,
+    outputs: Sequence[int | str] | None = None,
+) -> Program:  # fmt: skip
     """``models`` captured, or as they are where they were before."""
     if isinstance(models, Program):
-        if dynamic_shapes != DYNAMIC_BATCH:
-            raise ArgumentError("dynamic_shapes= belongs to the capture of a network, and a Program is captured")
+        late = "dynamic_shapes" if dynamic_shapes != DYNAMIC_BATCH else "outputs" if outputs is not None else ""
+        if late:
+            raise ArgumentError(f"{late}= belongs to the capture of a network, and a Program is captured")
         return models
     if example_inputs is None:
         raise ArgumentError("example_inputs are needed to capture a model")
     heads = 0 if isinstance(models, nn.Module) else heads
-    return trace(models, example_inputs, heads=heads, dynamic_shapes=dynamic_shapes)
+    return trace(models, example_inputs, heads=heads, dynamic_shapes=dynamic_shapes, outputs=outputs)

@@ -36,6 +36,7 @@ class Wanted:
     verify: bool
     seed: int
     dynamic_shapes: Any
+    outputs: Sequence[int | str] | None
 
 
 def one_width(
@@ -49,7 +50,8 @@ def one_width(
     if example_inputs is None:
         raise ArgumentError("example_inputs are needed to capture a model")
     with watch("trace"):
-        captured = [program_of(model, example_inputs, dynamic_shapes=wanted.dynamic_shapes) for model in models]
+        kept: dict[str, Any] = {"dynamic_shapes": wanted.dynamic_shapes, "outputs": wanted.outputs}
+        captured = [program_of(model, example_inputs, **kept) for model in models]
     asked = normalization(wanted.normalize, data is not None)
     programs = [prepared(program, wanted.prepare, wanted.verify, watch) for program in captured]
     if not finder.through_norms:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vfx.cli.app import app
 from vfx.cli.inputs import check_outputs, construct, examples_of
-from vfx.cli.options import Arguments, Entry, Inputs, Json, Model, Seed
+from vfx.cli.options import Arguments, Entry, Inputs, Json, Model, Outputs, Seed
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
 
@@ -40,6 +40,7 @@ def symmetry(
     model: Model,
     inputs: Inputs,
     arguments: Arguments = [],  # noqa: B006
+    outputs: Outputs = None,
     verify: Annotated[bool, typer.Option(help="Check the groups numerically in float64.")] = True,
     draw: Annotated[Path | None, typer.Option(help="Picture of the tie graph: .png, .svg or .pdf.")] = None,
     classes: Annotated[str, typer.Option(help="What is checked: full (each group's class) or permutation.")] = "full",
@@ -51,7 +52,7 @@ def symmetry(
 
     if draw is not None:
         check_writable(draw, DRAWINGS)
-    found = api.symmetry(construct(model, arguments), examples_of(inputs))
+    found = api.symmetry(construct(model, arguments), examples_of(inputs), outputs=outputs or None)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if verify:
         print(f"verified: relative error {found.verify(seed, classes=classes):.1e} (float64, random group elements)")

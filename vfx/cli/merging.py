@@ -35,6 +35,7 @@ from vfx.cli.options import (
     Model,
     Normalize,
     Out,
+    Outputs,
     Samples,
     Seed,
     Site,
@@ -84,6 +85,7 @@ def merge(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="One weight for each edge, e.g. 0.3,0.7.")] = None,
     max_samples: Samples = None,
+    outputs: Outputs = None,
     verify: Verify = True,
     seed: Seed = 0,
     device: Device = None,
@@ -117,6 +119,7 @@ def merge(
         head_output=head_output,  # type: ignore[arg-type]
         weights=floats(weights),
         max_samples=max_samples,
+        outputs=outputs or None,
         verify=verify,
         seed=seed,
         device=device,

@@ -46,6 +46,12 @@ Data = Annotated[
         "'digits'.",
     ),
 ]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--outputs", help="Outputs that count, by key, index or path (logits, 0, states[2]); repeatable; default: all."
+    ),
+]
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
 Normalize = Annotated[str, typer.Option(help=choices("auto", "none", *METHODS))]
 Repair = Annotated[str, typer.Option(help=choices("auto", "none", *(n for n, one in METHODS.items() if one.data)))]

@@ -96,7 +96,7 @@ def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Progra
         raise ArgumentError("example_inputs are needed to capture a model")
     network = merged.program if isinstance(merged, Result) else merged
     network = network if isinstance(network, Program) else trace(network, example_inputs)
-    edges = _edges(references, example_inputs)
+    edges = _edges(references, example_inputs, network.outputs)
     if network.edges != 1:
         raise ArgumentError(f"the merged Program holds {network.edges} weight sets; run Interpolate first")
     if len(network.placeholders) != len(edges.placeholders):
@@ -106,13 +106,13 @@ def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Progra
     return network, edges
 
 
-def _edges(references: Any, example_inputs: Any) -> Program:
+def _edges(references: Any, example_inputs: Any, outputs: Sequence[int | str]) -> Program:
     if isinstance(references, Program):
         return references
     models = [references] if isinstance(references, nn.Module) else list(references)
     if not models:
         raise ArgumentError("references are empty; give the edges that were merged")
-    return trace(models if len(models) > 1 else models[0], example_inputs)
+    return trace(models if len(models) > 1 else models[0], example_inputs, outputs=outputs or None)
 
 
 def _align(

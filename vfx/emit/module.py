@@ -73,7 +73,7 @@ def difference(module: nn.Module, program: Program) -> float:
 
 def _difference(module: nn.Module, program: Program) -> float:
     call = program.example_call
-    return outputs_error(module(*call.args, **call.kwargs), program(*program.example_inputs))
+    return outputs_error(program.returned(module(*call.args, **call.kwargs)), program(*program.example_inputs))
 
 
 def graph_module(program: Program, edge: int = 0) -> fx.GraphModule:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vfx.analyse.pins import listed, pin_notes
+from vfx.analyse.pins import pin_notes
+from vfx.errors import listed
 from vfx.pruning.shares import NEAR, Streams
 
 FEW = 5  # streams that are named
