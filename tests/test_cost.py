@@ -20,7 +20,7 @@ import vfx
 from vfx.analyse.contractions import einsum
 from vfx.analyse.cost import HARMLESS, TABLE, Profile, cost
 from vfx.capture import capture as trace
-from vfx.errors import ArgumentError
+from vfx.errors import ArgumentError, OutputError
 from vfx.files import write_atomic
 from vfx.models import resnet20_bn, vgg16, vgg16_bn, vgg16_ln
 from vfx.program import Program, copy_graph
@@ -560,7 +560,7 @@ def test_write_replaces_and_needs_a_folder(tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == "zwölf"
     assert link.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OutputError, match="missing does not exist"):
         write_atomic(tmp_path / "missing" / "file", "text")
 
 

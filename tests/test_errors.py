@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import close, edges, images
 from micro_models import conv, net
 from torch import Tensor, nn
@@ -104,18 +103,6 @@ def test_edges_that_compute_something_else_are_refused(models: list[nn.Module], 
     change(models[1])
     with pytest.raises(ArchitectureError, match="edge 1"):
         _merge(models)
-
-
-def test_weights_tied_in_one_edge_alone_are_refused() -> None:
-    def build() -> nn.Module:
-        return net(lambda self, x: self.c(F.relu(self.b(F.relu(self.a(x))))), a=nn.Linear(6, 6), b=nn.Linear(6, 6),
-                   c=nn.Linear(6, 2))  # fmt: skip
-
-    tied, free = build(), build()
-    tied.b.weight = tied.a.weight
-    x = torch.randn(2, 6)
-    with pytest.raises(ArchitectureError, match="edge 1"):
-        merge([tied, free], x)
 
 
 # weights --------------------------------------------------------------------------------------------------------------

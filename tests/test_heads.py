@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         merge(models, X[:2], match="weight", heads="head", progress=False)
     with pytest.raises(ArgumentError, match="overlap"):
         merge(models, X[:2], match="weight", preserve=3, heads=2, progress=False)
-    with pytest.raises(ArgumentError, match="head_output"):
+    with pytest.raises(ArgumentError, match="output must be 'list', 'cat' or 'mean'"):
         DuplicateHeads(1, output="sum")  # type: ignore[arg-type]
     wide = [network(lambda h=h: chain(3, h), X, seed=h) for h in (5, 8)]
     with pytest.raises(ArchitectureError, match="in front of the heads"):

@@ -848,7 +848,7 @@ def test_an_explicit_list_of_passes_is_what_merge_runs() -> None:
     listed = compile(
         program,
         passes=[
-            Align("activation", statistics=statistics), DuplicateBranches(1, ALPHAS), Interpolate(ALPHAS),
+            Align("activation", statistics=statistics, preserve=1), DuplicateBranches(1, ALPHAS), Interpolate(ALPHAS),
             InsertNormalization(), CalibrateNormalization("repair", DATA, progress=False), FoldNormalization(),
         ],
     )  # fmt: skip

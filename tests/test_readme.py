@@ -52,7 +52,7 @@ def _readers_names() -> dict[str, Any]:
         "model_b": model_b,
         "a": model_a,
         "b": model_b,
-        "merged": _net(2),
+        "merged": vfx.merge([model_a, model_b], images[:2], match="weight", progress=False),
         "ten_classes": model_a,
         "four_classes": _net(3, num_classes=4),
         "small": _net(4),
@@ -70,9 +70,10 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("demo").mkdir()
     for seed in (0, 1):
-        save_file(_net(seed, width=0.25).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")
+        save_file(_net(seed).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")
     few = [tensor[:16] for tensor in digits()]
     monkeypatch.setattr(vfx.models, "digits", lambda: few)
+    monkeypatch.setattr(vfx.models, "vgg16", lambda width, in_channels: _net(0))
     names = _readers_names()
     for block in re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL):
         exec(compile(block, name, "exec"), names)

@@ -311,7 +311,7 @@ def test_a_fixed_batch_is_refused_with_the_way_out() -> None:
 
 def test_data_dependent_control_flow_is_refused() -> None:
     model = net(lambda s, x: s.a(x) if x.sum() > 0 else x, a=nn.Linear(5, 5))
-    with pytest.raises(CaptureError, match=r"control flow that depends on tensor values"):
+    with pytest.raises(CaptureError, match=r"where shapes or branches depend on values"):
         trace(model, torch.randn(2, 5))
 
 

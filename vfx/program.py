@@ -174,7 +174,8 @@ class Program:
         """Buffers and constants that no norm reads as its statistics; they may hold infinities."""
         norms = [arguments(node) for node in self.graph.nodes if operator(node) in NORMS]
         read = (a.get(name) for a in norms for name in ("running_mean", "running_var"))
-        return self.buffers - {str(value.target) for value in read if isinstance(value, fx.Node)}
+        statistics = {str(value.target) for value in read if isinstance(value, fx.Node)}
+        return (self.buffers & self.weights[0].keys()) - statistics
 
     def node(self, name: str) -> fx.Node:
         """The graph node called ``name``."""
