@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +56,8 @@ class Subject:
             self.program if models is None else models, self.train[:2], data=self.train, progress=False, **options
         )
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, known: Mapping[str, float]) -> dict[str, Any]:
+        """All figures of the pair; candidates whose accuracy is ``known`` are not made again."""
         edges = [self.right(model) for model in self.models]
         ensemble = sum(predict(model, self.images, 250).softmax(1) for model in self.models)
         assert isinstance(ensemble, Tensor)
@@ -71,7 +72,7 @@ class Subject:
         found["default"] = self._row(default, edges) | {"seconds": round(seconds, 1)}
         found["scores"] = {name: score["divergence"] for name, score in default.report.scores.items()}
         found["budgets"] = {str(b): self._row(self.merge(budget={"params": b}), edges) for b in BUDGETS}
-        found["candidates"] = dict(self._candidates(default))
+        found["candidates"] = dict(self._candidates(default, known))
         best = max(found["candidates"].values())
         found["regret"] = round(best - found["default"]["accuracy"], 2)
         choices = default.report.choices
@@ -93,9 +94,12 @@ class Subject:
             "gains": [[round(float(g.mean()), 2), round(float(g.std() / len(g) ** 0.5), 2)] for g in gains],
         }
 
-    def _candidates(self, default: Any) -> Iterator[tuple[str, float]]:
+    def _candidates(self, default: Any, known: Mapping[str, float]) -> Iterator[tuple[str, float]]:
         """The test accuracy of everything that was tried, made of all images."""
         for name in default.report.scores:
+            if name in known:
+                yield name, known[name]
+                continue
             if name.startswith("edge "):
                 yield name, _percent(self.right(self.models[int(name.removeprefix("edge "))]))
                 continue
@@ -189,7 +193,8 @@ def main(
         if name in results and not pair:
             continue
         console.print(name)
-        results[name] = Subject(PAIRS[name], checkpoints, data, samples).measure()
+        known = {} if fresh else results.get(name, {}).get("candidates", {})
+        results[name] = Subject(PAIRS[name], checkpoints, data, samples).measure(known)
         results = {known: results[known] for known in PAIRS if known in results}
         write_atomic(file, json.dumps(results, indent=1) + "\n")
         write_atomic(file.with_suffix(".md"), markdown(results))
