@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -386,6 +387,11 @@ def test_packed_archives_of_ordinary_size_are_read(good: Files, tmp_path: Path) 
         "s0**2",
         "Max(Integer(1), Min(s0, s1, 300))",
         "Add(" + ", ".join(f"Mul(Integer(4), Min(Integer(300), u{i}))" for i in range(90)) + ")",
+        "((s0 - 1)//2 + 1)*((s1 - 1)//2 + 1)*(s2 + 3)//((s0 - 1)//2 + 1)",
+        "Pow(Add(Symbol('s0', integer=True), Symbol('s1', integer=True), Integer(-1)), Integer(2))",
+        "Pow(Add(s0, s1, s2, s3), s4)",
+        "floor(Add(Mul(Rational(1, 2), floor(Add(Mul(Rational(1, 2), s0), Rational(1, 2)))), Rational(1, 2)))",
+        "Add(" + ", ".join(f"Mul(Add(s0, u{i}), Add(s1, u{i}))" for i in range(20)) + ")",
     ],
 )
 def test_sizes_of_real_networks_are_expressions(text: str) -> None:
@@ -408,6 +414,41 @@ def test_sizes_of_real_networks_are_expressions(text: str) -> None:
 def test_everything_else_is_no_size(text: str) -> None:
     with pytest.raises(CheckpointError, match="no expression of integers and symbols"):
         checked_expression(text)
+
+
+PRODUCT = "Mul(" + ", ".join(f"Add(s0, u{i}, u{i + 1})" for i in range(9)) + ")"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FloorDiv(Pow(Add(s0, u1, u2, u3, u4), Integer(64)), Pow(Add(s0, u1, u2), Integer(60)))",
+        "((s0 + u1 + u2 + u3)**64)//((s0 + u1)**60)",
+        f"FloorDiv({PRODUCT}, {PRODUCT.replace('u1', 'u9')})",
+        f"Mod({PRODUCT[4:-1].replace('), Add(', ') * Add(')}, s3)",
+        "FloorDiv(Add(" + ", ".join(f"Mul(Add(s0, u{i}), Add(s1, u{i}))" for i in range(30)) + "), Add(s0, s1))",
+        functools.reduce(lambda inner, n: f"floor(Add(Mul({inner}, Rational(1, {n})), {n}))", range(2, 20), "s0"),
+        functools.reduce(lambda inner, n: f"ceiling(({inner} + {n})/{n})", range(2, 20), "s0"),
+    ],
+)  # fmt: skip
+def test_sizes_that_take_long_to_evaluate_are_refused(text: str) -> None:
+    """sympy multiplies out what it divides, and evaluates the floors in a floor again and again."""
+    with pytest.raises(CheckpointError, match=r"multiplied out|floors of floors"):
+        checked_expression(text)
+
+
+def test_what_torch_says_of_a_damaged_archive_is_kept_back(
+    good: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = dict(good)
+    symbol = "Symbol('s77', positive=True, integer=True)"
+    text = f"Pow(Integer(-9), {symbol})"  # of which torch does not know the sign
+    model = json.loads(files[MODEL])
+    model["graph_module"]["graph"] = _all(model["graph_module"]["graph"], "expr_str", text)
+    files[MODEL] = json.dumps(model).encode()
+    with pytest.raises(CheckpointError):
+        load(_written(files, tmp_path / "model.pt2"))
+    assert capfd.readouterr() == ("", "")
 
 
 # honest archives ------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def exported(model: nn.Module, call: Call, dynamic_shapes: Any = DYNAMIC_BATCH) 
     shapes = _batch_shapes(model, call) if dynamic_shapes == DYNAMIC_BATCH else dynamic_shapes
     said = io.StringIO()
     try:
-        with EXPORTING, torch.no_grad(), warnings.catch_warnings(), _kept_back(said):
+        with EXPORTING, torch.no_grad(), warnings.catch_warnings(), kept_back(said):
             # the flat weights of recurrent modules, which are the parameters once more
             warnings.filterwarnings("ignore", r"The tensor attributes? self\.\S*_flat_weights\[")
             program = torch.export.export(replica, call.args, dict(call.kwargs), strict=False, dynamic_shapes=shapes)
@@ -59,8 +59,8 @@ def exported(model: nn.Module, call: Call, dynamic_shapes: Any = DYNAMIC_BATCH) 
 
 
 @contextmanager
-def _kept_back(text: io.StringIO) -> Iterator[None]:
-    """What torch prints and logs of a capture (its whole graph, where it fails) goes into ``text``.
+def kept_back(text: io.StringIO) -> Iterator[None]:
+    """What torch prints and logs of a program (its whole graph, where it fails) goes into ``text``.
 
     With TORCH_LOGS in the environment it is left alone: then someone wants to read it.
     """

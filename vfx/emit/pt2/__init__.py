@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vfx.emit.pt2.records import read_record
 from vfx.emit.pt2.rules import RULES
 from vfx.emit.pt2.tensors import read_pickled_tensors, read_samples, read_tensors
 from vfx.errors import ArgumentError, CheckpointError, VfxError
-from vfx.exporting import EXPORTING
+from vfx.exporting import EXPORTING, kept_back
 
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id|\w+)|models/\w+\.json|extra/.*"
@@ -70,7 +71,9 @@ def _program(archive: zipfile.ZipFile, name: str) -> ExportedProgram:
     state = members.tensors(layout.WEIGHTS_DIR, "model_weights_config.json")
     constants = members.tensors(layout.CONSTANTS_DIR, "model_constants_config.json")
     samples = read_samples(members.read("data/sample_inputs/model.pt"), "the member of sample inputs")
-    with EXPORTING:  # torch's deserializer keeps its state in a global, too
+    # torch's deserializer keeps its state in a global, too, and logs whole graphs before it raises
+    with EXPORTING, kept_back(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sympy's, of sizes that it then refuses
         return ExportedProgramDeserializer().deserialize(record, state, constants, samples)
 
 

@@ -7,6 +7,7 @@ grammar's own writing; numbers, powers and lengths are bounded so that no text t
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Collection
 from typing import TypeGuard
@@ -20,8 +21,12 @@ _DEEPEST = 60  # nested calls
 _LARGEST = 1 << 63
 _LARGEST_POWER = 64
 _MOST_COMPARED = 24
+_MOST_ROUNDINGS = 6
+_MOST_TERMS = 100  # of a product that is multiplied out, as sympy does to divide
 _EXTREMA = ("Max", "Min")
+_ROUNDINGS = ("floor", "ceiling")
 _POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift", "RShift")
+_SUMS, _PRODUCTS = ("Add", "Sub"), ("Mul", "Mult", "Div")
 _FUNCTIONS = frozenset({
     "Add", "Mul", "Max", "Min", "Abs", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv",
     "FloatTrueDiv", "IntTrueDiv", "TruncToInt", "TruncToFloat", "CeilToInt", "FloorToInt", "RoundToInt", "RoundDecimal",
@@ -41,6 +46,7 @@ def checked_expression(text: str) -> str:
             raise ValueError("it is too long")
         tree = ast.parse(text.strip(), mode="eval").body
         _check(tree, _DEEPEST)
+        _terms(tree)
         return ast.unparse(tree)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"size {text[:80]!r} is no expression of integers and symbols: {error}") from error
@@ -80,11 +86,10 @@ def _check_call(node: ast.Call, depth: int) -> None:
     elif name in _FUNCTIONS and not node.keywords:
         if name in _POWERS:
             _check_power(*node.args)
-        if (
-            name in _EXTREMA
-            and sum(len(part.args) for part in ast.walk(node) if _calls(part, _EXTREMA)) > _MOST_COMPARED
-        ):
+        if name in _EXTREMA and sum(len(part.args) for part in _calls_in(node, _EXTREMA)) > _MOST_COMPARED:
             raise ValueError(f"more than {_MOST_COMPARED} terms of one Max or Min")  # each is compared with each
+        if name in _ROUNDINGS and len(_calls_in(node, _ROUNDINGS)) > _MOST_ROUNDINGS:
+            raise ValueError(f"more than {_MOST_ROUNDINGS} floors of floors")  # each evaluates those in it anew
         for argument in node.args:
             _check(argument, depth - 1)
     else:
@@ -122,6 +127,41 @@ def _check_power(*operands: ast.expr) -> None:
         raise ValueError("a power of a power")
 
 
+def _terms(node: ast.expr) -> int:
+    """How many terms an expression has at most once it is multiplied out. Raises ValueError for too many."""
+    operator, operands = _operation(node)
+    counts = [_terms(operand) for operand in operands]
+    if operator in _SUMS:
+        multiplied, count = sum(count for count in counts if count > 1), sum(counts)
+    elif operator in _PRODUCTS:
+        multiplied = count = math.prod(counts)
+    elif operator in _POWERS:
+        exponent = _exponent(operands[1])
+        multiplied = count = math.comb(counts[0] + exponent - 1, exponent)
+    else:
+        return 1
+    if multiplied > _MOST_TERMS:
+        raise ValueError(f"more than {_MOST_TERMS} terms once it is multiplied out")
+    return count
+
+
+def _operation(node: ast.expr) -> tuple[str, list[ast.expr]]:
+    if isinstance(node, ast.BinOp):
+        return type(node.op).__name__, [node.left, node.right]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id, node.args
+    if isinstance(node, ast.UnaryOp):
+        return "Add", [node.operand]
+    return "", [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+
+
+def _exponent(node: ast.expr) -> int:
+    """The size of a number that is an exponent; powers to a symbol are not multiplied out."""
+    numbers = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    named = isinstance(node, ast.Name) or _calls(node, ("Symbol",))
+    return 1 if named else math.ceil(abs(float(numbers[0])))
+
+
 def _is_small(exponent: ast.expr) -> bool:
     if isinstance(exponent, ast.Name):
         return True
@@ -141,6 +181,10 @@ def _is_power(node: ast.AST) -> bool:
 
 def _calls(node: ast.AST, names: Collection[str]) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
+def _calls_in(node: ast.AST, names: Collection[str]) -> list[ast.Call]:
+    return [part for part in ast.walk(node) if _calls(part, names)]
 
 
 def _is_integer(node: ast.expr, largest: int = _LARGEST) -> bool:
