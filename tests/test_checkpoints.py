@@ -348,19 +348,28 @@ def test_a_cast_that_loses_values_needs_dtype(tmp_path: Path) -> None:
             load(path, half, dtype=wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "sparse", "quantized"])
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "sparse", "nested", "quantized"])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own: quantized tensors are on their way out
 def test_tensors_without_arithmetic_are_refused(tmp_path: Path, kind: str, given: bool) -> None:
     weight = torch.rand(3, 4)
     if kind == "sparse":
         weight = weight.to_sparse()
+    elif kind == "nested":
+        weight = torch.nested.nested_tensor(list(weight))
     elif kind == "quantized":
         weight = torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
     else:
         weight = weight.to(getattr(torch, kind))
     path = saved({"weight": weight, "bias": torch.zeros(3)}, tmp_path)
-    with pytest.raises(WeightError, match=r"'weight' in last.pt is torch.(float8|sparse|qint8)"):
+    with pytest.raises(WeightError, match=r"'weight' in last.pt is (nested|torch.(float8|sparse|qint8))"):
+        load(path, nn.Linear(4, 3) if given else None)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_tensors_that_were_never_filled_are_refused(tmp_path: Path, given: bool) -> None:
+    path = saved(nn.Linear(4, 3, device="meta").state_dict(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"last.pt: 'weight' has a shape and no values"):
         load(path, nn.Linear(4, 3) if given else None)
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,23 @@ def test_arrays_that_are_no_samples_are_refused(tmp_path: Path, name: str, value
     np.save(tmp_path / name, value)
     with pytest.raises(DataError, match=message):
         read_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nested"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own: nested tensors are a prototype
+def test_data_that_is_no_plain_array_is_refused(tmp_path: Path, kind: str) -> None:
+    x = torch.ones(3, 4)
+    odd = {"meta": x.to("meta"), "sparse": x.to_sparse(), "nested": torch.nested.nested_tensor(list(x))}
+    torch.save({"inputs": odd[kind]}, tmp_path / "data.pt")
+    with pytest.raises(CheckpointError, match=r"data.pt: 'inputs' (has a shape and no values|is a nested)"):
+        read_inputs(tmp_path / "data.pt")
+
+
+def test_text_beside_the_arrays_of_an_archive_is_no_hindrance(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", inputs=np.ones((3, 2)))
+    with zipfile.ZipFile(tmp_path / "data.npz", "a") as archive:
+        archive.writestr("readme.txt", "what the arrays are")
+    assert read_inputs(tmp_path / "data.npz").shape == (3, 2)
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">i8", "<f8", "u1", "?"])

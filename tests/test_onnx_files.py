@@ -167,6 +167,20 @@ def test_a_graph_without_its_weights_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "model.onnx")
 
 
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("sizes", [(1 << 40,), (7, 7, 7), (-1,)])
+def test_weights_that_do_not_fill_their_shapes_are_refused(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    path = tmp_path / "model.onnx"
+    export(network(0), path, X[:2])
+    load(path)
+    model = onnx.load(str(path), load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    tensor.dims[:] = sizes
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match=rf"bytes for '{tensor.name}', which do not fill its shape"):
+        load(path)
+
+
 # types ----------------------------------------------------------------------------------------------------------------
 
 

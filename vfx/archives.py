@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vfx.errors import CheckpointError
@@ -26,10 +27,14 @@ def check_unpacked(unpacked: int, packed: int, name: str) -> None:
         )
 
 
-def check_expanded(values: Mapping[str, Any], packed: int, name: str) -> None:
-    """Raise CheckpointError for tensors that repeat few numbers so often that a copy would fill the memory."""
+def check_held(values: Mapping[str, Any], packed: int, name: str) -> None:
+    """Raise CheckpointError for tensors without plain numbers, or with few so often that a copy fills the memory."""
     for key, value in values.items():
         if isinstance(value, Tensor):
+            if value.is_meta:
+                raise CheckpointError(f"{name}: {key!r} has a shape and no values (device meta): it was never filled")
+            if value.layout != torch.strided or value.is_nested or value.is_quantized:
+                raise CheckpointError(f"{name}: {key!r} is a nested, quantised or sparse tensor; save a dense one")
             check_unpacked(value.numel() * value.element_size(), packed, f"{name}: {key!r}")
 
 

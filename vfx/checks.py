@@ -77,8 +77,8 @@ def check_storage(state: Mapping[str, Tensor], name: str) -> None:
     """Raise WeightError that names the first tensor that is not dense, or of a type that layers cannot compute with."""
     for key, tensor in state.items():
         small = tensor.dtype.is_floating_point and tensor.dtype.itemsize < 2  # float8 and less go with scales
-        if small or tensor.is_quantized or tensor.layout != torch.strided:
-            kind = tensor.dtype if small or tensor.is_quantized else f"{tensor.layout}"
+        if small or tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+            kind = tensor.dtype if small or tensor.is_quantized else "nested" if tensor.is_nested else tensor.layout
             raise WeightError(
                 f"{key!r} in {name} is {kind}: vfx computes with dense tensors, floating ones of 16 bits and "
                 "more; convert it (dequantize() or to_dense()) before"

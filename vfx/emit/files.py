@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
-from vfx.archives import check_expanded
+from vfx.archives import check_held
 from vfx.arguments import checked
 from vfx.capture import capture
 from vfx.checks import check_finite, check_storage, masks_of
 from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import Axes, export_onnx
+from vfx.emit.onnx_files import read_weights
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
@@ -127,7 +128,7 @@ def load(
         return value
     tensors = choose(value, path.name, notes, entry, model)
     check_storage(tensors, path.name)
-    check_expanded(tensors, path.stat().st_size, path.name)
+    check_held(tensors, path.stat().st_size, path.name)
     if model is None:
         result: Any = in_dtype(tensors, dtype)
         check_finite(result, path.name)
@@ -156,7 +157,7 @@ def _read_onnx(path: Path) -> Any:
     try:
         model = onnx.load(str(path), load_external_data=False)
         onnx.checker.check_model(str(path))  # by its path: weights may lie beside it
-        onnx.load_external_data_for_model(model, str(path.parent))
+        read_weights(model, path.parent)
     except Exception as error:  # protobuf's DecodeError is not public
         raise CheckpointError(f"{path} is not a valid ONNX model: {error}") from error
     return model

@@ -75,13 +75,35 @@ def _remove_unread(path: Path) -> None:
                 file.unlink()
 
 
-def _locations(message: Any) -> Iterator[Any]:
+def read_weights(model: onnx.ModelProto, folder: Path) -> None:
+    """Read weights that lie in files in ``folder`` into a model. Raises ValueError unless they fill their shapes."""
+    tensors = list(_external(model))
+    onnx.load_external_data_for_model(model, str(folder))
+    for tensor in tensors:
+        try:
+            whole = min(tensor.dims, default=0) >= 0 and onnx.numpy_helper.to_array(tensor) is not None
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"the file of weights holds {len(tensor.raw_data)} bytes for {tensor.name!r}, which do not fill its "
+                f"shape {tuple(tensor.dims)}"
+            )
+
+
+def _locations(model: onnx.ModelProto) -> Iterator[Any]:
     """Every entry of a model that names a file of weights."""
+    for tensor in _external(model):
+        yield from (entry for entry in tensor.external_data if entry.key == "location")
+
+
+def _external(message: Any) -> Iterator[onnx.TensorProto]:
+    """The tensors of a model that lie in files beside it."""
     if isinstance(message, onnx.TensorProto):
         if message.data_location == onnx.TensorProto.EXTERNAL:
-            yield from (entry for entry in message.external_data if entry.key == "location")
+            yield message
         return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in [value] if isinstance(value, Message) else value:
-                yield from _locations(part)
+                yield from _external(part)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.archives import check_archive, check_expanded
+from vfx.archives import check_archive, check_held
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import DataError, VfxError
 from vfx.reading import require_file
@@ -81,7 +81,7 @@ def _arrays(path: Path) -> Any:
     except Exception as error:  # damaged headers and archives raise any class
         raise DataError(f"{path} is damaged, or holds no arrays: {error or type(error).__name__}") from error
     held = value if isinstance(value, Mapping) else {"": value}
-    check_expanded(held, path.stat().st_size, path.name)
+    check_held(held, path.stat().st_size, path.name)
     arrays = {key: x for key, x in held.items() if isinstance(x, Tensor) and x.ndim}
     if not arrays:
         raise DataError(f"{path} holds no arrays with an axis of samples")
@@ -96,7 +96,8 @@ def _read_npy(path: Path) -> Tensor:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     check_archive(path, path.name)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        return {name: _tensor(archive[name]) for name in archive.files}
+        members = ((name, archive[name]) for name in archive.files)
+        return {name: _tensor(array) for name, array in members if isinstance(array, np.ndarray)}
 
 
 def _tensor(array: np.ndarray) -> Tensor:
