@@ -159,6 +159,49 @@ def test_of_other_entries_the_one_that_fits_is_taken(tmp_path: Path) -> None:
     assert notes == "last.pt: took 'backbone'"
 
 
+def test_of_several_that_fit_and_whose_names_say_nothing_entry_chooses(tmp_path: Path) -> None:
+    momenta = {key: torch.zeros_like(x) for key, x in STATE.items()}
+    path = saved({"momentum_buffers": momenta, "backbone": STATE}, tmp_path)
+    message = "several state dicts that fit Network: momentum_buffers, backbone; choose by entry="
+    with pytest.raises(CheckpointError, match=message):
+        load(path, network())
+    assert same(read(path, entry="backbone")[0].state_dict(), STATE)
+    pair = saved({"teacher": named("module.", EMA), "student": named("module.")}, tmp_path)
+    assert same(read(pair)[0].state_dict(), STATE)
+    assert same(read(pair, entry="teacher")[0].state_dict(), EMA)
+
+
+def test_an_averaged_model(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(MODEL)
+    result, notes = read(saved(averaged.state_dict(), tmp_path))
+    assert same(result.state_dict(), STATE)
+    assert "left out 1 tensors under other names: n_averaged" in notes
+    nested = saved({"ema": {f"module.{key}": x for key, x in averaged.state_dict().items()}}, tmp_path)
+    assert same(read(nested)[0].state_dict(), STATE)
+    with pytest.raises(ArchitectureError, match="has 'n_averaged', which Network lacks"):
+        load(saved({**STATE, "n_averaged": torch.tensor(1)}, tmp_path), network())
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_counters_that_were_averaged_with_the_weights(tmp_path: Path, shift: float) -> None:
+    state = {key: x if x.is_floating_point() else x + shift for key, x in STATE.items()}
+    floats = {key: x.float() for key, x in state.items()}
+    result, notes = read(saved(floats, tmp_path))
+    assert same(result.state_dict(), STATE)
+    assert notes == "last.pt: cast from torch.float32 to torch.int64"
+
+
+def test_numbers_that_are_no_counters_are_not_rounded(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("order", torch.tensor([1, 0]))
+    state = model.state_dict()
+    whole = saved({**state, "order": torch.tensor([1.0, 0.0])}, tmp_path)
+    with pytest.warns(CheckpointNote, match=r"cast from torch.float32 to torch.int64"):
+        assert same(load(whole, model).state_dict(), state)
+    with pytest.raises(ArchitectureError, match=r"'order' is torch.int64 in Linear and torch.float32"):
+        load(saved({**state, "order": torch.tensor([0.9, 0.0])}, tmp_path), model)
+
+
 def test_a_lightning_checkpoint(tmp_path: Path) -> None:
     callbacks = {"ModelCheckpoint{'monitor': 'val'}": {"best_model_score": torch.tensor(0.9), "best": "a.ckpt"}}
     value = {

@@ -1,14 +1,15 @@
 """State dicts as training code writes them: wrapped in other entries, named by wrappers, in another precision.
 
 Which entry is taken: the file itself where it holds tensors only; else of the state dicts in it the first that fits the
-model, in the order trained weights (``WEIGHTS``), their averages (``AVERAGES``), other entries. Names lose what
-wrappers put in front (``module.``, ``_orig_mod.``, ``model.``) where what is left are the names of the model. What was
-chosen, stripped, left out or cast goes into ``notes``.
+model, in the order trained weights (``WEIGHTS``), their averages (``AVERAGES``), other entries, of which only one may
+fit. Names lose what wrappers put in front (``module.``, ``_orig_mod.``, ``model.``) where what is left are the names of
+the model. What was chosen, stripped, left out or cast goes into ``notes``.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 from vfx.checks import check_same_tensors
 from vfx.errors import ArchitectureError, CheckpointError
 
-WEIGHTS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights", "generator")
-AVERAGES = ("state_dict_ema", "model_ema", "model_ema_state_dict", "ema_state_dict", "ema", "ema_model", "params_ema")
+WEIGHTS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights", "generator",
+           "student")  # fmt: skip
+AVERAGES = ("state_dict_ema", "model_ema", "model_ema_state_dict", "ema_state_dict", "ema", "ema_model", "params_ema",
+            "teacher")  # fmt: skip
 _WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PREFIXES = ("", "module.", "_orig_mod.", "model.", "net.", "network.", "student.", "online_model.")  # by preference
+_COUNTER = "num_batches_tracked"  # of BatchNorm, which no result depends on
 _DEPTH = 4  # of entries inside entries
 _SHOWN = 8  # names in a message
 
@@ -69,12 +73,13 @@ def choose(
     if not every:
         raise CheckpointError(f"{file} holds no state dict of tensors; {_held(value)}")
     fitting = [one for one in every if model is not None and _fits(model, one.tensors)]
-    chosen = (fitting or every)[0]
+    possible = fitting or every
+    chosen = possible[0]
     others = [one.name or "its own tensors" for one in every if one is not chosen]
-    if others and not fitting and not chosen.known:
-        raise CheckpointError(
-            f"{file} holds several state dicts: {_listed([one.name for one in every])}; choose by entry="
-        )
+    if not chosen.known and len(possible) > 1:  # nothing tells weights from momenta, a teacher or another network
+        fit = f" that fit {type(model).__name__}" if fitting else ""
+        names = _listed([one.name or "its own tensors" for one in possible])
+        raise CheckpointError(f"{file} holds several state dicts{fit}: {names}; choose by entry=")
     if others or (chosen.name and not chosen.known):
         rest = f" and left {_listed(others)}; entry= takes another" if others else ""
         notes.append(f"{file}: took {chosen.name or 'its own tensors'!r}{rest}")
@@ -148,11 +153,20 @@ def _renamed(
         return complete if set(wanted) <= set(complete) else dict(tensors)
     bare = {_bare(key): key for key in tensors}
     read = {key: bare[names.wanted(key)] for key in wanted if names.wanted(key) in bare}
-    outside = [key for key in tensors if not _bare(key).startswith(names.prefix)]
+    front = _front(read.values())
+    outside = [key for key in tensors if not (_bare(key).startswith(names.prefix) and key.startswith(front))]
     unread = [key for key in tensors if key not in read.values() and key not in outside]
     notes.append(f"{file}: {_stripped(read, outside)}")
     state = {key: tensors[source] for key, source in read.items()} | {key: tensors[key] for key in unread}
     return {**state, **_implied(wanted, state)}
+
+
+def _front(keys: Collection[str]) -> str:
+    """The wrappers that all names begin with: what else a wrapper holds, such as a counter, is no part of the model."""
+    parts = list(itertools.takewhile(lambda part: part in _WRAPPERS, next(iter(keys)).split(".")))
+    while not all(key.startswith("".join(f"{part}." for part in parts)) for key in keys):
+        parts.pop()
+    return "".join(f"{part}." for part in parts)
 
 
 def _stripped(read: Mapping[str, str], outside: Collection[str]) -> str:
@@ -215,7 +229,7 @@ def _implied(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[
     places = {_place(wanted[key]): x for key, x in given.items() if key in wanted}
     absent = {key: x for key, x in wanted.items() if key not in given}
     tied = {key: places[_place(x)] for key, x in absent.items() if x.numel() and _place(x) in places}
-    return tied | {key: x for key, x in absent.items() if key.endswith("num_batches_tracked") and key not in tied}
+    return tied | {key: x for key, x in absent.items() if key.endswith(_COUNTER) and key not in tied}
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:
@@ -237,7 +251,11 @@ def _in_precision(
     result = dict(state)
     for key, x in state.items():
         goal = wanted[key].dtype if key in wanted else x.dtype
-        if x.dtype == goal or not (x.is_floating_point() and goal.is_floating_point):
+        if x.dtype == goal or not x.is_floating_point():
+            continue
+        if not goal.is_floating_point:  # a counter that was averaged or cast with the weights
+            if goal != torch.bool and not goal.is_complex and (key.endswith(_COUNTER) or torch.equal(x, x.round())):
+                result[key] = x.round().to(goal)
             continue
         if dtype is None and torch.promote_types(x.dtype, goal) != goal:
             raise ArchitectureError(

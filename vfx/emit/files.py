@@ -106,10 +106,10 @@ def load(
 
     Training code wraps state dicts. Of those in a file the first that fits ``model`` is taken: trained weights
     (``state_dict``, ``model_state_dict``, ``model``, ``net`` …) before their averages (``state_dict_ema``, ``ema`` …)
-    before other entries; ``entry`` names another one, or how its tensors' names begin (``"teacher."``). Names lose
-    ``module.``, ``_orig_mod.``, ``model.`` and the like where that gives the model's names. Narrower floating types are
-    cast to the model's; ``dtype`` is the type that model and tensors get instead. A CheckpointNote, which is a warning,
-    says what was chosen, stripped or cast.
+    before other entries, of which only one may fit; ``entry`` names another one, or how its tensors' names begin
+    (``"teacher."``). Names lose ``module.``, ``_orig_mod.``, ``model.`` and the like where that gives the model's
+    names. Narrower floating types are cast to the model's; ``dtype`` is the type that model and tensors get instead. A
+    CheckpointNote, which is a warning, says what was chosen, stripped or cast.
 
     Raises CheckpointError for a file that is missing, damaged, something else, or needs code; ArchitectureError where
     the tensors do not fit; WeightError for NaN and infinities.
