@@ -26,8 +26,10 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 from typer.testing import CliRunner
 
+from vfx.capture import capture
 from vfx.cli import app
 from vfx.emit.files import export, load
+from vfx.emit.module import graph_module
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.pt2.expressions import checked_expression
 from vfx.errors import ArgumentError, CaptureError, CheckpointError
@@ -324,6 +326,59 @@ def test_a_constant_that_asks_for_any_memory_is_refused(good: Files, tmp_path: P
     _edited(files, MODEL, huge)
     with pytest.raises(CaptureError, match=r"node huge gives .*1099511627776"):
         load(_written(files, tmp_path / "model.pt2"))
+
+
+class _Spectra(nn.Module):
+    """A constant that takes a while, beside one that does not."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = torch.full((self.size, self.size), 0.5)
+        return x * torch.linalg.svdvals(values)[:3] + torch.arange(1, 4)
+
+
+@pytest.mark.parametrize(("size", "folded"), [(100, True), (3000, False)])
+def test_a_constant_that_asks_for_any_time_is_left_to_whoever_runs_the_network(size: int, folded: bool) -> None:
+    program = capture(_Spectra(size), torch.randn(2, 3))
+    left = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert ("aten.linalg_svdvals.default" not in left) == folded
+    assert "aten.arange.start" not in left
+    if folded:
+        module, x = graph_module(program), torch.randn(4, 3)
+        close(module(x), _Spectra(size)(x), 1e-6)
+
+
+def test_a_constant_in_any_number_of_parts_is_not_computed_to_be_read(good: Files, tmp_path: Path) -> None:
+    """The file says that ``unbind`` gives two tensors; it would give millions."""
+    files = dict(good)
+
+    def parts(model: Any) -> None:
+        graph = model["graph_module"]["graph"]
+        size = [{"name": "size", "arg": {"as_ints": [1 << 24]}, "kind": 1}]
+        value = [{"name": "fill_value", "arg": {"as_float": 1.0}, "kind": 1}]
+        source = [{"name": "self", "arg": {"as_tensor": {"name": "whole"}}, "kind": 1}]
+        nodes = [
+            ("full", "whole", size + value, [{"as_tensor": {"name": "whole"}}]),
+            ("unbind", "parts", source, [{"as_tensors": [{"name": "first"}, {"name": "second"}]}]),
+        ]
+        graph["nodes"][:0] = [
+            {"target": f"torch.ops.aten.{kind}.{'int' if kind == 'unbind' else 'default'}", "name": name,
+             "metadata": {}, "inputs": inputs, "outputs": outputs}
+            for kind, name, inputs, outputs in nodes
+        ]  # fmt: skip
+        graph["nodes"][2]["inputs"][2]["arg"] = {"as_tensor": {"name": "first"}}
+        for name, sizes in (("whole", [1 << 24]), ("first", []), ("second", [])):
+            graph["tensor_values"][name] = {
+                "dtype": 7, "sizes": [{"as_int": n} for n in sizes], "strides": [{"as_int": 1} for _ in sizes],
+                "requires_grad": False, "device": {"type": "cpu", "index": None}, "storage_offset": {"as_int": 0},
+                "layout": 7,
+            }  # fmt: skip
+
+    _edited(files, MODEL, parts)
+    assert isinstance(load(_written(files, tmp_path / "model.pt2")), nn.Module)
 
 
 # zip bombs ------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,15 @@ _MAY_RETURN_INPUT = {*DROPOUTS, "aten.type_as", "aten.atleast_1d", "aten.atleast
                      "aten.broadcast_tensors", "aten.meshgrid", "aten.einsum"}  # fmt: skip
 _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to compute than to keep
 _MAX_ALL_FOLDED = 1 << 27  # elements of all constants: a graph from a file could ask for any number of them
+_MAX_WORK = 1 << 34  # multiplications for all constants, about a second
+_PER_PART = 1 << 14  # multiplications that take as long as a tensor of its own
+_LINEAR = {"aten.fill", "aten.copy", "aten.zero", "aten.clone", "aten.contiguous", "aten.cat", "aten.stack",
+           "aten.index", "aten.index_select", "aten.gather", "aten.embedding", "aten.repeat",
+           "aten.repeat_interleave", "aten.tile", "aten.roll", "aten.flip", "aten.tril", "aten.triu", "aten.arange",
+           "aten.linspace", "aten.eye", "aten.full", "aten.zeros", "aten.ones", "aten.scalar_tensor", "aten.cumsum",
+           "aten.pad", "aten.constant_pad_nd", "aten.meshgrid", "aten.outer", "aten.softmax", "aten._to_copy",
+           "aten.scatter", "aten.index_put", "aten.index_fill", "aten.slice_scatter", "aten.select_scatter",
+           "aten.broadcast_tensors", "aten.one_hot", "aten.lift_fresh_copy", "aten.detach"}  # fmt: skip
 
 
 def capture(
@@ -413,13 +422,18 @@ def _constant_nodes(graph: fx.Graph, constants: set[str]) -> set[fx.Node]:
     families = _families(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     constant: set[fx.Node] = set()
-    kept = 0
+    kept = work = 0
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in constants:
             constant.add(node)
-        elif _is_foldable(node, constant) and kept + _elements(node) <= _MAX_ALL_FOLDED:
+        elif (
+            _is_foldable(node, constant)
+            and kept + _elements(node) <= _MAX_ALL_FOLDED
+            and work + _work(node) <= _MAX_WORK
+        ):
             constant.add(node)
             kept += _elements(node)
+            work += _work(node)
     while True:
         lost = {node for node in constant if node.op == "call_function" and not _is_foldable(node, constant)}
         for members in families:
@@ -463,6 +477,20 @@ def _is_foldable(node: fx.Node, constant: set[fx.Node]) -> bool:
     if _elements(node) > _MAX_FOLDED:
         return False
     return operator(node) in _FILLED_LIKE or all(argument in constant for argument in node.all_input_nodes)
+
+
+def _work(node: fx.Node) -> int:
+    """Multiplications, at most: each value of the output may depend on each of the inputs unless it is known better."""
+    if node.op != "call_function" or operator(node) in _FILLED_LIKE:
+        return 0
+    read = sum(_elements(source) for source in node.all_input_nodes if isinstance(source.meta.get("val"), Value))
+    if isinstance(node.meta["val"], list):
+        return read * _PER_PART
+    tags = getattr(node.target, "tags", ())
+    linear = torch.Tag.pointwise in tags or torch.Tag.reduction in tags or getattr(node.target, "is_view", False)
+    if linear or operator(node).rstrip("_") in _LINEAR:
+        return read + _elements(node)
+    return read * _elements(node)
 
 
 def _elements(node: fx.Node) -> int:
