@@ -159,7 +159,7 @@ def _exponent(node: ast.expr) -> int:
     """The size of a number that is an exponent; powers to a symbol are not multiplied out."""
     numbers = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
     named = isinstance(node, ast.Name) or _calls(node, ("Symbol",))
-    return 1 if named else math.ceil(abs(float(numbers[0])))
+    return 1 if named else math.ceil(abs(float(str(numbers[0]))))
 
 
 def _is_small(exponent: ast.expr) -> bool:
