@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from vfx.emit.files import load
+from vfx.emit.files import export, load
 from vfx.errors import CheckpointError, DataError, VfxError
 from vfx.statistics.files import read_inputs, read_labelled
 
@@ -147,6 +147,13 @@ def test_arrays_that_are_no_samples_are_refused(tmp_path: Path, name: str, value
     np.save(tmp_path / name, value)
     with pytest.raises(DataError, match=message):
         read_inputs(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["A.PT2", "a.Onnx", "A.SAFETENSORS"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
+    network = nn.Linear(3, 2)
+    assert load(export(network, tmp_path / name, torch.randn(2, 3))) is not None
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("kind", ["meta", "sparse", "nested"])

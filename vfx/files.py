@@ -32,7 +32,7 @@ def check_writable(path: str | os.PathLike[str], suffixes: Collection[str] = ())
     ``suffixes``: those that the file may have, if not any. Raises ArgumentError for another suffix; OutputError for a
     folder that is missing or takes no files, and for a path at which a folder, a device or a protected file stands.
     """
-    if suffixes and Path(path).suffix not in suffixes:
+    if suffixes and Path(path).suffix.lower() not in suffixes:
         kind = Path(path).suffix or "a file without suffix"
         raise ArgumentError(f"{path}: cannot export to {kind}; use {', '.join(suffixes)}")
     try:

@@ -50,7 +50,7 @@ def draw(symmetry: Symmetry, path: str | Path) -> Path:
     ArgumentError for another kind of file, or a network too large to be read.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ArgumentError(f"a drawing is one of {', '.join(FORMATS)}, not {path.name!r}")
     order = symmetry.program.names()
     moved = {member.fqn for group in symmetry.groups for member in group.members}
@@ -62,7 +62,7 @@ def draw(symmetry: Symmetry, path: str | Path) -> Path:
         )
     figure = _figure(symmetry, weights)
     buffer = BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=110, bbox_inches="tight")
     write_atomic(path, buffer.getvalue())
     return path
 

@@ -26,7 +26,7 @@ def check_outputs(out: list[Path] | None, *others: Path | None, rebuilt: str = "
     paths = [*(out or ()), *(path for path in others if path is not None)]
     for index, path in enumerate(paths):
         check_writable(path, FORMATS if index < len(out or ()) else ())
-        if path.suffix == ".safetensors" and rebuilt:
+        if path.suffix.lower() == ".safetensors" and rebuilt:
             raise no_class(path, rebuilt)
         if path.resolve() in [one.resolve() for one in paths[:index]]:
             raise ArgumentError(f"{path} is named twice among the files to write")

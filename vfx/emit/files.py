@@ -58,7 +58,7 @@ def export(
             dynamic_shapes, axes = captured_shapes(model.program, module), model.program.batch_axes
     check_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}, "the network", masks_of(module))
     network = make_permanent(copy.deepcopy(module)).cpu().eval()
-    _WRITERS[path.suffix](network, path, example_inputs, dynamic_shapes, axes)
+    _WRITERS[path.suffix.lower()](network, path, example_inputs, dynamic_shapes, axes)
     return path
 
 
