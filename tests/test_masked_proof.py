@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,28 @@ def test_distances_to_a_parameter_are_between_the_channels_kept() -> None:
     program = trace(model, _x(4, 5), dynamic_shapes=None)  # torch fixes the batch where there are distances
     result = prune_structured(program, sparsity=0.5, normalize=None, progress=False)
     assert result.report.params_ratio < 0.6
+    assert result.report.error <= PRESERVED
+
+
+@pytest.mark.parametrize(("equation", "widths"), [("ni,ij,jk->nk", (5, 8, 3)), ("ni,ij,jk,kl->nl", (5, 8, 6, 3))])
+def test_channels_between_parameters_of_one_einsum_are_removed(equation: str, widths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    factors = {f"w{k}": nn.Parameter(torch.randn(a, b)) for k, (a, b) in enumerate(pairwise(widths))}
+    model = net(lambda s, x: torch.einsum(equation, x, *(getattr(s, name) for name in factors)), **factors).eval()
+    result = prune_structured(model, _x(4, 5), sparsity=0.5, normalize=None, progress=False)
+    left = [tuple(result.module.state_dict()[name].shape) for name in factors]
+    assert left == list(pairwise([5, *(width // 2 for width in widths[1:-1]), 3]))
+    assert result.report.error <= PRESERVED
+
+
+@pytest.mark.parametrize("equation", ["", "or,ri->oi"])
+def test_the_rank_between_two_factors_of_a_weight_is_removed(equation: str) -> None:
+    torch.manual_seed(0)
+    product = (lambda b, a: torch.einsum(equation, b, a)) if equation else torch.mm
+    factors = {"b": nn.Parameter(torch.randn(8, 6)), "a": nn.Parameter(torch.randn(6, 5))}
+    model = net(lambda s, x: s.c(F.linear(x, product(s.b, s.a)).relu()), c=nn.Linear(8, 3), **factors).eval()
+    result = prune_structured(model, _x(4, 5), sparsity=0.5, normalize=None, progress=False)
+    assert tuple(result.module.state_dict()["b"].shape) == (4, 3)
     assert result.report.error <= PRESERVED
 
 

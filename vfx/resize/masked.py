@@ -144,9 +144,15 @@ class Masked(fx.Interpreter):
         if any(map(self._cut, n.all_input_nodes)):
             if _sees_zeros(n):
                 return self._over_kept(n)
-            if operator(n) in RECURRENT:  # features go round inside: those removed stay zero with zero weights
-                for source in n.all_input_nodes:
-                    self.env[source] = self._zeroed(self.env[source].clone(), self._shapes(source))
+            if operator(n) in RECURRENT or _is_product(n):  # features inside: those removed are zero with zero weights
+                whole = {source: self.env[source] for source in n.all_input_nodes if source.op == "get_attr"}
+                self.env |= {x: self._zeroed(tensor.clone(), self._shapes(x)) for x, tensor in whole.items()}
+                value = self._run_here(n)
+                self.env |= whole
+                return value
+        return self._run_here(n)
+
+    def _run_here(self, n: fx.Node) -> Any:
         return self._zeroed(self._run_cut(n) if self.is_cut else super().run_node(n), self._shapes(n))
 
     def _run_cut(self, n: fx.Node) -> Any:
@@ -243,9 +249,20 @@ class Masked(fx.Interpreter):
         return entry.size if entry.size < BATCH else entry.size // BATCH * self.batch
 
 
+def _is_product(node: fx.Node) -> bool:
+    """Whether an operator may sum over an axis that only parameters have."""
+    rule = _rule(node)
+    products = (contraction.__name__, einsum.__name__)
+    return rule is not None and rule.apply.__module__ in products and operator(node) not in LAYERS
+
+
 def _sees_zeros(node: fx.Node) -> bool:
     """Whether positions that are zero would count in an operator's result."""
-    name = operator(node)
-    rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
+    rule = _rule(node)
     pairwise = isinstance(arguments(node).get("other"), fx.Node)  # max(x, y), which shares its name with max(x)
     return rule is not None and rule.apply in OVER_KEPT and not pairwise
+
+
+def _rule(node: fx.Node) -> Any:
+    name = operator(node)
+    return TABLE.get(name) or TABLE.get(name.removesuffix("_"))
