@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import vfx
-from vfx.errors import ArchitectureError, ArgumentError
+from vfx.errors import ArchitectureError, ArgumentError, WeightError
 
 QUIET: dict[str, Any] = {"match": "weight", "normalize": None, "progress": False}
 X = torch.randn(3, 6)
@@ -44,6 +44,12 @@ def test_wrappers_are_taken_off(name: str, tmp_path: Path) -> None:
     assert vfx.load(vfx.export(wrap(one), tmp_path / "m.safetensors", X)).keys() == one.state_dict().keys()
 
 
+def _prepared(prepare: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    model = network().train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+    return prepare(model).eval()
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(16), nn.ReLU()), "'0' .* is lazy .* run the model on example inputs"),
     "scripted": (lambda: torch.jit.script(network()), "TorchScript.*give the Python module"),
@@ -53,6 +59,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: torch.ao.quantization.quantize_dynamic(network(), {nn.Linear}, dtype=torch.qint8),
         "'0' .* is quantised; work on the floating-point network",
     ),
+    "prepared for training": (lambda: _prepared(torch.ao.quantization.prepare_qat), "prepares quantisation; work on"),
+    "observed": (lambda: _prepared(torch.ao.quantization.prepare), "prepares quantisation; work on"),
     "quantised part": (
         lambda: nn.Sequential(torch.ao.quantization.quantize_dynamic(network(), {nn.Linear}), nn.ReLU()),
         "'0.0' .* is quantised",
@@ -184,3 +192,29 @@ def test_files_leave_open_what_the_capture_left_open(name: str, tmp_path: Path) 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feeds = {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), other)}
     np.testing.assert_allclose(session.run(None, feeds)[0], wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
+META: dict[str, Callable[[nn.Module, Any, Path], Any]] = {
+    "merge": lambda model, x, _: vfx.merge([model, model], x, match="weight", normalize=None, progress=False),
+    "prune": lambda model, x, _: vfx.prune(model, x, sparsity=0.5, normalize=None, progress=False),
+    "prune_structured": lambda model, x, _: vfx.prune_structured(model, x, sparsity=0.5, progress=False),
+    "export": lambda model, x, folder: vfx.export(model, folder / "net.pt2", x),
+}
+
+
+@pytest.mark.parametrize("name", META)
+@pytest.mark.parametrize("whole", [True, False])
+def test_tensors_without_values_are_named(name: str, whole: bool, tmp_path: Path) -> None:
+    model, x = network(), X
+    if whole:
+        model, x = model.to("meta"), X.to("meta")
+    else:
+        model[0].to("meta")
+    with pytest.raises(WeightError, match=r"'0\.weight' .* is on the meta device and has no values; load them before"):
+        META[name](model, x, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shapes_are_enough_to_profile() -> None:
+    on_meta = vfx.profile(network().to("meta"), X.to("meta"))
+    assert (on_meta.params, on_meta.macs) == (vfx.profile(network(), X).params, vfx.profile(network(), X).macs)

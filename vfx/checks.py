@@ -60,12 +60,17 @@ def check_finite(state: Mapping[str, Tensor], name: str, masks: Collection[str] 
     """Raise WeightError that names the first tensor with a value that no network computes with: NaN, or infinities.
 
     ``masks`` may hold infinities: buffers that are no statistics (``masks_of``, ``Program.masks``). Where nobody says
-    what is one (None) tensors of −∞ and one other value are, as causal masks. Tensors of a type without arithmetic are
-    refused as well.
+    what is one (None) tensors of −∞ and one other value are, as causal masks. Tensors of a type without arithmetic and
+    those without values are refused as well.
     """
     check_storage(state, name)
     for key, tensor in state.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta or torch.isfinite(tensor).all():
+        if tensor.is_meta:
+            raise WeightError(
+                f"{key!r} in {name} is on the meta device and has no values; load them before (to_empty(device=) and "
+                "load_state_dict)"
+            )
+        if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor).all():
             continue
         count = int((~torch.isfinite(tensor)).sum())
         mask = _masks(tensor) if masks is None else key in masks

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
@@ -31,7 +32,8 @@ def plain_models(models: Any) -> Any:
 def plain_model(model: nn.Module, name: str) -> nn.Module:
     """The network inside DataParallel, DistributedDataParallel, AveragedModel or ``torch.compile``.
 
-    Raises ArgumentError, with the way out, for lazy modules without weights, TorchScript and quantised networks.
+    Raises ArgumentError, with the way out, for lazy modules without weights, TorchScript, and networks that are
+    quantised or prepared for it.
     """
     inner = _inside(model)
     if inner is not None:
@@ -59,6 +61,8 @@ def _unusable(module: nn.Module) -> str:
         is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
     ):
         return "is lazy and has no weights yet; run the model on example inputs once before"
+    if isinstance(module, (FakeQuantizeBase, ObserverBase)):
+        return "prepares quantisation; work on the floating-point network and prepare and quantise what comes out"
     if type(module).__module__.startswith(_QUANTISED) or _packed(module):
         return "is quantised; work on the floating-point network and quantise what comes out"
     return ""

@@ -18,6 +18,7 @@ from vfx.api.restoring import Restoring, decide, with_goals
 from vfx.api.results import Result, run_passes
 from vfx.api.tracing import program_of, symmetry
 from vfx.arguments import check_names, checked
+from vfx.checks import check_finite
 from vfx.choice import Judging
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
@@ -226,6 +227,7 @@ def prune_structured(
         program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     if device is not None:
         program = program.to(device)
+    check_finite(program.weights[0], "the network", program.masks)
     asked = _pruned_normalization(normalize, program, data)
     solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     with watch("symmetry"):
