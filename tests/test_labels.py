@@ -64,7 +64,7 @@ def test_every_choice_notes_labels_that_it_cannot_use(name: str) -> None:
     [
         (_with(3, -1), "such as -1"),
         (_with(3, -100), "-100, which stands for none"),
-        (GOOD[:, None].repeat(1, 2), r"their shape \(\d+, 2\)"),
+        (GOOD[:, None].repeat(1, 2), r"their shape is \(\d+, 2\); the outputs take one class for each of \(\d+,\)"),
     ],
     ids=["negative", "padding", "shape"],
 )  # fmt: skip
@@ -88,3 +88,18 @@ def test_labels_that_are_the_measure_must_be_classes(name: str) -> None:
     with pytest.raises(DataError, match="1 of 32 labels are none of the 3 classes 0 to 2, such as 7"):
         MEASURING[name]([(X, _with(5, 7))])
     MEASURING[name]([(X, GOOD)])
+
+
+@pytest.mark.parametrize("name", ["compare", "barrier"])
+def test_measures_refuse_labels_of_another_shape(name: str) -> None:
+    with pytest.raises(
+        DataError, match=r"batch 0 .*has labels of shape \(32, 3\); the outputs take one class for each"
+    ):
+        MEASURING[name]([(X, nn.functional.one_hot(GOOD, CLASSES))])
+
+
+def test_samples_without_a_label_do_not_count_in_a_comparison() -> None:
+    decided = MODELS[0](X).argmax(1)
+    half = torch.where(torch.arange(COUNT) < COUNT // 2, decided, -100)
+    (dense,) = compare(MODELS[0], X[:2], data=[(X, half)], grid={"sparsity": [0.5]}, progress=False).points[:1]
+    assert dense.accuracy == 1.0

@@ -169,7 +169,8 @@ class Judge:
             if labels is None:
                 return "some batches hold none"
             if labels.shape[1:] != expected.shape[2:]:
-                return f"their shape {tuple(labels.shape)} does not fit outputs {tuple(expected.shape)}"
+                wanted = (len(labels), *expected.shape[2:])
+                return f"their shape is {tuple(labels.shape)}; the outputs take one class for each of {wanted}"
             if wrong := outside(labels, self.classes):
                 return wrong
             if bool((labels == PADDING).any()):

@@ -23,7 +23,7 @@ from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.data import Batches, reusable
-from vfx.statistics.labels import check_classes
+from vfx.statistics.labels import PADDING, check_classes
 
 RUNS = 5  # of a batch, whose median time counts
 Values = Any  # one value of an option, or a list of them
@@ -116,9 +116,16 @@ class _Judge:
 
     @torch.no_grad()
     def _check_labels(self) -> None:
-        output = _output(self.edges(*self.batches[0]))
-        for labels in self.wanted:
-            check_classes(labels, output.shape[class_axis(output)])
+        for index, (batch, labels) in enumerate(zip(self.batches, self.wanted)):
+            output = _output(self.edges(*batch))
+            axis = class_axis(output)
+            shape = (*output.shape[:axis], *output.shape[axis + 1 :])
+            if labels.shape != shape:
+                raise DataError(
+                    f"batch {index} has labels of shape {tuple(labels.shape)}; the outputs take one class for each of "
+                    f"{shape}"
+                )
+            check_classes(labels, output.shape[axis])
 
     def references(self, whole: Profile, single: bool) -> list[Point]:
         """The networks that all is made from, and their ensemble."""
@@ -153,7 +160,7 @@ class _Judge:
 
     @property
     def _decisions(self) -> int:
-        return max(sum(x.numel() for x in self.wanted), 1)
+        return max(sum(int((x != PADDING).sum()) for x in self.wanted), 1)
 
     @torch.no_grad()
     def _ensemble(self) -> list[Tensor]:
