@@ -218,3 +218,10 @@ def test_tensors_without_values_are_named(name: str, whole: bool, tmp_path: Path
 def test_shapes_are_enough_to_profile() -> None:
     on_meta = vfx.profile(network().to("meta"), X.to("meta"))
     assert (on_meta.params, on_meta.macs) == (vfx.profile(network(), X).params, vfx.profile(network(), X).macs)
+
+
+@pytest.mark.parametrize("given", [None, [network()], "net"], ids=["nothing", "list", "text"])
+def test_what_is_no_network_is_not_exported(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="model must be a network or a Result, got"):
+        vfx.export(given, tmp_path / "net.pt2", X)
+    assert not list(tmp_path.iterdir())

@@ -157,9 +157,9 @@ def _check(strategy: str, quantiles: tuple[float, float]) -> None:
 def _count(n: int | float, samples: int) -> int:
     if isinstance(n, bool) or not isinstance(n, Real):
         raise ArgumentError(f"n must be a number of samples or a share of them, got {n!r}")
-    count = int(n) if isinstance(n, Integral) else round(float(n) * samples)
     if not isinstance(n, Integral) and not 0 < n <= 1:
         raise ArgumentError(f"a share of the samples must lie in (0, 1], got {n}; give an int for a number of them")
+    count = int(n) if isinstance(n, Integral) else round(float(n) * samples)
     if not 1 <= count <= samples:
         raise ArgumentError(f"n={n} means {count} samples; the data hold {samples}")
     return count

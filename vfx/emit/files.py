@@ -50,7 +50,10 @@ def export(
     """
     path = Path(path)
     check_writable(path, FORMATS)
-    module = plain_model(model if isinstance(model, nn.Module) else model.module, "the network")
+    network = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if not isinstance(network, nn.Module):
+        raise ArgumentError(f"export: model must be a network or a Result, got {type(model).__name__}")
+    module = plain_model(network, "the network")
     axes = None
     if example_inputs is None and not isinstance(model, nn.Module):
         example_inputs = model.program.example_call
