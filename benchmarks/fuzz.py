@@ -48,6 +48,7 @@ from benchmarks.mutations import (
     mutate_zip,
 )
 from benchmarks.options import Output
+from benchmarks.pairs_report import cell
 from vfx.errors import VfxError
 from vfx.files import write_atomic
 from vfx.statistics.files import read_batches, read_inputs, read_labelled
@@ -326,12 +327,8 @@ def markdown(results: list[Outcome], cases: int) -> str:
     faults = [result for result in results if result.verdict in BAD]
     if faults:
         lines += ["", "| reader | case | verdict | detail |", "| --- | ---: | --- | --- |"]
-        lines += [f"| {r.reader} | {r.case} | {r.verdict} | {_cell(r.detail)} |" for r in faults[:200]]
+        lines += [f"| {r.reader} | {r.case} | {r.verdict} | {cell(r.detail)} |" for r in faults[:200]]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")[:300]
 
 
 def main(

@@ -37,6 +37,7 @@ import vfx
 from benchmarks.fashion import RESULTS
 from benchmarks.grammar import network
 from benchmarks.options import Fresh, Output
+from benchmarks.pairs_report import cell
 from vfx.errors import VerificationError, VfxError
 from vfx.files import write_atomic
 from vfx.program import Program
@@ -200,12 +201,8 @@ def markdown(results: list[Outcome]) -> str:
     notable = [outcome for outcome in results if outcome.verdict in (*BAD, "refused")]
     if notable:
         lines += ["", "| network | check | verdict | what was said |", "| ---: | --- | --- | --- |"]
-        lines += [f"| {o.seed} | {o.check} | {o.verdict} | {_cell(o.detail)} |" for o in notable]
+        lines += [f"| {o.seed} | {o.check} | {o.verdict} | {cell(o.detail)} |" for o in notable]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")[:300]
 
 
 def main(

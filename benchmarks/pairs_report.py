@@ -121,6 +121,11 @@ def _comparison(result: Mapping[str, Any], reference: Mapping[str | None, Mappin
     return grid(["PFM (ours / reference)", *(NAMES[normalize] for normalize in reference)], rows)
 
 
+def cell(text: str) -> str:
+    """A text on one line of a markdown table, at most 300 characters."""
+    return " ".join(text.split()).replace("|", "\\|")[:300]
+
+
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A markdown table."""
     return [_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)]
