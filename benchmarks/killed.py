@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -206,7 +206,7 @@ def main(
     rows: list[Row] = []
     for command in COMMANDS:
         rows.append(measured(command, moments, seed))
-        write_atomic(output / "killed.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_atomic(output / "killed.json", json.dumps([vars(row) for row in rows], indent=1) + "\n")
         write_atomic(output / "killed.md", markdown(rows))
     print(markdown(rows))
     if any(row.broken for row in rows):
