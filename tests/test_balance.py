@@ -455,3 +455,31 @@ def test_deep_networks_are_balanced_in_as_many_sweeps_as_shallow_ones(monkeypatc
     monkeypatch.setattr(balancing._Whole, "steps", lambda self: iter(()))
     slow, _ = _steps_a_feature(60, monkeypatch)
     assert slow > 10 * deep
+
+
+def test_maps_that_one_tensor_takes_on_several_axes_settle() -> None:
+    """Found side by side and at full length, those of two features that a product mixes grew until weights were NaN."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        u = self.stem(x)
+        v = self.first(u, u)
+        both = torch.cat([u, v], 1)
+        return self.head(torch.cat([both, self.second(both, both)], 1))
+
+    def build() -> nn.Module:
+        return net(
+            forward, stem=nn.Linear(5, 4), first=nn.Bilinear(4, 4, 4), second=nn.Bilinear(8, 8, 3),
+            head=nn.Linear(11, 3),
+        )  # fmt: skip
+
+    program = _program(build, VECTORS)
+    facts = symmetry(program)
+    assert {facts.classes[g.index].kind for g in facts.moving} == {Maps.LINEAR}
+    balanced = apply(facts, program.weights[0], balancing.balance(facts, program.weights[0]), check=False)
+    again = balancing.balance(facts, balanced)
+    for element in again.values():
+        assert element.matrix is not None
+        gram = element.matrix @ element.matrix.swapaxes(-1, -2)
+        assert np.abs(gram - np.eye(gram.shape[-1])).max() < 1e-8  # nothing but a rotation is left
+    sums = [sum(float(t.double().square().sum()) for t in w.values()) for w in (program.weights[0], balanced)]
+    assert sums[1] < sums[0]

@@ -23,6 +23,7 @@ balances it.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -76,8 +77,7 @@ def in_turn(
     for _ in range(ROUNDS):
         step = scales(current, IN_TURN) if scales is not None else {}
         current = apply(symmetry, current, step, check=False)
-        maps = dict(_paired(symmetry, pairs, current))
-        current = apply(symmetry, current, maps, check=False)
+        maps, current = _paired(symmetry, pairs, current)
         total = compose(symmetry, compose(symmetry, total, step), maps)
         if _settled([*step.values(), *maps.values()]):
             break
@@ -108,12 +108,33 @@ def _settled(steps: Iterable[Element]) -> bool:
 # invertible maps ------------------------------------------------------------------------------------------------------
 
 
-def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> Iterator[tuple[int, Element]]:
+def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> tuple[dict[int, Element], Weights]:
+    """The map of each group, found behind those of the groups before it, and the weights behind all of them.
+
+    Found side by side, maps of groups that share tensors can grow without end.
+    """
+    maps: dict[int, Element] = {}
     for group in groups:
         found = _maps(symmetry, group, weights)
         if any(one is not None for one in found):
             matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
-            yield group.index, Element(matrix=matrix[0] if group.parent is None else matrix)
+            matrix = _shortened(matrix, _axes_at_most(group))
+            maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
+            weights = apply(symmetry, weights, {group.index: maps[group.index]}, check=False)
+    return maps, weights
+
+
+def _axes_at_most(group: Group) -> int:
+    """On how many axes of one tensor the group stands."""
+    return max(collections.Counter(member.fqn for member in group.members).values())
+
+
+def _shortened(maps: Matrix, axes: int) -> Matrix:
+    """U P^(1/axes) for maps U P, with U orthogonal: a tensor that carries a map on several axes takes it as often."""
+    if axes == 1:
+        return maps
+    u, s, vt = np.linalg.svd(maps)
+    return np.asarray(u @ (s[..., None] ** (1 / axes) * vt))
 
 
 def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
