@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import close
 from micro_models import MICRO, Micro, conv, net, parameter
 from torch import Tensor, nn
 
@@ -379,3 +380,11 @@ def test_running_a_program_changes_neither_inputs_nor_buffers() -> None:
     assert torch.equal(model.seen, torch.zeros(4))
     assert torch.equal(first, second)
     assert torch.equal(first, 2 * kept + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of CUDA bound the batch")
+def test_networks_on_a_gpu_are_captured_with_an_open_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).cuda().eval()
+    x = torch.randn(4, 1, 8, 8, device="cuda")
+    larger = torch.cat([x, x, x[:1]])
+    close(trace(model, x)(larger), model(larger), 1e-4)

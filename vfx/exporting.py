@@ -30,6 +30,7 @@ VALUES = (
     "where shapes or branches depend on values, give the network without that part (a detector without its "
     "post-processing: the backbone and the heads in front of non-maximum suppression), or write it with torch.where"
 )
+CUDA_BATCH = 65535
 FIXED = (
     "where the batch or another size is written into the code, capture the network as it is, program = "
     "vfx.trace(model, example_inputs, dynamic_shapes=None), and give the program in its place (merge, prune, "
@@ -113,7 +114,9 @@ def captured_shapes(program: Program, model: nn.Module) -> Any:
 
 def _batch_shapes(model: nn.Module, call: Call) -> tuple[Any, ...]:
     """The batch axis alone is dynamic, in every tensor whose first axis it is."""
-    batch, size = Dim("batch", min=1), batch_size(call.tensors())
+    # torch's own kernels for normalization on a GPU take no larger batch, which torch.export wants to be told
+    largest = CUDA_BATCH if any(tensor.is_cuda for tensor in call.tensors()) else None
+    batch, size = Dim("batch", min=1, max=largest), batch_size(call.tensors())
     dynamic = lambda x: isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == size  # noqa: E731
     bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     return tuple(pytree.tree_map(lambda x: {0: batch} if dynamic(x) else None, value) for value in bound.values())
