@@ -14,3 +14,4 @@ Cache = Annotated[Path, typer.Option(help="Folder of the networks trained here."
 Samples = Annotated[int | None, typer.Option(help="Test images to use (default: all).")]
 Fresh = Annotated[bool, typer.Option(help="Measure again what the results hold already.")]
 Render = Annotated[bool, typer.Option(help="Only rewrite the tables and the plots.")]
+Device = Annotated[str, typer.Option(help="Where networks run: cpu, cuda.")]

@@ -21,7 +21,7 @@ from vfx.models import (
 )
 from vfx.models.resnet20 import FixupBlock, PlainResNet
 from vfx.models.text import CHARACTERS
-from vfx.models.training import _augment, _rate
+from vfx.models.training import SCHEDULES, _augment, _rate
 
 IMAGE_MODELS = sorted(set(MODELS) - {"gpt_tiny", "linear_net"})
 
@@ -290,6 +290,27 @@ def test_rate_rises_then_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == 0
     assert _rate(0, 10, 0.0) == 1
+
+
+def test_schedules_fall_as_they_say() -> None:
+    at = {name: [_rate(step, 100, 0.0, name) for step in (0, 49, 50, 74, 75, 100)] for name in SCHEDULES}
+    assert at["step"] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert at["constant"] == [1] * 6
+    assert at["cosine"][0] == 1
+    assert at["cosine"][2] == pytest.approx(0.5)
+    assert at["cosine"][-1] == pytest.approx(0)
+
+
+def test_fit_refuses_an_unknown_schedule_and_trains_in_another_precision() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 2
+    images[labels == 1] += 2
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(ValueError, match="linear, cosine, step, constant"):
+        fit(model, images, labels, epochs=1, lr=0.1, schedule="sudden")
+    fit(model, images, labels, epochs=20, lr=0.1, precision=torch.bfloat16, augment=False, progress=False)
+    assert accuracy(model, images, labels) == 1
+    assert next(model.parameters()).dtype == torch.float32
 
 
 def test_augment_shifts_within_bounds_and_repeats_the_border() -> None:

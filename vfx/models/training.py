@@ -1,7 +1,7 @@
 """Train and evaluate small classifiers on tensors held in memory: enough for the demo, the tests and the benchmarks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -31,17 +31,22 @@ def fit(
     shift: int = 2,
     flip: bool = False,
     progress: bool = True,
+    schedule: str = "linear",
+    precision: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Model:
     """Train `model` in place by SGD on (N, …) inputs and class labels and return it in eval mode.
 
     Labels (N,) go with outputs (N, C), labels (N, T) with those of a sequence, (N, T, C).
     `adam` takes AdamW instead, which transformers need. `warmup` is the share of steps over which the rate rises
-    linearly to `lr`; it then falls linearly to 0. `augment` shifts images (N, C, H, W) by up to ±`shift` pixels and,
-    with `flip`, mirrors them. The order of the data and the augmentation depend on `seed` alone. Raises ValueError on
-    inputs that do not fit, FloatingPointError on divergence.
+    linearly to `lr`; `schedule` says how it goes on: "linear" or "cosine" to 0, "step" (a tenth behind half and three
+    quarters of all steps) or "constant". `precision` is autocast's dtype. `augment` shifts images (N, C, H, W) by up to
+    ±`shift` pixels and, with `flip`, mirrors them. The order of the data and the augmentation depend on `seed` alone.
+    Raises ValueError on inputs that do not fit, FloatingPointError on divergence.
     """
     _check(inputs, labels, epochs, augment)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
     target = torch.device(device) if device is not None else _device(model)
     model.to(target).train()
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +56,7 @@ def fit(
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     steps = epochs * math.ceil(len(inputs) / batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, warmup))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, warmup, schedule))
     with _bar(progress) as bar:
         task = bar.add_task("training", total=steps, note="")
         for epoch in range(epochs):
@@ -60,9 +65,10 @@ def fit(
                 batch = inputs[chosen]
                 if augment:
                     batch = _augment(batch, shift, flip, generator)
-                loss = F.cross_entropy(model(batch.to(target)).movedim(-1, 1), labels[chosen].to(target))
+                with torch.autocast(target.type, precision, enabled=precision is not None):
+                    loss = F.cross_entropy(model(batch.to(target)).movedim(-1, 1), labels[chosen].to(target))
                 _step(model, optimizer, loss, clip)
-                schedule.step()
+                rates.step()
                 total += loss.detach() * len(chosen)
                 bar.advance(task)
             bar.update(task, note=f"epoch {epoch + 1}/{epochs} loss {_mean(total, len(inputs), epoch, lr):.3f}")
@@ -98,12 +104,20 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the peak rate at `step`: a linear rise over the warm-up, then a linear fall to 0."""
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the peak rate by the share of the steps that is done
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "step": lambda done: 1 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+    "constant": lambda done: 1,
+}
+
+
+def _rate(step: int, steps: int, warmup: float, schedule: str = "linear") -> float:
+    """Return the share of the peak rate at `step`: a linear rise over the warm-up, then as the schedule says."""
     rise = math.ceil(steps * warmup)
     if step < rise:
         return (step + 1) / rise
-    return max(0, steps - step) / max(1, steps - rise)
+    return SCHEDULES[schedule](min(1, (step - rise) / max(1, steps - rise)))
 
 
 def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
