@@ -25,6 +25,7 @@ from vfx.outputs import plain, selected
 from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
+RESIZED = "resized"  # the origin of a graph whose layers have other sizes
 _FRESH = LAYERS | NORMS | ELEMENTWISE  # operators that never return a view of what they read
 
 
@@ -99,6 +100,11 @@ class Program:
     def structural(self) -> bool:
         """Whether the graph differs from the one that was captured from the user's class."""
         return digest(self.graph) != self.origin
+
+    @property
+    def resized(self) -> bool:
+        """Whether layers of the captured graph have other sizes since."""
+        return self.origin == RESIZED
 
     def __call__(self, *inputs: Any, edge: int = 0, **named: Any) -> Any:
         """Run the network of one edge; inputs as for the user's ``forward``, or one tensor for each placeholder."""

@@ -262,6 +262,7 @@ def prune_structured(
         notes=(*result.notes, *decision.notes),
         profile=cost(result),
         dense_profile=cost(program),
+        own_class=not reason,
         class_reason=reason,
         error=removal.error if verify else None,
         seconds=watch.seconds,

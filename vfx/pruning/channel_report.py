@@ -34,6 +34,7 @@ class ChannelReport:
     notes: tuple[str, ...]
     profile: Profile
     dense_profile: Profile
+    own_class: bool
     class_reason: str
     error: float | None
     seconds: Mapping[str, float]
@@ -63,6 +64,7 @@ class ChannelReport:
             "verify_error": self.error,
             "passes": list(self.passes),
             "notes": list(self.notes),
+            "own_class": self.own_class,
             "class_reason": self.class_reason,
             "seconds": dict(self.seconds),
         }
@@ -85,6 +87,7 @@ class ChannelReport:
             table.add_row("", self.dense_profile.caveat)
         if self.error is not None:
             table.add_row("proof", f"equals the masked network to {self.error:.1e} (float64)")
+        table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
         for name, score in self.scores.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
             table.add_row("held out", f"{name}: {figures}")

@@ -40,6 +40,7 @@ class Rewriter:
         rule = REWRITES.get(operator(node)) or REWRITES.get(operator(node).removesuffix("_"))
         if rule is not None:
             rule(self, node, new, arguments(node))
+            new.meta["sizes"] = _told(node, new)
 
     def entry(self, node: Any, dim: int) -> Axis | Digit:
         shape = self.layout.shape(node)
@@ -74,6 +75,20 @@ def put(new: fx.Node, name: str, value: Any) -> None:
             new.update_arg(index, value)
             return
     new.update_kwarg(name, value)
+
+
+def _told(node: fx.Node, new: fx.Node) -> tuple[tuple[int, int], ...]:
+    """The numbers among a call's arguments before and after; of a call that is resized twice, before all of it."""
+    before, after = arguments(node), arguments(new)
+    after = after | {name[:-1]: value for name, value in after.items() if name == "split_sizes"}
+    pairs: list[tuple[int, int]] = []
+    for name, old in before.items():
+        fresh = after.get(name)
+        olds = list(old) if isinstance(old, (list, tuple)) else [old] * (len(fresh) if isinstance(fresh, list) else 1)
+        news = list(fresh) if isinstance(fresh, (list, tuple)) else [fresh]
+        pairs += [(x, y) for x, y in zip(olds, news) if type(x) is type(y) is int]
+    earlier = node.meta.get("sizes")
+    return tuple((first, dict(pairs).get(last, last)) for first, last in earlier) if earlier else tuple(pairs)
 
 
 # sizes of the result --------------------------------------------------------------------------------------------------
@@ -344,6 +359,7 @@ def attention(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> No
     q = r.layout.shape(a["query"])
     if q is not None and a.get("scale") is None and r.changed(a["query"], len(q.axes) - 1):
         put(new, "scale", q.axes[-1].size ** -0.5)
+        new.meta["default_scale"] = True  # in the user's class
 
 
 def channel_shuffle(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError, PassError
 from vfx.operators import arguments, operator, weight_name
-from vfx.program import Execution, Goal, Program, Value, Weights, copy_graph
+from vfx.program import RESIZED, Execution, Goal, Program, Value, Weights, copy_graph
 from vfx.resize.layout import Layout
 from vfx.resize.operators import Rewriter
 from vfx.resize.slots import Slots
@@ -85,7 +85,7 @@ def resize(
     changes = {
         "goals": _goals(program, facts, layout, gathers),
         "buffers": program.buffers | made.keys(),
-        "origin": "resized",
+        "origin": RESIZED,
     }
     result = program.with_graph(graph, weights, note, **changes)
     if check:
@@ -170,6 +170,7 @@ def _constants(
         name = f"resized.{node.name}"
         made[name] = tensor
         mapping[node].target = name
+        mapping[node].meta["buffer"] = fqn
 
 
 def _drop_unread(graph: fx.Graph, dead: set[fx.Node]) -> None:

@@ -1,0 +1,82 @@
+"""Sizes that the user's own modules keep as numbers (``self.head_dim``), brought up to those of a resized Program.
+
+A number is taken for a size where a tensor of its module, or an operator that the module calls, had that size and has
+one other now. That is a guess until the network was run with it, so of those guesses only the ones that the proof needs
+are kept: a number that merely equals a size (the longest sequence) stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vfx.emit.own_class import own_tensors
+from vfx.program import Program
+
+
+class KeptSize(NamedTuple):
+    """An attribute of one of the user's modules, by the module's path, and the value that it may need."""
+
+    path: str
+    name: str
+    kind: type[nn.Module]
+    value: Any
+
+    @property
+    def role(self) -> tuple[type[nn.Module], str]:
+        """What attributes that are needed or not needed together have in common."""
+        return self.kind, self.name
+
+
+def kept_sizes(program: Program, edge: int = 0) -> list[KeptSize]:
+    """The attributes of the user's modules that may hold sizes which changed."""
+    assert program.module is not None
+    found = []
+    for path, sizes in _changes(program, edge).items():
+        module = dict(program.module.named_modules()).get(path)
+        if module is None or type(module).__module__.startswith("torch.nn."):
+            continue
+        certain = {old: next(iter(new)) for old, new in sizes.items() if len(new) == 1}
+        for name, value in vars(module).items():
+            fresh = _fresh(value, certain)
+            if type(value) in (int, tuple, list) and fresh != value:
+                found.append(KeptSize(path, name, type(module), fresh))
+    return found
+
+
+def _fresh(value: Any, certain: Mapping[int, int]) -> Any:
+    """A number, or a list of numbers, with its sizes changed; anything else as it is."""
+    if type(value) in (tuple, list):
+        return type(value)(certain.get(x, x) if type(x) is int else x for x in value)
+    return certain.get(value, value) if type(value) is int else value
+
+
+def put(module: nn.Module, sizes: Iterable[KeptSize]) -> nn.Module:
+    """Set attributes of a copy of the user's model; returns the copy."""
+    for size in sizes:
+        setattr(module.get_submodule(size.path), size.name, size.value)
+    return module
+
+
+def needed(sizes: list[KeptSize], proved: Callable[[list[KeptSize]], bool]) -> list[KeptSize]:
+    """Those of ``sizes``, which together are proved, without which there is no proof."""
+    for role in dict.fromkeys(size.role for size in sizes):
+        fewer = [size for size in sizes if size.role != role]
+        sizes = fewer if proved(fewer) else sizes
+    return sizes
+
+
+def _changes(program: Program, edge: int) -> dict[str, dict[int, set[int]]]:
+    """What each size that a module has to do with became, by the module's path."""
+    found: dict[str, dict[int, set[int]]] = {}
+    assert program.module is not None
+    for name, tensor in own_tensors(program.module).items():
+        new = program.weights[edge].get(program.aliases.get(name, name), tensor)
+        for old, size in zip(tensor.shape, new.shape):
+            found.setdefault(name.rpartition(".")[0], {}).setdefault(old, set()).add(size)
+    for node in program.graph.nodes:
+        for old, size in node.meta.get("sizes", ()):
+            found.setdefault(str(node.meta.get("module") or ""), {}).setdefault(old, set()).add(size)
+    return found
