@@ -53,8 +53,14 @@ def with_modules(graph: fx.Graph, root: nn.Module, program: Program, weights: Ma
     for node, path, dropout in _dropouts(graph, weights, layers):
         _add_module(root, path, dropout)
         _call_module(graph, node, path, (node.args[0],))
-    for unread in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
-        graph.erase_node(unread)
+    _drop_unread(graph)
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Tensors and zeros (of recurrent layers, which start by themselves) that nothing reads any more."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or operator(node) in ("aten.zeros", "aten.sym_size")):
+            graph.erase_node(node)
 
 
 class FunctionalBatchNorm(nn.Module):
@@ -179,14 +185,14 @@ def _dropout(node: fx.Node) -> nn.Module:
 
 
 def _call_module(graph: fx.Graph, node: fx.Node, path: str, inputs: tuple[Any, ...]) -> fx.Node:
-    """Replace a call by that of a module; a module that returns the states of an LSTM nests them."""
+    """Replace a call by that of a module, which nests the states of an LSTM."""
     with graph.inserting_before(node):
         new = graph.create_node("call_module", path, inputs)
-    if operator(node) == "aten.lstm":
-        with graph.inserting_before(node):
+        new.name, new.meta = path.replace(".", "_"), node.meta
+        if operator(node) == "aten.lstm":
             states = graph.call_function(python_operator.getitem, (new, 1))
-        for user in list(node.users):
-            if user.args[1] > 0:  # type: ignore[operator]
+            new.meta, states.meta["val"] = {"val": [node.meta["val"][0], []]}, node.meta["val"][1:]
+            for user in [user for user in node.users if user.args[1]]:
                 user.args = (states, user.args[1] - 1)  # type: ignore[operator]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -224,10 +230,13 @@ def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def by_packets(graph: fx.Graph) -> None:
     """Let calls name operators without their overload where torch finds the same overload by the arguments.
 
-    TorchScript reads no other calls, people read these more easily, and they take the same time.
+    TorchScript reads no other calls, people read these more easily, and they take the same time. Without a tensor
+    among the arguments torch looks for the overload too early to trace the call, as unpickling does.
     """
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not any(isinstance(a.meta.get("val"), Value) for a in node.args if isinstance(a, fx.Node)):
             continue
         try:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), _example)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from vfx.operators import BATCH_NORMS, CONVOLUTIONS, LINEARS, TRANSPOSED, arguments, operator
 
@@ -81,12 +82,17 @@ def layer_of(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> Layer | No
     inputs = tuple(tuple(a[name]) if isinstance(a[name], (list, tuple)) else a[name] for name in kind.inputs)
     if not tensors or not all(isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors.values()):
         return None
-    read: set[fx.Node] = set(tensors.values())
-    fx.node.map_arg(inputs, read.add)
-    if not read.issuperset(node.all_input_nodes):  # a stride or a number of groups that is computed
+    if not {*tensors.values(), *_nodes(inputs)}.issuperset(node.all_input_nodes):  # a stride that is computed
         return None
     built = kind.build(operator(node), a, {leaf: shapes[str(t.target)] for leaf, t in tensors.items()})
+    if "hx" in kind.inputs and all(operator(state) == "aten.zeros" for state in _nodes(inputs[1:])):
+        inputs = inputs[:1]  # where recurrent layers start by themselves
     return Layer(*built, tensors, inputs) if built is not None else None
+
+
+def _nodes(arguments: Any) -> list[fx.Node]:
+    """The nodes in nested arguments."""
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, fx.Node)]
 
 
 def _taken_apart(node: fx.Node) -> bool:
