@@ -1,8 +1,8 @@
 """Sizes that the user's own modules keep as numbers (``self.head_dim``), brought up to those of a resized Program.
 
 A number is taken for a size where a tensor of its module, or an operator that the module calls, had that size and has
-one other now. That is a guess until the network was run with it, so of those guesses only the ones that the proof needs
-are kept: a number that merely equals a size (the longest sequence) stays what it is.
+one other now; ``certain`` where none of them kept it. That is a guess until the network was run with it, so of those
+guesses only the ones that the proof needs are kept: a number that merely equals a size (the longest sequence) stays.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class KeptSize(NamedTuple):
     name: str
     kind: type[nn.Module]
     value: Any
+    certain: bool
 
     @property
     def role(self) -> tuple[type[nn.Module], str]:
@@ -38,11 +39,13 @@ def kept_sizes(program: Program, edge: int = 0) -> list[KeptSize]:
         module = dict(program.module.named_modules()).get(path)
         if module is None or type(module).__module__.startswith("torch.nn."):
             continue
-        certain = {old: next(iter(new)) for old, new in sizes.items() if len(new) == 1}
+        changed = {old: new - {old} for old, new in sizes.items() if len(new - {old}) == 1}
+        certain = {old: next(iter(new)) for old, new in changed.items() if new == sizes[old]}
+        likely = {old: next(iter(new)) for old, new in changed.items()}
         for name, value in vars(module).items():
-            fresh = _fresh(value, certain)
+            fresh = _fresh(value, likely)
             if type(value) in (int, tuple, list) and fresh != value:
-                found.append(KeptSize(path, name, type(module), fresh))
+                found.append(KeptSize(path, name, type(module), fresh, fresh == _fresh(value, certain)))
     return found
 
 
@@ -60,12 +63,22 @@ def put(module: nn.Module, sizes: Iterable[KeptSize]) -> nn.Module:
     return module
 
 
-def needed(sizes: list[KeptSize], proved: Callable[[list[KeptSize]], bool]) -> list[KeptSize]:
-    """Those of ``sizes``, which together are proved, without which there is no proof."""
-    for role in dict.fromkeys(size.role for size in sizes):
-        fewer = [size for size in sizes if size.role != role]
-        sizes = fewer if proved(fewer) else sizes
+def needed(likely: list[KeptSize], proved: Callable[[list[KeptSize]], bool]) -> list[KeptSize]:
+    """Those of ``likely`` sizes without which there is no proof; none where there is none with them either.
+
+    The certain ones are tried first, then all, then all but those of one role.
+    """
+    roles = list(dict.fromkeys(size.role for size in likely))
+    trials = [[size for size in likely if size.certain], likely, *(_without(likely, role) for role in roles)]
+    sizes = next((some for some in trials if some and proved(some)), [])
+    for role in roles if sizes else ():
+        fewer = _without(sizes, role)
+        sizes = fewer if len(fewer) < len(sizes) and proved(fewer) else sizes
     return sizes
+
+
+def _without(sizes: list[KeptSize], role: Any) -> list[KeptSize]:
+    return [size for size in sizes if size.role != role]
 
 
 def _changes(program: Program, edge: int) -> dict[str, dict[int, set[int]]]:

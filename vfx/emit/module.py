@@ -20,7 +20,7 @@ from vfx.emit.arguments import with_arguments
 from vfx.emit.calls import by_packets, submodule, with_modules, with_own_names
 from vfx.emit.kept_sizes import KeptSize, kept_sizes, needed, put
 from vfx.emit.own_class import copied, own_class
-from vfx.errors import WeightError
+from vfx.errors import WeightError, listed
 from vfx.program import Program, casts, copy_graph, moved
 from vfx.rewrite import PRESERVED, outputs_error
 
@@ -34,16 +34,17 @@ def emit(program: Program, edge: int = 0) -> tuple[nn.Module, str]:
         return graph_module(program, edge), "the user's class is not at hand"
     if program.structural and not program.resized:
         return graph_module(program, edge), "the structure changed"
+    if program.resized and program.outputs:
+        return graph_module(program, edge), f"only outputs {listed([str(one) for one in program.outputs])} are kept"
     try:
         module = own_class(program, edge)
     except (RuntimeError, TypeError, WeightError) as error:
         return graph_module(program, edge), f"writing back to {type(program.module).__name__} failed: {error}"
     reason = _unproved(program, edge, module)
     if reason and program.resized:
-        sizes = kept_sizes(program, edge)
-        proved = lambda some: not _unproved(program, edge, module, some)  # noqa: E731
-        if sizes and proved(sizes):
-            return put(module, needed(sizes, proved)), ""
+        sizes = needed(kept_sizes(program, edge), lambda some: not _unproved(program, edge, module, some))
+        if sizes:
+            return put(module, sizes), ""
     return (graph_module(program, edge), reason) if reason else (module, "")
 
 
