@@ -48,7 +48,7 @@ console = Console(stderr=True)
 def measure(pair: Pair, form: str, checkpoints: Path, data: Path, samples: int, seeds: int) -> dict[str, Any]:
     """All cells of one pair, in one form."""
     train, _ = fashion_mnist(data, "train", CALIBRATION)
-    images, labels = fashion_mnist(data, "t10k", samples)
+    images, labels = fashion_mnist(data, "test", samples)
     program = trace(pair.edges(checkpoints), train[:2])
     if pair.batch_norm:
         program = FoldNormalization(batch_norm=True)(program)

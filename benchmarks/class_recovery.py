@@ -31,8 +31,9 @@ from benchmarks.options import Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import HUGGING_FACE, VOCABULARY, Network
 from vfx.analyse.verify import in_double, randomise, relative_error, tensors
+from vfx.data import digits
 from vfx.files import write_atomic
-from vfx.models import MODELS, digits, vit_tiny
+from vfx.models import MODELS, vit_tiny
 from vfx.program import Program, run
 
 LIMIT = 1e-6

@@ -48,7 +48,7 @@ class Subject:
     def __init__(self, pair: Pair, checkpoints: Path, data: Path, samples: int):
         self.pair = pair
         self.images, self.labels = fashion_mnist(data, "train", POOL + OTHERS)
-        test, labels = fashion_mnist(data, "t10k", samples)
+        test, labels = fashion_mnist(data, "test", samples)
         self.test = list(zip(test.split(250), labels.split(250)))
         self.edges = pair.edges(checkpoints)
         self.program = vfx.trace(self.edges, self.images[:2])

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vfx import data
+from vfx.data.mnist import FASHION_MNIST as FASHION_MNIST  # where benchmarks look for it
+from vfx.errors import DataError
 from vfx.models import MODELS
 
 CHECKPOINTS = Path(__file__).resolve().parents[1].parent / "shared" / "checkpoints"
 RESULTS = Path(__file__).resolve().parent / "results"
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist installs
-MEAN, STD = 0.2860, 0.3530
-LAYOUTS = (Path(), Path("raw"), Path("FashionMNIST") / "raw")  # the files themselves, or torchvision's root
 
 
 class MissingData(Exception):
@@ -74,23 +71,9 @@ PAIRS = {
 }
 
 
-def fashion_mnist(folder: Path, kind: str, samples: int | None = None) -> tuple[Tensor, Tensor]:
-    """The first images (N, 1, 32, 32) and labels (N,) of ``kind`` ("train", "t10k"); raises MissingData."""
-    pixels = np.frombuffer(_read(folder, f"{kind}-images-idx3-ubyte"), np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = np.frombuffer(_read(folder, f"{kind}-labels-idx1-ubyte"), np.uint8, offset=8)
-    images = (torch.from_numpy(pixels[:samples].copy()).float() / 255 - MEAN) / STD
-    images = torch.nn.functional.pad(images[:, None], (2,) * 4, value=-MEAN / STD)
-    return images, torch.from_numpy(labels[:samples].copy()).long()
-
-
-def _read(folder: Path, name: str) -> bytes:
-    for layout in LAYOUTS:
-        path = folder / layout / name
-        if path.is_file():
-            return path.read_bytes()
-        if path.with_name(name + ".gz").is_file():
-            return gzip.decompress(path.with_name(name + ".gz").read_bytes())
-    raise MissingData(
-        f"no Fashion-MNIST file {name}[.gz] in {folder}: install Debian's dataset-fashion-mnist, or download it with "
-        "torchvision.datasets.FashionMNIST(root, download=True) and pass --data root"
-    )
+def fashion_mnist(folder: Path, part: str, samples: int | None = None) -> tuple[Tensor, Tensor]:
+    """``vfx.data.fashion_mnist``; raises MissingData."""
+    try:
+        return data.fashion_mnist(folder, part, samples=samples)
+    except DataError as error:
+        raise MissingData(f"{error}; name the folder with --data") from error

@@ -59,7 +59,7 @@ class Subject:
         self.model: nn.Module = PAIRS[pair].edges(checkpoints)[0]
         images, labels = fashion_mnist(data, "train", MORE)
         self.batches = list(zip(images.split(BATCH), labels.split(BATCH)))
-        self.images, self.labels = fashion_mnist(data, "t10k", samples)
+        self.images, self.labels = fashion_mnist(data, "test", samples)
         self.program: Program = trace(self.model, images[:2])
 
     def accuracy(self, module: nn.Module) -> float:

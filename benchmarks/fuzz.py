@@ -49,9 +49,9 @@ from benchmarks.mutations import (
 )
 from benchmarks.options import Output
 from benchmarks.pairs_report import cell
+from vfx.data.arrays import read_batches, read_inputs, read_labelled
 from vfx.errors import VfxError
 from vfx.files import write_atomic
-from vfx.statistics.files import read_batches, read_inputs, read_labelled
 
 SLOW = 5.0  # seconds of the processor
 LOST = 60.0  # seconds by the clock, on a busy machine

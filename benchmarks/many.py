@@ -26,11 +26,12 @@ from benchmarks.fashion import RESULTS
 from benchmarks.options import Cache, Fresh, Output
 from benchmarks.pairs_report import grid
 from vfx.api import collect, merge, symmetry, trace
+from vfx.data import digits
 from vfx.files import write_atomic
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Known, Matching, Problem
 from vfx.match.universe import pair_objective
-from vfx.models import MODELS, accuracy, digits, fit, predict
+from vfx.models import MODELS, accuracy, fit, predict
 
 COUNTS = (2, 3, 4, 5)
 BATCH, CALIBRATION = 128, 512

@@ -66,7 +66,7 @@ def main(
     file = output / "masks.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
     train, _ = fashion_mnist(data, "train", CALIBRATION)
-    images, labels = fashion_mnist(data, "t10k", samples)
+    images, labels = fashion_mnist(data, "test", samples)
     for name in pair or list(PAIRS):
         model = PAIRS[name].edges(checkpoints)[0]
         program = trace(model, train[:2])

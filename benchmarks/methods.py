@@ -76,7 +76,7 @@ def measure(pair: Pair, name: str, checkpoints: Path, data: Path, samples: int |
         problem = Problem(program, symmetry(program), statistics, data=batches)
         found, result = _timed(finder, problem)
         finder = Known(found, finder.needs - {"data"}, finder.exact)
-    images, truth = fashion_mnist(data, "t10k", samples)
+    images, truth = fashion_mnist(data, "test", samples)
     result["test_images"] = len(images)
     result["cells"] = [
         _cell(program, finder, statistics, batches, cut, normalize, pair, images, truth)

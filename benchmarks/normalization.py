@@ -61,7 +61,7 @@ class Subject:
         images, labels = fashion_mnist(data, "train", CALIBRATION)
         self.calibration = images.split(BATCH)
         self.labelled = list(zip(self.calibration, labels.split(BATCH)))
-        self.images, self.labels = fashion_mnist(data, "t10k", samples)
+        self.images, self.labels = fashion_mnist(data, "test", samples)
         self.program = trace(pair.edges(checkpoints), images[:2])
         self.layers = 20 if "resnet" in pair.model else 14
         self.statistics = collect(self.program, data=self.calibration, activations=True)

@@ -52,7 +52,7 @@ class Subject:
     def __init__(self, pair: Pair, checkpoints: Path, data: Path, samples: int | None):
         self.pair = pair
         self.calibration, _ = fashion_mnist(data, "train", CALIBRATION)
-        images, self.labels = fashion_mnist(data, "t10k", samples)
+        images, self.labels = fashion_mnist(data, "test", samples)
         self.images = images.contiguous(memory_format=torch.channels_last)  # a third faster on a processor
         self.edges = pair.edges(checkpoints)
         self.program = trace(self.edges, self.calibration[:2])

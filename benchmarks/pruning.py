@@ -34,8 +34,9 @@ from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Missi
 from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Render, Samples
 from benchmarks.pruning_report import draw, markdown
 from vfx.api import prune, trace
+from vfx.data import digits
 from vfx.files import write_atomic
-from vfx.models import MODELS, accuracy, digits, fit
+from vfx.models import MODELS, accuracy, fit
 from vfx.pruning.scores.once import ScoreOnce
 
 ROUNDS = ((0.5, 0.8, 0.9, 0.95, 0.99), (0.1, 0.3, 0.6, 0.7), (0.2, 0.4))
@@ -89,7 +90,7 @@ def trained_on_digits(name: str, cache: Path) -> Net:
 
 def trained_on_fashion(name: str, checkpoints: Path, data: Path, samples: int | None) -> Net:
     x, y = fashion_mnist(data, "train", 2000)
-    return Net(PAIRS[name].edges(checkpoints)[0], x, y, *fashion_mnist(data, "t10k", samples))
+    return Net(PAIRS[name].edges(checkpoints)[0], x, y, *fashion_mnist(data, "test", samples))
 
 
 def cells() -> Iterator[Cell]:

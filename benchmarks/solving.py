@@ -44,7 +44,7 @@ class Subject:
     def __init__(self, pair: Pair, checkpoints: Path, data: Path, samples: int | None):
         self.models = pair.edges(checkpoints)
         self.train, _ = fashion_mnist(data, "train", CALIBRATION)
-        self.images, self.labels = fashion_mnist(data, "t10k", samples)
+        self.images, self.labels = fashion_mnist(data, "test", samples)
         self.program = trace(self.models, self.train[:2])
 
     def right(self, module: nn.Module) -> Tensor:

@@ -30,10 +30,11 @@ from benchmarks.fashion import FASHION_MNIST, RESULTS, MissingData, command, fas
 from benchmarks.options import Cache, DataFolder, Fresh, Output, Render
 from benchmarks.transformers_report import draw, markdown
 from vfx.api import merge, trace
+from vfx.data import digits, text
 from vfx.diagnosis.barrier import Curve, Evaluation
 from vfx.files import write_atomic
 from vfx.match.matcher import Known
-from vfx.models import ViT, digits, fit, gpt_tiny, text
+from vfx.models import ViT, fit, gpt_tiny
 from vfx.program import Program
 
 SEEDS = (0, 1)
@@ -106,7 +107,7 @@ class Pair:
 
 
 def _fashion(folder: Path) -> Data:
-    return *fashion_mnist(folder, "train"), *fashion_mnist(folder, "t10k")
+    return *fashion_mnist(folder, "train"), *fashion_mnist(folder, "test")
 
 
 PAIRS = {

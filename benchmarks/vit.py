@@ -23,8 +23,9 @@ from benchmarks.fashion import RESULTS
 from benchmarks.options import Cache, Output
 from benchmarks.pairs_report import grid
 from vfx.api import collect, merge, symmetry, trace
+from vfx.data import digits
 from vfx.files import write_atomic
-from vfx.models import ViT, digits, fit, predict, vit_tiny
+from vfx.models import ViT, fit, predict, vit_tiny
 
 WIDTH, EPOCHS, LR = 1 / 3, 60, 1e-3
 ALPHAS = (0.25, 0.5, 0.75)

@@ -165,7 +165,7 @@ def run(
     file = output / "widths.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     calibration, _ = fashion_mnist(data, "train", CALIBRATION)
-    images, labels = fashion_mnist(data, "t10k", samples)
+    images, labels = fashion_mnist(data, "test", samples)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for name in names:
         models = edges(name, checkpoints, data, cache, epochs)

@@ -136,7 +136,7 @@ def test_analyses_print_what_they_found() -> None:
         (["-m", "vfx.models:nothing", "-i", "1x32x32"], "cannot be imported"),
         (["-m", "vfx.models:vgg11_bn", "-i", "1xbig"], "shape of one sample"),
         (["-m", "vfx.models:vgg11_bn", "-a", "width", "-i", "3x32x32"], "key=value"),
-        (["-m", "vfx.models:digits", "-i", "3x32x32"], "not a torch.nn.Module"),
+        (["-m", "vfx.data:digits", "-i", "3x32x32"], "not a torch.nn.Module"),
     ],
 )
 def test_errors_end_with_a_message(

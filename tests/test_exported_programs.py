@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 from vfx.capture import capture
 from vfx.cli import app
+from vfx.data.arrays import read_inputs
 from vfx.emit.files import export, load
 from vfx.emit.module import graph_module
 from vfx.emit.pt2 import read_program, write_program
@@ -35,7 +36,6 @@ from vfx.emit.pt2.expressions import checked_expression
 from vfx.errors import ArgumentError, CaptureError, CheckpointError
 from vfx.exporting import exported
 from vfx.signature import Call
-from vfx.statistics.files import read_inputs
 
 MODEL = "archive/models/model.json"
 WEIGHTS = "archive/data/weights/model_weights_config.json"

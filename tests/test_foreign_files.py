@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from vfx.data.arrays import read_inputs, read_labelled
 from vfx.emit.files import export, load
 from vfx.errors import CheckpointError, DataError, VfxError
-from vfx.statistics.files import read_inputs, read_labelled
 
 WEIGHTS = [".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pt2", ".onnx"]
 ARRAYS = [".npy", ".npz", ".pt", ".safetensors"]

@@ -6,21 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfx.api import symmetry, trace
+from vfx.data import digits, text
+from vfx.data.text import CHARACTERS
 from vfx.models import (
     MODELS,
     LayerNorm2d,
     accuracy,
-    digits,
     fit,
     gpt_tiny,
     linear_net,
     predict,
     resnet20_fixup,
-    text,
     vgg16,
 )
 from vfx.models.resnet20 import FixupBlock, PlainResNet
-from vfx.models.text import CHARACTERS
 from vfx.models.training import SCHEDULES, _augment, _rate
 
 IMAGE_MODELS = sorted(set(MODELS) - {"gpt_tiny", "linear_net"})

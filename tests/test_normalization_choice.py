@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from passes.remove_bias import RemoveBias
 from vfx.api import layers, merge, trace
 from vfx.choice import FOLDS
+from vfx.data import digits
 from vfx.errors import ArgumentError
 from vfx.judge import EVERY, Judge, Score
-from vfx.models import digits, fit
+from vfx.models import fit
 from vfx.normalize.catalogue import BEHIND, METHODS, Normalization
 from vfx.normalize.choice import best_removal, removals
 from vfx.statistics.data import Batches, Prepared

@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vfx
+import vfx.data
 import vfx.models
-from vfx.models import digits, vgg16, vit_tiny
+from vfx.data import digits
+from vfx.models import vgg16, vit_tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in ROOT.glob("**/README.md") if not any(part[0] == "." for part in path.parts[1:]))
@@ -72,7 +74,7 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest
     for seed in (0, 1):
         save_file(_net(seed).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")
     few = [tensor[:16] for tensor in digits()]
-    monkeypatch.setattr(vfx.models, "digits", lambda: few)
+    monkeypatch.setattr(vfx.data, "digits", lambda size=32: few)
     monkeypatch.setattr(vfx.models, "vgg16", lambda width, in_channels: _net(0))
     names = _readers_names()
     for block in re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL):

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import vfx
 from vfx.api import compare, merge, prune, prune_structured, repair, trace
 from vfx.choice import MARGIN, best
+from vfx.data import digits
 from vfx.errors import ArgumentError
 from vfx.judge import EVERY, LIMIT, Judge, Score
 from vfx.match.partial import PartialMatching
 from vfx.match.transport import OptimalTransport
-from vfx.models import digits, fit, vgg16_bn
+from vfx.models import fit, vgg16_bn
 from vfx.statistics.data import Batches, Prepared
 
 X = images(48, 8, dtype=torch.float64)

@@ -20,9 +20,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vfx.api import Result, collect, layers, merge, profile, trace
+from vfx.data import digits
 from vfx.emit.files import export, load
 from vfx.files import make_folder, write_atomic
-from vfx.models import accuracy, digits, fit, predict, vgg16
+from vfx.models import accuracy, fit, predict, vgg16
 from vfx.statistics.collect import Statistics
 
 PRESERVED = (0, 3, 6, 8, 12)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import check_outputs, data_of, examples_of, labelled, load_all, load_network, optional
+from vfx.cli.inputs import check_outputs, data_of, examples_of, load_all, load_network, optional
 from vfx.cli.options import Arguments, Data, Entry, Inputs, Json, Model, Samples, Seed
 from vfx.files import check_writable, write_atomic
 
@@ -40,7 +40,7 @@ def diagnose(
         network,
         load_all(references, model, arguments, entry),
         examples,
-        data=data_of(data, examples),
+        data=data_of(data, examples, model),
         match=optional(match),
         max_samples=max_samples,
         seed=seed,
@@ -82,8 +82,8 @@ def barrier(
     found = run(
         load_all(checkpoints, model, arguments, entry),
         examples,
-        data=data_of(data, examples),
-        evaluate=labelled(evaluate or data, examples),
+        data=data_of(data, examples, model),
+        evaluate=data_of(evaluate or data, examples, model, "test"),
         match=optional(match),
         normalize=[optional(name) for name in normalize.split(",")] if normalize else None,
         points=points,

@@ -121,20 +121,11 @@ def _example(text: str, generator: torch.Generator) -> Tensor:
         ) from error
 
 
-def data_of(source: str | None, inputs: Call, labels: bool = False) -> Any:
-    """Calibration inputs: a tensor, or batches by the names of the keyword arguments; with their labels if wanted."""
-    if source is None:
-        return None
-    if source == "digits":
-        from vfx.models import digits
+def data_of(source: str | None, inputs: Call, model: str = "", part: str = "train") -> Any:
+    """Batches of what ``source`` names, labels behind the inputs where it has any; None for none."""
+    from vfx.data.catalogue import read
 
-        images, classes = digits()[:2]
-        return list(zip(images.split(128), classes.split(128))) if labels else images
-    from vfx.statistics.files import read_batches, read_inputs, read_labelled
-
-    if inputs.kwargs:
-        return read_batches(Path(source), list(inputs.kwargs))
-    return read_labelled(Path(source)) if labels else read_inputs(Path(source))
+    return None if source is None else read(source, part=part, example_inputs=inputs, model=model)
 
 
 def normalization_of(method: str, layers: list[str] | None, memory_limit: int | None, **options: Any) -> Any:
@@ -175,19 +166,6 @@ def match_of(match: str, count: int | None, data: str | None) -> Any:
     if count is None or optional(match) is None:
         return optional(match)
     return FirstLayers(match if match != "auto" else "activation" if data else "weight", count)
-
-
-def labelled(source: str | None, inputs: Call, train: bool = False) -> Any:
-    """Batches with their class labels where the source has them, else as for calibration."""
-    if source == "digits":
-        from vfx.models import digits
-
-        return [tuple(digits()[:2] if train else digits()[2:])]
-    if source is None or inputs.kwargs:
-        return data_of(source, inputs)
-    from vfx.statistics.files import read_labelled
-
-    return read_labelled(Path(source))
 
 
 def sparsity_of(texts: list[str] | None) -> float | dict[str, float] | None:

@@ -42,8 +42,9 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="Calibration inputs: .npz, .npy, .safetensors or .pt file (arrays by the names of keyword arguments), or "
-        "'digits'.",
+        help="Calibration inputs: digits, fashion-mnist, mnist:DIR, cifar10:DIR, cifar100:DIR, folder:DIR (images), "
+        "text:FILE, an .npz, .npy, .safetensors or .pt file (arrays, by the names of keyword arguments), "
+        "or file.py:loader.",
     ),
 ]
 Outputs = Annotated[

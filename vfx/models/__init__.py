@@ -1,10 +1,9 @@
-"""The papers' networks, small enough to train on two cores, the training loop, offline digits and text."""
+"""The papers' networks, small enough to train on two cores, and the training loop."""
 
 from collections.abc import Callable
 
 from torch import nn
 
-from vfx.models.digits import digits
 from vfx.models.gpt import GPT, gpt_tiny
 from vfx.models.linear import LinearNet, linear_net
 from vfx.models.resnet20 import (
@@ -22,7 +21,6 @@ from vfx.models.resnet20 import (
     resnet32_ln,
     resnet32_plain,
 )
-from vfx.models.text import text
 from vfx.models.training import accuracy, fit, predict
 from vfx.models.vgg import (
     VGG,
@@ -81,7 +79,6 @@ __all__ = [
     "PlainResNet",
     "ViT",
     "accuracy",
-    "digits",
     "fit",
     "gpt_tiny",
     "linear_net",
@@ -96,7 +93,6 @@ __all__ = [
     "resnet32_fixup",
     "resnet32_ln",
     "resnet32_plain",
-    "text",
     "vgg11",
     "vgg11_bn",
     "vgg11_ln",
