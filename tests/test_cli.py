@@ -77,7 +77,7 @@ def test_diagnose_and_barrier(checkpoints: list[str], tmp_path: Path) -> None:
     plot, facts = tmp_path / "b.png", tmp_path / "b.json"
     output = invoke(
         "barrier", *checkpoints, *MODEL, "--data", str(data), "--points", "3", "--normalize", "none", "--match",
-        "weight", "--plot", str(plot), "--json", str(facts),
+        "weight", "--draw", str(plot), "--json", str(facts),
     )  # fmt: skip
     curves = json.loads(facts.read_text())
     assert curves["target"] == "labels"
@@ -175,7 +175,7 @@ def test_compare_writes_table_and_plot(checkpoints: list[str], tmp_path: Path) -
     np.savez(data, inputs=inputs.numpy(), labels=np.arange(24) % 10)
     output = invoke(
         "compare", *checkpoints, *MODEL, "--data", str(data), "-g", "preserve=0,3", "-g", "normalize=none,reset",
-        "--no-latency", "--plot", str(plot), "--json", str(report),
+        "--no-latency", "--draw", str(plot), "--json", str(report),
     )  # fmt: skip
     names = [point["name"] for point in json.loads(report.read_text())["points"]]
     assert names[3:] == [f"preserve={p}, normalize={n}" for p in (0, 3) for n in ("None", "reset")]

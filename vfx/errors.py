@@ -52,7 +52,15 @@ class CheckpointError(VfxError):
     """A file cannot be read safely or is not what its name says."""
 
 
-class CheckpointNote(UserWarning):
+class VfxNote(UserWarning):
+    """Base class of what vfx says beside a result: the command line shows each as a line."""
+
+
+class UncorrectedNote(VfxNote):
+    """A network was merged or pruned without data, so nothing was done about what that costs."""
+
+
+class CheckpointNote(VfxNote):
     """What a reader chose, stripped, left out or cast in a checkpoint that does not hold a network's tensors alone."""
 
 

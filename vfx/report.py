@@ -14,16 +14,20 @@ from rich.table import Table
 
 from vfx.analyse.cost import Profile
 from vfx.match.matcher import Matching
+from vfx.progress import stage as say
 
 
 class Stopwatch:
-    """Seconds spent in each named stage."""
+    """Seconds spent in each named stage, which is said where ``progress`` is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: bool = True) -> None:
         self.seconds: dict[str, float] = {}
+        self._progress = progress
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        if self._progress and stage not in self.seconds:
+            say(stage)
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

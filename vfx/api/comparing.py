@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import nll_loss
 
+from vfx import __version__
 from vfx.analyse.cost import Profile, cost
 from vfx.api.merging import merge
 from vfx.api.pruning import prune, prune_structured
 from vfx.api.results import Result
+from vfx.api.sharing import SharedStatistics
 from vfx.api.tracing import program_of
 from vfx.arguments import check_names, checked
+from vfx.diagnosis.cells import Cells, identity
 from vfx.diagnosis.comparison import Comparison, Point
-from vfx.diagnosis.observe import class_axis, first_output
+from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilities
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.program import Program
-from vfx.progress import track
+from vfx.progress import stage, track
 from vfx.statistics.data import Batches, reusable
-from vfx.statistics.labels import PADDING, check_classes
+from vfx.statistics.labels import PADDING
 
 RUNS = 5  # of a batch, whose median time counts
 Values = Any  # one value of an option, or a list of them
@@ -41,6 +47,7 @@ def compare(
     max_samples: int | None = None,
     device: Any = None,
     progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Comparison:
     """Merge networks (or prune one) in every way of a grid, and hold what comes out side by side.
@@ -50,7 +57,8 @@ def compare(
     values; the default is a small grid of ``preserve`` and ``solve``, or of ``sparsity``. ``data`` calibrates,
     ``evaluate`` (batches, with labels behind the inputs) measures; without labels the figure is the agreement with the
     ensemble of the edges, or with the dense network. ``options``: given to every call. What cannot be made is listed
-    with its error.
+    with its error. Statistics that several merges read are collected once. ``resume``: a JSON file in which each
+    finished network is kept; those that it holds already are not made again.
     Raises ArgumentError, DataError, CaptureError.
 
     Example: ``vfx.compare([a, b], x, data=loader, evaluate=test, grid={"preserve": [0, 4, 8]})``.
@@ -67,15 +75,35 @@ def compare(
     points = judge.references(whole, single)
     given = len(points)
     shared = {"data": data, "max_samples": max_samples, "device": device, "progress": False} | options
-    for chosen in track(combinations, "compare", len(combinations), progress):
-        name = ", ".join(f"{key}={value}" for key, value in chosen.items()) or "default"
-        try:
-            result = make(edges, example_inputs, **shared | chosen)
-        except (ArgumentError, DataError, PassError, VerificationError) as error:
-            points.append(Point(name, chosen, None, float("nan"), float("nan"), error=str(error)))
-            continue
-        points.append(judge.point(name, chosen, result, whole, latency))
+    cells = None if resume is None else Cells(resume, judge.identity(data, options | {"max_samples": max_samples}))
+    names = [", ".join(f"{key}={value}" for key, value in chosen.items()) or "default" for chosen in combinations]
+    todo = [chosen for name, chosen in zip(names, combinations) if cells is None or cells.get(name) is None]
+    once = None if single else SharedStatistics(edges, [shared | chosen for chosen in todo])
+    for name, chosen in track(list(zip(names, combinations)), "compare", len(names), progress):
+        if progress:
+            stage(name)
+        point = None if cells is None else cells.get(name)
+        if point is None:
+            point = _cell(make, edges, example_inputs, name, chosen, shared, once, judge, whole, latency)
+            if cells is not None:
+                cells.keep(point)
+        points.append(point)
     return Comparison(tuple(points), judge.target, judge.samples, given, whole.unknown_ops)
+
+
+def _cell(
+    make: Callable[..., Result], edges: Program, example_inputs: Any, name: str, chosen: dict[str, Any],
+    shared: dict[str, Any], once: SharedStatistics | None, judge: _Judge, whole: Profile, latency: bool,
+) -> Point:  # fmt: skip
+    """One network made and measured, or why it cannot be made."""
+    start = time.perf_counter()
+    try:
+        given = {} if once is None else once.given(shared | chosen)
+        result = make(edges, example_inputs, **shared | chosen | given)
+    except (ArgumentError, DataError, PassError, VerificationError) as error:
+        return Point(name, chosen, None, float("nan"), float("nan"), error=str(error))
+    seconds = time.perf_counter() - start
+    return replace(judge.point(name, chosen, result, whole, latency), seconds=seconds)
 
 
 def _merging(grid: Mapping[str, Values] | None) -> tuple[Callable[..., Result], list[dict[str, Any]]]:
@@ -117,26 +145,30 @@ class _Judge:
     @torch.no_grad()
     def _check_labels(self) -> None:
         for index, (batch, labels) in enumerate(zip(self.batches, self.wanted)):
-            output = _output(self.edges(*batch))
-            axis = class_axis(output)
-            shape = (*output.shape[:axis], *output.shape[axis + 1 :])
-            if labels.shape != shape:
-                raise DataError(
-                    f"batch {index} has labels of shape {tuple(labels.shape)}; the outputs take one class for each of "
-                    f"{shape}"
-                )
-            check_classes(labels, output.shape[axis])
+            check_labels(labels, _scores(self.edges(*batch)), index)
 
+    @torch.no_grad()
     def references(self, whole: Profile, single: bool) -> list[Point]:
         """The networks that all is made from, and their ensemble."""
         count = self.edges.edges
         names = ["dense"] if single else [f"edge {edge}" for edge in range(count)]
-        points = [Point(n, {}, self.accuracy(self.edges.select(i)), 1.0, 1.0, 1.0) for i, n in enumerate(names)]
+        points = []
+        for index, name in enumerate(names):
+            accuracy, loss = self.measured(self._probabilities([index]))
+            points.append(Point(name, {}, accuracy, 1.0, 1.0, 1.0, loss=loss))
         if count > 1:
-            right = sum(int((a == b).sum()) for a, b in zip(self._ensemble(), self.wanted))
-            points.append(Point("ensemble", {}, right / self._decisions, float(count), float(count), float(count)))
+            accuracy, loss = self.measured(self._probabilities(range(count)))
+            points.append(Point("ensemble", {}, accuracy, float(count), float(count), float(count), loss=loss))
         return points
 
+    def identity(self, data: Any, options: Mapping[str, Any]) -> str:
+        """What is compared: the edges, the first calibration batch, all that is measured on, options and version."""
+        first = [] if data is None else next(iter(Batches(self.edges, data)))
+        weights = [x for edge in self.edges.weights for x in edge.values()]
+        measured = [x for batch in self.batches for x in batch]
+        return identity([*weights, *first, *measured, *self.wanted], options, __version__)
+
+    @torch.no_grad()
     def point(self, name: str, options: Mapping[str, Any], result: Result, whole: Profile, latency: bool) -> Point:
         ratio = cost(result.program).ratio(whole)
         params = ratio["params"]
@@ -147,29 +179,31 @@ class _Judge:
         seconds = self._seconds(result.program) / self.seconds if latency else None
         share = ratio["flops"] if flops is None else flops / max(whole.flops, 1)
         outcome = str(getattr(result.report, "outcome", ""))
-        return Point(name, options, self.accuracy(result.program), params, share, seconds, outcome)
+        found = (log_probabilities(_scores(result.program(*batch))) for batch in self.batches)
+        accuracy, loss = self.measured(found)
+        return Point(name, options, accuracy, params, share, seconds, outcome, loss=loss)
 
-    @torch.no_grad()
-    def accuracy(self, program: Program) -> float:
-        """The share of right decisions."""
-        right = sum(
-            int((_decisions(program(*batch)) == wanted.to(batch[0].device)).sum())
-            for batch, wanted in zip(self.batches, self.wanted)
-        )
-        return right / self._decisions
+    def measured(self, found: Iterable[Tensor]) -> tuple[float, float | None]:
+        """The share of right decisions and, with labels, the mean cross-entropy of each batch's log-probabilities."""
+        right, loss = 0, 0.0
+        for scores, labels in zip(found, self.wanted):
+            wanted = labels.to(scores.device)
+            right += int((scores.argmax(1) == wanted).sum())
+            loss += float(nll_loss(scores, wanted, reduction="sum", ignore_index=PADDING))
+        return right / self._decisions, loss / self._decisions if self.target == "labels" else None
 
     @property
     def _decisions(self) -> int:
         return max(sum(int((x != PADDING).sum()) for x in self.wanted), 1)
 
-    @torch.no_grad()
     def _ensemble(self) -> list[Tensor]:
-        found = []
+        return [scores.argmax(1) for scores in self._probabilities(range(self.edges.edges))]
+
+    def _probabilities(self, members: Sequence[int]) -> Iterator[Tensor]:
+        """The logarithm of the edges' mean probabilities on each batch."""
         for batch in self.batches:
-            outputs = [_output(self.edges(*batch, edge=edge)).double() for edge in range(self.edges.edges)]
-            axis = class_axis(outputs[0])
-            found.append(torch.stack([x.softmax(axis) for x in outputs]).sum(0).argmax(axis))
-        return found
+            outputs = [log_probabilities(_scores(self.edges(*batch, edge=edge))) for edge in members]
+            yield outputs[0] if len(outputs) == 1 else torch.stack([x.exp() for x in outputs]).mean(0).log()
 
     @torch.no_grad()
     def _seconds(self, program: Program) -> float:
@@ -183,13 +217,5 @@ class _Judge:
         return statistics.median(times)
 
 
-def _decisions(output: Any) -> Tensor:
-    found = _output(output)
-    return found.argmax(class_axis(found))
-
-
-def _output(result: Any) -> Tensor:
-    found = first_output(result)
-    if found is None or found.ndim < 2:
-        raise ArgumentError("compare reads decisions from outputs (N, classes, …); this network gives none")
-    return found
+def _scores(output: Any) -> Tensor:
+    return class_scores(output, "compare")

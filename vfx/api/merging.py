@@ -113,7 +113,7 @@ def merge(
     ``outputs`` (those that count): as for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(progress)
     models, references = plain_models(models), plain_models(references)
     data = reusable(data)
     solving = Solving(solve, follow, follow_edge, judge)
@@ -253,13 +253,16 @@ def gathered(
         missing = "data=" if runs else "data= or statistics="
         raise ArgumentError(f"{who} needs {missing}; match='weight' and normalize=None do without")
     if given is None and reads:
-        asks = {name: name in reads for name in READS}
-        asks["within"] |= finder is not None and (
-            not finder.exact or ("layers" in reads and maps_layers(finder, facts))
-        )
-        given = collect_statistics(program, facts, data, **asks, **options)
+        given = collect_statistics(program, facts, data, **asks_of(reads, finder, facts), **options)
     check_statistics(given, reads, asked)
     return given
+
+
+def asks_of(reads: Sequence[str], finder: Matcher | None, facts: Symmetry) -> dict[str, bool]:
+    """What ``collect`` is asked for, so that ``reads`` are there for a matcher."""
+    asks = {name: name in reads for name in READS}
+    asks["within"] |= finder is not None and (not finder.exact or ("layers" in reads and maps_layers(finder, facts)))
+    return asks
 
 
 def grown(

@@ -82,7 +82,7 @@ def prune(
     *Vanishing Feature* §5.5, App. A.7.
     Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(progress)
     if scope == "group" or structured is not None:
         check_names("structured=", prune_structured, structured or {})
         return _whole_channels(
@@ -219,7 +219,7 @@ def prune_structured(
     ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(progress)
     if method not in ("remove", "fold"):
         raise ArgumentError(f"method={method!r} is unknown; choose 'remove' or 'fold'")
     data = reusable(data)

@@ -56,7 +56,7 @@ def repair(
     (towards the references' outputs), None, or "auto": what does best on held-out samples, where no method is named.
     ``method``: as ``normalize`` of ``merge``, of those that read data.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(progress)
     data = reusable(data)
     target = model.module if isinstance(model, Result) else model
     # a graph returns those alone that were chosen; the user's own class still returns all

@@ -66,11 +66,13 @@ class Restoring:
         folds = trials(self.dense, [1.0], self.data, self.judge, self.options)
         networks: dict[str, list[Program]] = {NOTHING: [self.pruned] * len(folds)}
         if any(way.startswith(SOLVED) for way in ways):
-            networks[SOLVED] = [self._solved(f.fit, Stopwatch(), max_samples=None, progress=False) for f in folds]
+            networks[SOLVED] = [self._solved(f.fit, Stopwatch(False), max_samples=None, progress=False) for f in folds]
         for way in ways:
             if way not in networks:
                 start = networks[SOLVED if way.startswith(SOLVED) else NOTHING]
-                networks[way] = [self._normalized(n, f.fit, Stopwatch(), verify=False) for n, f in zip(start, folds)]
+                networks[way] = [
+                    self._normalized(n, f.fit, Stopwatch(False), verify=False) for n, f in zip(start, folds)
+                ]
         scores = {way: joined([f.judge(network) for f, network in zip(folds, networks[way])]) for way in ways}
         return scores, label_notes(folds)
 

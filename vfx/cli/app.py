@@ -5,54 +5,82 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from typing import TextIO
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from vfx.errors import CheckpointNote, VfxError
+from vfx.errors import VfxError, VfxNote
+from vfx.progress import show
 
-DEBUG = "--debug"
+DEBUG, QUIET = "--debug", "--quiet"  # wherever they stand
 
 app = typer.Typer(
-    help="Merge and prune trained networks without retraining. With --debug an error shows its whole origin.",
+    help="Merge and prune trained networks without retraining. Everywhere: --quiet leaves stages and notes away, "
+    "--debug shows the whole origin of an error.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from vfx import __version__
+
+        print(f"vfx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """What stands before a command; its help is the application's."""
+
+
 def main() -> None:
-    """Entry point: vfx's own errors end with a message, and its notes are a line each.
+    """Entry point: vfx's own errors end with a message of one line, and its notes are a line each.
 
     With ``--debug`` an error shows what torch printed as well, and a traceback.
     """
-    debug = DEBUG in sys.argv
+    debug, quiet = DEBUG in sys.argv, QUIET in sys.argv
+    show("nothing" if quiet else "bars" if sys.stderr.isatty() else "lines")
     others = warnings.showwarning
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, CheckpointNote):
-            Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"note: {message}")
-        else:
-            others(message, category, filename, lineno, file, line)
+    def note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, VfxNote):
+            others(message, category, *place, **more)
+        elif not quiet:
+            print(f"note: {message}", file=sys.stderr)
 
-    warnings.showwarning = show
+    warnings.showwarning = note
     try:
-        app([text for text in sys.argv[1:] if text != DEBUG], prog_name="vfx")
+        app([text for text in sys.argv[1:] if text not in (DEBUG, QUIET)], prog_name="vfx")
     except VfxError as error:
         if debug:
             print(getattr(error, "details", ""), file=sys.stderr)
             traceback.print_exception(error)
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        Console(stderr=True, soft_wrap=True, markup=False).print(str(error))
+        _say(f"{type(error).__name__}: ", str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        _stopped()
+    except SystemExit as stop:  # typer's own answer to Ctrl-C says nothing
+        if stop.code == 130:
+            _stopped()
+        raise
     finally:
         warnings.showwarning = others
+
+
+def _stopped() -> None:
+    _say("Stopped: ", "no file was left half written; those named as written are whole")
+    sys.exit(130)
+
+
+def _say(title: str, text: str) -> None:
+    bold, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{bold}{title}{plain}{text}", file=sys.stderr)

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import check_outputs, data_of, examples_of, load_all, load_network, optional
-from vfx.cli.options import Arguments, Data, Entry, Inputs, Json, Model, Samples, Seed
-from vfx.files import check_writable, write_atomic
+from vfx.cli.inputs import data_of, examples_of, load_all, load_network, optional, required
+from vfx.cli.options import Arguments, Csv, Data, Draw, Entry, Inputs, Json, Model, Samples, Seed
+from vfx.cli.results import check_outputs, put, tell
+from vfx.files import check_writable
 
 
 @app.command()
@@ -18,15 +19,15 @@ def diagnose(
     checkpoint: Annotated[Path, typer.Argument(help="The merged network: a state dict of the model, or .pt2.")],
     references: Annotated[list[Path], typer.Argument(help="State dicts of the edges.")],
     model: Model,
-    inputs: Inputs,
-    data: Data,
+    inputs: Inputs = [],  # noqa: B006
+    data: Data = None,
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     match: Annotated[str, typer.Option(help="Align the edges first: auto, none, weight or activation.")] = "auto",
     max_samples: Samples = None,
     seed: Seed = 0,
     html: Annotated[Path | None, typer.Option(help="Write one page with figures and table.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    csv: Csv = None,
     report: Json = None,
 ) -> None:
     """Where a merged network lost its edges' features, and what to try."""
@@ -35,29 +36,30 @@ def diagnose(
     check_outputs(None, html, csv, report)
     whole = checkpoint.suffix.lower() == ".pt2"
     network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments, entry)[0]
-    examples = examples_of(inputs)
+    examples = examples_of(inputs, model)
     found = run(
         network,
         load_all(references, model, arguments, entry),
         examples,
-        data=data_of(data, examples, model),
+        data=data_of(required(data), examples, model),
         match=optional(match),
         max_samples=max_samples,
         seed=seed,
     )
-    print(found)
-    for path, write in ((html, found.to_html), (csv, found.to_csv), (report, found.to_json)):
-        if path is not None:
-            write(path)
-            print(f"wrote {path}")
+    tell(found, csv, report)
+    if html is not None:
+        found.to_html(html)
+        tell(f"wrote {html}", csv, report)
+    put(csv, found.to_csv)
+    put(report, found.to_json)
 
 
 @app.command()
 def barrier(
     checkpoints: Annotated[list[Path], typer.Argument(help="Two state dicts.")],
     model: Model,
-    inputs: Inputs,
-    data: Data,
+    inputs: Inputs = [],  # noqa: B006
+    data: Data = None,
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     evaluate: Annotated[
@@ -68,7 +70,7 @@ def barrier(
     points: Annotated[int, typer.Option(help="Values of alpha, both ends among them.")] = 11,
     max_samples: Samples = None,
     seed: Seed = 0,
-    plot: Annotated[Path | None, typer.Option(help="Write the curves as PNG.")] = None,
+    draw: Draw = None,
     report: Json = None,
 ) -> None:
     """Accuracy and loss on the line between two networks, before and after alignment and normalization."""
@@ -76,13 +78,13 @@ def barrier(
     from vfx.diagnosis.figures import png
 
     check_outputs(None, report)
-    if plot is not None:
-        check_writable(plot, (".png",))
-    examples = examples_of(inputs)
+    if draw is not None:
+        check_writable(draw, (".png",))
+    examples = examples_of(inputs, model)
     found = run(
         load_all(checkpoints, model, arguments, entry),
         examples,
-        data=data_of(data, examples, model),
+        data=data_of(required(data), examples, model),
         evaluate=data_of(evaluate or data, examples, model, "test"),
         match=optional(match),
         normalize=[optional(name) for name in normalize.split(",")] if normalize else None,
@@ -90,10 +92,6 @@ def barrier(
         max_samples=max_samples,
         seed=seed,
     )
-    print(found)
-    if plot is not None:
-        write_atomic(plot, png(found.figure()))
-        print(f"wrote {plot}")
-    if report is not None:
-        found.to_json(report)
-        print(f"wrote {report}")
+    tell(found, report)
+    put(draw, lambda: png(found.figure()))
+    put(report, found.to_json)

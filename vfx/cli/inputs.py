@@ -1,53 +1,21 @@
-"""What the command line's texts stand for: networks, samples, data, choices; and the results written."""
+"""What the command line's texts stand for: networks, samples, data and choices.
+
+Nothing heavy is imported before a command runs: a wrong option is answered at once.
+"""
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from vfx.address import option
+from vfx.errors import ArgumentError
 
-from vfx.errors import ArgumentError, VfxError
-from vfx.files import check_writable, write_atomic
-from vfx.normalize.catalogue import Normalization
-from vfx.signature import Call
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
-
-def check_outputs(out: list[Path] | None, *others: Path | None, rebuilt: str = "") -> None:
-    """Raise, before any work, unless every network (``out``) and every other file can be written to a place of its own.
-
-    ``rebuilt``: what makes the network one that no class of the user's has, and so no .safetensors file.
-    """
-    from vfx.emit.files import FORMATS, no_class
-
-    paths = [*(out or ()), *(path for path in others if path is not None)]
-    for index, path in enumerate(paths):
-        check_writable(path, FORMATS if index < len(out or ()) else ())
-        if path.suffix.lower() == ".safetensors" and rebuilt:
-            raise no_class(path, rebuilt)
-        if path.resolve() in [one.resolve() for one in paths[:index]]:
-            raise ArgumentError(f"{path} is named twice among the files to write")
-
-
-def finish(result: Any, out: list[Path] | None, report: Path | None) -> None:
-    """Print the report and write all that can be written; what cannot is said at the end."""
-    from vfx.emit.files import export as write
-
-    print(result.report)
-    failures: list[VfxError] = []
-    for path in out or ():
-        try:
-            print(f"wrote {write(result, path)}")
-        except VfxError as error:
-            failures.append(error)
-    if report is not None:
-        write_atomic(report, result.report.to_json())
-        print(f"wrote {report}")
-    if failures:
-        raise type(failures[0])("; ".join(str(error) for error in failures))
+    from vfx.signature import Call
 
 
 def cut_of(text: str) -> int | str:
@@ -56,28 +24,10 @@ def cut_of(text: str) -> int | str:
 
 
 def construct(model: str, arguments: list[str]) -> nn.Module:
-    """Call the constructor that the user names."""
-    module, separator, name = model.partition(":")
-    if not separator:
-        raise ArgumentError(f"--model {model!r} must be module:name, e.g. vfx.models:vgg16")
-    try:
-        constructor = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"--model {model!r} cannot be imported: {error}") from error
-    network = constructor(**dict(argument(text) for text in arguments))
-    if not isinstance(network, nn.Module):
-        raise ArgumentError(f"--model {model!r} gave {type(network).__name__}, not a torch.nn.Module")
-    return network
+    """The network that ``--model`` names, built with the options of ``--arg``."""
+    from vfx.models.named import build
 
-
-def argument(text: str, option: str = "--arg") -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise ArgumentError(f"{option} {text!r} must be key=value")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    return build(model, dict(option(text, "--arg") for text in arguments))
 
 
 def load_network(path: Path) -> nn.Module:
@@ -87,13 +37,34 @@ def load_network(path: Path) -> nn.Module:
 
 
 def load_all(paths: list[Path], model: str, arguments: list[str], entry: str | None = None) -> list[nn.Module]:
+    """A network for each checkpoint; of a directory the file of weights in it."""
     from vfx.emit.files import load
 
-    return [load(path, construct(model, arguments), entry=entry) for path in paths]
+    return [load(weights_in(path), construct(model, arguments), entry=entry) for path in paths]
 
 
-def examples_of(texts: list[str]) -> Call:
-    """The call of forward that ``--input`` describes, with random values."""
+def weights_in(path: Path) -> Path:
+    """The file of weights in a Hugging Face directory; another path as it is. Raises ArgumentError."""
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    if found := sorted(path.glob("*.index.json")):
+        raise ArgumentError(f"{path} holds its weights in several files ({found[0].name}); save them in one file")
+    raise ArgumentError(f"{path} is a directory without model.safetensors or pytorch_model.bin; name a file in it")
+
+
+def examples_of(texts: list[str], model: str = "") -> Call:
+    """The call of forward that ``--input`` describes, with random values; without it what ``model`` usually takes."""
+    import torch
+
+    from vfx.signature import Call
+
+    if not texts:
+        from vfx.models.named import usual_inputs
+
+        texts = usual_inputs(model)
     generator = torch.Generator().manual_seed(0)
     args: list[Tensor] = []
     kwargs: dict[str, Tensor] = {}
@@ -108,6 +79,8 @@ def examples_of(texts: list[str]) -> Call:
 
 def _example(text: str, generator: torch.Generator) -> Tensor:
     """Two samples of a shape: normal numbers, integers below a bound (``16:1000``) or ones (``16:ones``)."""
+    import torch
+
     shape, _, kind = text.lower().partition(":")
     try:
         size = (2, *(int(part) for part in shape.split("x") if shape))
@@ -121,7 +94,16 @@ def _example(text: str, generator: torch.Generator) -> Tensor:
         ) from error
 
 
-def data_of(source: str | None, inputs: Call, model: str = "", part: str = "train") -> Any:
+def required(source: str | None) -> str:
+    """The data that a command cannot do without. Raises ArgumentError."""
+    if source is None:
+        raise ArgumentError(
+            "--data is missing: the networks are measured on inputs, e.g. -d folder:photos or -d digits"
+        )
+    return source
+
+
+def data_of(source: str | None, inputs: Call | None, model: str = "", part: str = "train") -> Any:
     """Batches of what ``source`` names, labels behind the inputs where it has any; None for none."""
     from vfx.data.catalogue import read
 
@@ -130,6 +112,8 @@ def data_of(source: str | None, inputs: Call, model: str = "", part: str = "trai
 
 def normalization_of(method: str, layers: list[str] | None, memory_limit: int | None, **options: Any) -> Any:
     """The normalization that the options describe; numbers among the layers are numbers."""
+    from vfx.normalize.catalogue import Normalization
+
     if optional(method) is None:
         return None
     chosen = [int(one) if one.isdigit() else one for one in layers] if layers else None
@@ -145,16 +129,22 @@ def grid_of(texts: list[str] | None) -> dict[str, list[Any]] | None:
         name, separator, values = text.partition("=")
         if not (separator and values):
             raise ArgumentError(f"--grid: {text!r} is no name=value,value")
-        parts = [argument(f"{name}={value}", "--grid")[1] for value in values.split(",")]
+        parts = [option(f"{name}={value}", "--grid")[1] for value in values.split(",")]
         found[name] = [optional(part) if isinstance(part, str) else part for part in parts]
     return found
+
+
+def option_values(texts: list[str] | None) -> dict[str, Any]:
+    """``name=value`` for options of merge or prune; "none" is None."""
+    pairs = [option(text, "--set") for text in texts or ()]
+    return {name: optional(value) if isinstance(value, str) else value for name, value in pairs}
 
 
 def budget_of(text: str | None) -> dict[str, float] | None:
     """``name=share`` as a budget; raises ArgumentError."""
     if text is None:
         return None
-    name, value = argument(text, "--budget")
+    name, value = option(text, "--budget")
     if not isinstance(value, (int, float)):
         raise ArgumentError(f"--budget: {text!r} is no name=share, such as flops=0.5")
     return {name: float(value)}

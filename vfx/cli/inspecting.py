@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vfx.cli.app import app
-from vfx.cli.inputs import check_outputs, construct, examples_of
-from vfx.cli.options import Arguments, Entry, Inputs, Json, Model, Outputs, Seed
+from vfx.cli.inputs import construct, examples_of, weights_in
+from vfx.cli.options import Arguments, Csv, Entry, Inputs, Json, Model, Outputs, Seed
+from vfx.cli.results import check_outputs, put, tell
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
 
@@ -18,27 +18,25 @@ from vfx.files import check_writable
 @app.command()
 def profile(
     model: Model,
-    inputs: Inputs,
+    inputs: Inputs = [],  # noqa: B006
     arguments: Arguments = [],  # noqa: B006
-    csv: Annotated[Path | None, typer.Option(help="Write the rows as CSV.")] = None,
+    csv: Csv = None,
     report: Json = None,
 ) -> None:
     """Parameters, MACs, FLOPs and memory of each layer."""
     from vfx import api
 
     check_outputs(None, csv, report)
-    table = api.profile(construct(model, arguments), examples_of(inputs))
-    Console().print(str(table), soft_wrap=True, highlight=False, markup=False)
-    if csv is not None:
-        table.to_csv(csv)
-    if report is not None:
-        table.to_json(report)
+    table = api.profile(construct(model, arguments), examples_of(inputs, model))
+    tell(table, csv, report)
+    put(csv, table.to_csv)
+    put(report, table.to_json)
 
 
 @app.command()
 def symmetry(
     model: Model,
-    inputs: Inputs,
+    inputs: Inputs = [],  # noqa: B006
     arguments: Arguments = [],  # noqa: B006
     outputs: Outputs = None,
     verify: Annotated[bool, typer.Option(help="Check the groups numerically in float64.")] = True,
@@ -52,8 +50,8 @@ def symmetry(
 
     if draw is not None:
         check_writable(draw, DRAWINGS)
-    found = api.symmetry(construct(model, arguments), examples_of(inputs), outputs=outputs or None)
-    Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
+    found = api.symmetry(construct(model, arguments), examples_of(inputs, model), outputs=outputs or None)
+    print(found)
     if verify:
         print(f"verified: relative error {found.verify(seed, classes=classes):.1e} (float64, random group elements)")
     if draw is not None:
@@ -61,19 +59,19 @@ def symmetry(
 
 
 @app.command()
-def layers(model: Model, inputs: Inputs, arguments: Arguments = []) -> None:  # noqa: B006
+def layers(model: Model, inputs: Inputs = [], arguments: Arguments = []) -> None:  # noqa: B006
     """Numbered conv and linear layers, shortcuts, and the joins of each cut."""
     from vfx import api
 
-    print(api.layers(construct(model, arguments), examples_of(inputs)))
+    print(api.layers(construct(model, arguments), examples_of(inputs, model)))
 
 
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the model, or a .pt2 network.")],
     out: Annotated[list[Path], typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")],
-    inputs: Inputs,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor as module:name.")] = None,
+    inputs: Inputs = [],  # noqa: B006
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor, as for the other commands.")] = None,
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
 ) -> None:
@@ -84,9 +82,9 @@ def export(
     check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix.lower() == ".pt2" else "")
     if model is None and checkpoint.suffix.lower() != ".pt2":
         raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
-    network = load(checkpoint, construct(model, arguments) if model else None, entry=entry)
+    network = load(weights_in(checkpoint), construct(model, arguments) if model else None, entry=entry)
     for path in out:
-        print(f"wrote {write(network, path, examples_of(inputs))}")
+        print(f"wrote {write(network, path, examples_of(inputs, model or ''))}")
 
 
 @app.command()

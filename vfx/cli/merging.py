@@ -1,4 +1,4 @@
-"""``vfx merge``, ``vfx compare`` and ``vfx repair``."""
+"""``vfx merge`` and ``vfx repair``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import typer
 
 from vfx.cli.app import app
 from vfx.cli.inputs import (
-    check_outputs,
     cut_of,
     data_of,
     examples_of,
-    finish,
     floats,
-    grid_of,
     load_all,
     match_of,
     normalization_of,
     optional,
+    required,
 )
 from vfx.cli.options import (
     Arguments,
@@ -27,6 +25,7 @@ from vfx.cli.options import (
     Data,
     Device,
     Entry,
+    Evaluate,
     Inputs,
     Json,
     Match,
@@ -42,17 +41,18 @@ from vfx.cli.options import (
     Sweep,
     Verify,
 )
-from vfx.files import check_writable, write_atomic
+from vfx.cli.results import check_outputs, evaluated, finish
 
 
 @app.command()
 def merge(
     checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts: .safetensors, .pt or .pth.")],
     model: Model,
-    inputs: Inputs,
+    inputs: Inputs = [],  # noqa: B006
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     data: Data = None,
+    evaluate: Evaluate = None,
     match: Match = "auto",
     restarts: Annotated[int, typer.Option(help="Further runs of weight, activation, c2m3 or ste.")] = 0,
     solve: Solve = "auto",
@@ -96,7 +96,8 @@ def merge(
 
     kept = [f"{name}={value}" for name, value in (("preserve", preserve), ("heads", heads)) if cut_of(value) != 0]
     check_outputs(out, report, rebuilt=f"a network with a branch for each edge ({', '.join(kept)})" if kept else "")
-    edges, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs)
+    edges, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
+    judging = data_of(evaluate, examples, model, "test")
     asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
     result = api.merge(
         edges,
@@ -123,53 +124,7 @@ def merge(
         seed=seed,
         device=device,
     )
-    finish(result, out, report)
-
-
-@app.command()
-def compare(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts to merge, or one to prune.")],
-    model: Model,
-    inputs: Inputs,
-    arguments: Arguments = [],  # noqa: B006
-    entry: Entry = None,
-    data: Data = None,
-    evaluate: Annotated[
-        str | None, typer.Option(help="What is measured on, with labels if it has any; like --data (the default).")
-    ] = None,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option("--grid", "-g", help="Values to try of an option of merge or prune: preserve=0,4,8; repeatable."),
-    ] = None,
-    latency: Annotated[bool, typer.Option(help="Time a batch of each network, too.")] = True,
-    max_samples: Samples = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against parameters (.png).")] = None,
-    report: Json = None,
-) -> None:
-    """Merge checkpoints (or prune one) in every way of a grid, side by side."""
-    from vfx import api
-    from vfx.diagnosis.figures import png
-
-    check_outputs(None, report)
-    if plot is not None:
-        check_writable(plot, (".png",))
-    networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs)
-    found = api.compare(
-        networks if len(networks) > 1 else networks[0],
-        examples,
-        data=data_of(data, examples, model),
-        evaluate=data_of(evaluate, examples, model, "test"),
-        grid=grid_of(grid),
-        latency=latency,
-        max_samples=max_samples,
-    )
-    print(found)
-    if report is not None:
-        found.to_json(report)
-        print(f"wrote {report}")
-    if plot is not None:
-        write_atomic(plot, png(found.figure()))
-        print(f"wrote {plot}")
+    finish(result, out, report, evaluated(edges, result, examples, judging, checkpoints))
 
 
 @app.command()
@@ -177,10 +132,11 @@ def repair(
     checkpoint: Annotated[Path, typer.Argument(help="The network to repair.")],
     references: Annotated[list[Path], typer.Argument(help="Networks whose statistics are the goal.")],
     model: Model,
-    inputs: Inputs,
-    data: Data,
+    inputs: Inputs = [],  # noqa: B006
+    data: Data = None,
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
+    evaluate: Evaluate = None,
     solve: Solve = "auto",
     method: Annotated[str, typer.Option(help="auto, repair, rescale, rescale_average, reshift or reset.")] = "auto",
     layers: Chosen = None,
@@ -198,16 +154,17 @@ def repair(
 
     check_outputs(out, report)
     network, *others = load_all([checkpoint, *references], model, arguments, entry)
-    examples = examples_of(inputs)
+    examples = examples_of(inputs, model)
+    judging = data_of(evaluate, examples, model, "test")
     result = api.repair(
         network,
         others,
         examples,
-        data=data_of(data, examples, model),
+        data=data_of(required(data), examples, model),
         solve=optional(solve),
         method=normalization_of(method, layers, memory_limit, site=site, sweep=sweep) or "none",
         match=optional(match),
         max_samples=max_samples,
         seed=seed,
     )
-    finish(result, out, report)
+    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]))

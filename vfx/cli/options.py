@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-from vfx.match.catalogue import MATCHERS
-from vfx.normalize.catalogue import METHODS
+from vfx.cli.names import choices, names_in
 
-
-def choices(*names: str) -> str:
-    """What --help says of an option that takes one of these."""
-    return f"{', '.join(names[:-1])} or {names[-1]}."
-
+_DATA = (
+    "digits, fashion-mnist, mnist:DIR, cifar10:DIR, cifar100:DIR, folder:DIR (images in a folder for each class), "
+    "text:FILE, an .npz, .npy, .safetensors or .pt file (arrays, by the names of keyword arguments), or "
+    "file.py:loader."
+)
+MODELS = "torchvision:NAME, timm:NAME, hf:DIR, vfx:NAME, package.module:factory or ./file.py:factory"
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Constructor as module:name, e.g. torchvision.models:resnet18.")
+    str, typer.Option("--model", "-m", help=f"Constructor: {MODELS}, with options as in vfx:vgg16?width=0.25.")
 ]
 Arguments = Annotated[
     list[str], typer.Option("--arg", "-a", help="Constructor argument key=value (value in JSON), repeatable.")
@@ -34,18 +34,13 @@ Inputs = Annotated[
         "--input",
         "-i",
         help="Shape of one sample, e.g. 3x224x224; name=16:1000 is a keyword argument of integers below 1000 "
-        "(name=16:ones of ones). Repeatable.",
+        "(name=16:ones of ones). Repeatable. Default: what torchvision, timm or the directory says of the model.",
     ),
 ]
-Data = Annotated[
+Data = Annotated[str | None, typer.Option("--data", "-d", help=f"Calibration inputs: {_DATA}")]
+Evaluate = Annotated[
     str | None,
-    typer.Option(
-        "--data",
-        "-d",
-        help="Calibration inputs: digits, fashion-mnist, mnist:DIR, cifar10:DIR, cifar100:DIR, folder:DIR (images), "
-        "text:FILE, an .npz, .npy, .safetensors or .pt file (arrays, by the names of keyword arguments), "
-        "or file.py:loader.",
-    ),
+    typer.Option("--evaluate", help="Measure what comes out, and what went in, on these data; named as for --data."),
 ]
 Outputs = Annotated[
     list[str] | None,
@@ -54,8 +49,8 @@ Outputs = Annotated[
     ),
 ]
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
-Normalize = Annotated[str, typer.Option(help=choices("auto", "none", *METHODS))]
-Repair = Annotated[str, typer.Option(help=choices("auto", "none", *(n for n, one in METHODS.items() if one.data)))]
+Normalize = Annotated[str, typer.Option(help=choices("auto", "none", *names_in("normalize/catalogue.py", "METHODS")))]
+Repair = Annotated[str, typer.Option(help="auto, none, repair, rescale, rescale_average, reshift or reset.")]
 Solve = Annotated[
     str,
     typer.Option(help="Solve every layer by least squares on the data: auto (what does best), least_squares, none."),
@@ -71,9 +66,11 @@ Sweep = Annotated[
 Memory = Annotated[
     int | None, typer.Option(help="Bytes of activations an exact sweep keeps in memory; the rest waits on disk.")
 ]
-Match = Annotated[str, typer.Option(help=choices("auto", "none", *MATCHERS))]
+Match = Annotated[str, typer.Option(help=choices("auto", "none", *names_in("match/catalogue.py", "MATCHERS")))]
 Samples = Annotated[int | None, typer.Option(help="Use at most this many calibration samples.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
 Verify = Annotated[bool, typer.Option(help="Prove each step numerically before it is used.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON; - is standard output.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV; - is standard output.")]
+Draw = Annotated[Path | None, typer.Option("--draw", help="Write the picture (.png).")]

@@ -7,23 +7,23 @@ from typing import Annotated
 
 import typer
 
+from vfx.address import option
 from vfx.cli.app import app
 from vfx.cli.inputs import (
-    argument,
     budget_of,
-    check_outputs,
     data_of,
     examples_of,
-    finish,
     load_all,
     optional,
     sparsity_of,
 )
+from vfx.cli.names import choices, names_in
 from vfx.cli.options import (
     Arguments,
     Data,
     Device,
     Entry,
+    Evaluate,
     Inputs,
     Json,
     Model,
@@ -34,30 +34,28 @@ from vfx.cli.options import (
     Seed,
     Solve,
     Verify,
-    choices,
 )
-from vfx.pruning.groups import METHODS as CHANNEL_METHODS
-from vfx.pruning.scores.catalogue import SCORES, score_named
-from vfx.pruning.widths import ALLOCATIONS
+from vfx.cli.results import check_outputs, evaluated, finish
 
 
 @app.command()
 def prune(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")],
     model: Model,
-    inputs: Inputs,
+    inputs: Inputs = [],  # noqa: B006
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     sparsity: Annotated[
         list[str] | None,
         typer.Option("--sparsity", "-s", help="Share of the weights that go, or glob=share for layers; repeatable."),
     ] = None,
-    score: Annotated[str, typer.Option(help=choices(*SCORES))] = "magnitude",
+    score: Annotated[str, typer.Option(help=choices(*names_in("pruning/scores/catalogue.py", "SCORES")))] = "magnitude",
     score_arguments: Annotated[
         list[str], typer.Option("--score-arg", help="Option of the score, e.g. block=1000; repeatable.")
     ] = [],  # noqa: B006
     scope: Annotated[str, typer.Option(help="auto, global, layer, row, or a pattern such as 2:4.")] = "auto",
     data: Data = None,
+    evaluate: Evaluate = None,
     max_samples: Samples = None,
     repair_samples: Annotated[int, typer.Option(help="Samples that the repair reads.")] = 64,
     protect: Annotated[
@@ -77,14 +75,16 @@ def prune(
 ) -> None:
     """Prune a trained network in one shot and solve what is left for its outputs."""
     from vfx import api
+    from vfx.pruning.scores.catalogue import score_named
 
     check_outputs(out, report)
-    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs)
+    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
+    judging = data_of(evaluate, examples, model, "test")
     result = api.prune(
         network,
         examples,
         sparsity=sparsity_of(sparsity),
-        score=score_named(score, **dict(argument(text, "--score-arg") for text in score_arguments)),
+        score=score_named(score, **dict(option(text, "--score-arg") for text in score_arguments)),
         scope=scope,
         data=data_of(data, examples, model),
         max_samples=max_samples,
@@ -100,22 +100,22 @@ def prune(
         seed=seed,
         device=device,
     )
-    finish(result, out, report)
+    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]))
 
 
 @app.command("prune-structured")
 def prune_structured(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")],
     model: Model,
-    inputs: Inputs,
+    inputs: Inputs = [],  # noqa: B006
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", "-s", help="Share of the channels of each group that goes.")
     ] = None,
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     method: Annotated[str, typer.Option(help="remove, or fold: merge channels by k-means.")] = "remove",
-    score: Annotated[str, typer.Option(help=choices("auto", *CHANNEL_METHODS))] = "auto",
-    allocation: Annotated[str, typer.Option(help=choices(*ALLOCATIONS))] = "uniform",
+    score: Annotated[str, typer.Option(help=choices("auto", *names_in("pruning/groups.py", "METHODS")))] = "auto",
+    allocation: Annotated[str, typer.Option(help=choices(*names_in("pruning/widths.py", "ALLOCATIONS")))] = "uniform",
     budget: Annotated[
         str | None, typer.Option(help="What is left instead, e.g. flops=0.5: params, flops or latency.")
     ] = None,
@@ -125,6 +125,7 @@ def prune_structured(
     ] = "auto",
     protect: Annotated[list[str] | None, typer.Option(help="Weight whose groups stay whole; repeatable.")] = None,
     data: Data = None,
+    evaluate: Evaluate = None,
     max_samples: Samples = None,
     repair_samples: Annotated[int, typer.Option(help="Samples that the repair reads.")] = 64,
     solve: Solve = "auto",
@@ -140,7 +141,8 @@ def prune_structured(
     from vfx import api
 
     check_outputs(out, report, rebuilt="a network with fewer channels" if sparsity != 0 else "")
-    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs)
+    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
+    judging = data_of(evaluate, examples, model, "test")
     result = api.prune_structured(
         network,
         examples,
@@ -162,4 +164,4 @@ def prune_structured(
         seed=seed,
         device=device,
     )
-    finish(result, out, report)
+    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def read_batches(path: Path, names: list[str]) -> list[dict[str, Tensor]]:
         raise DataError(f"the arrays of {path} differ in their number of samples: {counts}")
     parts = [value[name].split(BATCH_SIZE) for name in names]
     return [dict(zip(names, batch)) for batch in zip(*parts)]
+
+
+def npz_of(batches: Iterable[Any], indices: Tensor) -> bytes:
+    """Batches (inputs, or inputs and labels, or dicts) as an .npz file that the readers here take, with ``indices``.
+
+    Raises DataError for tuples of several inputs, whose names nobody knows.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        if isinstance(batch, (tuple, list)) and len(batch) > 2:
+            raise DataError(f"a batch holds {len(batch)} tensors without names; give dicts to write several inputs")
+        plain = (batch,) if isinstance(batch, Tensor) else batch
+        named = batch if isinstance(batch, Mapping) else dict(zip(("inputs", "labels"), plain))
+        for name, tensor in named.items():
+            parts.setdefault(name, []).append(tensor)
+    arrays = {name: torch.cat(tensors).cpu().numpy() for name, tensors in parts.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays | {"indices": indices.numpy()})  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 def _arrays(path: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 class Point:
     """One network: its ``options``, ``accuracy`` (a share), and costs as multiples of one edge (or the dense network).
 
-    ``latency`` is the median time of one batch; ``error`` says why there is no network.
+    ``latency`` is the median time of one batch, ``seconds`` the time it took to make the network, ``loss``
+    the cross-entropy against labels; ``error`` says why there is no network.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Point:
     latency: float | None = None
     outcome: str = ""
     error: str = ""
+    seconds: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,31 +91,65 @@ class Comparison:
             write_atomic(path, text)
         return text
 
+    def to_csv(self) -> str:
+        """A line for each network; its options as JSON, a cell empty where nothing was measured."""
+        buffer = io.StringIO()
+        rows = self.to_dict()["points"]
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"options": json.dumps(row["options"], default=str)} for row in rows)
+        return buffer.getvalue()
+
+    def to_markdown(self) -> str:
+        """The table for a page."""
+        columns, *rows = self._cells()
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+        table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        return f"{self._title}.\n\n{table}"
+
     def figure(self) -> Figure:
         """Accuracy against parameters, with the frontier and the networks that all were made from."""
         from vfx.diagnosis.figures import comparison_figure
 
         return comparison_figure(self)
 
-    def table(self) -> Table:
+    @property
+    def _title(self) -> str:
         what = "accuracy" if self.target == "labels" else "agreement with the ensemble"
-        caption = f"FLOPs without {', '.join(self.not_counted)}" if self.not_counted else None
-        title = f"{what} on {self.samples:,} samples; * no other is better at as many parameters"
-        table = Table(title=title, caption=caption)
-        for column in ("network", "%", "params", "FLOPs", "latency"):
-            table.add_column(column, justify="left" if column == "network" else "right")
+        return f"{what} on {self.samples:,} samples; * no other is better at as many parameters"
+
+    def _cells(self) -> list[list[str]]:
+        """Titles of the columns, and the cells of each line."""
         front = {point.name for point in self.frontier()}
-        for number, point in enumerate(self.points):
+        lines = [["network", "%", "loss", "params", "FLOPs", "latency", "seconds"]]
+        for point in self.points:
+            if point.accuracy is None:
+                lines.append([point.name, point.error, "", "", "", "", ""])
+                continue
             star = " *" if point.name in front else ""
-            accuracy = point.error or (f"{100 * (point.accuracy or 0):.2f}{star}")
             latency = "" if point.latency is None else f"{point.latency:.2f}×"
-            table.add_row(point.name, accuracy, f"{point.params:.3f}×", f"{point.flops:.3f}×", latency)
+            seconds = "" if point.seconds is None else f"{point.seconds:.1f}"
+            loss = "" if point.loss is None else f"{point.loss:.4f}"
+            figures = [f"{100 * point.accuracy:.2f}{star}", loss, f"{point.params:.3f}×", f"{point.flops:.3f}×"]
+            lines.append([point.name, *figures, latency, seconds])
+        return lines
+
+    def table(self) -> Table:
+        """A table of at most 80 columns; what could not be made is named below it with its error."""
+        failed = [f"{point.name}: {point.error}" for point in self.points if point.accuracy is None]
+        caption = [f"FLOPs without {', '.join(self.not_counted)}"] if self.not_counted else []
+        table = Table(title=self._title, caption="\n".join([*caption, *failed]) or None, caption_justify="left")
+        columns, *rows = self._cells()
+        for column in columns:
+            table.add_column(column, justify="left" if column == "network" else "right", overflow="fold")
+        for number, (point, row) in enumerate(zip(self.points, rows)):
+            table.add_row(*(row if point.accuracy is not None else [point.name, "–", "", "", "", "", ""]))
             if number == self.references - 1:
                 table.add_section()
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, force_terminal=False)
+        console = Console(width=80, force_terminal=False)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()

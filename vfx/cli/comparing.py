@@ -1,0 +1,175 @@
+"""``vfx compare``, ``vfx evaluate`` and ``vfx select``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vfx.cli.app import app
+from vfx.cli.inputs import data_of, examples_of, grid_of, load_all, load_network, option_values, required
+from vfx.cli.options import (
+    MODELS,
+    Arguments,
+    Csv,
+    Data,
+    Device,
+    Draw,
+    Entry,
+    Inputs,
+    Json,
+    Model,
+    Samples,
+    Seed,
+)
+from vfx.cli.results import check_outputs, put, short_names, tell
+from vfx.errors import ArgumentError
+from vfx.files import check_writable
+
+
+@app.command()
+def compare(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts to merge, or one to prune.")],
+    model: Model,
+    inputs: Inputs = [],  # noqa: B006
+    arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
+    data: Data = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="What is measured on, with labels if it has any; like --data (the default).")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", "-g", help="Values to try of an option of merge or prune: preserve=0,4,8; repeatable."),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="An option of merge or prune that all have: match=weight; repeatable."),
+    ] = None,
+    latency: Annotated[bool, typer.Option(help="Time a batch of each network, too.")] = True,
+    max_samples: Samples = None,
+    device: Device = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Keep each finished cell in this JSON file, and take those that are there from it."),
+    ] = None,
+    draw: Draw = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown; - is standard output.")] = None,
+    csv: Csv = None,
+    report: Json = None,
+) -> None:
+    """Merge checkpoints (or prune one) in every way of a grid, side by side."""
+    from vfx import api
+    from vfx.diagnosis.figures import png
+
+    check_outputs(None, report, csv, markdown, resume)
+    if draw is not None:
+        check_writable(draw, (".png",))
+    networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
+    found = api.compare(
+        networks if len(networks) > 1 else networks[0],
+        examples,
+        data=data_of(data, examples, model),
+        evaluate=data_of(required(evaluate or data), examples, model, "test" if evaluate else "train"),
+        grid=grid_of(grid),
+        latency=latency,
+        max_samples=max_samples,
+        device=device,
+        resume=resume,
+        **option_values(options),
+    )
+    tell(found, report, csv, markdown)
+    put(markdown, found.to_markdown)
+    put(csv, found.to_csv)
+    put(report, found.to_json)
+    put(draw, lambda: png(found.figure()))
+
+
+@app.command()
+def evaluate(
+    networks: Annotated[
+        list[str],
+        typer.Argument(help=f"Checkpoints, or .pt2 networks; the model may stand first: {MODELS}."),
+    ],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor, as for the other commands.")] = None,
+    inputs: Inputs = [],  # noqa: B006
+    arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
+    data: Data = None,
+    ensemble: Annotated[bool, typer.Option(help="Their ensemble as well, which the agreement is then with.")] = False,
+    latency: Annotated[bool, typer.Option(help="Time a batch of each network, too.")] = True,
+    max_samples: Samples = None,
+    device: Device = None,
+    csv: Csv = None,
+    report: Json = None,
+) -> None:
+    """Accuracy, loss, agreement, parameters, FLOPs and time of networks on data."""
+    if model is None and not Path(networks[0]).exists() and ":" in networks[0]:
+        model, *networks = networks
+    if not networks:
+        raise ArgumentError("evaluate needs checkpoints behind the model")
+    check_outputs(None, csv, report)
+    source, files = required(data), [Path(name) for name in networks]
+    from vfx.diagnosis.evaluation import evaluate as run
+
+    modules = []
+    for file in files:
+        whole = file.suffix.lower() == ".pt2"
+        if model is None and not whole:
+            raise ArgumentError(f"{file.name} holds tensors only; --model says which network they belong to")
+        modules.append(load_network(file) if whole else load_all([file], model or "", arguments, entry)[0])
+    examples = examples_of(inputs, model or "")
+    found = run(
+        modules,
+        examples,
+        data=data_of(source, examples, model or "", "test"),
+        names=short_names(files),
+        ensemble=len(modules) if ensemble else 0,
+        latency=latency,
+        max_samples=max_samples,
+        device=device,
+    )
+    tell(found, csv, report)
+    put(csv, found.to_csv)
+    put(report, found.to_json)
+
+
+@app.command()
+def select(
+    data: Annotated[str, typer.Argument(help="What is chosen from; named as for --data of the other commands.")],
+    count: Annotated[float, typer.Argument(help="How many samples, or a share below 1.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the chosen samples: .npz, to be used as --data.")],
+    strategy: Annotated[str, typer.Option(help="random, easy, hard (EL2N of the networks) or balanced.")] = "random",
+    checkpoints: Annotated[
+        list[Path] | None, typer.Option("--network", "-n", help="Checkpoint whose EL2N counts; repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor of these networks.")] = None,
+    inputs: Inputs = [],  # noqa: B006
+    arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
+    pseudo_labels: Annotated[bool, typer.Option(help="Classes as the networks see them, not the labels.")] = False,
+    balanced: Annotated[bool, typer.Option(help="Equally many of each class, whatever the strategy.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Choose samples to calibrate on: at random, by difficulty, or balanced over classes."""
+    check_outputs(None, out)
+    if out.suffix.lower() != ".npz":
+        raise ArgumentError(f"{out}: the chosen samples are written as .npz")
+    from vfx.data.arrays import npz_of
+    from vfx.diagnosis.select import select as run
+
+    if checkpoints and model is None:
+        raise ArgumentError("--network holds tensors only; --model says which network they belong to")
+    examples = examples_of(inputs, model or "") if inputs or model else None
+    found = run(
+        data_of(data, examples, model or ""),
+        count if 0 < count < 1 else int(count),
+        strategy,  # type: ignore[arg-type]
+        models=load_all(checkpoints or [], model or "", arguments, entry) or None,
+        pseudo_labels=pseudo_labels,
+        balanced=balanced,
+        seed=seed,
+    )
+    put(out, lambda: npz_of(found, found.indices))
+    print(f"{found.samples:,} samples ({found.strategy})")

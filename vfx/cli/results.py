@@ -1,0 +1,90 @@
+"""What commands print and write. ``-`` is standard output, which then holds that file's text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vfx.errors import ArgumentError, VfxError
+from vfx.files import check_writable, write_atomic
+
+STDOUT = Path("-")
+
+
+def check_outputs(out: list[Path] | None, *others: Path | None, rebuilt: str = "") -> None:
+    """Raise, before any work, unless every network (``out``) and every other file can be written to a place of its own.
+
+    ``rebuilt``: what makes the network one that no class of the user's has, and so no .safetensors file.
+    """
+    networks = list(out or ())
+    paths = [*networks, *(path for path in others if path is not None)]
+    for index, path in enumerate(paths):
+        if path.resolve() in [one.resolve() for one in paths[:index]]:
+            raise ArgumentError(f"{path} is named twice among the files to write")
+        if path == STDOUT and index >= len(networks):
+            continue
+        if index < len(networks):
+            from vfx.emit.files import FORMATS, no_class
+
+            check_writable(path, FORMATS)
+            if path.suffix.lower() == ".safetensors" and rebuilt:
+                raise no_class(path, rebuilt)
+        else:
+            check_writable(path)
+
+
+def tell(text: Any, *files: Path | None) -> None:
+    """Print for people, unless one of ``files`` is standard output."""
+    if STDOUT not in files:
+        print(text)
+
+
+def put(path: Path | None, text: str | bytes | Callable[[], str | bytes]) -> None:
+    """Write a file whole, or a text to standard output; nothing where no path is given."""
+    if path is None:
+        return
+    data = text() if callable(text) else text
+    if path == STDOUT:
+        print(data if isinstance(data, str) else data.decode(), end="")
+        return
+    write_atomic(path, data)
+    print(f"wrote {path}")
+
+
+def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: list[Path]) -> Any:
+    """What went in, its ensemble and what came out on ``data``; None where there are none."""
+    if data is None:
+        return None
+    from vfx.diagnosis.evaluation import evaluate
+
+    names = [*short_names(files), "result"]
+    return evaluate([*given, result], examples, data=data, names=names, ensemble=len(given) if len(given) > 1 else 0)
+
+
+def short_names(files: list[Path]) -> list[str]:
+    """The names of some files, with their folders where they are called alike."""
+    names = [file.name for file in files]
+    return [name if names.count(name) == 1 else str(file) for name, file in zip(names, files)]
+
+
+def finish(result: Any, out: list[Path] | None, report: Path | None, evaluation: Any = None) -> None:
+    """Print the report and write all that can be written; what cannot is said at the end."""
+    import json
+
+    from vfx.emit.files import export as write
+
+    tell(result.report, report)
+    if evaluation is not None:
+        tell(evaluation, report)
+    failures: list[VfxError] = []
+    for path in out or ():
+        try:
+            tell(f"wrote {write(result, path)}", report)
+        except VfxError as error:
+            failures.append(error)
+    if report is not None:
+        facts = result.report.to_dict() | ({} if evaluation is None else {"evaluation": evaluation.to_dict()})
+        put(report, json.dumps(facts, indent=2) + "\n")
+    if failures:
+        raise type(failures[0])("; ".join(str(error) for error in failures))

@@ -1,0 +1,271 @@
+"""``vfx.evaluate``: networks side by side on data: accuracy, loss, agreement, size and time.
+
+All networks read each batch before the next is read, so data may be streamed. Agreement is the share of samples in
+which a network decides as the first does, or as the ensemble where there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+
+from vfx.analyse.cost import cost
+from vfx.arguments import checked
+from vfx.capture import capture
+from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilities
+from vfx.errors import ArgumentError, CaptureError
+from vfx.program import Program
+from vfx.progress import track
+from vfx.signature import as_call
+from vfx.statistics.data import Batches, reusable
+from vfx.statistics.labels import PADDING
+from vfx.wrappers import plain_model
+
+RUNS = 5  # of a batch, whose median time counts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network; shares between 0 and 1, ``latency`` in seconds for a batch, None where nothing was measured.
+
+    ``nonzeros`` counts the parameters that are not zero.
+    """
+
+    name: str
+    accuracy: float | None
+    loss: float | None
+    agreement: float | None
+    params: int | None = None
+    nonzeros: int | None = None
+    flops: int | None = None
+    latency: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A row for each network, in the order in which they were given, the ensemble behind its members.
+
+    ``against``: what the agreement is with; ``batch``: how many samples the time is for.
+    """
+
+    rows: tuple[Measured, ...]
+    samples: int
+    labelled: bool
+    against: str
+    batch: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {"samples": self.samples, "labels": self.labelled, "against": self.against, "batch": self.batch}
+        return facts | {"notes": list(self.notes), "networks": [asdict(row) for row in self.rows]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def to_csv(self) -> str:
+        """A line for each network; a cell is empty where nothing was measured."""
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(asdict(self.rows[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        return buffer.getvalue()
+
+    def __str__(self) -> str:
+        """A table of at most 80 columns."""
+        sparse = any((row.nonzeros or 0) < 0.99 * (row.params or 0) for row in self.rows)
+        table = Table(title=f"{self.samples:,} samples; agreement with {self.against}", padding=(0, 0), pad_edge=False)
+        table.add_column("network", overflow="fold", max_width=24)
+        timed = f"ms/{self.batch}"
+        for column in ("accuracy", "loss", "agree", "params", *(("not 0",) if sparse else ()), "FLOPs", timed):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.rows:
+            sizes = (_short(row.params), *((_short(row.nonzeros),) if sparse else ()), _short(row.flops))
+            latency = "" if row.latency is None else f"{1000 * row.latency:.1f}"
+            loss = "" if row.loss is None else f"{row.loss:.4f}"
+            table.add_row(row.name, _percent(row.accuracy), loss, _percent(row.agreement), *sizes, latency)
+        console = Console(width=80, force_terminal=False)
+        with console.capture() as capture_:
+            console.print(table)
+            for note in self.notes:
+                console.print(note, markup=False, highlight=False)
+        return capture_.get()
+
+
+@checked
+def evaluate(
+    models: Any,
+    example_inputs: Any,
+    *,
+    data: Any,
+    names: Sequence[str] | None = None,
+    ensemble: int = 0,
+    latency: bool = True,
+    max_samples: int | None = None,
+    device: Any = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure networks on ``data``: accuracy and loss against labels, agreement, parameters, FLOPs and latency.
+
+    ``models``: a network or several (modules or Results) that take the same inputs. ``ensemble``: the first so many
+    are averaged (their probabilities) to one more row, which the agreement is then with; else it is with the first.
+    ``data``: batches as for ``vfx.merge``; without labels accuracy and loss are None. ``latency``: the median of five
+    runs on the first batch. Raises ArgumentError, DataError, CaptureError.
+
+    >>> print(vfx.evaluate([a, b, merged], x, data=test_loader, names=["a", "b", "merged"], ensemble=2))
+    """
+    given = list(models) if isinstance(models, (list, tuple)) else [models]
+    if not given or (names is not None and len(names) != len(given)):
+        raise ArgumentError(
+            f"evaluate takes one name for each network: {len(given)} networks, {len(names or ())} names"
+        )
+    if ensemble and not 2 <= ensemble <= len(given):
+        raise ArgumentError(f"ensemble={ensemble} averages the first so many networks, 2 to {len(given)}")
+    networks = [_Network(one, example_inputs, device) for one in given]
+    first = next((one.program for one in networks if one.program is not None), None)
+    if first is None:
+        raise networks[0].refusal
+    tallies = [_Tally() for _ in range(len(networks) + bool(ensemble))]
+    batches = Batches(first, reusable(data), max_samples, device)
+    held = _read(networks, tallies, batches, first, ensemble, progress)
+    labelled = all(tally.labelled == tally.samples for tally in tallies)
+    rows = [
+        tally.row(name, labelled, one, one.seconds(first, held) if latency else None)
+        for name, one, tally in zip(names or [f"network {i}" for i in range(len(given))], networks, tallies)
+    ]
+    if ensemble:
+        rows.insert(ensemble, tallies[-1].row("ensemble", labelled))
+    unknown = sorted({name for one in networks if one.program is not None for name in one.unknown})
+    notes = (f"FLOPs without {', '.join(unknown)}",) if unknown else ()
+    against = "the ensemble" if ensemble else rows[0].name
+    return Evaluation(tuple(rows), tallies[0].samples, labelled, against, first.batch_of(held), notes)
+
+
+class _Network:
+    """A network to run, with what it costs."""
+
+    def __init__(self, model: Any, example_inputs: Any, device: Any):
+        module = getattr(model, "module", model) if not isinstance(model, nn.Module) else model
+        if not isinstance(module, nn.Module):
+            raise ArgumentError(f"evaluate takes networks and Results, got {type(model).__name__}")
+        self.module = copy.deepcopy(plain_model(module, "the network")).eval()  # the user's keeps its mode and device
+        self.program: Program | None = None
+        self.params = sum(x.numel() for x in self.module.parameters())
+        self.nonzeros = sum(int(torch.count_nonzero(x)) for x in self.module.parameters())
+        self.flops: int | None = None
+        self.unknown: tuple[str, ...] = ()
+        try:
+            own = None if isinstance(model, nn.Module) else getattr(model, "program", None)
+            self.program = own if isinstance(own, Program) else capture(self.module, as_call(example_inputs))
+            profile = cost(self.program)
+            self.flops, self.unknown = profile.flops, tuple(profile.unknown_ops)
+        except CaptureError as error:  # it can be run, and is not counted
+            self.refusal = error
+        if device is not None:
+            self.module.to(device)
+
+    @torch.no_grad()
+    def scores(self, signature: Program, batch: list[Tensor]) -> Tensor:
+        call = signature.signature.call(batch)
+        return class_scores(self.module(*call.args, **call.kwargs), "evaluate")
+
+    @torch.no_grad()
+    def seconds(self, signature: Program, batch: list[Tensor]) -> float:
+        call, times = signature.signature.call(batch), []
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            self.module(*call.args, **call.kwargs)
+            if batch[0].is_cuda:
+                torch.cuda.synchronize(batch[0].device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+@dataclass
+class _Tally:
+    """Sums over the samples of one network."""
+
+    samples: int = 0
+    decisions: int = 0
+    labelled: int = 0
+    counted: int = 0
+    right: int = 0
+    same: int = 0
+    loss: float = field(default=0.0)
+
+    def add(self, scores: Tensor, agreed: Tensor, labels: Tensor | None) -> None:
+        chosen = scores.argmax(1)
+        self.samples += len(scores)
+        self.decisions += chosen.numel()
+        self.same += int((chosen == agreed).sum())
+        if labels is not None:
+            self.labelled += len(scores)
+            self.counted += int((labels != PADDING).sum())
+            self.right += int((chosen == labels).sum())
+            self.loss += float(nll_loss(log_probabilities(scores), labels, reduction="sum", ignore_index=PADDING))
+
+    def row(self, name: str, labelled: bool, one: _Network | None = None, seconds: float | None = None) -> Measured:
+        judged = labelled and self.counted > 0
+        costs = () if one is None else (one.params, one.nonzeros, one.flops, seconds)
+        return Measured(
+            name,
+            self.right / self.counted if judged else None,
+            self.loss / self.counted if judged else None,
+            self.same / max(self.decisions, 1),
+            *costs,
+        )
+
+
+def _read(
+    networks: Sequence[_Network], tallies: Sequence[_Tally], batches: Batches, first: Program, ensemble: int,
+    progress: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Fill the tallies, the ensemble's last; gives the first batch."""
+    held: list[Tensor] = []
+    for index, (batch, labels) in enumerate(track(batches.labelled(), "evaluation", len(batches), progress)):
+        held = held or batch
+        found = [one.scores(first, batch) for one in networks]
+        labels = None if labels is None else labels.to(found[0].device)
+        if ensemble:
+            found.append(_together(found[:ensemble]))
+        for scores in found if labels is not None else ():
+            check_labels(labels, scores, index)  # type: ignore[arg-type]
+        agreed = found[-1 if ensemble else 0].argmax(1)
+        for tally, scores in zip(tallies, found):
+            if scores.argmax(1).shape != agreed.shape:
+                raise ArgumentError("evaluate compares networks that decide on the same: their outputs differ in shape")
+            tally.add(scores, agreed, labels)
+    return held
+
+
+def _together(scores: Sequence[Tensor]) -> Tensor:
+    """The mean of the networks' probabilities."""
+    if len({one.shape for one in scores}) > 1:
+        raise ArgumentError("an ensemble takes networks of the same classes; leave ensemble= out")
+    return torch.stack([log_probabilities(one).exp() for one in scores]).mean(0)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f}"
+
+
+def _short(count: int | None) -> str:
+    """Four digits and the thousands they stand for."""
+    if count is None:
+        return ""
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.4g}{unit}"
+    return str(count)
