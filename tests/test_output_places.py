@@ -19,6 +19,7 @@ GONE = ["gone0.pt", "gone1.pt"]  # whatever reads them fails, so an error about 
 COMMANDS = {
     "merge": ["merge", *GONE, *MODEL],
     "compare": ["compare", *GONE, *MODEL],
+    "evaluate": ["evaluate", *GONE, *MODEL, "--data", "gone.npz"],
     "repair": ["repair", *GONE, *MODEL, "--data", "gone.npz"],
     "prune": ["prune", GONE[0], *MODEL, "-s", "0.5"],
     "prune-structured": ["prune-structured", GONE[0], *MODEL, "-s", "0.5"],
@@ -32,8 +33,10 @@ FILES = [  # (command, option, a good suffix)
     *((command, "-o", ".onnx") for command in ("merge", "repair", "prune", "prune-structured", "export")),
     *((command, "--json", ".json") for command in COMMANDS if command not in ("export", "symmetry")),
     *(("diagnose", option, suffix) for option, suffix in (("--html", ".html"), ("--csv", ".csv"))),
-    *((command, "--plot", ".png") for command in ("compare", "barrier")),
-    ("profile", "--csv", ".csv"),
+    *((command, "--draw", ".png") for command in ("compare", "barrier")),
+    *((command, "--csv", ".csv") for command in ("compare", "evaluate", "profile")),
+    ("compare", "--markdown", ".md"),
+    ("compare", "--resume", ".json"),
     ("symmetry", "--draw", ".svg"),
 ]
 
@@ -67,7 +70,7 @@ def test_places_are_checked_first(
     assert sorted(one.name for one in tmp_path.iterdir()) == ["file", f"folder{suffix}"]
 
 
-@pytest.mark.parametrize(("command", "option"), [(c, o) for c, o, _ in FILES if o in ("-o", "--plot", "--draw")])
+@pytest.mark.parametrize(("command", "option"), [(c, o) for c, o, _ in FILES if o in ("-o", "--draw")])
 def test_suffixes_are_checked_first(command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = refused(*COMMANDS[command], option, "x.tflite")
@@ -143,7 +146,9 @@ def test_notes_on_checkpoints_are_a_line_each(
     assert stop.value.code == 0
     key = "features.0.weight"
     lines = [f"note: {name}.pth.tar: names are stripped to the model's, as module.{key} to {key}" for name in "ab"]
-    assert capsys.readouterr().err.splitlines() == lines
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if ".pth.tar" in line] == lines
+    assert all(line.startswith(("note: ", "[")) for line in said)
 
 
 def test_entry_chooses_among_state_dicts(tmp_path: Path) -> None:

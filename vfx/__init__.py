@@ -33,7 +33,7 @@ _LAZY = {
     **dict.fromkeys(["export", "load"], "vfx.emit.files"),
     "diagnose": "vfx.diagnosis.diagnose",
     "barrier": "vfx.diagnosis.barrier",
-    **dict.fromkeys(["Evaluation", "evaluate"], "vfx.diagnosis.evaluation"),
+    "evaluate": "vfx.diagnosis.evaluation",
     **dict.fromkeys(["Selection", "select"], "vfx.diagnosis.select"),
     "Program": "vfx.program",
     "Pass": "vfx.rewrite",

@@ -17,18 +17,19 @@ Way = Literal["bars", "lines", "nothing"]
 EVERY = 10.0  # seconds between the lines of one long loop
 
 _state: dict[str, Way] = {"way": "bars"}
-_START = time.monotonic()
+_start: dict[str, float] = {}
 
 
 def show(way: Way) -> None:
     """From now on show "bars" (on a terminal), "lines" (a stage each) or "nothing"."""
     _state["way"] = way
+    _start["at"] = time.monotonic()
 
 
 def stage(name: str) -> None:
     """Say that a stage begins, where lines are shown."""
     if _state["way"] == "lines":
-        print(f"[{time.monotonic() - _START:6.1f} s] {name}", file=sys.stderr, flush=True)
+        print(f"[{time.monotonic() - _start['at']:6.1f} s] {name}", file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int = 0, progress: bool = True) -> Iterator[T]:

@@ -100,7 +100,9 @@ class Report:
         if self.matching is not None:
             table.add_row("match objective", ", ".join(f"{x:.4g}" for x in self.matching.objective))
         if self.matching is not None and self.verify_error is not None:
-            table.add_row("proof", f"f(x) = f_π(x) to {self.verify_error:.1e} (float64)")
+            table.add_row(
+                "proof", f"of the alignment: each edge computes what it did, to {self.verify_error:.1e} (float64)"
+            )
         for name, score in self.scores.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
             table.add_row("held out", f"{name}: {figures}")

@@ -20,7 +20,7 @@ from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.budgets import check_budget, within_budget
 from vfx.api.choosing import Choice, Chosen, Setting
-from vfx.api.normalizing import check_statistics, reads_for, reference_goals, usual, without_batch_norm
+from vfx.api.normalizing import check_statistics, reads_for, reference_goals, uncorrected, usual, without_batch_norm
 from vfx.api.preparing import prepared, restored
 from vfx.api.reconstructing import Solving, Student, references_of
 from vfx.api.results import Result, result_of, run_passes
@@ -133,6 +133,7 @@ def merge(
     whole = program
     data = counted(data, len(program.signature.inputs))
     alphas = edge_weights(weights, program.edges)
+    alone = uncorrected(data, named, "merged", "features that an average loses leave it with little of its accuracy")
     program = program if carried is not None else prepared(program, prepare, verify, watch)
     asked = normalization(normalize, data is not None)
     if match == "auto":
@@ -186,7 +187,8 @@ def merge(
     if prepare == "lift" and chosen.edge is None:
         result = restored(result, captured, watch)
     result = replace(
-        result, notes=(*result.notes, *chosen.notes, *skew_notes(result, edges, data, held_out, device, progress))
+        result,
+        notes=(*result.notes, *alone, *chosen.notes, *skew_notes(result, edges, data, held_out, device, progress)),
     )
     if carried is not None:
         align.matching = carried.matching

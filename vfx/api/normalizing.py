@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,13 +17,25 @@ from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api.tracing import weights_of
 from vfx.checks import check_edges, check_same_function
-from vfx.errors import ArgumentError
+from vfx.errors import ArgumentError, UncorrectedNote
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization, candidates
 from vfx.operators import BATCH_NORMS, operator
 from vfx.program import Goal, Program
 from vfx.statistics.collect import READS, Statistics
 from vfx.statistics.collect import collect as collect_statistics
+
+
+def uncorrected(data: Any, normalize: Any, done: str, missed: str) -> tuple[str, ...]:
+    """The note, also a warning, that nothing was corrected because there are no data; none where that was asked for."""
+    if data is not None or normalize != "auto":
+        return ()
+    note = (
+        f"{done} without data: nothing was corrected, and {missed}. Pass data= (--data): inputs, without labels; "
+        "layers are then solved or normalized for what is lost. normalize=None says that this is wanted"
+    )
+    warnings.warn(note, UncorrectedNote, stacklevel=4)  # behind the check of the arguments
+    return (note,)
 
 
 def usual(program: Program) -> str:

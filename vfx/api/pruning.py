@@ -12,7 +12,7 @@ from passes.fold_channels import FoldChannels
 from passes.mask_weights import MaskWeights
 from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
-from vfx.api.normalizing import usual
+from vfx.api.normalizing import uncorrected, usual
 from vfx.api.reconstructing import Solving, is_named
 from vfx.api.restoring import Restoring, decide, with_goals
 from vfx.api.results import Result, run_passes
@@ -113,6 +113,7 @@ def prune(
     with watch("trace"):
         program = program_of(model, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     asked = _pruned_normalization(normalize, program, data)
+    alone = uncorrected(data, normalize, "pruned", "much of the accuracy may be gone")
     solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     if device is not None:
         program = program.to(device)
@@ -132,7 +133,7 @@ def prune(
         before, after = _moved(program, masked, result, few, repair_samples, device)
     with watch("emit"):
         module, reason = emit(result)
-    notes = (*result.notes, *decision.notes)
+    notes = (*result.notes, *alone, *decision.notes)
     if masks == "parametrize":
         parametrize_masks(module, mask.masks)
     elif masks == "semi_structured":
@@ -229,6 +230,7 @@ def prune_structured(
         program = program.to(device)
     check_finite(program.weights[0], "the network", program.masks)
     asked = _pruned_normalization(normalize, program, data)
+    alone = uncorrected(data, normalize, "pruned", "much of the accuracy may be gone")
     solved = Solving(solve, judge=judge).resolved(normalize, data is not None)
     with watch("symmetry"):
         facts = symmetry(program)
@@ -259,7 +261,7 @@ def prune_structured(
     report = ChannelReport(
         widths=widths(facts, removal.sizes),
         passes=result.history,
-        notes=(*result.notes, *decision.notes),
+        notes=(*result.notes, *alone, *decision.notes),
         profile=cost(result),
         dense_profile=cost(program),
         own_class=not reason,

@@ -74,6 +74,7 @@ def main() -> None:
         raise
     finally:
         warnings.showwarning = others
+        show("bars")
 
 
 def _stopped() -> None:

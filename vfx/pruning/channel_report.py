@@ -86,7 +86,9 @@ class ChannelReport:
         if self.dense_profile.caveat:
             table.add_row("", self.dense_profile.caveat)
         if self.error is not None:
-            table.add_row("proof", f"equals the masked network to {self.error:.1e} (float64)")
+            table.add_row(
+                "proof", f"of the removal: equals the network with masked channels, to {self.error:.1e} (float64)"
+            )
         table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
         for name, score in self.scores.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
