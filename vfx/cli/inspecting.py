@@ -10,7 +10,7 @@ import typer
 from vfx.cli.app import app
 from vfx.cli.inputs import construct, examples_of, weights_in
 from vfx.cli.options import Arguments, Csv, Entry, Inputs, Json, Model, Outputs, Seed
-from vfx.cli.results import check_outputs, put, tell
+from vfx.cli.results import check_outputs, origin_of, put, tell
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
 
@@ -83,8 +83,9 @@ def export(
     if model is None and checkpoint.suffix.lower() != ".pt2":
         raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
     network = load(weights_in(checkpoint), construct(model, arguments) if model else None, entry=entry)
+    origin = origin_of([checkpoint])
     for path in out:
-        print(f"wrote {write(network, path, examples_of(inputs, model or ''))}")
+        print(f"wrote {write(network, path, examples_of(inputs, model or ''), origin=origin)}")
 
 
 @app.command()

@@ -124,7 +124,7 @@ def merge(
         seed=seed,
         device=device,
     )
-    finish(result, out, report, evaluated(edges, result, examples, judging, checkpoints))
+    finish(result, out, report, evaluated(edges, result, examples, judging, checkpoints), checkpoints)
 
 
 @app.command()
@@ -167,4 +167,6 @@ def repair(
         max_samples=max_samples,
         seed=seed,
     )
-    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]))
+    finish(
+        result, out, report, evaluated([network], result, examples, judging, [checkpoint]), [checkpoint, *references]
+    )

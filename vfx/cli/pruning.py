@@ -100,7 +100,7 @@ def prune(
         seed=seed,
         device=device,
     )
-    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]))
+    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]), [checkpoint])
 
 
 @app.command("prune-structured")
@@ -164,4 +164,4 @@ def prune_structured(
         seed=seed,
         device=device,
     )
-    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]))
+    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]), [checkpoint])

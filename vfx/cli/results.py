@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,21 @@ def short_names(files: list[Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(file) for name, file in zip(names, files)]
 
 
-def finish(result: Any, out: list[Path] | None, report: Path | None, evaluation: Any = None) -> None:
-    """Print the report and write all that can be written; what cannot is said at the end."""
+def origin_of(files: list[Path]) -> dict[str, Any]:
+    """What is written into a network about where it comes from: the command, and the digests of its checkpoints."""
+    from vfx.cli.inputs import weights_in
+    from vfx.emit.provenance import digests
+
+    return {"command": " ".join(["vfx", *sys.argv[1:]]), "edges": digests(map(weights_in, files))}
+
+
+def finish(
+    result: Any, out: list[Path] | None, report: Path | None, evaluation: Any = None, files: list[Path] | None = None
+) -> None:
+    """Print the report and write all that can be written; what cannot is said at the end.
+
+    ``files``: the checkpoints that the result was made of, whose digests are written into it.
+    """
     import json
 
     from vfx.emit.files import export as write
@@ -78,9 +92,10 @@ def finish(result: Any, out: list[Path] | None, report: Path | None, evaluation:
     if evaluation is not None:
         tell(evaluation, report)
     failures: list[VfxError] = []
+    origin = origin_of(files or []) if out else {}
     for path in out or ():
         try:
-            tell(f"wrote {write(result, path)}", report)
+            tell(f"wrote {write(result, path, origin=origin)}", report)
         except VfxError as error:
             failures.append(error)
     if report is not None:

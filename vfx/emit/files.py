@@ -7,10 +7,12 @@ written whole or not at all, and reading one never runs code from it.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -24,6 +26,7 @@ from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
 from vfx.emit.onnx import Axes, export_onnx
 from vfx.emit.onnx_files import read_weights
+from vfx.emit.provenance import provenance
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
@@ -37,14 +40,20 @@ from vfx.wrappers import plain_model
 
 @checked
 def export(
-    model: Any, path: str | os.PathLike[str], example_inputs: Any = None, *, dynamic_shapes: Any = DYNAMIC_BATCH
+    model: Any,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = DYNAMIC_BATCH,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a merged network (a Result or a module with example inputs) in the format of ``path``'s suffix.
 
     ``.onnx`` is compared with the module in ONNX Runtime at two batch sizes first. ``.safetensors`` holds the state
     dict of a network of the user's own class; a GraphModule goes to ``.pt2``. Masks of ``vfx.prune`` become zeros.
     ``dynamic_shapes``: which sizes vary in ``.onnx`` and ``.pt2``, as for ``vfx.trace``; by default those that the
-    capture of a Result left open, and the batch of a module.
+    capture of a Result left open, and the batch of a module. The metadata of ``.onnx`` and ``.safetensors`` say which
+    version wrote them and how a Result was made; ``origin`` adds to that (a command, digests of files).
     Raises ArgumentError, OutputError (before any work), WeightError, CaptureError, VerificationError; no partial file
     is left.
     """
@@ -61,27 +70,52 @@ def export(
             dynamic_shapes, axes = captured_shapes(model.program, module), model.program.batch_axes
     check_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}, "the network", masks_of(module))
     network = make_permanent(copy.deepcopy(module)).cpu().eval()
-    _WRITERS[path.suffix.lower()](network, path, example_inputs, dynamic_shapes, axes)
+    written = _Written(path, example_inputs, dynamic_shapes, axes, provenance(model, origin))
+    _WRITERS[path.suffix.lower()](network, written)
     return path
 
 
-def _write_onnx(module: nn.Module, path: Path, example_inputs: Any, shapes: Any, axes: Axes) -> None:
-    export_onnx(module, path, _examples(module, example_inputs, "ONNX", shapes), dynamic_shapes=shapes, axes=axes)
+class _Written(NamedTuple):
+    """Where and how a network is written."""
+
+    path: Path
+    example_inputs: Any
+    shapes: Any
+    axes: Axes
+    metadata: dict[str, str]
 
 
-def _write_safetensors(module: nn.Module, path: Path, example_inputs: Any, shapes: Any, axes: Axes) -> None:
+def _write_onnx(module: nn.Module, to: _Written) -> None:
+    call = _examples(module, to.example_inputs, "ONNX", to.shapes)
+    export_onnx(module, to.path, call, dynamic_shapes=to.shapes, axes=to.axes, metadata=to.metadata)
+
+
+def _write_safetensors(module: nn.Module, to: _Written) -> None:
     if isinstance(module, fx.GraphModule):
-        raise no_class(path, "a GraphModule")
+        raise no_class(to.path, "a GraphModule")
+    write_atomic(to.path, safetensors_of(module.state_dict(), to.metadata))
+
+
+def safetensors_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A .safetensors file of tensors, which may share storage. Raises ArgumentError for a dtype that it cannot hold."""
     try:
-        data = save_tensors(_unshared(module.state_dict()))
+        # "format" is what transformers asks for
+        return _in_order(save_tensors(_unshared(tensors), {"format": "pt", **metadata}))
     except KeyError as error:  # what safetensors says of a dtype that it does not know
         raise ArgumentError(f"a .safetensors file cannot hold {error.args[0]}; cast the network or use .pt2") from error
-    write_atomic(path, data)
 
 
-def _write_pt2(module: nn.Module, path: Path, example_inputs: Any, shapes: Any, axes: Axes) -> None:
-    program, _ = exported(module, _examples(module, example_inputs, ".pt2", shapes), shapes)
-    write_atomic(path, write_program(program))
+def _in_order(data: bytes) -> bytes:
+    """A .safetensors file whose header has its entries in one order: the library shuffles the metadata's."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def _write_pt2(module: nn.Module, to: _Written) -> None:
+    program, _ = exported(module, _examples(module, to.example_inputs, ".pt2", to.shapes), to.shapes)
+    write_atomic(to.path, write_program(program))
 
 
 def no_class(path: Path, what: str) -> ArgumentError:
@@ -181,6 +215,6 @@ def _examples(module: nn.Module, example_inputs: Any, what: str, shapes: Any) ->
     return call.map(lambda x: x.cpu() if isinstance(x, Tensor) else x)
 
 
-def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors that share no storage, as safetensors wants them."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,20 @@ def export_onnx(
     seed: int = 0,
     dynamic_shapes: Any = DYNAMIC_BATCH,
     axes: Axes = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> float:
     """Write ``module`` with a dynamic batch; returns its largest difference to the module in ONNX Runtime.
 
     Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns. Weights above
-    1.5 GiB lie beside the graph, in ``<name>.<digest>.data``. With other ``dynamic_shapes`` the file is compared at the
-    shapes of ``call`` alone, unless ``axes`` says where samples stand (an axis for each tensor, or None). Raises
-    ArgumentError if torch cannot export the network; VerificationError, and writes nothing, if ONNX Runtime cannot run
-    it or differs by more than 1e-4 (16 roundings in half precision) at batch 1 or 7; OutputError.
+    1.5 GiB lie beside the graph, in ``<name>.<digest>.data``; ``metadata`` goes into the graph. With other
+    ``dynamic_shapes`` the file is compared at the shapes of ``call`` alone, unless ``axes`` says where samples stand
+    (an axis for each tensor, or None). Raises ArgumentError if torch cannot export the network; VerificationError, and
+    writes nothing, if ONNX Runtime cannot run it or differs by more than 1e-4 (16 roundings in half precision) at batch
+    1 or 7; OutputError.
     """
     module = module.to("cpu").eval()
     onnx_program = _converted(module, call, dynamic_shapes)
+    onnx_program.model.metadata_props.update(metadata or {})
     usual = dynamic_shapes == DYNAMIC_BATCH
     axes = axes or [0 if batched else None for batched in has_batch(call.tensors())] if usual or axes else None
     sizes = BATCHES if axes is not None and dynamic_shapes is not None else (None,)
