@@ -31,6 +31,7 @@ _LAZY = {
         "vfx.api",
     ),
     **dict.fromkeys(["export", "load"], "vfx.emit.files"),
+    **dict.fromkeys(["from_pretrained", "save_pretrained"], "vfx.emit.pretrained"),
     "diagnose": "vfx.diagnosis.diagnose",
     "barrier": "vfx.diagnosis.barrier",
     "evaluate": "vfx.diagnosis.evaluation",
