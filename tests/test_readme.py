@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import vfx
-import vfx.data
+import vfx.data.catalogue
 import vfx.models
+from vfx import cli
 from vfx.data import digits
 from vfx.models import vgg16, vit_tiny
 
@@ -79,6 +83,53 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest
     names = _readers_names()
     for block in re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL):
         exec(compile(block, name, "exec"), names)
+
+
+WITH_COMMANDS = ["README.md", "vfx/cli/README.md"]
+NETWORK = """from vfx.models import vgg11
+
+
+def make():
+    return vgg11(width=1 / 16, in_channels=1)
+"""
+
+
+def _commands(text: str) -> list[list[str]]:
+    """What stands behind ``vfx`` in the console blocks, lines that end in a backslash joined."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(found[1], comments=True) for line in lines if (found := re.match(r"\$ (?:\S*/)?vfx (.*)", line))
+    ]
+
+
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = ROOT.joinpath(name).read_text()
+    Path("net.py").write_text(NETWORK)
+    for file, seed in (("a.safetensors", 0), ("b.safetensors", 1)):
+        save_file(_net(seed, vfx.models.vgg11).state_dict(), file)
+    Path("demo").mkdir()
+    for seed in (0, 1):
+        save_file(_net(seed).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")
+    monkeypatch.setitem(
+        vfx.models.MODELS, "vgg16", lambda width=1, in_channels=3: vgg16(1 / 16, in_channels=in_channels)
+    )
+    few = [tensor[:16] for tensor in digits()]
+    monkeypatch.setattr(vfx.data.catalogue, "digits", lambda size=32, seed=0: few)
+    for index in range(20):
+        Path(f"photos/{index % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = numpy.random.default_rng(index).integers(0, 256, (36, 40, 3), numpy.uint8)
+        Image.fromarray(pixels).save(f"photos/{index % 2}/{index}.png")
+    for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
+        Path("recipe.toml").write_text(block)
+    commands = _commands(text)
+    assert len(commands) >= 4
+    for command in commands:
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 0, (command, result.output, result.exception)
 
 
 def test_pages_link_to_what_there_is() -> None:

@@ -1,0 +1,154 @@
+"""Recipes: every option, equal bytes when they run again, and clear words for what they should not hold."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import vfx
+from vfx import api, cli
+from vfx.cli.recipe import ACTIONS, read_recipe, resolved, values
+from vfx.cli.toml import toml_of
+from vfx.errors import ArgumentError
+from vfx.models import vgg11_bn
+
+MODEL = "vfx:vgg11_bn?width=0.0625&in_channels=1"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        torch.save(vgg11_bn(width=0.0625, in_channels=1).state_dict(), f"{seed}.pt")
+    inputs = np.random.default_rng(0).standard_normal((24, 1, 32, 32)).astype(np.float32)
+    np.savez("data.npz", inputs=inputs, labels=np.arange(24) % 10)
+    return tmp_path
+
+
+def _recipe(name: str, **document: Any) -> Path:
+    path = Path(f"{name}.toml")
+    path.write_text(toml_of({"model": MODEL, "input": ["1x32x32"]} | document))
+    return path
+
+
+def _run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, ["run", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "merge": {
+        "action": "merge", "weights": ["0.pt", "1.pt"], "data": "data.npz", "evaluate": "data.npz",
+        "options": {
+            "match": {"name": "activation", "first_layers": 3}, "normalize": {"name": "reset", "layers": [1, 2]},
+            "references": ["2.pt"],
+        },
+    },
+    "prune": {
+        "action": "prune", "weights": ["0.pt"], "data": "data.npz",
+        "options": {"sparsity": {"features.*": 0.5}, "score": {"name": "woodfisher", "block": 200}, "solve": "none"},
+    },
+    "structured": {
+        "action": "prune_structured", "weights": ["0.pt"], "data": "data.npz", "evaluate": "data.npz",
+        "options": {"budget": {"params": 0.5}, "score": "activation", "normalize": "none", "solve": "none"},
+    },
+    "branches": {
+        "action": "merge", "weights": ["0.pt", "1.pt"],
+        "options": {"match": "weight", "preserve": 2, "normalize": "none"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_running_again_gives_equal_bytes_and_the_network(name: str, folder: Path) -> None:
+    path = _recipe(name, **RECIPES[name])
+    _run(str(path), "one")
+    _run("one/recipe.toml", "two")  # the recipe as resolved is a recipe
+    files = sorted(file.name for file in Path("one").iterdir())
+    network = ["model.pt2"] if name == "branches" else ["check.safetensors", "model.safetensors"]
+    assert files == sorted(["config.json", *network, "recipe.toml", "report.json"])
+    for file in files:
+        assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
+    report = json.loads(Path("one/report.json").read_text())
+    assert "seconds" not in report
+    assert ("evaluation" in report) == ("evaluate" in RECIPES[name])
+    again = vfx.from_pretrained("one")
+    with np.load("data.npz") as held:
+        outputs = again(torch.from_numpy(held["inputs"]))
+    assert outputs.shape == (24, 10)
+    if "evaluation" in report:
+        row = report["evaluation"]["networks"][-1]
+        assert row["accuracy"] == float((outputs.argmax(1) == torch.arange(24) % 10).double().mean())
+
+
+def test_other_weights_give_other_bytes(folder: Path) -> None:
+    """The control."""
+    for name, weights in (("a", ["0.pt", "1.pt"]), ("b", ["0.pt", "2.pt"])):
+        _run(str(_recipe(name, action="merge", weights=weights, options={"match": "weight"})), name)
+    assert Path("a/model.safetensors").read_bytes() != Path("b/model.safetensors").read_bytes()
+    said = json.loads(Path("a/config.json").read_text())["provenance"]
+    assert [edge["file"] for edge in said["edges"]] == ["0.pt", "1.pt"]
+    assert tomllib.loads(said["recipe"])["options"]["match"] == "weight"
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_resolved_recipes_hold_every_option(action: str, folder: Path) -> None:
+    whole = resolved(read_recipe(_recipe("x", action=action, weights=["0.pt"])), getattr(api, action), "x.toml")
+    known = inspect.signature(getattr(api, action)).parameters
+    own = {"models", "model", "example_inputs", "data", "progress", "statistics"}
+    assert set(whole.options) == set(known) - own
+    found = values(read_recipe(_recipe("y", **whole.to_dict())), lambda paths: paths, lambda name: name)
+    for name, value in found.items():
+        default = known[name].default
+        assert value == (list(default) if isinstance(default, tuple) else default), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action": "melt"}, "action='melt' is unknown; choose one of merge, prune, prune_structured"),
+        ({"colour": "red"}, "a recipe has no 'colour'"),
+        ({"weights": "0.pt"}, "weights must be a list of texts, got '0.pt'"),
+        ({"weights": []}, "lacks 'weights'"),
+        ({"options": {"mach": "weight"}}, "merge takes no 'mach', it takes match"),
+        ({"options": {"data": "digits"}}, "options.data is not an option of a recipe"),
+        ({"options": {"match": {"restarts": 3}}}, "a table needs the name of the method"),
+        ({"options": {"match": {"name": "magic"}}}, "match='magic' is unknown"),
+        ({"options": {"match": {"name": "weight", "speed": 3}}}, "'weight' takes no such options"),
+        ({"options": {"normalize": {"name": "repair", "speed": 3}}}, "options.normalize: .*'speed'"),
+        ({"action": "prune", "options": {"sparsity": 0.5}}, "prune takes one network, the recipe names 2"),
+        ({"evaluate": "nothing"}, "no data 'nothing'"),
+    ],
+)
+def test_what_a_recipe_should_not_hold_is_named(change: dict[str, Any], message: str, folder: Path) -> None:
+    path = _recipe("x", **{"action": "merge", "weights": ["0.pt", "1.pt"]} | change)
+    with pytest.raises((ArgumentError, vfx.errors.DataError), match=message):
+        _run(str(path), "out")
+
+
+def test_files_that_are_no_recipe_are_named(folder: Path) -> None:
+    Path("x.toml").write_text("a = = 1")
+    for name, message in (("x.toml", "is no TOML"), ("none.toml", "No such file")):
+        with pytest.raises(ArgumentError, match=message):
+            _run(name, "out")
+
+
+def test_toml_is_read_as_it_was_written() -> None:
+    document = {
+        "text": 'a "quoted" \\ line\n\x7f é', "number": 3, "share": 1e-05, "yes": True, "list": ["a", 1, [2.5]],
+        "table": {"inner": {"features.*": 0.5}, "glob.*": False, "empty": []},
+    }  # fmt: skip
+    assert tomllib.loads(toml_of(document)) == document
+    assert tomllib.loads(toml_of({"nothing": None})) == {"nothing": "none"}
+    with pytest.raises(TypeError, match="holds no object"):
+        toml_of({"x": object()})

@@ -1,0 +1,153 @@
+"""A recipe: one merge or pruning written down, with every option of ``vfx.merge``, ``prune`` or ``prune_structured``.
+
+    action = "merge"
+    model = "vfx:vgg16?width=0.25&in_channels=1"
+    weights = ["a.safetensors", "b.safetensors"]
+    input = ["1x32x32"]
+    data = "digits"
+    evaluate = "digits"
+
+    [options]
+    budget = {params = 1.2}
+
+Paths are those of the working folder, as on the command line. "none" stands for None. ``match``, ``score`` and
+``normalize`` take a name, or a table of it and its options: ``score = {name = "woodfisher", block = 500}``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vfx.arguments import check_names
+from vfx.cli.inputs import optional
+from vfx.errors import ArgumentError
+
+ACTIONS = ("merge", "prune", "prune_structured")
+_GIVEN = ("data", "progress", "statistics", "example_inputs")  # by the recipe's own keys, or not by a text at all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe holds: networks, data and ``options`` as they are written."""
+
+    action: str
+    model: str
+    weights: list[str]
+    input: list[str]
+    entry: str | None
+    data: str | None
+    evaluate: str | None
+    options: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document, what is None left out."""
+        return {name: value for name, value in vars(self).items() if value not in (None, []) or name == "options"}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises ArgumentError for what it lacks, and names what it should not hold."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path} is no TOML: {error}") from error
+    kinds: dict[str, type] = {
+        "action": str, "model": str, "weights": list, "input": list, "entry": str, "data": str, "evaluate": str,
+        "options": dict,
+    }  # fmt: skip
+    for name, value in document.items():
+        if name not in kinds:
+            raise ArgumentError(f"{path}: a recipe has no {name!r}; it has {', '.join(kinds)}")
+        if not isinstance(value, kinds[name]) or (
+            isinstance(value, list) and not all(isinstance(x, str) for x in value)
+        ):
+            words: dict[type, str] = {str: "a text", list: "a list of texts", dict: "a table"}
+            raise ArgumentError(f"{path}: {name} must be {words[kinds[name]]}, got {value!r}")
+    missing = next((name for name in ("action", "model", "weights") if not document.get(name)), None)
+    if missing:
+        raise ArgumentError(f"{path} lacks {missing!r}")
+    if document["action"] not in ACTIONS:
+        raise ArgumentError(f"{path}: action={document['action']!r} is unknown; choose one of {', '.join(ACTIONS)}")
+    empty: dict[type, Any] = {list: [], dict: {}, str: None}
+    filled: dict[str, Any] = {name: document.get(name, empty[kind]) for name, kind in kinds.items()}
+    return Recipe(**filled)
+
+
+def resolved(recipe: Recipe, function: Callable[..., Any], source: str) -> Recipe:
+    """The recipe with every option of its function written down. Raises ArgumentError for an unknown one."""
+    check_names(f"{source}: options", function, recipe.options)
+    own = next((name for name in recipe.options if name in _GIVEN), None)
+    if own is not None:
+        raise ArgumentError(
+            f"{source}: options.{own} is not an option of a recipe; data and input stand above [options]"
+        )
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {
+        p.name: p.default if not isinstance(p.default, tuple) else list(p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN
+    }
+    return replace(recipe, options=defaults | recipe.options)
+
+
+def values(recipe: Recipe, load: Callable[[list[str]], Any], read: Callable[[str], Any]) -> dict[str, Any]:
+    """The options as the function takes them; ``load`` makes networks of paths, ``read`` data of their name."""
+    found: dict[str, Any] = {
+        name: optional(value) if isinstance(value, str) else value for name, value in recipe.options.items()
+    }
+    for name, make in _MADE.items():
+        if isinstance(found.get(name), Mapping):
+            found[name] = make(dict(found[name]))
+    if found.get("references"):
+        found["references"] = load(found["references"])
+    if isinstance(found.get("held_out"), str):
+        found["held_out"] = read(found["held_out"])
+    return found
+
+
+def _named(table: dict[str, Any], option: str) -> str:
+    name = table.pop("name", None)
+    if not isinstance(name, str):
+        raise ArgumentError(f"options.{option}: a table needs the name of the method, as in {{name = …}}")
+    return name
+
+
+def _normalization(table: dict[str, Any]) -> Any:
+    from vfx.normalize.catalogue import Normalization
+
+    try:
+        return Normalization(_named(table, "normalize"), **table)
+    except TypeError as error:
+        raise ArgumentError(f"options.normalize: {error}") from error
+
+
+def _score(table: dict[str, Any]) -> Any:
+    from vfx.pruning.scores.catalogue import score_named
+
+    return score_named(_named(table, "score"), **table)
+
+
+def _match(table: dict[str, Any]) -> Any:
+    from vfx.match.catalogue import MATCHERS, matcher
+    from vfx.match.first_layers import FirstLayers
+
+    name, count = _named(table, "match"), table.pop("first_layers", None)
+    if name not in MATCHERS:
+        return matcher(name)  # says what there is
+    try:
+        return MATCHERS[name](**table) if count is None else FirstLayers(name, count, **table)
+    except TypeError as error:
+        raise ArgumentError(f"options.match: {name!r} takes no such options: {error}") from error
+
+
+_MADE: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+    "normalize": _normalization,
+    "score": _score,
+    "match": _match,
+}

@@ -1,0 +1,72 @@
+"""``vfx run``: a recipe carried out into a directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vfx.cli.app import app
+from vfx.cli.inputs import data_of, examples_of, load_all, weights_in
+from vfx.cli.results import evaluated, put
+from vfx.files import check_writable, make_folder
+
+_TIMES = ("seconds", "latency")  # differ from run to run
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="TOML file: action, model, weights, data, [options]; see vfx/cli.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the result: network, config, recipe and report.")],
+) -> None:
+    """Carry out a recipe; running it again gives the same bytes."""
+    from vfx.cli.recipe import read_recipe, resolved, values
+
+    asked = read_recipe(recipe)
+    from vfx import api
+    from vfx.cli.toml import toml_of
+    from vfx.emit.pretrained import save_pretrained
+    from vfx.emit.provenance import digests
+
+    function = getattr(api, asked.action)
+    whole = resolved(asked, function, str(recipe))
+    make_folder(out)
+    for name in ("recipe.toml", "report.json"):
+        check_writable(out / name)
+    files = [Path(name) for name in whole.weights]
+    networks = load_all(files, whole.model, [], whole.entry)
+    examples = examples_of(whole.input, whole.model)
+    options = values(
+        whole,
+        lambda paths: load_all([Path(path) for path in paths], whole.model, [], whole.entry),
+        lambda source: data_of(source, examples, whole.model),
+    )
+    judging = data_of(whole.evaluate, examples, whole.model, "test")
+    given: Any = networks if asked.action == "merge" else _single(networks, asked.action)
+    result = function(given, examples, data=data_of(whole.data, examples, whole.model), **options)
+    evaluation = evaluated(networks, result, examples, judging, files)
+    print(result.report)
+    if evaluation is not None:
+        print(evaluation)
+    document = toml_of(whole.to_dict())
+    origin = {"recipe": document, "edges": digests(map(weights_in, files))}
+    print(f"wrote {save_pretrained(result, out, model=whole.model, origin=origin)}")
+    put(out / "recipe.toml", document)
+    facts = result.report.to_dict() | ({} if evaluation is None else {"evaluation": evaluation.to_dict()})
+    put(out / "report.json", json.dumps(_without_times(facts), indent=2, default=str) + "\n")
+
+
+def _single(networks: list[Any], action: str) -> Any:
+    from vfx.errors import ArgumentError
+
+    if len(networks) != 1:
+        raise ArgumentError(f"{action} takes one network, the recipe names {len(networks)}")
+    return networks[0]
+
+
+def _without_times(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {name: _without_times(value) for name, value in facts.items() if name not in _TIMES}
+    return [_without_times(one) for one in facts] if isinstance(facts, list) else facts
