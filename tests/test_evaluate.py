@@ -122,6 +122,8 @@ def test_the_command_prints_80_columns_and_pure_json(files: list[str], tmp_path:
     facts = json.loads(invoke("evaluate", MODEL[1], a, b, "-i", "1x32x32", "--data", data, "--json", "-"))
     assert [one["name"] for one in facts["networks"]] == [f"{LONG}0.pt", f"{LONG}1.pt"]
     assert facts["samples"] == 24
+    grid = ["-g", "solve=none", "-s", "match=weight", "--no-latency", "--draw", str(tmp_path / "c.png")]
+    assert json.loads(invoke("compare", a, b, *MODEL, "--data", data, *grid, "--json", "-"))["samples"] == 24
     lines = invoke("evaluate", a, *MODEL, "--data", data, "--csv", "-").splitlines()
     assert lines[0].startswith("name,accuracy,loss,agreement,params")
     assert len(lines) == 2

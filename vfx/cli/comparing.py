@@ -80,10 +80,11 @@ def compare(
         **option_values(options),
     )
     tell(found, report, csv, markdown)
-    put(markdown, found.to_markdown)
-    put(csv, found.to_csv)
-    put(report, found.to_json)
-    put(draw, lambda: png(found.figure()))
+    texts = (report, csv, markdown)
+    put(markdown, found.to_markdown, *texts)
+    put(csv, found.to_csv, *texts)
+    put(report, found.to_json, *texts)
+    put(draw, lambda: png(found.figure()), *texts)
 
 
 @app.command()
@@ -131,8 +132,8 @@ def evaluate(
         device=device,
     )
     tell(found, csv, report)
-    put(csv, found.to_csv)
-    put(report, found.to_json)
+    put(csv, found.to_csv, report)
+    put(report, found.to_json, csv)
 
 
 @app.command()

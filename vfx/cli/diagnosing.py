@@ -50,8 +50,8 @@ def diagnose(
     if html is not None:
         found.to_html(html)
         tell(f"wrote {html}", csv, report)
-    put(csv, found.to_csv)
-    put(report, found.to_json)
+    put(csv, found.to_csv, report)
+    put(report, found.to_json, csv)
 
 
 @app.command()
@@ -93,5 +93,5 @@ def barrier(
         seed=seed,
     )
     tell(found, report)
-    put(draw, lambda: png(found.figure()))
+    put(draw, lambda: png(found.figure()), report)
     put(report, found.to_json)

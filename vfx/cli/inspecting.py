@@ -29,8 +29,8 @@ def profile(
     check_outputs(None, csv, report)
     table = api.profile(construct(model, arguments), examples_of(inputs, model))
     tell(table, csv, report)
-    put(csv, table.to_csv)
-    put(report, table.to_json)
+    put(csv, table.to_csv, report)
+    put(report, table.to_json, csv)
 
 
 @app.command()

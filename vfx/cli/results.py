@@ -9,6 +9,7 @@ from typing import Any
 
 from vfx.errors import ArgumentError, VfxError
 from vfx.files import check_writable, write_atomic
+from vfx.progress import stage
 
 STDOUT = Path("-")
 
@@ -41,8 +42,11 @@ def tell(text: Any, *files: Path | None) -> None:
         print(text)
 
 
-def put(path: Path | None, text: str | bytes | Callable[[], str | bytes]) -> None:
-    """Write a file whole, or a text to standard output; nothing where no path is given."""
+def put(path: Path | None, text: str | bytes | Callable[[], str | bytes], *others: Path | None) -> None:
+    """Write a file whole, or a text to standard output; nothing where no path is given.
+
+    ``others``: what else is written, so that nothing is said where one of these is standard output.
+    """
     if path is None:
         return
     data = text() if callable(text) else text
@@ -50,7 +54,7 @@ def put(path: Path | None, text: str | bytes | Callable[[], str | bytes]) -> Non
         print(data if isinstance(data, str) else data.decode(), end="")
         return
     write_atomic(path, data)
-    print(f"wrote {path}")
+    tell(f"wrote {path}", *others)
 
 
 def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: list[Path]) -> Any:
@@ -59,6 +63,7 @@ def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: li
         return None
     from vfx.diagnosis.evaluation import evaluate
 
+    stage("evaluation")
     names = [*short_names(files), "result"]
     return evaluate([*given, result], examples, data=data, names=names, ensemble=len(given) if len(given) > 1 else 0)
 
@@ -94,6 +99,7 @@ def finish(
     failures: list[VfxError] = []
     origin = origin_of(files or []) if out else {}
     for path in out or ():
+        stage(f"writing {path}")
         try:
             tell(f"wrote {write(result, path, origin=origin)}", report)
         except VfxError as error:

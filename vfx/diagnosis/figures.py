@@ -257,15 +257,16 @@ def comparison_figure(comparison: Comparison, cost: str = "params") -> Figure:
     """Accuracy (%) against a cost as multiples of one network; the frontier as a line, the given networks beside it."""
     figure, (axis,) = _panels(1, 1)
     front = comparison.frontier(cost)
-    costs = [getattr(point, cost) for point in comparison.made]
+    costs = [getattr(p, cost) for p in (*comparison.made, *comparison.points[: comparison.references])]
     middle = (min(costs, default=0) + max(costs, default=0)) / 2
     for point in comparison.made:
         place, best = (getattr(point, cost), 100 * (point.accuracy or 0)), point in front
         axis.plot(*place, "o", markersize=5 if best else 3.5, color=MERGED if best else "#999999")
-        if best:  # names stay inside the axes
-            right = place[0] > middle
-            offset, side = (-4 if right else 4, -9), "right" if right else "left"
+        if best:  # names stay inside the axes, those of neighbours above and below the line
+            right, above = place[0] > middle, front.index(point) % 2
+            offset, side = (-6 if right else 6, 5 if above else -10), "right" if right else "left"
             axis.annotate(point.name, place, fontsize=7, xytext=offset, textcoords="offset points", ha=side)
+    axis.margins(y=0.1)
     axis.plot([getattr(p, cost) for p in front], [100 * (p.accuracy or 0) for p in front], color=MERGED, linewidth=1)
     for number, point in enumerate(comparison.points[: comparison.references]):
         axis.plot(
@@ -274,7 +275,7 @@ def comparison_figure(comparison: Comparison, cost: str = "params") -> Figure:
     against = "accuracy (%)" if comparison.target == "labels" else "agreement with the ensemble (%)"
     axis.set(xlabel=f"{_COSTS[cost]} (multiples of one network)", ylabel=against)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 
