@@ -114,6 +114,9 @@ def test_options_of_normalization_and_preparation(checkpoints: list[str], tmp_pa
     assert "Align(FirstLayers)" in facts["passes"]
     invoke("merge", *common, "--normalize", "bias_removal", "--bias-count", "3", "--bias-direction", "forward")
     assert "RemoveBias(forward, 3)" in json.loads(report.read_text())["passes"]
+    invoke("merge", *common, "--match", "weight", "--match-arg", "classes=permutation", "--normalize", "none")
+    with pytest.raises(ArgumentError, match="'weight' takes no such options"):
+        invoke("merge", *common, "--match", "weight", "--match-arg", "speed=3")
     invoke("merge", *common, "--data", str(labelled))
     assert all(score["accuracy"] is not None for score in json.loads(report.read_text())["scores"].values())
     invoke("repair", *common, "--data", str(data), "--method", "repair", "--site", "activation")

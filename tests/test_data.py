@@ -268,6 +268,8 @@ def test_objects_of_the_users_own_files(tmp_path: Path) -> None:
     )
     assert len(read(f"{file}:loader")) == 1
     assert len(read(f"{file}:make?n=3")) == 3
+    with pytest.raises(ArgumentError, match=r"cannot be read: TypeError: make\(\) got an unexpected"):
+        read(f"{file}:make?m=3")
     with pytest.raises(ArgumentError, match="has no 'other'"):
         read(f"{file}:other")
     with pytest.raises(ArgumentError, match="there is no file"):

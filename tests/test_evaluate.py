@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import vfx
 from vfx import cli
 from vfx.errors import ArgumentError, DataError
-from vfx.models import vgg11_bn
+from vfx.models.named import build
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(40) % 4
@@ -93,19 +93,31 @@ def test_what_cannot_be_measured_is_refused() -> None:
         vfx.evaluate(["a.pt"], X[:2], data=X)
 
 
-MODEL = ["-m", "vfx:vgg11_bn?width=0.125&in_channels=1", "-i", "1x32x32"]
+NETWORK = """from torch import nn
+
+
+def make():
+    first = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*first, nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""
 LONG = "a_network_with_quite_a_long_name_of_its_file"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("files")
+    (folder / "net.py").write_text(NETWORK)
     for seed in range(2):
         torch.manual_seed(seed)
-        torch.save(vgg11_bn(width=0.125, in_channels=1).state_dict(), folder / f"{LONG}{seed}.pt")
-    inputs = np.random.default_rng(0).standard_normal((24, 1, 32, 32)).astype(np.float32)
+        torch.save(build(f"{folder}/net.py:make").state_dict(), folder / f"{LONG}{seed}.pt")
+    inputs = np.random.default_rng(0).standard_normal((24, 1, 8, 8)).astype(np.float32)
     np.savez(folder / "data.npz", inputs=inputs, labels=np.arange(24) % 10)
     return [str(folder / name) for name in (f"{LONG}0.pt", f"{LONG}1.pt", "data.npz")]
+
+
+@pytest.fixture(scope="module")
+def model(files: list[str]) -> list[str]:
+    return ["-m", f"{Path(files[0]).parent}/net.py:make", "-i", "1x8x8"]
 
 
 def invoke(*arguments: str) -> str:
@@ -114,43 +126,45 @@ def invoke(*arguments: str) -> str:
     return result.output
 
 
-def test_the_command_prints_80_columns_and_pure_json(files: list[str], tmp_path: Path) -> None:
+def test_the_command_prints_80_columns_and_pure_json(files: list[str], model: list[str], tmp_path: Path) -> None:
     a, b, data = files
-    shown = invoke("evaluate", a, b, *MODEL, "--data", data, "--ensemble")
+    shown = invoke("evaluate", a, b, *model, "--data", data, "--ensemble")
     assert max(map(len, shown.splitlines())) <= 80
     assert "ensemble" in shown
-    facts = json.loads(invoke("evaluate", MODEL[1], a, b, "-i", "1x32x32", "--data", data, "--json", "-"))
+    facts = json.loads(invoke("evaluate", model[1], a, b, "-i", "1x8x8", "--data", data, "--json", "-"))
     assert [one["name"] for one in facts["networks"]] == [f"{LONG}0.pt", f"{LONG}1.pt"]
     assert facts["samples"] == 24
     grid = ["-g", "solve=none", "-s", "match=weight", "--no-latency", "--draw", str(tmp_path / "c.png")]
-    assert json.loads(invoke("compare", a, b, *MODEL, "--data", data, *grid, "--json", "-"))["samples"] == 24
-    lines = invoke("evaluate", a, *MODEL, "--data", data, "--csv", "-").splitlines()
+    assert json.loads(invoke("compare", a, b, *model, "--data", data, *grid, "--json", "-"))["samples"] == 24
+    lines = invoke("evaluate", a, *model, "--data", data, "--csv", "-").splitlines()
     assert lines[0].startswith("name,accuracy,loss,agreement,params")
     assert len(lines) == 2
     with pytest.raises(ArgumentError, match="--data is missing"):
-        invoke("evaluate", a, *MODEL)
+        invoke("evaluate", a, *model)
     with pytest.raises(ArgumentError, match="--model says which network"):
         invoke("evaluate", a, "--data", data)
 
 
-def test_merge_and_prune_measure_what_went_in_and_what_came_out(files: list[str], tmp_path: Path) -> None:
+def test_merge_and_prune_measure_what_went_in_and_what_came_out(
+    files: list[str], model: list[str], tmp_path: Path
+) -> None:
     a, b, data = files
     merged = tmp_path / "m.pt2"
     facts = json.loads(
-        invoke("merge", a, b, *MODEL, "--match", "weight", "--evaluate", data, "-o", str(merged), "--json", "-")
+        invoke("merge", a, b, *model, "--match", "weight", "--evaluate", data, "-o", str(merged), "--json", "-")
     )
     rows = {row["name"]: row for row in facts["evaluation"]["networks"]}
     assert list(rows) == [f"{LONG}0.pt", f"{LONG}1.pt", "ensemble", "result"]
-    again = json.loads(invoke("evaluate", str(merged), *MODEL, "--data", data, "--json", "-"))["networks"][0]
+    again = json.loads(invoke("evaluate", str(merged), *model, "--data", data, "--json", "-"))["networks"][0]
     assert again["accuracy"] == rows["result"]["accuracy"]
     assert again["loss"] == pytest.approx(rows["result"]["loss"], rel=1e-5)
-    shown = invoke("prune", a, *MODEL, "-s", "0.8", "--evaluate", data)
+    shown = invoke("prune", a, *model, "-s", "0.8", "--evaluate", data)
     assert "not 0" in shown
     with pytest.raises(DataError, match="no data 'nothing'"):
-        invoke("merge", a, b, *MODEL, "--evaluate", "nothing", "-o", str(merged))
+        invoke("merge", a, b, *model, "--evaluate", "nothing", "-o", str(merged))
 
 
-def test_selected_samples_are_data_again(files: list[str], tmp_path: Path) -> None:
+def test_selected_samples_are_data_again(files: list[str], model: list[str], tmp_path: Path) -> None:
     a, _, data = files
     few = tmp_path / "few.npz"
     assert "10 samples (balanced)" in invoke("select", data, "10", "--strategy", "balanced", "-o", str(few))
@@ -158,7 +172,7 @@ def test_selected_samples_are_data_again(files: list[str], tmp_path: Path) -> No
         assert sorted(held["labels"].tolist()) == list(range(10))
         assert np.array_equal(held["inputs"], whole["inputs"][held["indices"]])
     hard = tmp_path / "hard.npz"
-    invoke("select", data, "0.25", "--strategy", "hard", "-n", a, *MODEL, "-o", str(hard))
-    assert json.loads(invoke("evaluate", a, *MODEL, "-d", str(hard), "--json", "-"))["samples"] == 6
+    invoke("select", data, "0.25", "--strategy", "hard", "-n", a, *model, "-o", str(hard))
+    assert json.loads(invoke("evaluate", a, *model, "-d", str(hard), "--json", "-"))["samples"] == 6
     with pytest.raises(ArgumentError, match=r"written as \.npz"):
         invoke("select", data, "5", "-o", str(tmp_path / "few.csv"))

@@ -150,12 +150,16 @@ def budget_of(text: str | None) -> dict[str, float] | None:
     return {name: float(value)}
 
 
-def match_of(match: str, count: int | None, data: str | None) -> Any:
+def match_of(match: str, count: int | None, data: str | None, options: list[str]) -> Any:
+    """What ``--match``, ``--match-layers`` and ``--match-arg`` ask for: a name, None or a matcher with its options."""
+    if optional(match) is None or (count is None and not options):
+        return optional(match)
+    from vfx.match.catalogue import matcher_named
     from vfx.match.first_layers import FirstLayers
 
-    if count is None or optional(match) is None:
-        return optional(match)
-    return FirstLayers(match if match != "auto" else "activation" if data else "weight", count)
+    name = match if match != "auto" else "activation" if data else "weight"
+    found = matcher_named(name, **dict(option(text, "--match-arg") for text in options))
+    return found if count is None else FirstLayers(found, count)
 
 
 def sparsity_of(texts: list[str] | None) -> float | dict[str, float] | None:

@@ -54,6 +54,9 @@ def merge(
     data: Data = None,
     evaluate: Evaluate = None,
     match: Match = "auto",
+    match_arguments: Annotated[
+        list[str], typer.Option("--match-arg", help="Option of the matching method, e.g. iterations=50; repeatable.")
+    ] = [],  # noqa: B006
     restarts: Annotated[int, typer.Option(help="Further runs of weight, activation, c2m3 or ste.")] = 0,
     solve: Solve = "auto",
     follow: Annotated[
@@ -103,7 +106,7 @@ def merge(
         edges,
         examples,
         data=data_of(data, examples, model),
-        match=match_of(match, match_layers, data),
+        match=match_of(match, match_layers, data, match_arguments),
         restarts=restarts,
         solve=optional(solve),
         follow=cut_of(follow),

@@ -134,16 +134,12 @@ def _score(table: dict[str, Any]) -> Any:
 
 
 def _match(table: dict[str, Any]) -> Any:
-    from vfx.match.catalogue import MATCHERS, matcher
+    from vfx.match.catalogue import matcher_named
     from vfx.match.first_layers import FirstLayers
 
     name, count = _named(table, "match"), table.pop("first_layers", None)
-    if name not in MATCHERS:
-        return matcher(name)  # says what there is
-    try:
-        return MATCHERS[name](**table) if count is None else FirstLayers(name, count, **table)
-    except TypeError as error:
-        raise ArgumentError(f"options.match: {name!r} takes no such options: {error}") from error
+    found = matcher_named(name, **table)
+    return found if count is None else FirstLayers(found, count)
 
 
 _MADE: Mapping[str, Callable[[dict[str, Any]], Any]] = {

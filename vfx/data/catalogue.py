@@ -122,13 +122,24 @@ def read(source: str, *, part: str = "train", example_inputs: Call | None = None
         check_options(chosen, place.options, f"data {place.name!r}")
         return _by_name(chosen(Request(place, part, example_inputs, model), **place.options), example_inputs)
     if is_code(source):
-        found = load_object(source, "--data")
-        return found(**place.options) if callable(found) else found
+        return _own(source, place)
     if not Path(source).exists() and not Path(source).suffix:
         raise DataError(f"no data {source!r}: a file of arrays, file.py:loader, or one of {', '.join(SOURCES)}")
     if example_inputs is not None and example_inputs.kwargs:
         return read_batches(Path(source), list(example_inputs.kwargs))
     return read_labelled(Path(source))
+
+
+def _own(source: str, place: Address) -> Any:
+    """The user's own batches, or what their function gives. Raises ArgumentError where they cannot be had."""
+    found = load_object(source, "data")
+    if not callable(found):
+        return found
+    try:
+        return found(**place.options)
+    except Exception as error:  # the user's own code raises any class
+        cause = next(iter(str(error).splitlines()), "no message")
+        raise ArgumentError(f"data {source!r} cannot be read: {type(error).__name__}: {cause}") from error
 
 
 def _by_name(batches: Any, call: Call | None) -> Any:

@@ -56,6 +56,16 @@ def matcher(match: str | Matcher | None, restarts: int = 0, classes: str = "full
     return MATCHERS[match](**options)
 
 
+def matcher_named(name: str, **options: Any) -> Matcher:
+    """A matcher by name with its own options, as ``MATCHERS`` has them. Raises ArgumentError."""
+    if name not in MATCHERS:
+        raise ArgumentError(f"match={name!r} is unknown; choose one of {', '.join(MATCHERS)}")
+    try:
+        return MATCHERS[name](**options)
+    except TypeError as error:
+        raise ArgumentError(f"match={name!r} takes no such options: {error}") from error
+
+
 def maps_layers(finder: Matcher, symmetry: Symmetry) -> bool:
     """Whether a matcher may mix the channels of layers' outputs, so that their variances take covariances."""
     return getattr(finder, "classes", None) == "full" and mixing(symmetry)

@@ -62,7 +62,8 @@ def usual_inputs(model: str) -> list[str]:
     except ImportError:
         found = []
     if not found:
-        raise ArgumentError(f"--input is missing: the shape of one sample that {model!r} takes, e.g. -i 3x224x224")
+        whose = repr(model) if model else "the network"
+        raise ArgumentError(f"--input is missing: the shape of one sample that {whose} takes, e.g. -i 3x224x224")
     return found
 
 
