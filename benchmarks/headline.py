@@ -51,7 +51,7 @@ class Subject:
     def __init__(self, recipes: list[Recipe], networks: Path, data: Path, device: str):
         self.device = device
         self.calibration = fashion_mnist(data, "train", CALIBRATION)[0].split(BATCH)
-        images, labels = fashion_mnist(data, "t10k")
+        images, labels = fashion_mnist(data, "test")
         self.images, self.labels = images.to(device), labels.to(device)
         self.edges = [recipe.load(networks) for recipe in recipes]
         self.program = trace(self.edges, self.calibration[0][:2])

@@ -91,7 +91,7 @@ FAMILIES: dict[str, dict[str, list[Recipe]]] = {
 @cache
 def _images(folder: Path, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, test images and labels, once a process."""
-    parts = (*fashion_mnist(folder, "train"), *fashion_mnist(folder, "t10k"))
+    parts = (*fashion_mnist(folder, "train"), *fashion_mnist(folder, "test"))
     images, labels, tests, truth = (part.to(device) for part in parts)
     return images, labels, tests, truth
 
