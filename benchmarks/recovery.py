@@ -49,7 +49,7 @@ from vfx.match.matcher import Matching
 from vfx.match.matcher import Problem as MatchingProblem
 from vfx.match.units import units
 from vfx.match.weight import WeightMatching
-from vfx.operators import BATCH_NORMS, operator, weight_name
+from vfx.operators import operator_of, weight_name
 from vfx.program import Program, Weights
 from vfx.statistics.collect import Statistics, collect
 from vfx.statistics.taps import Tap
@@ -105,7 +105,7 @@ def random_weights(program: Program, batch: Tensor, generator: torch.Generator) 
     """The initial weights with norms, their statistics and layer scales spread, but no channel silenced."""
     weights = dict(program.weights[0])
     for node in program.graph.nodes:
-        scale, shift = (weight_name(node, x) if operator(node) in BATCH_NORMS else None for x in ("weight", "bias"))
+        scale, shift = (weight_name(node, x) if operator_of(node).is_batch_norm else None for x in ("weight", "bias"))
         if scale is not None:
             weights[scale] = 0.5 + torch.rand(weights[scale].shape, generator=generator)
         if shift is not None:

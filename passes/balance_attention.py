@@ -21,12 +21,9 @@ from vfx.analyse.balance import deficient, in_turn, rewritten
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Group, Symmetry, symmetry
 from vfx.arguments import checked
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Program
 from vfx.rewrite import Pass
-
-ATTENTION = "aten.scaled_dot_product_attention"
-PRODUCTS = {"aten.matmul", "aten.bmm", "aten.baddbmm"}
 
 
 class BalanceAttention(Pass):
@@ -61,7 +58,7 @@ def _pairs(facts: Symmetry) -> tuple[list[Group], list[str]]:
             free = [group for group in groups if facts.classes[group.index].kind is Maps.LINEAR]
             found |= {group.index: group for group in free if _two_sided(group)}
             why = [f"{group.reason} allows {group.kind.title} maps" for group in groups if group not in free]
-            if not groups and operator(node) == ATTENTION:
+            if not groups and operator_of(node).ties == "attention":
                 why = ["none of their channels are free (rotary embeddings?)"]
             notes |= dict.fromkeys(f"{what} of {node.name} left as they are: {reason}" for reason in why)
     return [found[index] for index in sorted(found)], list(notes)
@@ -69,13 +66,12 @@ def _pairs(facts: Symmetry) -> tuple[list[Group], list[str]]:
 
 def _inner(node: fx.Node) -> Iterator[tuple[str, fx.Node, int]]:
     """The axes along which operands of a product meet, and those of values that it passes on."""
-    a, name = arguments(node), operator(node)
-    if name == ATTENTION:
+    a, entry = arguments(node), operator_of(node)
+    if entry.ties == "attention":
         yield "queries and keys", a["query"], -1
         yield "values and output", a["value"], -1
-    elif name in PRODUCTS:
-        left: Any = a.get("batch1", a.get("self"))
-        right: Any = a.get("batch2", a.get("mat2", a.get("other")))
+    elif entry.batched:
+        left, right = a[entry.roles["input"]], a[entry.roles["weight"]]
         if _computed(left) and _computed(right):
             yield "queries and keys", left, -1
             yield "values and output", right, -1

@@ -20,7 +20,7 @@ from vfx.analyse.layers import Cut, Join, number_layers
 from vfx.arguments import checked
 from vfx.duplication import own_weights, prefixes, product, weighted_sum
 from vfx.errors import PassError
-from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Program, Value, copy_node
 from vfx.rewrite import Pass
 
@@ -136,7 +136,8 @@ class _Duplicator:
 
     def _last_parameters(self, node: fx.Node) -> list[str]:
         """Weight and bias of the layer that ends the branch, if nothing else there reads them or its output."""
-        if operator(node) not in LAYERS - TRANSPOSED or any(user in self.cut.branch for user in node.users):
+        entry = operator_of(node)
+        if not entry.is_layer or entry.is_transposed or any(user in self.cut.branch for user in node.users):
             return []
         values = arguments(node)
         parameters = [values[name] for name in ("weight", "bias") if values[name] is not None]

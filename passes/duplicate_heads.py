@@ -22,7 +22,7 @@ from vfx.arguments import checked
 from vfx.duplication import call, own_weights, prefixes, product, weighted_sum
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.match.maps import apply_along
-from vfx.operators import LAYERS, TRANSPOSED, arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Execution, Program, Value, copy_node
 from vfx.rewrite import Pass
 
@@ -209,7 +209,8 @@ def _input_weight(
     graph: fx.Graph, node: fx.Node, argument: fx.Node, dims: list[int], channel: dict[str, int]
 ) -> str | None:
     """The weight that can take a map of a layer's input channels, if the layer alone reads it and they alone move."""
-    if operator(node) not in LAYERS - TRANSPOSED or node.args[0] is not argument or dims != [channel.get(node.name)]:
+    entry = operator_of(node)
+    if not entry.is_layer or entry.is_transposed or node.args[0] is not argument or dims != [channel.get(node.name)]:
         return None
     values = arguments(node)
     weight = values["weight"]

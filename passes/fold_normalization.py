@@ -18,12 +18,10 @@ from vfx.analyse.layers import normalizes_channels
 from vfx.arguments import checked
 from vfx.normalization import Affine, add_bias, affines
 from vfx.operators import (
-    BATCH_NORMS,
-    TRANSPOSED,
     arguments,
     is_layer,
     layer_arguments,
-    operator,
+    operator_of,
     output_axis,
     weight_name,
 )
@@ -83,7 +81,7 @@ def _inserted(program: Program) -> Iterator[_Foldable]:
 
 def _batch_norms(program: Program) -> Iterator[_Foldable]:
     for node in program.graph.nodes:
-        if operator(node) not in BATCH_NORMS or not isinstance(node.args[0], fx.Node):
+        if not operator_of(node).is_batch_norm or not isinstance(node.args[0], fx.Node):
             continue
         own = isinstance(arguments(node)["running_mean"], fx.Node)  # else it normalises with its batch's statistics
         yield _Foldable(node.args[0], (node,), partial(_batch_norm_affine, node) if own else None)
@@ -108,7 +106,7 @@ def _refusal(foldable: _Foldable) -> str:
         return f"{first.name} follows {layer.name}, which is not a conv or linear layer"
     if foldable.affine is None:
         return f"{first.name} has no running statistics"
-    if operator(first) in BATCH_NORMS and not normalizes_channels(first, layer):
+    if operator_of(first).is_batch_norm and not normalizes_channels(first, layer):
         return f"{first.name} scales another axis than the channels of {layer.name}"
     if len(layer.users) > 1:
         return f"the output of {layer.name} has other readers than {first.name}"
@@ -146,7 +144,7 @@ def _fold(graph: fx.Graph, foldable: _Foldable, sets: list[dict[str, Tensor]]) -
 
 def _scaled(layer: fx.Node, weight: Tensor, scale: Tensor) -> Tensor:
     """The weight with each output channel scaled; transposed convolutions keep outputs on axis 1, by group."""
-    if operator(layer) not in TRANSPOSED:
+    if not operator_of(layer).is_transposed:
         return weight * scale.reshape([-1 if dim == output_axis(layer) else 1 for dim in range(weight.ndim)])
     groups = int(arguments(layer)["groups"])
     cut = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])

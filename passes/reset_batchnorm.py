@@ -14,7 +14,7 @@ from vfx.analyse.layers import Choice, number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
 from vfx.normalization import reset_readers
-from vfx.operators import BATCH_NORMS, operator
+from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.rewrite import Pass
 from vfx.statistics.data import Batches
@@ -42,7 +42,7 @@ class ResetBatchNorm(Pass):
         self.max_samples, self.device, self.progress = max_samples, device, progress
 
     def requires(self, program: Program) -> None:
-        if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
+        if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
             raise PassError("RESET needs BatchNorm layers and this network has none; use 'rescale' or 'repair'")
 
     def apply(self, program: Program) -> Program:

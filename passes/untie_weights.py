@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from vfx.arguments import checked
-from vfx.operators import is_layer, layer_arguments, operator, weight_name
+from vfx.operators import is_layer, layer_arguments, operator_of, weight_name
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass
 
@@ -30,7 +30,7 @@ class UntieWeights(Pass):
         owners: dict[str, str] = {}
         copies: dict[tuple[str, str], str] = {}
         for node in list(graph.nodes):
-            reads = is_layer(node) or operator(node) == "aten.embedding"
+            reads = is_layer(node) or operator_of(node).ties == "embedding"
             for name in ("weight", "bias") if reads else ():
                 value = layer_arguments(node).get(name)
                 fqn = weight_name(node, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,13 @@ from passes.fold_normalization import FoldNormalization
 from vfx.analyse import balance as balancing
 from vfx.analyse.balance import Scales
 from vfx.analyse.classes import Maps
-from vfx.analyse.rules import TABLE, elementwise
-from vfx.analyse.rules.rule import Rule
 from vfx.analyse.symmetry import symmetry
 from vfx.analyse.transform import Element, apply
 from vfx.api import merge, trace
 from vfx.errors import ArgumentError, VerificationError
 from vfx.models import vgg16
 from vfx.models.vit import vit_tiny
+from vfx.operators import REGISTRY
 from vfx.program import Program
 from vfx.rewrite import same_function
 
@@ -244,7 +244,7 @@ def test_scales_that_are_not_free_stay(name: str) -> None:
 
 
 def test_a_scale_that_tanh_sees_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLE, "aten.tanh", Rule(elementwise.pointwise, Maps.POSITIVE_MONOMIAL))
+    monkeypatch.setitem(REGISTRY, "aten.tanh", replace(REGISTRY["aten.tanh"], classes="positive"))
     with pytest.raises(VerificationError, match="BalanceScales changed the function"):
         BalanceScales()(_program(lambda: _mlp(nn.Tanh()), VECTORS))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vfx.api import merge, profile, prune_structured, symmetry
 from vfx.emit.files import export
 from vfx.errors import VfxError
-from vfx.operators import grouped_product
+from vfx.operators.kernels import grouped_product
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 IDS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,14 +14,12 @@ from micro_models import net
 from test_classes import CASES, COVERS, Case
 from torch import Tensor, fx, nn
 
-from vfx.analyse import cost
-from vfx.analyse.action import pointwise
+from vfx.analyse.action import HANDLERS, pointwise
 from vfx.analyse.classes import Maps
-from vfx.analyse.rules import HARMLESS, TABLE, elementwise
 from vfx.analyse.slots import Lowering, Slots
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.capture import capture
-from vfx.operators import _ALIAS_OF, arguments, defaults, operator
+from vfx.operators import PERMUTATION, REGISTRY, Operator, arguments, defaults, operator, operator_of
 from vfx.program import Program
 
 P, S, A, M = Maps.PERMUTATION, Maps.SIGNED, Maps.POSITIVE_MONOMIAL, Maps.MONOMIAL
@@ -51,27 +50,25 @@ def overloads(name: str) -> list[Any]:
 
 
 def called(target: Any) -> str:
-    """What an operator is called in the tables."""
+    """What an operator is called in the registry."""
     graph = torch.fx.Graph()
     return operator(graph.call_function(target, ()))
 
 
 def test_documented_aliases_have_one_name() -> None:
-    known = {name.removeprefix("aten.") for name in TABLE}
+    known = {name.removeprefix("aten.") for name in REGISTRY}
     pairs = [(a, b) for a, b in documented() if {called(overloads(n)[0])[5:].rstrip("_") for n in (a, b)} & known]
     assert len(pairs) > 40
     for alias, name in pairs:
         assert called(overloads(alias)[0]) == called(overloads(name)[0]), (alias, name)
 
 
-def test_an_alias_stands_in_no_table() -> None:
-    for table in (TABLE, HARMLESS, {f"aten.{name}" for name in cost._table()}):
-        assert not set(table) & set(_ALIAS_OF), "an alias has a line of its own"
+ALIASES = {alias: entry.name for entry in REGISTRY.values() for alias in entry.names[1:] if alias.count(".") == 1}
 
 
-@pytest.mark.parametrize("alias", sorted(_ALIAS_OF))
+@pytest.mark.parametrize("alias", sorted(ALIASES))
 def test_an_alias_takes_the_arguments_of_its_operator(alias: str) -> None:
-    known = [set(defaults(target) or ()) for target in overloads(_ALIAS_OF[alias].removeprefix("aten."))]
+    known = [set(defaults(target) or ()) for target in overloads(ALIASES[alias].removeprefix("aten."))]
     for target in overloads(alias.removeprefix("aten.")):
         assert any(set(defaults(target) or ()) - {"decimals", "out"} <= own for own in known), target
 
@@ -135,7 +132,7 @@ def _function(name: str) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 FUNCTIONS = {
     name: function
-    for name in sorted(key.removeprefix("aten.") for key, row in TABLE.items() if row.apply is elementwise.pointwise)
+    for name in sorted(name.removeprefix("aten.") for name, entry in REGISTRY.items() if entry.is_elementwise)
     if hasattr(torch.ops.aten, name) and (function := _function(name)) is not None
 }
 
@@ -151,7 +148,7 @@ def _kinds(facts: Symmetry) -> list[Maps]:
 
 
 def test_nearly_all_pointwise_operators_are_tried() -> None:
-    rows = [key for key, row in TABLE.items() if row.apply is elementwise.pointwise]
+    rows = [entry for entry in REGISTRY.values() if entry.is_elementwise]
     assert len(FUNCTIONS) > 70
     assert {"relu6", "hardtanh", "softplus", "maximum", "erf", "clamp", "threshold", "hardswish"} <= set(FUNCTIONS)
     assert len(FUNCTIONS) > len(rows) / 2
@@ -159,20 +156,24 @@ def test_nearly_all_pointwise_operators_are_tried() -> None:
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_a_pointwise_class_one_step_too_large_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program, allowed = _traced(FUNCTIONS[name]), pointwise._allowed
+    program, own = _traced(FUNCTIONS[name]), REGISTRY[f"aten.{name}"]
     facts = symmetry(program)
     assert not facts.unknown_ops
     assert facts.verify() <= EXACT
-    said = {maps for node in program.graph.nodes if (maps := _said(node, name)) is not None}
+    said = {maps for node in program.graph.nodes if (maps := _said(node, own)) is not None}
     for wrong in {larger for maps in said for larger in LARGER[maps]} if name not in UNSEEN else ():
-        monkeypatch.setattr(pointwise, "_allowed", lambda n, a, w=wrong: w if n == name else allowed(n, a))
+        monkeypatch.setitem(pointwise._MAPS, "wrong", wrong)
+        monkeypatch.setitem(HANDLERS, "wrong", pointwise.mapped)
+        monkeypatch.setitem(REGISTRY, own.name, replace(own, classes="wrong"))
         loosened = symmetry(program)
         if _kinds(loosened) != _kinds(facts):
             assert max(loosened.verify(seed) for seed in range(2)) >= NOTICED, wrong
 
 
-def _said(node: fx.Node, name: str) -> Maps | None:
-    return pointwise._allowed(name, arguments(node)) if operator(node) == f"aten.{name}" else None
+def _said(node: fx.Node, entry: Operator) -> Maps | None:
+    """The class of a function of one kind of map; None for sums, products and powers."""
+    given = entry.classes in {*pointwise._MAPS, "clamp", PERMUTATION}
+    return pointwise._allowed(entry, arguments(node)) if given and operator_of(node) is entry else None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -24,30 +24,16 @@ from vfx.complex_numbers import read_as_complex, real_parts
 from vfx.contexts import body_of, is_context
 from vfx.errors import CaptureError, listed
 from vfx.exporting import DYNAMIC_BATCH, exported
-from vfx.operators import DROPOUTS, arguments, operator
+from vfx.operators import arguments, canonical, is_in_place, operator_of
 from vfx.outputs import plain, selected
 from vfx.precision import name_dtypes
 from vfx.program import Program, Value, Weights, digest, is_empty
 from vfx.signature import Call, Signature, as_call, batched_call, in_order, positional_names, signature_of
 
-_ALIASES_OF_INPUT = {"aten.detach_", "aten.detach", "aten.alias"}
-_ASSERTIONS = {"aten._assert_async", "aten._assert_scalar", "aten._assert_tensor_metadata", "aten.sym_constrain_range",
-               "aten.sym_constrain_range_for_size"}  # fmt: skip
-_FILLED_LIKE = {"aten.zeros_like": 0, "aten.new_zeros": 0, "aten.ones_like": 1, "aten.new_ones": 1,
-                "aten.full_like": 0, "aten.new_full": 0}  # fmt: skip
-_MAY_RETURN_INPUT = {*DROPOUTS, "aten.type_as", "aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d",
-                     "aten.broadcast_tensors", "aten.meshgrid", "aten.einsum"}  # fmt: skip
 _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to compute than to keep
 _MAX_ALL_FOLDED = 1 << 27  # elements of all constants: a graph from a file could ask for any number of them
 _MAX_WORK = 1 << 34  # multiplications for all constants, about a second
 _PER_PART = 1 << 14  # multiplications that take as long as a tensor of its own
-_LINEAR = {"aten.fill", "aten.copy", "aten.zero", "aten.clone", "aten.contiguous", "aten.cat", "aten.stack",
-           "aten.index", "aten.index_select", "aten.gather", "aten.embedding", "aten.repeat",
-           "aten.repeat_interleave", "aten.tile", "aten.roll", "aten.flip", "aten.tril", "aten.triu", "aten.arange",
-           "aten.linspace", "aten.eye", "aten.full", "aten.zeros", "aten.ones", "aten.scalar_tensor", "aten.cumsum",
-           "aten.pad", "aten.constant_pad_nd", "aten.meshgrid", "aten.outer", "aten.softmax", "aten._to_copy",
-           "aten.scatter", "aten.index_put", "aten.index_fill", "aten.slice_scatter", "aten.select_scatter",
-           "aten.broadcast_tensors", "aten.one_hot", "aten.lift_fresh_copy", "aten.detach"}  # fmt: skip
 
 
 def capture(
@@ -222,17 +208,17 @@ class _Builder:
         self.mapping[node] = new
 
     def _call(self, node: fx.Node) -> None:
-        name = operator(node)
-        if name in _ASSERTIONS:
+        entry = operator_of(node)
+        if entry.asserts:
             return
-        if name in _ALIASES_OF_INPUT:
+        if entry.is_input:
             self.mapping[node] = self.mapping[node.args[0]]  # type: ignore[index]
             return
         if node.target is python_operator.getitem and isinstance(self._mapped(node.args[0]), (tuple, list)):
             self.mapping[node] = self._mapped(node.args[0])[node.args[1]]
             return
         new = self.graph.node_copy(node, self.mapping.__getitem__)
-        if name == "aten.lift_fresh_copy":  # a literal tensor: later in-place operators must not reach the constant
+        if entry.name == "aten.lift_fresh_copy":  # a literal, which later in-place operators must not reach
             new.target = torch.ops.aten.clone.default
         module, kind = _owner_module(node)
         new.meta = {"val": as_value(node.meta.get("val")), "module": module, "module_type": kind}
@@ -327,17 +313,16 @@ def _aliased(node: fx.Node) -> fx.Node | None:
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
     schema = getattr(node.target, "_schema", None)
     shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
-    if not shares and operator(node) not in _MAY_RETURN_INPUT:
+    if not shares and not operator_of(node).may_return_input:
         return None
     return next((a for a in node.args if isinstance(a, fx.Node)), None)
 
 
 def _functional(node: fx.Node) -> Callable[..., Any] | None:
     """The out-of-place overload of an in-place ATen call, or None."""
-    name = operator(node)
-    if not name.endswith("_") or name.endswith("__") or not isinstance(node.args[0] if node.args else None, fx.Node):
+    if not is_in_place(node) or not isinstance(node.args[0] if node.args else None, fx.Node):
         return None
-    packet = getattr(torch.ops.aten, name.removeprefix("aten.")[:-1], None)
+    packet = getattr(torch.ops.aten, canonical(node).removeprefix("aten."), None)
     return getattr(packet, str(node.target._overloadname), None) if packet is not None else None  # type: ignore[union-attr]
 
 
@@ -405,7 +390,7 @@ def _without_empty_parts(graph: fx.Graph) -> fx.Graph:
     """
     if any(_is_mutable(node) for node in graph.nodes):  # a part must not be written to in place of its copy
         return graph
-    for node in [n for n in graph.nodes if operator(n) == "aten.cat"]:
+    for node in [n for n in graph.nodes if operator_of(n).ties == "concatenate"]:
         if any(part.meta["val"].dtype != node.meta["val"].dtype for part in node.args[0]):
             continue
         parts = [part for part in node.args[0] if not is_empty(part)]
@@ -467,7 +452,7 @@ def _is_mutable(node: fx.Node) -> bool:
 
 def _is_foldable(node: fx.Node, constant: set[fx.Node]) -> bool:
     values = node.meta.get("val")
-    if node.op != "call_function" or operator(node) == "aten.empty" or not isinstance(values, (Value, list)):
+    if node.op != "call_function" or operator_of(node).name == "aten.empty" or not isinstance(values, (Value, list)):
         return False
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
@@ -476,19 +461,19 @@ def _is_foldable(node: fx.Node, constant: set[fx.Node]) -> bool:
             return False
     if _elements(node) > _MAX_FOLDED:
         return False
-    return operator(node) in _FILLED_LIKE or all(argument in constant for argument in node.all_input_nodes)
+    return operator_of(node).fills is not None or all(argument in constant for argument in node.all_input_nodes)
 
 
 def _work(node: fx.Node) -> int:
     """Multiplications, at most: each value of the output may depend on each of the inputs unless it is known better."""
-    if node.op != "call_function" or operator(node) in _FILLED_LIKE:
+    if node.op != "call_function" or operator_of(node).fills is not None:
         return 0
     read = sum(_elements(source) for source in node.all_input_nodes if isinstance(source.meta.get("val"), Value))
     if isinstance(node.meta["val"], list):
         return read * _PER_PART
     tags = getattr(node.target, "tags", ())
     linear = torch.Tag.pointwise in tags or torch.Tag.reduction in tags or getattr(node.target, "is_view", False)
-    if linear or operator(node).rstrip("_") in _LINEAR:
+    if linear or operator_of(node).linear_time:
         return read + _elements(node)
     return read * _elements(node)
 
@@ -508,8 +493,8 @@ def _constant_values(graph: fx.Graph, constant: set[fx.Node], weights: Weights) 
                 continue
             if node.op == "get_attr":
                 values[node] = weights[str(node.target)].clone()
-            elif operator(node) in _FILLED_LIKE:
-                fill = arguments(node).get("fill_value", _FILLED_LIKE[operator(node)])
+            elif (fills := operator_of(node).fills) is not None:
+                fill = arguments(node).get("fill_value", fills)
                 value = node.meta["val"]
                 values[node] = torch.full(value.shape, fill, dtype=value.dtype, device=device)
             else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.layers import number_layers
-from vfx.operators import BATCH_NORMS, is_layer, is_product, layer_arguments, operator, weight_name
+from vfx.operators import is_layer, is_product, layer_arguments, operator, operator_of, weight_name
 from vfx.program import Program, Value, Weights
 from vfx.statistics.frontier import Observed, Reader
 
@@ -57,7 +57,7 @@ def merged_norms(program: Program, layers: Collection[str] | None = None) -> Ite
     With ``layers`` (node names) only those behind one of these layers.
     """
     for node in program.graph.nodes:
-        name = weight_name(node, "running_mean") if operator(node) in BATCH_NORMS else None
+        name = weight_name(node, "running_mean") if operator_of(node).is_batch_norm else None
         if name is None or name in program.private:
             continue
         source = node.args[0]

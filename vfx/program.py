@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.errors import ArgumentError
-from vfx.operators import ELEMENTWISE, IN_DOUBLE, LAYERS, NORMS, arguments, in_place, operator
+from vfx.operators import arguments, entry_of, in_place, is_in_place, operator_of
 from vfx.outputs import plain, selected
 from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
 RESIZED = "resized"  # the origin of a graph whose layers have other sizes
-_FRESH = LAYERS | NORMS | ELEMENTWISE  # operators that never return a view of what they read
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class Program:
     @cached_property
     def masks(self) -> frozenset[str]:
         """Buffers and constants that no norm reads as its statistics; they may hold infinities."""
-        norms = [arguments(node) for node in self.graph.nodes if operator(node) in NORMS]
+        norms = [arguments(node) for node in self.graph.nodes if operator_of(node).is_norm]
         read = (a.get(name) for a in norms for name in ("running_mean", "running_var"))
         statistics = {str(value.target) for value in read if isinstance(value, fx.Node)}
         return (self.buffers & self.weights[0].keys()) - statistics
@@ -328,8 +327,9 @@ class Execution:
             self.result = args[0]
             return None
         target = in_place or node.target
-        if target in IN_DOUBLE and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
-            target = IN_DOUBLE[target]
+        in_double = entry_of(target).in_double
+        if in_double is not None and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+            target = in_double
         return target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -362,7 +362,13 @@ def _in_place(node: fx.Node) -> Any:
     Large fresh tensors cost page faults: ResNets spend a tenth of their time on them.
     """
     operand = node.args[0] if node.args else None
-    if operator(node) not in ELEMENTWISE or not isinstance(operand, fx.Node) or operator(operand) not in _FRESH:
+    if not operator_of(node).runs_in_place or not isinstance(operand, fx.Node) or not _is_fresh(operand):
         return None
     same = operand.meta.get("val") == node.meta.get("val") is not None
     return in_place(node.target) if same and list(operand.users) == [node] else None
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a call never returns a view of what it reads."""
+    entry = operator_of(node)
+    return (entry.is_layer or entry.is_norm or entry.runs_in_place) and not is_in_place(node)

@@ -17,18 +17,14 @@ import torch
 from torch import fx
 
 from vfx.analyse.layers import Layer, number_layers
-from vfx.analyse.rules import TABLE, elementwise
 from vfx.analyse.rules.rule import normal
 from vfx.complex_numbers import is_complex
-from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
+from vfx.operators import Operator, arguments, is_layer, operator_of
 from vfx.program import Program, Value
 
-_POOLS = {f"aten.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for rank in (1, 2, 3)}
-_PASSED = NORMS | DROPOUTS | _POOLS
-_VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view"}
-_TURNS = ("flatten", "unflatten", "permute", "transpose", "t", "unsqueeze", "squeeze")
-_MOVED = _VIEWS | {f"aten.{name}" for name in (*_TURNS, "mean")}
-_AFFINE = {"aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.mul", "aten.div"}
+# kinds of ties: views and turns of one value, and what changes nothing but bits
+_TURNS = {"view", "permute", "transpose", "reverse axes", "transpose matrices", "unsqueeze", "squeeze"}
+_UNBENT = {"same", "fill"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def activation_behind(layer: fx.Node, channel: int) -> Activation | str:
             if moved is not None:
                 node, dim = user, moved
                 continue
-            if operator(user) in _AFFINE and len(_operands(user)) > 1:
+            if operator_of(user).is_affine and len(_operands(user)) > 1:
                 return f"it meets {user.name} before an activation"
         found = _function(node)
         if found is None:
@@ -80,10 +76,15 @@ def activations_reached(value: fx.Node) -> Iterator[fx.Node]:
 
 def _goes_through(node: fx.Node) -> bool:
     """Whether features go on through a node: sums and maps of one value, not products of two."""
-    name = operator(node)
-    if name in _PASSED | _MOVED or name == "aten.add" or _rule(node) is elementwise.same:
+    entry = operator_of(node)
+    if _is_passed(entry) or entry.ties in _TURNS or entry.averages or entry.is_add:
         return True
-    return name in _AFFINE and len(_operands(node)) == 1
+    return entry.is_affine and len(_operands(node)) == 1
+
+
+def _is_passed(entry: Operator) -> bool:
+    """Whether features leave an operator on the axis on which they came."""
+    return entry.is_norm or entry.is_pool or entry.ties == "same"
 
 
 def statistics_channels(program: Program, activations: bool = True) -> dict[str, int]:
@@ -109,16 +110,16 @@ def _moved(user: fx.Node, node: fx.Node, dim: int) -> int | None:
     """The channel axis behind an operator that is walked through, or None."""
     if _operands(user) != [node]:
         return None
-    name, a = operator(user), arguments(user)
-    if name in _PASSED or _rule(user) is elementwise.same:
+    entry, a = operator_of(user), arguments(user)
+    if _is_passed(entry):
         return dim
     rank = len(node.meta["val"].shape)
-    if name in _VIEWS:  # GPT-2's layers run on tokens in one row; the last axis is theirs before and after
+    if entry.is_reshape:  # GPT-2's layers run on tokens in one row; the last axis is theirs before and after
         before, after = node.meta["val"].shape, user.meta["val"].shape
         return len(after) - 1 if dim == rank - 1 and before[-1] == after[-1] else None
-    if name == "aten.permute":
+    if entry.ties == "permute":
         return [normal(d, rank) for d in a["dims"]].index(dim)
-    if name == "aten.transpose":
+    if entry.ties == "transpose":
         pair = [normal(a["dim0"], rank), normal(a["dim1"], rank)]
         return pair[1 - pair.index(dim)] if dim in pair else dim
     return None
@@ -169,14 +170,14 @@ def _like(node: fx.Node, source: fx.Node) -> bool:
     """Whether a value has an entry for each of another's; a gated linear unit has one for each pair."""
     own, other = (x.meta["val"] for x in (node, source))
     shapes = [getattr(x, "shape", None) for x in (own, other)]
-    return operator(node) == "aten.glu" or (isinstance(own, Value) and shapes[0] == shapes[1])
+    return operator_of(node).ties == "gated linear" or (isinstance(own, Value) and shapes[0] == shapes[1])
 
 
 def _bends(node: fx.Node) -> bool:
-    if _rule(node) in (elementwise.same, elementwise.fill):
+    if operator_of(node).ties in _UNBENT:
         return False
     computed = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
-    return operator(node) not in _AFFINE or len(computed) > 1
+    return not operator_of(node).is_affine or len(computed) > 1
 
 
 def _scaled(node: fx.Node) -> bool:
@@ -187,14 +188,8 @@ def _scaled(node: fx.Node) -> bool:
 
 def _is_value(node: fx.Node) -> bool:
     """Whether a node computes numbers from what it reads."""
-    return node.meta["val"].dtype != torch.bool and _rule(node) not in (elementwise.fill, elementwise.same)
+    return node.meta["val"].dtype != torch.bool and operator_of(node).ties not in _UNBENT
 
 
 def _elementwise(node: fx.Node) -> bool:
-    functions = (elementwise.pointwise, elementwise.same, elementwise.fill, elementwise.gated_linear)
-    return operator(node) == "aten.prelu" or _rule(node) in functions
-
-
-def _rule(node: fx.Node) -> object:
-    found = TABLE.get(operator(node)) or TABLE.get(operator(node).removesuffix("_"))
-    return None if found is None else found.apply
+    return operator_of(node).ties in _UNBENT | {"elementwise", "gated linear", "prelu"}

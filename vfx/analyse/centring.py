@@ -20,9 +20,7 @@ from vfx.analyse.action.entries import Entries, constant
 from vfx.analyse.action.walk import Walk
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Index, Symmetry
-from vfx.operators import operator
-
-LAYER_NORM = "aten.layer_norm"
+from vfx.operators import operator, operator_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,7 @@ class Streams:
     def __init__(self, symmetry: Symmetry):
         self.symmetry = symmetry
         self._ends: dict[str, _End] = {}
-        norms = [node for node in symmetry.program.graph.nodes if operator(node) == LAYER_NORM]
+        norms = [node for node in symmetry.program.graph.nodes if operator_of(node).norm == "layer"]
         self.walk = Walk(symmetry._inference, symmetry._labels, {node.name: self._end for node in norms}).run()
         why = {node: self._reason(node) for node in norms}
         self.left = {node: reason for node, reason in why.items() if reason}

@@ -45,12 +45,10 @@ from torch import fx
 
 from vfx.analyse import contractions
 from vfx.analyse.contractions import Contraction
-from vfx.analyse.rules import TABLE as RULES
-from vfx.analyse.rules import elementwise, indexing, movement, positions, windows, writes
 from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
 from vfx.files import write_atomic
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator, operator_of
 from vfx.program import Program, Value
 
 Sizes = tuple[int, ...]
@@ -210,23 +208,19 @@ class Call:
         self.program = program
         self.weights = program.weights[edge]
         self.operator = operator(node) or node.op
+        self.entry = operator_of(node)
         self.arguments = arguments(node)
         self.parameters = [] if parts_of(node) is not None else list(filter(self._is_parameter, node.all_input_nodes))
         self.outputs = [] if node.op == "output" else self.values(node)
 
     @property
-    def known_as(self) -> str:
-        """The operator's name in the table: an in-place variant uses the line of its functional form."""
-        return self.operator if self.operator in TABLE else self.operator.removesuffix("_")
-
-    @property
     def is_harmless(self) -> bool:
         """Whether nothing is computed or moved: a view, a constant, arithmetic on sizes."""
-        return not self.outputs or self.known_as in HARMLESS
+        return not self.outputs or self.entry.cost == VIEW
 
     @property
     def is_unknown(self) -> bool:
-        return not self.is_harmless and self.known_as not in TABLE
+        return not self.is_harmless and self.entry.cost not in COUNTS
 
     @property
     def size(self) -> int:
@@ -242,7 +236,7 @@ class Call:
 
     def count(self) -> Count:
         """MACs, FLOPs and MAdd; nothing for harmless and unknown operators."""
-        return Count() if self.is_harmless or self.is_unknown else TABLE[self.known_as](self)
+        return Count() if self.is_harmless or self.is_unknown else COUNTS[self.entry.cost](self)
 
     def sizes(self, argument: str) -> Sizes:
         """Shape of a tensor argument by its name in the operator's schema."""
@@ -307,9 +301,9 @@ def _biased(call: Call, macs: int) -> Count:
     return Count(macs, macs + bias, 2 * macs - call.size + bias)
 
 
-def _product(call: Call, left: str) -> Count:
+def _product(call: Call) -> Count:
     """A matrix product sums over the last axis of its left operand; a bias is not counted."""
-    macs = call.size * call.sizes(left)[-1]
+    macs = call.size * call.sizes(call.entry.roles["input"])[-1]
     return Count(macs, macs, 2 * macs - call.size)
 
 
@@ -377,13 +371,13 @@ def _activation(call: Call) -> Count:
     return Count(0, size, size)
 
 
-def _pool(call: Call, dimensions: int, spared: int) -> Count:
+def _pool(call: Call, spared: int) -> Count:
     """``spared`` is 1 where a window of k elements takes k − 1 operations (a maximum), else 0."""
     if not call.is_run_by("pooling"):
         return Count()
     kernel = call.arguments["kernel_size"]
     sides = list(kernel) if isinstance(kernel, (list, tuple)) else [kernel]
-    window = math.prod(sides * dimensions if len(sides) == 1 else sides)
+    window = math.prod(sides * call.entry.spatial if len(sides) == 1 else sides)
     return Count(0, math.prod(call.sizes("self")), (window - spared) * call.size)
 
 
@@ -391,92 +385,28 @@ def _free(call: Call) -> Count:
     return Count()
 
 
-# op knowledge: TABLE (a row each), HARMLESS (no row unless a parameter is first read there), the rest is unknown ------
+# the kinds of Operator.cost; one that is UNKNOWN is named beside the totals ------------------------------------------
 
-_PRODUCTS = {
-    "linear": "input",
-    "matmul": "self",
-    "mm": "self",
-    "bmm": "self",
-    "mv": "self",
-    "dot": "self",
-    "vdot": "self",
-    "addmm": "mat1",
-    "addmv": "mat",
-    "baddbmm": "batch1",
-    "_grouped_mm": "self",
+VIEW = "view"  # nothing is computed or moved: no row unless a parameter is first read there
+
+COUNTS: dict[str, Callable[[Call], Count]] = {
+    "convolution": _convolution,
+    "transposed convolution": _transposed,
+    "deformable convolution": _deformable,
+    "product": _product,
+    "summed products": _batches_summed,
+    "inner": _inner,
+    "einsum": _einsum,
+    "tensordot": _tensordot,
+    "bilinear": _bilinear,
+    "recurrent": _recurrent,
+    "attention": _attention,
+    "norm": _norm,
+    "activation": _activation,
+    "max pool": partial(_pool, spared=1),
+    "average pool": partial(_pool, spared=0),
+    "free": _free,
 }
-
-_RECURRENT = "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
-
-_ATTENTIONS = """
-    scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention_for_cpu
-    _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-"""
-
-_NORMS = """
-    batch_norm _native_batch_norm_legit_no_training instance_norm layer_norm native_layer_norm group_norm
-    native_group_norm rms_norm
-"""
-
-_ACTIVATIONS = """
-    relu relu6 leaky_relu prelu rrelu elu selu celu gelu glu silu mish sigmoid hardsigmoid hardswish hardtanh hardshrink
-    softshrink softplus threshold tanh log_sigmoid abs softmax _softmax log_softmax _log_softmax
-"""
-
-_FREE = """
-    add sub rsub neg mul div addcmul addcdiv lerp pow sqrt rsqrt square reciprocal exp expm1 log log1p erf sin cos sign
-    floor ceil round remainder floor_divide maximum minimum clamp clamp_min clamp_max where masked_fill eq ne lt le gt
-    ge logical_and logical_or logical_not logical_xor __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_not
-    cat stack pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
-    mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm logsumexp prod any all argmax cumsum
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
-    upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d embedding index index_select gather
-    index_add index_copy index_put scatter scatter_add roll flip repeat repeat_interleave tile
-    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle complex polar angle
-"""
-
-_VIEWS = """
-    view reshape _unsafe_view view_as reshape_as flatten unflatten permute transpose t numpy_T mT movedim
-    unsqueeze squeeze expand expand_as broadcast_to slice narrow select split split_with_sizes chunk
-    tensor_split unbind unfold diagonal clone contiguous copy to _to_copy type_as detach alias lift_fresh_copy positive
-    float double half bfloat16 bool int long dropout feature_dropout alpha_dropout feature_alpha_dropout
-    native_dropout zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
-    fill zero scalar_tensor arange linspace eye tril triu view_as_complex view_as_real
-    real imag histc
-"""
-
-
-def _table() -> dict[str, Callable[[Call], Count]]:
-    table: dict[str, Callable[[Call], Count]] = dict.fromkeys(_FREE.split(), _free)
-    table |= dict.fromkeys(_NORMS.split(), _norm) | dict.fromkeys(_ACTIVATIONS.split(), _activation)
-    table |= {name: partial(_product, left=left) for name, left in _PRODUCTS.items()}
-    table |= {"convolution": _convolution, "einsum": _einsum, "tensordot": _tensordot, "inner": _inner}
-    table |= {"bilinear": _bilinear, "addbmm": _batches_summed} | dict.fromkeys(_RECURRENT.split(), _recurrent)
-    table |= dict.fromkeys(_ATTENTIONS.split(), _attention)
-    for n in (1, 2, 3):
-        table |= {f"conv{n}d": _convolution, f"conv_transpose{n}d": _transposed}
-        maximum, average = partial(_pool, dimensions=n, spared=1), partial(_pool, dimensions=n, spared=0)
-        table |= {f"max_pool{n}d": maximum, f"max_pool{n}d_with_indices": maximum, f"avg_pool{n}d": average}
-    others = {"torchvision.deform_conv2d": _deformable}
-    others |= {"transformers.grouped_mm_fallback": partial(_product, left="input")}
-    return _free_by_rule() | _aten(table.items()) | others
-
-
-def _free_by_rule() -> dict[str, Callable[[Call], Count]]:
-    """What acts entry by entry, or moves or sums entries, by the rules of how it treats axes."""
-    free = [module.__name__ for module in (elementwise, indexing, movement, positions, windows, writes)]
-    moves = {name: _free for name, rule in RULES.items() if rule.apply.__module__ in free}
-    return {name: count for name, count in moves.items() if name not in HARMLESS}
-
-
-def _aten(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {f"aten.{name}": entry for name, entry in entries}
-
-
-HARMLESS = {f"aten.{name}" for name in _VIEWS.split()} | {"getitem", "output"}
-TABLE = _table()
 
 
 # helpers --------------------------------------------------------------------------------------------------------------

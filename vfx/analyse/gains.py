@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from vfx.operators import arguments, operator, weight_name
+from vfx.operators import arguments, is_in_place, operator_of, weight_name
 from vfx.program import Program
-
-GAINED_NORMS = {"aten.layer_norm", "aten.rms_norm"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Gain:
 
     @property
     def norm(self) -> bool:
-        return operator(self.node) in GAINED_NORMS
+        return operator_of(self.node).is_vector_norm
 
     @property
     def value(self) -> fx.Node:
@@ -44,13 +42,13 @@ class Gain:
 def gains(program: Program) -> Iterator[Gain]:
     """Every gain in graph order."""
     for node in program.graph.nodes:
-        name = operator(node)
-        if name in GAINED_NORMS and len(arguments(node)["normalized_shape"]) == 1:
+        entry = operator_of(node)
+        if entry.is_vector_norm and len(arguments(node)["normalized_shape"]) == 1:
             a = arguments(node)
-            weight, bias = weight_name(node), weight_name(node, "bias") if name == "aten.layer_norm" else None
+            weight, bias = weight_name(node), weight_name(node, "bias") if entry.norm == "layer" else None
             if weight is not None or bias is not None:
                 yield Gain(node, weight, bias, a["weight"])
-        elif name == "aten.mul":
+        elif entry.name == "aten.mul" and not is_in_place(node):
             yield from _product(program, node)
 
 
@@ -71,16 +69,13 @@ def shifted_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
     """(parameter, c) for a node that is a parameter, or a parameter plus the constant c, casts aside."""
     if node.op == "get_attr":
         return node, 0.0
-    name, first = operator(node), node.args[0] if node.args else None
-    if name in _CASTS and isinstance(first, fx.Node):
+    entry, first = operator_of(node), node.args[0] if node.args else None
+    if entry.is_cast and isinstance(first, fx.Node):
         return shifted_parameter(first)
-    if name != "aten.add" or len(node.args) != 2 or node.kwargs:
+    if not entry.is_add or is_in_place(node) or len(node.args) != 2 or node.kwargs:
         return None
     numbers = [x for x in node.args if isinstance(x, (int, float))]
     found = [shifted_parameter(x) for x in node.args if isinstance(x, fx.Node)]
     if len(numbers) == len(found) == 1 and found[0] is not None and not found[0][1]:
         return found[0][0], float(numbers[0])
     return None
-
-
-_CASTS = {"aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.double"}

@@ -1,4 +1,4 @@
-"""Runs the rule table over a graph: every tensor gets a Shape of axis terms, ties fall out of unification."""
+"""Runs the rules over a graph: every tensor gets a Shape of axis terms, ties fall out of unification."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch import Tensor, fx
 from vfx.analyse.axis import Axis
 from vfx.analyse.parts import Parts, keeps_parts
 from vfx.analyse.routed import NUMBERS, Meaning, kept, read, release
-from vfx.analyse.rules import HARMLESS, KEEPING, SIZES, TABLE
-from vfx.analyse.rules.movement import concatenate
-from vfx.analyse.rules.rule import Rule
+from vfx.analyse.rules import rule_of
 from vfx.analyse.shapes import Shape
-from vfx.operators import NORMS, arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.outputs import spelled_tensors
 from vfx.program import Program, Value, is_empty
 
@@ -27,7 +25,6 @@ BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product o
 MODEL_INPUT, MODEL_OUTPUT = "model input", "model output"
 OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
 EMPTY = "an empty tensor is cut from it, or computed with it"
-_DOTS = {"aten.dot", "aten.vdot"}
 
 
 class Inference(Parts):
@@ -114,20 +111,20 @@ class Inference(Parts):
         return self._call(node)
 
     def _call(self, node: fx.Node) -> Any:
-        name = operator(node)
-        if name in HARMLESS or not isinstance(node.meta.get("val"), (Value, list)):
-            if name not in SIZES:  # a value is read
+        entry = operator_of(node)
+        if entry.is_harmless or not isinstance(node.meta.get("val"), (Value, list)):
+            if entry.ties != "sizes":  # a value is read
                 release(self, self.operands(node.all_input_nodes))
             return None
         if any(map(is_empty, (node, *node.all_input_nodes))):
             return self._refused(node, EMPTY)
-        rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
+        rule = rule_of(node)
         if rule is not None:
-            parts = self._parts(node, rule)
-            result = read(self, node, rule)
+            parts = self._parts(node)
+            result = read(self, node)
             if result is None:
-                result = rule.apply(self, node, arguments(node))
-                result = result if result is None else kept(self, node, rule, result)
+                result = rule(self, node, arguments(node))
+                result = result if result is None else kept(self, node, result)
             if result is not None:
                 self._check(node, result)
                 return self.carried(node, parts, result) if parts else result
@@ -141,11 +138,11 @@ class Inference(Parts):
             self._pin_all(self.shapes[operand], reason)
         return self._opaque_result(node.meta["val"], reason)
 
-    def _parts(self, node: fx.Node, rule: Rule) -> set[Axis]:
+    def _parts(self, node: fx.Node) -> set[Axis]:
         """The open parts that an operator lets through; all others are closed (a concatenation does so itself)."""
-        if not self.parts or rule.apply is concatenate:
+        if not self.parts or operator_of(node).ties == "concatenate":
             return set()
-        return self.open_parts(node, self.operands(node.all_input_nodes), keeps_parts(node, rule, KEEPING))
+        return self.open_parts(node, self.operands(node.all_input_nodes), keeps_parts(node))
 
     def _check(self, node: fx.Node, result: Any) -> None:
         """A rule that gets a shape wrong is a bug worth hearing of at once."""
@@ -211,16 +208,20 @@ class Inference(Parts):
 
 def _uses(node: fx.Node) -> list[fx.Node]:
     """Operators that read a value, or a copy of it."""
-    return [end for user in node.users for end in (_uses(user) if operator(user) == "aten.clone" else [user])]
+    return [end for user in node.users for end in (_uses(user) if operator_of(user).is_copy else [user])]
 
 
 def _is_state(reader: fx.Node) -> bool:
     """Whether a buffer read here goes with its module's weights: norm statistics, spectral norm's u and v in u·(Wv)."""
-    if operator(reader) == "aten.mv":
-        return all(operator(user) in _DOTS for user in reader.users)
-    if operator(reader) in _DOTS:
-        return any(operator(operand) == "aten.mv" for operand in reader.all_input_nodes)
-    return operator(reader) in NORMS
+    if _is_matrix_vector(reader):
+        return all(operator_of(user).ties == "dot" for user in reader.users)
+    if operator_of(reader).ties == "dot":
+        return any(map(_is_matrix_vector, reader.all_input_nodes))
+    return operator_of(reader).is_norm
+
+
+def _is_matrix_vector(node: fx.Node) -> bool:
+    return operator_of(node).roles.get("weight") == "vec"
 
 
 def _reachable(graph: fx.Graph) -> set[fx.Node]:

@@ -21,20 +21,17 @@ from torch import fx
 from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
 from vfx.operators import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    TRANSPOSED,
     is_layer,
     is_product,
     layer_arguments,
     operator,
+    operator_of,
     weight_name,
 )
 from vfx.program import Program, Value
 
 Join = Literal["preactivation", "activation"]
 Choice = int | str | Collection[int | str] | None  # of layers: numbers, names of modules, globs
-_ADDS = {"aten.add", "aten.add_", "add"}
 
 
 @dataclass(frozen=True)
@@ -166,12 +163,12 @@ def channel_axis(node: fx.Node) -> int:
     value = node.meta["val"]
     assert isinstance(value, Value)
     spatial = len(layer_arguments(node)["weight"].meta["val"].shape) - 2
-    return len(value.shape) - 1 - (spatial if operator(node) in CONVOLUTIONS | TRANSPOSED else 0)
+    return len(value.shape) - 1 - (spatial if operator_of(node).is_convolving else 0)
 
 
 def normalizes_channels(norm: fx.Node, layer: fx.Node) -> bool:
     """Whether a node is a BatchNorm over a layer's channels; behind a linear layer it may stand over tokens instead."""
-    return operator(norm) in BATCH_NORMS and norm.args[0] is layer and channel_axis(layer) == 1
+    return operator_of(norm).is_batch_norm and norm.args[0] is layer and channel_axis(layer) == 1
 
 
 def is_normalized(layer: fx.Node) -> bool:
@@ -210,7 +207,7 @@ def _meeting(node: fx.Node) -> fx.Node | None:
     while len(current.users) == 1:
         user = next(iter(current.users))
         operands = [a for a in user.args if isinstance(a, fx.Node) and a.op != "get_attr"]
-        if operator(user) in _ADDS and len(operands) == 2:
+        if operator_of(user).is_add and len(operands) == 2:
             other = operands[0] if operands[1] is current else operands[1]
             assert isinstance(source, fx.Node)
             return other if _most_layers(_origin(source), other) > 1 else None

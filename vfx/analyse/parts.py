@@ -17,9 +17,8 @@ from torch import fx
 
 from vfx.analyse.axes import unique_labels
 from vfx.analyse.axis import Axis, Factor, factor_size
-from vfx.analyse.rules.rule import Rule
 from vfx.analyse.shapes import Algebra, Shape
-from vfx.operators import operator
+from vfx.operators import is_in_place, operator_of
 
 
 class Part(NamedTuple):
@@ -118,13 +117,13 @@ class Parts(Algebra):
         return self._open(axis.size, part._replace(done=(*part.done, done)))
 
 
-def keeps_parts(node: fx.Node, rule: Rule, kept: frozenset[Any]) -> bool:
-    """Whether an operator does the same at every position of an axis: one of the rules ``kept``, of one value alone."""
-    return rule.apply in kept and len(node.all_input_nodes) == 1 and not operator(node).endswith("_")
+def keeps_parts(node: fx.Node) -> bool:
+    """Whether a call does the same at every position of an axis, and reads one value alone."""
+    return operator_of(node).keeps_parts and len(node.all_input_nodes) == 1 and not is_in_place(node)
 
 
 def _value(node: fx.Node) -> fx.Node:
     """The value that slices of everything leave as it is."""
-    while operator(node) == "aten.slice" and node.meta["val"] == node.args[0].meta["val"]:  # type: ignore[union-attr]
+    while operator_of(node).ties == "slice" and node.meta["val"] == node.args[0].meta["val"]:  # type: ignore[union-attr]
         node = node.args[0]  # type: ignore[assignment]
     return node

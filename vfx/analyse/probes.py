@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from vfx.analyse.elements import Index
 from vfx.analyse.infer import Inference
 from vfx.analyse.regions import Region, region, sizes
-from vfx.operators import arguments, is_product, layer_arguments, operator
+from vfx.operators import arguments, is_product, layer_arguments, operator_of
 
 TOLERANCE = 1e-10
 TOKENS = 12  # at which columns are kept; the proof runs on all
@@ -37,7 +37,7 @@ class Scores:
 
     def sides(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (batch, heads, tokens, channels) and keys alike."""
-        if operator(self.node) in _ATTENTION:
+        if operator_of(self.node).is_attention:
             if arguments(self.node).get("enable_gqa"):
                 keys = keys.repeat_interleave(queries.shape[-3] // keys.shape[-3], -3)
         else:
@@ -48,17 +48,12 @@ class Scores:
         return one, other
 
 
-_ATTENTION = {"aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu"}
-_ATTENTION |= {"aten._scaled_dot_product_attention_math"}
-_PRODUCTS = {"aten.matmul", "aten.bmm"}
-
-
 def scores_of(node: fx.Node, inference: Inference) -> Scores | None:
     """What a node compares; None where it is no such operator, or constants tell no channels apart on the way."""
-    if operator(node) in _ATTENTION:
+    if operator_of(node).is_attention:
         a = arguments(node)
         ends = a["query"], a["key"]
-    elif operator(node) in _PRODUCTS and not is_product(node):
+    elif operator_of(node).batched and not operator_of(node).adds_summand and not is_product(node):
         ends = node.args[0], node.args[1]
     else:
         return None
@@ -70,7 +65,7 @@ def scores_of(node: fx.Node, inference: Inference) -> Scores | None:
 
 def channel_axis(layer: fx.Node) -> int:
     """The channel axis of a layer's output."""
-    if operator(layer).startswith("aten.conv"):
+    if operator_of(layer).is_convolving:
         return len(sizes(layer, 1)) - len(layer_arguments(layer)["weight"].meta["val"].shape) + 1
     return len(sizes(layer, 1)) - 1
 

@@ -14,12 +14,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from vfx.analyse.infer import Inference
-from vfx.analyse.rules import TABLE, movement
-from vfx.operators import is_layer, operator
+from vfx.operators import is_in_place, is_layer, operator_of
 from vfx.program import Value
 
-_LINEAR = {"mul", "div", "add", "sub", "neg", "clone", "contiguous", "to", "_to_copy", "type_as", "getitem"}
-_LINEAR |= {"float", "double", "alias", "detach", "dropout", "view_as_complex", "view_as_real"}
 _WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
 
 
@@ -35,7 +32,7 @@ class Region:
     @property
     def multiplies(self) -> bool:
         """Whether constants with a shape of their own multiply: channels are told apart."""
-        products = (node for node in self.nodes if _name(node) == "mul")
+        products = (node for node in self.nodes if operator_of(node).name == "aten.mul")
         return any(x in self.constants and self.constants[x].numel() > 1 for p in products for x in p.all_input_nodes)
 
     def run(self, outputs: Mapping[fx.Node, Tensor], batch: int) -> dict[fx.Node, Any]:
@@ -115,9 +112,10 @@ def _floats(value: Tensor) -> bool:
 
 
 def _linear(node: fx.Node) -> bool:
-    rule = TABLE.get(operator(node))
-    moves = rule is not None and rule.apply.__module__ == movement.__name__
-    return node.op == "call_function" and (moves or _name(node) in _LINEAR)
+    """Whether an operator moves values, or adds and multiplies them."""
+    entry = operator_of(node)
+    same = entry.is_identity or entry.is_cast or entry.ties in ("item", "complex pairs", "real pairs")
+    return (entry.moves or entry.is_affine or same) and not is_in_place(node)
 
 
 def _constant(node: fx.Node, inference: Inference) -> Tensor | None:
@@ -125,10 +123,6 @@ def _constant(node: fx.Node, inference: Inference) -> Tensor | None:
     value = inference.constant(node)
     others = [weights[str(node.target)] for weights in inference.program.weights[1:]] if value is not None else []
     return value if all(torch.equal(value, other) for other in others if value is not None) else None
-
-
-def _name(node: fx.Node) -> str:
-    return operator(node).removeprefix("aten.")
 
 
 def _wider(value: Any) -> Any:

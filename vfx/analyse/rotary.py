@@ -30,7 +30,7 @@ from vfx.analyse.elements import Index
 from vfx.analyse.kinds import Class, Side
 from vfx.analyse.probes import Linear, Scores, channel_axis, probed, scores_of
 from vfx.analyse.regions import call, sizes, tensors
-from vfx.operators import arguments, is_product, layer_arguments, operator, output_axis
+from vfx.operators import arguments, is_layer, is_transposed, layer_arguments, operator, operator_of, output_axis
 
 if TYPE_CHECKING:
     from vfx.analyse.symmetry import Group, Symmetry
@@ -200,11 +200,11 @@ def _parameters(layer: fx.Node, symmetry: Symmetry) -> dict[tuple[str, int], int
     """
     a = layer_arguments(layer)
     weight, bias = a["weight"], a.get("bias")
-    if weight.op != "get_attr" or (operator(layer) not in _PLAIN and not is_product(layer)):
+    if weight.op != "get_attr" or not (is_layer(layer) and not is_transposed(layer)):
         return None
     found = {(str(weight.target), output_axis(layer)): 0}
     pieces = [bias] if isinstance(bias, fx.Node) else []
-    if pieces and operator(pieces[0]) == "aten.cat":
+    if pieces and operator_of(pieces[0]).ties == "concatenate":
         pieces = list(arguments(pieces[0])["tensors"])
     start = 0
     for piece in pieces:
@@ -217,9 +217,6 @@ def _parameters(layer: fx.Node, symmetry: Symmetry) -> dict[tuple[str, int], int
             return None
         start += sizes(piece, 1)[0]
     return found if int(a.get("groups") or 1) == 1 else None
-
-
-_PLAIN = {"aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d"}
 
 
 def _bare(own: Mapping[tuple[str, int], int]) -> set[tuple[str, int]]:

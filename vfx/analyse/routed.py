@@ -9,17 +9,17 @@ in such an order, pins the axis. (Equal values, between which an operator choose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
-from vfx.analyse.rules import contraction, elementwise, indexing, movement, normalization, positions, routing
+from vfx.analyse.rules import indexing, routing
 from vfx.analyse.rules.rule import Rule, normal
 from vfx.analyse.shapes import Shape
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, is_in_place, operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -50,17 +50,16 @@ class Meaning:
     order: Order | None = None
 
 
-_SAME_NUMBERS = {movement.view, movement.permute, movement.transpose, movement.unsqueeze, movement.squeeze}
-_SOME_NUMBERS = {movement.slice_, movement.narrow, movement.split, movement.select, movement.expand}
-_ROW_BY_ROW = _SAME_NUMBERS | _SOME_NUMBERS | {
-    elementwise.pointwise, elementwise.same, elementwise.reduction, contraction.linear, normalization.layer_norm,
-    movement.gather_constant,
-}  # fmt: skip
+# kinds of ties
+_SAME_NUMBERS = {"view", "permute", "transpose", "unsqueeze", "squeeze"}
+_SOME_NUMBERS = {"slice", "narrow", "split", "select", "expand"}
+_ROW_BY_ROW = _SAME_NUMBERS | _SOME_NUMBERS
+_ROW_BY_ROW |= {"elementwise", "same", "reduction", "linear", "layer norm", "index"}
 
 
-def read(t: Inference, node: fx.Node, rule: Rule) -> Any:
+def read(t: Inference, node: fx.Node) -> Any:
     """The result of an operator that looks up, counts or sorts by number; None for any other."""
-    handler = _READERS.get(rule.apply)
+    handler = _READERS.get(operator_of(node).ties)
     return handler(t, node, arguments(node)) if handler is not None and touched(t, node) else None
 
 
@@ -69,15 +68,15 @@ def touched(t: Inference, node: fx.Node) -> list[Shape]:
     return [shape for shape in t.operands(node.all_input_nodes) if shape.meaning is not None or _orders(shape)]
 
 
-def kept(t: Inference, node: fx.Node, rule: Rule, result: Any) -> Any:
+def kept(t: Inference, node: fx.Node, result: Any) -> Any:
     """The result of another operator, with its meaning; where it sees numbers or rows' order, their axis is pinned."""
     shapes = touched(t, node)
-    if not shapes or (rule.apply is elementwise.fill and not operator(node).endswith("_")):  # reads sizes alone
+    if not shapes or (operator_of(node).ties == "fill" and not is_in_place(node)):  # reads sizes alone
         return result
     results = result if isinstance(result, list) else [result]
     meanings = [shape.meaning for shape in shapes if shape.meaning is not None and shape.meaning.kind != PLACES]
-    carried = _carried(node, rule, meanings[0]) if len(meanings) == len(t.operands(node.all_input_nodes)) == 1 else None
-    if (meanings and carried is None) or not _row_by_row(t, node, rule, shapes, results):
+    carried = _carried(node, meanings[0]) if len(meanings) == len(t.operands(node.all_input_nodes)) == 1 else None
+    if (meanings and carried is None) or not _row_by_row(t, node, shapes, results):
         release(t, shapes)
         return result
     if carried is None:
@@ -99,30 +98,32 @@ def _orders(shape: Shape) -> list[Order]:
     return [axis.order for axis in shape.axes if isinstance(axis, Axis) and axis.order is not None]
 
 
-def _carried(node: fx.Node, rule: Rule, meaning: Meaning) -> Meaning | None:
+def _carried(node: fx.Node, meaning: Meaning) -> Meaning | None:
     """What the values still mean behind an operator that moves or casts them."""
-    if operator(node).endswith("_"):
+    ties = operator_of(node).ties
+    if is_in_place(node):
         return None
-    if rule.apply is elementwise.same or (meaning.kind == NUMBERS and rule.apply in _SAME_NUMBERS):
+    if ties == "same" or (meaning.kind == NUMBERS and ties in _SAME_NUMBERS):
         return meaning
-    some = meaning.kind == NUMBERS and rule.apply in _SOME_NUMBERS
+    some = meaning.kind == NUMBERS and ties in _SOME_NUMBERS
     return replace(meaning, source=object()) if some else None
 
 
-def _row_by_row(t: Inference, node: fx.Node, rule: Rule, shapes: list[Shape], results: list[Any]) -> bool:
+def _row_by_row(t: Inference, node: fx.Node, shapes: list[Shape], results: list[Any]) -> bool:
     """Whether rows in an order are rows of the result, each worked on by itself."""
+    ties = operator_of(node).ties
     rows = {id(axis.root): axis.order for s in shapes for axis in s.axes if isinstance(axis, Axis) and axis.order}
     if not rows:
         return True
-    if rule.apply not in _ROW_BY_ROW or operator(node).endswith("_") or len({id(order) for order in rows.values()}) > 1:
+    if ties not in _ROW_BY_ROW or is_in_place(node) or len({id(order) for order in rows.values()}) > 1:
         return False
-    if rule.apply is elementwise.pointwise and not _aligned(t, node):
+    if ties == "elementwise" and not _aligned(t, node):
         return False
-    if rule.apply is normalization.layer_norm and any(
+    if ties == "layer norm" and any(
         isinstance(axis, Axis) and axis.order for axis in results[0].axes[-len(arguments(node)["normalized_shape"]) :]
     ):
         return False
-    if rule.apply is movement.gather_constant and _orders(t.shape(node.all_input_nodes[0])):
+    if ties == "index" and _orders(t.shape(node.all_input_nodes[0])):
         return False  # rows of the order, looked up by place
     return all(isinstance(one, Shape) and len(_orders(one)) == 1 for one in results)
 
@@ -145,7 +146,7 @@ def _sorted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """sort and argsort of numbers, or of the places that these gave."""
     x = t.shape(a["self"])
     meaning = x.meaning
-    if len(x.axes) != 1 or meaning is None or operator(node) == "aten.topk" or a.get("descending"):
+    if len(x.axes) != 1 or meaning is None or operator_of(node).least or a.get("descending"):
         return None
     if meaning.kind == PLACES:
         back = Shape((t.opaque(x.axes[0].size, "rows"),), meaning=replace(meaning, kind=BACK))
@@ -171,7 +172,7 @@ def _counted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
 def _running(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """cumsum of counts: where the rows of each number end."""
     x = t.shape(a["self"])
-    if operator(node) != "aten.cumsum" or x.meaning is None or x.meaning.kind != COUNTS:
+    if operator_of(node).name != "aten.cumsum" or x.meaning is None or x.meaning.kind != COUNTS:
         return None
     return Shape((t.opaque(x.axes[0].size, "running totals"),), meaning=replace(x.meaning, kind=ENDS))
 
@@ -233,10 +234,10 @@ def _one_hot(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
 
 def _inverse(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """empty[places] = 0, 1, 2, …: the way back."""
-    if len(a["indices"]) != 1 or a.get("accumulate") or operator(node).endswith("_"):
+    if len(a["indices"]) != 1 or a.get("accumulate") or is_in_place(node):
         return None
     places, values = t.shape(a["indices"][0]), a["values"]
-    if places.meaning is None or places.meaning.kind != PLACES or operator(values) != "aten.arange":
+    if places.meaning is None or places.meaning.kind != PLACES or operator_of(values).name != "aten.arange":
         return None
     steps = arguments(values)
     if steps.get("start") not in (None, 0) or steps.get("step") not in (None, 1) or t.sizes(node) != places.sizes:
@@ -244,13 +245,13 @@ def _inverse(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((t.opaque(places.axes[0].size, "rows"),), meaning=replace(places.meaning, kind=BACK))
 
 
-_READERS: dict[Callable[..., Any], Callable[[Inference, fx.Node, dict[str, Any]], Any]] = {
-    positions.sorted_values: _sorted,
-    routing.histogram: _counted,
-    elementwise.scan: _running,
-    routing.grouped_product: _grouped,
-    movement.gather_constant: _looked_up,
-    indexing.gather: _gathered,
-    indexing.one_hot: _one_hot,
-    indexing.index_put: _inverse,
+_READERS: dict[str, Rule] = {
+    "sorted": _sorted,
+    "histogram": _counted,
+    "scan": _running,
+    "grouped product": _grouped,
+    "index": _looked_up,
+    "gather": _gathered,
+    "one hot": _one_hot,
+    "index put": _inverse,
 }

@@ -10,13 +10,10 @@ from typing import Any
 
 from torch import fx
 
-from vfx.analyse.rules import HARMLESS, TABLE, elementwise, movement
-from vfx.operators import CONVOLUTIONS, DROPOUTS, TRANSPOSED, arguments, is_layer, layer_arguments, operator
+from vfx.operators import arguments, is_in_place, is_layer, layer_arguments, operator, operator_of
 from vfx.program import Value
 
-_JOINED = {movement.concatenate, movement.stack, movement.stack_rows}
-_MEANS = {"aten.mean", *(f"aten.adaptive_avg_pool{rank}d" for rank in (1, 2, 3))}
-_NOISY = DROPOUTS | {"aten.native_dropout"}
+_JOINED = {"concatenate", "stack", "stack columns", "stack rows"}  # kinds of ties
 
 
 def shift_readers(source: fx.Node) -> list[fx.Node] | str:
@@ -24,7 +21,7 @@ def shift_readers(source: fx.Node) -> list[fx.Node] | str:
     shifted, readers = {source}, []
     for node in source.graph.nodes:
         touched = [x for x in node.all_input_nodes if x in shifted]
-        if not touched or operator(node) in HARMLESS:
+        if not touched or operator_of(node).is_harmless:
             continue
         if is_layer(node) and _reads(node, touched):
             readers.append(node)
@@ -37,8 +34,8 @@ def shift_readers(source: fx.Node) -> list[fx.Node] | str:
 
 def _reads(node: fx.Node, touched: list[fx.Node]) -> bool:
     a = layer_arguments(node)
-    if touched != [a["input"]] or operator(node) not in CONVOLUTIONS:
-        return touched == [a["input"]] and operator(node) not in TRANSPOSED
+    if touched != [a["input"]] or not operator_of(node).is_convolution:
+        return touched == [a["input"]] and not operator_of(node).is_transposed
     padding = a["padding"]
     bare = padding == "valid" or (not isinstance(padding, str) and not any(padding))
     return a["groups"] == 1 and bare and not a.get("transposed")
@@ -46,17 +43,17 @@ def _reads(node: fx.Node, touched: list[fx.Node]) -> bool:
 
 def _keeps(node: fx.Node, shifted: set[fx.Node]) -> bool:
     """Whether a value is a copy, a view, a selection or a mean of shifted ones."""
-    name = operator(node)
-    rule, value = TABLE.get(name), node.meta.get("val")
+    entry, value = operator_of(node), node.meta.get("val")
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if rule is not None and rule.apply in _JOINED:
+    if is_in_place(node):
+        return False
+    if entry.ties in _JOINED:
         return all(x in shifted for x in node.all_input_nodes)
-    if rule is not None and rule.apply is movement.pad:
+    if entry.ties == "pad":
         a = arguments(node)
         return first in shifted and not any(a.get("pad") or a.get("padding") or ())
-    moved = rule is not None and rule.apply.__module__ == movement.__name__
-    copied = rule is not None and rule.apply is elementwise.same and name not in _NOISY and _floating(value)
-    return (moved or copied or name in _MEANS or name == "getitem") and first in shifted
+    copied = entry.ties == "same" and not entry.is_dropout and _floating(value)
+    return (entry.moves or copied or entry.averages or entry.ties == "item") and first in shifted
 
 
 def _floating(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from vfx.analyse.transform import apply
-from vfx.operators import BATCH_NORMS, NORMS, is_layer, operator, weight_name
+from vfx.operators import is_layer, operator_of, weight_name
 from vfx.program import Execution, Program, Weights, run
 
 if TYPE_CHECKING:
@@ -206,9 +206,9 @@ def randomise(
     execution = Execution(program.graph, weights, inputs)
     while execution.position < len(execution.plan):
         node = execution.plan[execution.position].node
-        if operator(node) in BATCH_NORMS:
+        if operator_of(node).is_batch_norm:
             _random_statistics(node, execution, weights, generator)
-        if scale is not None and (is_layer(node) or operator(node) in NORMS):
+        if scale is not None and (is_layer(node) or operator_of(node).is_norm):
             _rescale(node, execution, weights, scale, scaled)
         execution.step()
     return weights

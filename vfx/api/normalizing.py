@@ -20,7 +20,7 @@ from vfx.checks import check_edges, check_same_function
 from vfx.errors import ArgumentError, UncorrectedNote
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization, candidates
-from vfx.operators import BATCH_NORMS, operator
+from vfx.operators import operator_of
 from vfx.program import Goal, Program
 from vfx.statistics.collect import READS, Statistics
 from vfx.statistics.collect import collect as collect_statistics
@@ -39,7 +39,7 @@ def uncorrected(data: Any, normalize: Any, done: str, missed: str) -> tuple[str,
 
 
 def usual(program: Program) -> str:
-    return "reset" if any(operator(node) in BATCH_NORMS for node in program.graph.nodes) else "rescale"
+    return "reset" if any(operator_of(node).is_batch_norm for node in program.graph.nodes) else "rescale"
 
 
 def without_batch_norm(
@@ -49,7 +49,7 @@ def without_batch_norm(
 
     What RESET does for a BatchNorm REPAIR then does for the layer it was folded into.
     """
-    if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
+    if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
         return program, asked
     folded = FoldNormalization(batch_norm=True, verify=verify)(program)
     return folded, replace(asked, method="repair") if asked is not None and asked.method == "reset" else asked

@@ -27,7 +27,7 @@ from vfx.errors import ArgumentError, DataError
 from vfx.files import write_atomic
 from vfx.match.catalogue import matcher, name_of
 from vfx.match.matcher import Known, Matcher, Problem
-from vfx.operators import BATCH_NORMS, operator
+from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.collect import Statistics
@@ -245,7 +245,7 @@ def _methods(program: Program) -> list[str | None]:
 
 
 def _has_batch_norm(program: Program) -> bool:
-    return any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
+    return any(operator_of(node).is_batch_norm for node in program.graph.nodes)
 
 
 class Evaluation:

@@ -18,7 +18,7 @@ from vfx.diagnosis.verdict import judge
 from vfx.errors import ArchitectureError, ArgumentError, VerificationError
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher, Matching, Problem
-from vfx.operators import BATCH_NORMS, operator
+from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.report import Report
 from vfx.rewrite import PRESERVED
@@ -82,7 +82,7 @@ def diagnose(
 
 
 def _batch_norm(program: Program) -> bool:
-    return any(operator(node) in BATCH_NORMS for node in program.graph.nodes)
+    return any(operator_of(node).is_batch_norm for node in program.graph.nodes)
 
 
 def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Program, Program]:

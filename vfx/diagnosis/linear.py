@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from vfx.errors import ArgumentError
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator, operator_of
 from vfx.program import Program
-
-_VIEWS = {"aten.flatten", "aten.view", "aten.reshape", "aten._unsafe_view", "aten.contiguous", "aten.dropout"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _layers(program: Program, edge: int) -> Iterator[LinearLayer]:
         users = [user for user in current.users if user.op != "output"]
         if not users:
             return
-        linear = next((user for user in users if operator(user) == "aten.linear"), None)
+        linear = next((user for user in users if operator_of(user).is_linear), None)
         if linear is None or len(users) > 2:
             current = _view(users)
             continue
@@ -133,7 +131,7 @@ def _tensor(weights: object, node: object) -> Tensor | None:
 
 def _view(users: Iterable[fx.Node]) -> fx.Node:
     found = list(users)
-    if len(found) == 1 and operator(found[0]) in _VIEWS:
+    if len(found) == 1 and (operator_of(found[0]).ties == "view" or operator_of(found[0]).is_identity):
         return found[0]
     names = ", ".join(f"{node.name} ({operator(node)})" for node in found)
     raise ArgumentError(f"not a chain of linear layers: {names}; eq. 2 and 3 hold for linear networks only")
@@ -142,7 +140,7 @@ def _view(users: Iterable[fx.Node]) -> fx.Node:
 def _sum(users: Sequence[fx.Node], stream: fx.Node, linear: fx.Node) -> fx.Node:
     """The add of a residual layer."""
     add = next((user for user in users if user is not linear), None)
-    plain = add is not None and operator(add) == "aten.add" and set(add.all_input_nodes) == {stream, linear}
+    plain = add is not None and operator_of(add).is_add and set(add.all_input_nodes) == {stream, linear}
     if add is None or not plain or list(linear.users) != [add] or add.kwargs.get("alpha", 1) != 1:
         raise ArgumentError(f"not a residual linear layer: {linear.name} and {getattr(add, 'name', None)}")
     return add

@@ -20,7 +20,7 @@ from torch import fx
 from vfx.analyse.activations import activations_reached
 from vfx.analyse.layers import Layer, number_layers
 from vfx.normalization import affines
-from vfx.operators import BATCH_NORMS, arguments, is_layer, operator, weight_name
+from vfx.operators import arguments, is_layer, operator_of, weight_name
 from vfx.program import Program
 
 Key = tuple[str, int]  # a module's name and which call of it
@@ -94,6 +94,6 @@ def _folded(node: fx.Node, channel: int, rewritten: Mapping[fx.Node, fx.Node]) -
     """The end of the chain of affines that only this layer feeds."""
     node = rewritten.get(node, node)
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or operator(user) not in BATCH_NORMS or channel != 1 or user.args[0] is not node:
+    if user is None or not operator_of(user).is_batch_norm or channel != 1 or user.args[0] is not node:
         return node
     return user if isinstance(arguments(user)["running_mean"], fx.Node) else node

@@ -18,15 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vfx.emit.layers import Layer, layer_of
-from vfx.operators import BATCH_NORMS, DROPOUTS, arguments, operator
+from vfx.operators import arguments, is_in_place, operator, operator_of
 from vfx.program import Program, Value
 
-_DROPOUTS = {
-    "aten.dropout": nn.Dropout,
-    "aten.feature_dropout": nn.Dropout2d,
-    "aten.alpha_dropout": nn.AlphaDropout,
-    "aten.feature_alpha_dropout": nn.FeatureAlphaDropout,
-}
 _FEATURE_DROPOUT_OF_RANK = {3: nn.Dropout1d, 5: nn.Dropout3d}
 _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
@@ -46,7 +40,7 @@ def with_modules(graph: fx.Graph, root: nn.Module, program: Program, weights: Ma
         inputs = fx.node.map_arg(layers[paths[node]][node].inputs, lambda x: replaced.get(x, x))
         replaced[node] = _call_module(graph, node, paths[node], inputs)
     for node in list(graph.nodes):
-        if operator(node) in BATCH_NORMS and isinstance(node.meta.get("val"), Value):
+        if operator_of(node).is_batch_norm and isinstance(node.meta.get("val"), Value):
             a = arguments(node)
             root.add_module(f"{node.name}_mode", FunctionalBatchNorm(a["momentum"], a["eps"]))
             _call_module(graph, node, f"{node.name}_mode", (a["input"], *(a[key] for key in _BN_TENSORS)))
@@ -59,7 +53,8 @@ def with_modules(graph: fx.Graph, root: nn.Module, program: Program, weights: Ma
 def _drop_unread(graph: fx.Graph) -> None:
     """Tensors and zeros (of recurrent layers, which start by themselves) that nothing reads any more."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and (node.op == "get_attr" or operator(node) in ("aten.zeros", "aten.sym_size")):
+        made = operator(node) == "aten.zeros" or operator_of(node).is_harmless
+        if not node.users and (node.op == "get_attr" or made):
             graph.erase_node(node)
 
 
@@ -165,7 +160,7 @@ def _dropouts(
     taken = {path for name in weights for path in (*_above(name), name)}
     made: dict[str, nn.Module] = {}
     for index, node in enumerate(list(graph.nodes)):
-        if operator(node) not in DROPOUTS:
+        if not operator_of(node).is_dropout or is_in_place(node):
             continue
         new = _dropout(node)
         path = str(node.meta.get("module") or "")
@@ -178,10 +173,11 @@ def _dropouts(
 
 
 def _dropout(node: fx.Node) -> nn.Module:
-    kind = _DROPOUTS[operator(node)]
-    if operator(node) == "aten.feature_dropout" and isinstance(node.meta.get("val"), Value):
+    kind = getattr(nn, operator_of(node).module)
+    if kind is nn.Dropout2d and isinstance(node.meta.get("val"), Value):
         kind = _FEATURE_DROPOUT_OF_RANK.get(len(node.meta["val"].shape), kind)
-    return kind(arguments(node)["p"])
+    dropout: nn.Module = kind(arguments(node)["p"])
+    return dropout
 
 
 def _call_module(graph: fx.Graph, node: fx.Node, path: str, inputs: tuple[Any, ...]) -> fx.Node:
@@ -189,7 +185,7 @@ def _call_module(graph: fx.Graph, node: fx.Node, path: str, inputs: tuple[Any, .
     with graph.inserting_before(node):
         new = graph.create_node("call_module", path, inputs)
         new.name, new.meta = path.replace(".", "_"), node.meta
-        if operator(node) == "aten.lstm":
+        if operator_of(node).module == "LSTM":
             states = graph.call_function(python_operator.getitem, (new, 1))
             new.meta, states.meta["val"] = {"val": [node.meta["val"][0], []]}, node.meta["val"][1:]
             for user in [user for user in node.users if user.args[1]]:

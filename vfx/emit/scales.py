@@ -8,20 +8,14 @@ weights stay and the comparison of the class with the Program says so.
 
 from __future__ import annotations
 
-import operator as python_operator
 from collections.abc import Iterator
 from math import sqrt
 
 import torch
 from torch import Tensor, fx
 
-from vfx.operators import LINEARS, arguments, operator, weight_name
+from vfx.operators import arguments, operator_of, weight_name
 from vfx.program import Execution, Program, Weights
-
-_VIEWS = ("view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "contiguous", "clone")
-_ORDERS = ("permute", "transpose", "movedim")
-_PARTS = ("unbind", "chunk", "split", "split_with_sizes", "select", "slice", "narrow")
-_MOVEMENTS = {f"aten.{name}" for name in _VIEWS + _ORDERS + _PARTS}
 
 
 def with_default_scales(program: Program, edge: int = 0) -> dict[str, Tensor]:
@@ -44,10 +38,10 @@ def _queries(program: Program) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]
         if "default_scale" not in node.meta:
             continue
         chain, current = [], arguments(node)["query"]
-        while operator(current) in _MOVEMENTS or current.target is python_operator.getitem:
+        while operator_of(current).hands_on and isinstance(current.args[0], fx.Node):
             chain.append(current)
             current = current.args[0]
-        if operator(current) in LINEARS and weight_name(current) is not None:
+        if operator_of(current).is_linear and weight_name(current) is not None:
             yield node, current, chain[::-1]
 
 

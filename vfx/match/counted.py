@@ -21,11 +21,8 @@ from vfx.analyse.symmetry import Group, Symmetry
 from vfx.analyse.transform import Element, Elements
 from vfx.match.carry import Carrier, Pairing
 from vfx.match.frame import Embedding
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Value
-
-_NORMS = {"aten.layer_norm", "aten.rms_norm"}
-_SQUARES = {"aten.pow", "aten.abs", "aten.square", "aten.to", "aten._to_copy"}
 
 
 def attention_factors(own: Symmetry, there: Symmetry) -> Carrier | None:
@@ -33,7 +30,7 @@ def attention_factors(own: Symmetry, there: Symmetry) -> Carrier | None:
     theirs = {node.name: node for node in there.program.graph.nodes}
     found: dict[int, float] = {}
     for node in own.program.graph.nodes:
-        if "scaled_dot_product" not in operator(node):
+        if not operator_of(node).is_attention:
             continue
         ratio = _scale(node) / _scale(theirs[node.name])
         query, key, value = (own.classes.groups_on(arguments(node)[x]) for x in ("query", "key", "value"))
@@ -77,12 +74,12 @@ def counts_channels(pairing: Pairing) -> list[str]:
 def _counted(facts: Symmetry) -> Iterator[tuple[fx.Node, int]]:
     """Values whose mean, or mean square, is taken over channels, and the axis."""
     for node in facts.program.graph.nodes:
-        name = operator(node)
-        if name in _NORMS and len(arguments(node)["normalized_shape"]) == 1:
+        entry = operator_of(node)
+        if entry.is_vector_norm and len(arguments(node)["normalized_shape"]) == 1:
             dims = [-1]
-        elif name == "aten.group_norm":
+        elif entry.norm == "group":
             dims = [1]
-        elif name in ("aten.mean", "aten.var", "aten.std"):
+        elif entry.divides_by_count:
             dims = arguments(node).get("dim") or []
             dims = [dims] if isinstance(dims, int) else dims
         else:
@@ -96,7 +93,7 @@ def _counted(facts: Symmetry) -> Iterator[tuple[fx.Node, int]]:
 
 def _behind(node: fx.Node) -> fx.Node:
     """What was squared, or cast, before its mean is taken."""
-    while operator(node) in _SQUARES and isinstance(node.args[0], fx.Node):
+    while (operator_of(node).is_magnitude or operator_of(node).is_cast) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 

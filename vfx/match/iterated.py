@@ -32,7 +32,7 @@ from vfx.match.ascent import Ascent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, to_first
 from vfx.normalization import affines, reset_readers
-from vfx.operators import BATCH_NORMS, operator
+from vfx.operators import operator_of
 from vfx.program import Goal, Program
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches
@@ -121,7 +121,7 @@ def _goals(problem: Problem, elements: Sequence[Permutations]) -> dict[str, Goal
 
 def _reset(program: Program, batches: Batches, progress: bool) -> Program:
     """The network with BatchNorm statistics recomputed, as the pass ResetBatchNorm does."""
-    if not any(operator(node) in BATCH_NORMS for node in program.graph.nodes):
+    if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
         return program
     weights = dict(program.weights[0])
     sweep(program, weights, batches, reset_readers(program, []), progress=progress)

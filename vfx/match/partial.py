@@ -22,7 +22,7 @@ from vfx.match.activation import ActivationMatching
 from vfx.match.maps import mappable
 from vfx.match.matcher import Matching, Problem
 from vfx.match.weight import WeightMatching
-from vfx.operators import BATCH_NORMS, NORMS, operator
+from vfx.operators import operator_of
 
 Apart = float | Mapping[str, float]
 
@@ -88,7 +88,7 @@ def fixed(symmetry: Symmetry, group: Group) -> str:
 def _normalised(symmetry: Symmetry, group: Group) -> str:
     """The first norm that would see other channels than it does in any edge."""
     for node in symmetry.program.graph.nodes:
-        if operator(node) in NORMS - BATCH_NORMS:
+        if operator_of(node).is_norm and not operator_of(node).is_batch_norm:
             x = node.all_input_nodes[0]
             if any(group.index in symmetry.positions(x, dim) for dim in range(len(x.meta["val"].shape))):
                 return node.name

@@ -32,7 +32,7 @@ from vfx.errors import ArgumentError, DataError
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, scored_names
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.outputs import named_tensors
 from vfx.program import Program, Weights, copy_graph, run
 from vfx.progress import track
@@ -242,7 +242,7 @@ def batch_statistics(graph: fx.Graph) -> fx.Graph:
     """The graph with BatchNorms that normalise by the statistics of their batch and leave the running ones alone."""
     changed, _ = copy_graph(graph)
     for node in changed.nodes:
-        if operator(node) == "aten.batch_norm":
+        if operator_of(node).name == "aten.batch_norm":
             a = arguments(node) | {"running_mean": None, "running_var": None, "training": True}
             node.args, node.kwargs = tuple(a.values()), {}
     return changed

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from vfx.analyse.cost import Profile, cost
 from vfx.analyse.layers import normalizes_channels, number_layers
-from vfx.operators import BATCH_NORMS, operator
+from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.pruning.targets import Target, find_targets
 from vfx.statistics.data import Batches
@@ -196,7 +196,7 @@ def output_moments(network: Program, batches: Batches) -> dict[str, Moments]:
     readers: dict[fx.Node, ValueReader] = {}
     for name, channel in channels.items():
         node = _normalized(nodes[name])
-        channel = 1 if operator(node) in BATCH_NORMS else channel
+        channel = 1 if operator_of(node).is_batch_norm else channel
 
         def read(values: list[Tensor], name: str = name, channel: int = channel) -> None:
             found[name] = moments_of(values, channel)

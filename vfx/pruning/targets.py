@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from vfx.analyse.layers import ancestors, descendants
 from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
-from vfx.operators import LAYERS, PRODUCTS, TRANSPOSED, arguments, operator
+from vfx.operators import arguments, is_transposed, operator, operator_of
 from vfx.program import Program
 
 FIRST, HEAD = "first", "head"
@@ -48,7 +48,7 @@ class Target:
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as (outputs, inputs, taps)."""
         node = self.nodes[0]
-        if operator(node) in PRODUCTS:
+        if operator_of(node).multiplies:
             return tensor.T.unsqueeze(2)
         flat = tensor.reshape(*tensor.shape[:2], -1)
         if not is_transposed(node):
@@ -60,7 +60,7 @@ class Target:
     def restored(self, matrix: Tensor) -> Tensor:
         """The inverse of ``matrix``."""
         node = self.nodes[0]
-        if operator(node) in PRODUCTS:
+        if operator_of(node).multiplies:
             return matrix.squeeze(2).T
         if not is_transposed(node):
             return matrix.reshape(self.shape)
@@ -74,22 +74,16 @@ class Target:
         return any(fnmatchcase(name, pattern) for own in self.names for name in (own, own.rpartition(".")[0]))
 
 
-def is_transposed(node: fx.Node) -> bool:
-    return operator(node) in TRANSPOSED or bool(arguments(node).get("transposed"))
-
-
 def groups_of(node: fx.Node) -> int:
     return int(arguments(node).get("groups") or 1)
 
 
 def operands(node: fx.Node) -> tuple[Any, Any]:
     """What a layer's call reads: its input and its weight; (None, None) for any other call."""
-    name, a = operator(node), arguments(node)
-    if name in LAYERS:
+    entry, a = operator_of(node), arguments(node)
+    if entry.is_layer:
         return a["input"], a["weight"]
-    if name in PRODUCTS:
-        return a[PRODUCTS[name]["input"]], a[PRODUCTS[name]["weight"]]
-    return None, None
+    return (a[entry.roles["input"]], a[entry.roles["weight"]]) if entry.multiplies else (None, None)
 
 
 def find_targets(program: Program) -> tuple[tuple[Target, ...], tuple[str, ...]]:
@@ -101,7 +95,7 @@ def find_targets(program: Program) -> tuple[tuple[Target, ...], tuple[str, ...]]
         if not isinstance(weight, fx.Node) or not isinstance(source, fx.Node):
             continue
         if weight.op != "get_attr":
-            if operator(node) in LAYERS and parts_of(weight) is None:
+            if operator_of(node).is_layer and parts_of(weight) is None:
                 notes.append(f"not pruned: the weight of {node.name} is computed by {weight.name}")
         elif _is_matrix(program, node, str(weight.target)):
             calls.setdefault(str(weight.target), []).append(node)
@@ -117,7 +111,7 @@ def find_targets(program: Program) -> tuple[tuple[Target, ...], tuple[str, ...]]
 
 
 def _is_matrix(program: Program, node: fx.Node, name: str) -> bool:
-    return _is_parameter(program, name) and (operator(node) in LAYERS or program.weights[0][name].ndim == 2)
+    return _is_parameter(program, name) and (operator_of(node).is_layer or program.weights[0][name].ndim == 2)
 
 
 def _is_parameter(program: Program, name: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-from vfx.operators import CONVOLUTIONS, TRANSPOSED, arguments, is_product, layer_arguments, operator
+from vfx.operators import arguments, is_product, is_transposed, layer_arguments, operator_of
 from vfx.program import Value
 from vfx.reconstruct.sums import Sums, sums_of
 from vfx.reconstruct.windows import Window, patches, shares_products, window_gram, window_sums
@@ -113,7 +113,7 @@ class Convolution(Form):
     def __init__(self, node: fx.Node, shape: tuple[int, ...]):
         options, rank = arguments(node), len(shape) - 2
         self.shape, self.rank, self.groups = shape, rank, int(options.get("groups", 1))
-        self.transposed = operator(node) in TRANSPOSED or bool(options.get("transposed"))
+        self.transposed = is_transposed(node)
         stride, dilation = (_per_axis(options[name], rank) for name in ("stride", "dilation"))
         kernel = tuple(shape[2:])
         pairs = _padding(options["padding"], kernel, dilation)
@@ -211,8 +211,7 @@ def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -
 
 def form_of(node: fx.Node) -> tuple[Form, fx.Node, fx.Node, Any] | None:
     """A call's form, the value that it reads, its weight's node and its bias (a node or None); None for other calls."""
-    name = operator(node)
-    if name in CONVOLUTIONS | TRANSPOSED:
+    if operator_of(node).is_convolving:
         a = arguments(node)
         shape = _shape(a["weight"])
         known = shape is not None and _is_parameter(a["weight"])
@@ -229,13 +228,13 @@ def form_of(node: fx.Node) -> tuple[Form, fx.Node, fx.Node, Any] | None:
 
 def _contractions(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Any, tuple[str, str, str]]]:
     """The ways to see a call as a product of x with a weight, and their letters (x, W, y)."""
-    name, a = operator(node), layer_arguments(node)
+    entry, a = operator_of(node), layer_arguments(node)
     rows = "abcdefghij"
-    if name == "aten.linear" or is_product(node):
+    if entry.is_linear or is_product(node):
         x, weight = a["input"], a["weight"]
         free = rows[: len(_shape(x) or ()) - 1]
         yield x, weight, a["bias"], (free + "k", "ko" if is_product(node) else "ok", free + "o")
-    elif name in ("aten.matmul", "aten.mm", "aten.bmm"):
+    elif entry.multiplies and not entry.adds_summand:
         one, two = node.args[0], node.args[1]
         first, second = _shape(one), _shape(two)
         if first is not None and second is not None and min(len(first), len(second)) >= 2:
@@ -244,7 +243,7 @@ def _contractions(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Any, tuple[
             if not _broadcasts(first, second):
                 yield one, two, None, (left + "rk", right + "ko", batch + "ro")  # type: ignore[misc]
                 yield two, one, None, (right + "kr", left + "ok", batch + "or")  # type: ignore[misc]
-    elif name == "aten.einsum":
+    elif entry.ties == "einsum":
         equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
         inputs, _, out = equation.partition("->")
         letters = inputs.split(",")

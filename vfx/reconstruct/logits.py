@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Execution, Program
 from vfx.reconstruct.references import Reference
 from vfx.reconstruct.units import MatrixUnit, Use
 
-ATTENTION = "aten.scaled_dot_product_attention"
 LARGEST = 1 << 27  # elements of all heads' systems
 RIDGE = 1e-4
 
@@ -122,7 +121,7 @@ def logit_units(program: Program, layers: list[MatrixUnit], removed: Any) -> lis
     """The attention calls whose heads lost inner channels; ``removed(name, axis)`` says of a value whether it did."""
     found = []
     for node in program.graph.nodes:
-        if operator(node) != ATTENTION:
+        if operator_of(node).ties != "attention":
             continue
         query = arguments(node)["query"]
         value = query.meta.get("val")

@@ -10,14 +10,11 @@ from torch import fx
 
 from vfx.analyse.layers import normalizes_channels
 from vfx.complex_numbers import is_complex
-from vfx.operators import DROPOUTS, NORMS, arguments, is_layer, operator
+from vfx.operators import arguments, is_in_place, is_layer, operator_of
 from vfx.program import Program, Value
 from vfx.reconstruct.forms import Form, form_of
-from vfx.reconstruct.logits import ATTENTION
 from vfx.reconstruct.units import BatchNorm, DiagonalUnit, MatrixUnit, Unit, Use
 
-_ADDS = {"aten.add", "aten.add_"}
-_IDENTITIES = DROPOUTS | {"aten.clone", "aten.contiguous", "aten.alias", "aten.detach"}
 Found = tuple[fx.Node, Form, fx.Node, str, str | None]  # call, form, source, weight, bias
 
 
@@ -36,7 +33,7 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
     units: list[Unit] = sorted([*matrices, *diagonals], key=lambda unit: position[unit.uses[0].node])
     if sums:
         stops = [use.node for unit in units for use in unit.uses]
-        stops += [node for node in program.graph.nodes if operator(node) == ATTENTION]
+        stops += [node for node in program.graph.nodes if operator_of(node).ties == "attention"]
         starts = sorted(position[node] for node in stops)
         for unit in units:
             unit.uses = tuple(_towards_sum(use, known, position, starts) for use in unit.uses)
@@ -157,12 +154,6 @@ def _follows(norm: fx.Node, node: fx.Node) -> bool:
     return True
 
 
-_CONVOLVING = {f"aten.conv{rank}d" for rank in (1, 2, 3)} | {
-    *(f"aten.conv_transpose{rank}d" for rank in (1, 2, 3)),
-    "aten.convolution",
-}
-
-
 # gains and shifts -----------------------------------------------------------------------------------------------------
 
 
@@ -187,20 +178,21 @@ def _diagonal(
 
 def _entries(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, int | None]:
     """The gain and the shift of a call, and the axis on which they stand, None for the last ones."""
-    name, a = operator(node), arguments(node)
-    if name in NORMS:
-        axis = None if name in ("aten.layer_norm", "aten.rms_norm") else 1
+    entry, a = operator_of(node), arguments(node)
+    if entry.is_norm:
+        axis = None if entry.is_vector_norm else 1
         return _parameter(a.get("weight")), _parameter(a.get("bias")), axis
-    if name == "aten.prelu":
+    if entry.ties == "prelu":
         weight = _parameter(a["weight"])
         scalar = weight is not None and tuple(weight.meta["val"].shape) in ((), (1,))
         return weight, None, None if scalar else 1
-    if name in ("aten.mul", "aten.add") and a.get("alpha", 1) == 1:
+    multiplies = entry.name == "aten.mul"
+    if (multiplies or entry.is_add) and not is_in_place(node) and a.get("alpha", 1) == 1:
         operands = [a.get("self"), a.get("other")]
         parameter = next((p for p in map(_parameter, operands) if p is not None), None)
         computed = [x for x in operands if isinstance(x, fx.Node) and x.op == "call_function"]
         if parameter is not None and len(computed) == 1 and _broadcasts_to(parameter, node):
-            return (parameter, None, None) if name == "aten.mul" else (None, parameter, None)
+            return (parameter, None, None) if multiplies else (None, parameter, None)
     return None, None, None
 
 
@@ -232,14 +224,14 @@ def _sums(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     while len(current.users) == 1:
         user = next(iter(current.users))
         a = arguments(user) if user.op == "call_function" else {}
-        if operator(user) in _ADDS and a.get("alpha", 1) == 1:
+        if operator_of(user).is_add and a.get("alpha", 1) == 1:
             operands = [a.get("self"), a.get("other")]
             others = [x for x in operands if isinstance(x, fx.Node) and x is not current]
             same = [x for x in others if _shape(x) == _shape(current) == _shape(user)]
             if len(same) == 1 and len(others) == 1:
                 yield user, others[0]
             return
-        if operator(user) not in _IDENTITIES or user.args[0] is not current:
+        if not operator_of(user).is_identity or user.args[0] is not current:
             return
         current = user
 

@@ -18,12 +18,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Program, Value, copy_graph
 from vfx.resize.operators import put
 
 SAMPLES = 2  # as many as show how an output varies over the batch
-_VIEWS = {"aten.view", "aten.reshape", "aten._unsafe_view"}
 PARTS = 4, 2
 UNIT, SMALL = 32, 64  # most networks halve an image five times; a side is cut to a multiple of UNIT, SMALL at least
 
@@ -61,13 +60,13 @@ def written_sizes(node: fx.Node, before: Sequence[Any], after: Sequence[int]) ->
     front of or behind what they take apart.
     """
     a = arguments(node)
-    if operator(node).startswith("aten.upsample") and a.get("output_size"):
+    if operator_of(node).interpolates and a.get("output_size"):
         sizes, rank = a["output_size"], len(a["output_size"])
         pairs = zip(sizes, before[-rank:], after[-rank:])
         new = {k: max(1, round(size * now / old)) for k, (size, old, now) in enumerate(pairs) if now != old}
         return "output_size", new
     name = next((name for name in ("size", "shape") if name in a), "")
-    if operator(node) not in _VIEWS or not name:
+    if not operator_of(node).is_reshape or not name:
         return "", {}
     sizes = a[name]
     found = {}

@@ -8,28 +8,23 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Block, Shape
 from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Symmetry
-from vfx.operators import arguments, operator
-
-_SHUFFLES = ("aten.channel_shuffle", "aten.native_channel_shuffle")
-_SORTS = ("aten.sort", "aten.argsort", "aten.msort")
-_RECURRENT = {f"aten.{name}" for name in GATES}
+from vfx.operators import arguments, operator_of
 
 
 def implied_blocks(facts: Symmetry) -> Iterator[Block]:
     """Labels of all such views."""
     for node, shape in facts._inference.shapes.items():
-        name = operator(node)
-        if name in _SHUFFLES and isinstance(shape, Shape):
+        ties = operator_of(node).ties
+        if ties == "channel shuffle" and isinstance(shape, Shape):
             rows = facts.labels(node.all_input_nodes[0], 1)
             if rows is not None:
                 groups = int(arguments(node)["groups"])
                 yield Block(rows, (groups, len(rows) // groups))
-        elif name in _RECURRENT:
+        elif ties == "recurrent layers":
             yield from map(_stacked, _cells(facts, arguments(node)))
 
 
@@ -38,7 +33,7 @@ def whole_axes(facts: Symmetry) -> Iterator[Rows]:
     numbered = (facts._inference.rows(axis) for axis in facts._inference.numbered)
     yield from (facts._leaves.resolve(rows) for rows in numbered if rows is not None)
     for node in facts._inference.shapes:
-        if operator(node) in _SORTS:
+        if operator_of(node).ties == "sorted" and not operator_of(node).least:
             x = node.all_input_nodes[0]
             rows = facts.labels(x, normal(int(arguments(node).get("dim", 0)), len(x.meta["val"].shape)))
             if rows is not None:

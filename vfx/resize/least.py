@@ -12,14 +12,11 @@ from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.symmetry import Index, Symmetry
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.resize.layout import Layout
 
 if TYPE_CHECKING:
     from vfx.resize.slots import Slots
-
-_DEVIATIONS = {f"aten.{name}" for name in ("var", "std", "var_mean", "std_mean")}
-_RANKED = {"aten.kthvalue", "aten.topk"}
 
 
 def least_units(slots: Slots) -> list[int]:
@@ -41,13 +38,13 @@ def least_units(slots: Slots) -> list[int]:
 def _needs(facts: Symmetry) -> Iterator[tuple[list[Axis | Digit], int]]:
     """The axes that an operator takes together, and how many positions it needs there."""
     for node in facts._inference.shapes:
-        name = operator(node)
-        if name not in _DEVIATIONS | _RANKED:
+        least = operator_of(node).least
+        if not least:
             continue
         x, a = facts._inference.shapes[node.all_input_nodes[0]], arguments(node)
         if not isinstance(x, Shape) or not x.axes:
             continue
-        if name in _RANKED:
+        if least == "k":
             yield [x.axes[normal(int(a["dim"]), len(x.axes))]], int(a["k"])
         else:
             yield [x.axes[d] for d in dims_of(a.get("dim"), len(x.axes))], int(_correction(node, a)) + 1

@@ -15,32 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.analyse.infer import BATCH
-from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, normalization, positions
-from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.symmetry import Index, Symmetry
 from vfx.analyse.verify import in_double, is_defined, random_inputs
 from vfx.errors import PassError, VerificationError
-from vfx.operators import LAYERS, NORMS, arguments, operator
+from vfx.operators import arguments, operator_of
 from vfx.program import Program, Value
 from vfx.resize.extent import Unfit, check_extent, fewer_positions, fewer_samples, rewritten, written_sizes
 from vfx.resize.layout import Layout
 from vfx.resize.program import Resized
 from vfx.resize.weights import Kept
 from vfx.rewrite import PRESERVED, outputs_error
-
-OVER_KEPT = {  # rules of operators that see several positions at once and do not pass over zeros
-    elementwise.reduction,
-    normalization.softmax,
-    normalization.layer_norm,
-    normalization.group_norm,
-    normalization.per_channel,
-    contraction.attention,
-    contraction.fused_attention,
-    positions.sorted_values,
-    positions.similarity,
-    einsum.distances,
-}
-RECURRENT = {f"aten.{name}" for name in GATES}
 
 
 def prove(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: int = 0) -> float:
@@ -134,7 +118,8 @@ class Masked(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":  # what is zeroed in place may be a view of it
             tensor = self.program.weights[0][str(n.target)]
-            return tensor if all(operator(user) in LAYERS | NORMS for user in n.users) else tensor.clone()
+            readers = map(operator_of, n.users)
+            return tensor if all(reader.is_layer or reader.is_norm for reader in readers) else tensor.clone()
         value = self._evaluated(n)
         if self.is_cut:
             check_extent(n, value, self._lengths(n))
@@ -144,7 +129,8 @@ class Masked(fx.Interpreter):
         if any(map(self._cut, n.all_input_nodes)):
             if _sees_zeros(n):
                 return self._over_kept(n)
-            if operator(n) in RECURRENT or _is_product(n):  # features inside: those removed are zero with zero weights
+            # features inside: those removed are zero with zero weights
+            if operator_of(n).ties == "recurrent layers" or _is_product(n):
                 whole = {source: self.env[source] for source in n.all_input_nodes if source.op == "get_attr"}
                 self.env |= {x: self._zeroed(tensor.clone(), self._shapes(x)) for x, tensor in whole.items()}
                 value = self._run_here(n)
@@ -250,19 +236,12 @@ class Masked(fx.Interpreter):
 
 
 def _is_product(node: fx.Node) -> bool:
-    """Whether an operator may sum over an axis that only parameters have."""
-    rule = _rule(node)
-    products = (contraction.__name__, einsum.__name__)
-    return rule is not None and rule.apply.__module__ in products and operator(node) not in LAYERS
+    """Whether an operator may sum over an axis that only parameters have; a layer's input is computed, as a rule."""
+    entry = operator_of(node)
+    computed = entry.is_layer and arguments(node)["input"].op != "get_attr"
+    return entry.contracts and entry.is_known and not computed
 
 
 def _sees_zeros(node: fx.Node) -> bool:
     """Whether positions that are zero would count in an operator's result."""
-    rule = _rule(node)
-    pairwise = isinstance(arguments(node).get("other"), fx.Node)  # max(x, y), which shares its name with max(x)
-    return rule is not None and rule.apply in OVER_KEPT and not pairwise
-
-
-def _rule(node: fx.Node) -> Any:
-    name = operator(node)
-    return TABLE.get(name) or TABLE.get(name.removesuffix("_"))
+    return operator_of(node).reads_all

@@ -1,8 +1,9 @@
 """Sizes in operators' arguments, derived anew from the shapes of what they read and give.
 
-One line of ``REWRITES`` for each kind of operator whose arguments name sizes, positions or numbers of groups. All other
-operators take their sizes from their operands; that the whole table is right is checked by running the resized graph
-(``vfx.resize.program``). What cannot be said with new sizes is refused with PassError.
+The functions below are the kinds of ``Operator.resize``: one for each way in which arguments name sizes, positions or
+numbers of groups. All other operators take their sizes from their operands (OPERANDS); that the kinds are right is
+checked by running the resized graph (``vfx.resize.program``). What cannot be said with new sizes is refused with
+PassError.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import torch
 from torch import fx
 
 from vfx.analyse.axis import Axis
-from vfx.analyse.rules.recurrent import GATES
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.symmetry import Index
 from vfx.errors import PassError
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, is_transposed, operator_of
 from vfx.program import Value
 from vfx.resize.implied import recurrent_width
 from vfx.resize.layout import Layout
@@ -37,9 +37,9 @@ class Rewriter:
 
     def rewrite(self, node: fx.Node, new: fx.Node) -> None:
         """Bring the arguments of ``new``, a copy of ``node``, to the new sizes."""
-        rule = REWRITES.get(operator(node)) or REWRITES.get(operator(node).removesuffix("_"))
-        if rule is not None:
-            rule(self, node, new, arguments(node))
+        rewrite = REWRITES.get(operator_of(node).resize)
+        if rewrite is not None:
+            rewrite(self, node, new, arguments(node))
             new.meta["sizes"] = _told(node, new)
 
     def entry(self, node: Any, dim: int) -> Axis | Digit:
@@ -190,7 +190,7 @@ def slice_(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
         put(new, "start", chosen.start)
         put(new, "end", chosen.stop)
         put(new, "step", chosen.step)
-    elif operator(node) == "aten.slice":
+    elif operator_of(node).ties == "slice":
         index = r.add_constant(new, torch.from_numpy(chosen))
         new.target, new.args, new.kwargs = torch.ops.aten.index_select.default, (new.args[0], dim, index), {}
     else:
@@ -323,9 +323,8 @@ def convolution(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> 
     x, w = r.layout.shape(a["input"]), r.layout.shape(a["weight"])
     assert x is not None
     assert w is not None
-    transposed = a.get("transposed") or "transpose" in operator(node)
     channel = len(x.axes) - len(w.axes) + 1
-    whole = r.entry(node, channel) if transposed else x.axes[channel]
+    whole = r.entry(node, channel) if is_transposed(node) else x.axes[channel]
     groups, rest = divmod(r.layout.size(whole), r.layout.size(w.axes[1]))
     if rest:
         raise PassError(f"{node.name}: the groups of this convolution would differ in their number of channels")
@@ -393,30 +392,24 @@ def _widened(new: fx.Node, state: fx.Node, size: int) -> fx.Node:
 
 
 REWRITES: dict[str, Rewrite] = {
-    **dict.fromkeys(["view", "reshape", "_unsafe_view"], view),
-    **dict.fromkeys(["expand", "broadcast_to", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full",
-                     "new_empty"], made),
-    **dict.fromkeys(["repeat", "tile"], repeat),
+    "view": view,
+    "made": made,
     "unflatten": unflatten,
-    "repeat_interleave": repeat_interleave,
-    **dict.fromkeys(["slice", "slice_scatter"], slice_),
+    "repeat": repeat,
+    "repeat interleave": repeat_interleave,
+    "slice": slice_,
     "narrow": narrow,
-    **dict.fromkeys(["select", "select_scatter"], select),
-    **dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_split_with_sizes",
-                     "unsafe_chunk"], split),
+    "select": select,
+    "split": split,
     "unbind": unbind,
-    **dict.fromkeys(["index", "_unsafe_index", "index_select"], index),
-    **dict.fromkeys(["pad", "constant_pad_nd"], pad),
+    "index": index,
+    "pad": pad,
     "roll": roll,
     "squeeze": squeeze,
-    **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
-                     "conv_transpose3d"], convolution),
-    **dict.fromkeys(["group_norm", "native_group_norm"], group_norm),
-    **dict.fromkeys(["layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"], layer_norm),
-    **dict.fromkeys(["scaled_dot_product_attention", "_scaled_dot_product_attention_math",
-                     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-                     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"], attention),
-    **dict.fromkeys(GATES, recurrent),
-    **dict.fromkeys(["channel_shuffle", "native_channel_shuffle"], channel_shuffle),
-}  # fmt: skip
-REWRITES = {f"aten.{name}": rule for name, rule in REWRITES.items()}
+    "convolution": convolution,
+    "group norm": group_norm,
+    "layer norm": layer_norm,
+    "attention": attention,
+    "shuffle": channel_shuffle,
+    "recurrent": recurrent,
+}

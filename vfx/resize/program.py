@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Group, Index, Symmetry
 from vfx.errors import ArgumentError, PassError
-from vfx.operators import arguments, operator, weight_name
+from vfx.operators import arguments, operator, operator_of, weight_name
 from vfx.program import RESIZED, Execution, Goal, Program, Value, Weights, copy_graph
 from vfx.resize.layout import Layout
 from vfx.resize.operators import Rewriter
@@ -191,7 +191,7 @@ def _computed(program: Program, edge: int, selected: Weights, gather: Gather) ->
     """Tensors whose values depend on what was removed, in float64: the gains of weight norms."""
     found: dict[str, Tensor] = {}
     for node in program.graph.nodes:
-        if operator(node) in ("aten._weight_norm", "aten._weight_norm_interface"):
+        if operator_of(node).ties == "weight norm":
             found |= _weight_norm(node, program.weights[edge], selected, gather)
     return found
 

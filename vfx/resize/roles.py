@@ -9,12 +9,9 @@ from __future__ import annotations
 from torch import fx
 
 from vfx.analyse.layers import descendants
-from vfx.analyse.rules import TABLE, contraction, einsum
 from vfx.analyse.rules.spaces import Spaces
 from vfx.analyse.symmetry import Symmetry
-from vfx.operators import operator
-
-_LAYERS = {contraction.__name__, einsum.__name__}
+from vfx.operators import operator_of
 
 
 def positions(facts: Symmetry) -> dict[int, str]:
@@ -24,8 +21,7 @@ def positions(facts: Symmetry) -> dict[int, str]:
     summed: set[int] = set()
     carried: dict[int, str] = {}
     for node in facts._inference.shapes:
-        rule = TABLE.get(operator(node))
-        if rule is None or rule.apply.__module__ not in _LAYERS:
+        if not operator_of(node).contracts or not operator_of(node).is_known:
             continue
         values = [a for a in node.all_input_nodes if a in computed or a.op == "placeholder"]
         weights = [a for a in node.all_input_nodes if a not in values and len(facts._inference.sizes(a)) > 1]

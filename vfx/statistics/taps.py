@@ -7,7 +7,6 @@ A residual stream feeds many layers and so has many taps. Queries and keys feed 
 
 from __future__ import annotations
 
-import operator as python_operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,18 +15,8 @@ from torch import fx
 
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.symmetry import Index, Symmetry
-from vfx.operators import DROPOUTS, LAYERS, operator
+from vfx.operators import operator_of
 from vfx.program import Value
-
-_PASSED_NAMES = """
-    view reshape _unsafe_view flatten unflatten permute transpose t contiguous clone chunk split split_with_sizes
-    unbind slice select narrow unsqueeze squeeze constant_pad_nd pad channel_shuffle roll flip cat concat mean to
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-"""
-_PRODUCTS = {"aten.addmm", "aten.mm", "aten.matmul", "aten.baddbmm", "aten.bmm"}
-_PASSED = DROPOUTS | {f"aten.{name}" for name in _PASSED_NAMES.split()}
-
 
 Standing = tuple[int, bool]  # a side, and whether the dual map is carried
 
@@ -76,9 +65,9 @@ def feature_taps(symmetry: Symmetry) -> list[Tap]:
 
 def _applied_to(node: fx.Node) -> fx.Node | None:
     """The activation that a layer applies its weight to; a product with a weight is a layer too (GPT-2's Conv1D)."""
-    if operator(node) in LAYERS:
+    if operator_of(node).is_layer:
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    if operator(node) not in _PRODUCTS:
+    if not operator_of(node).multiplies:
         return None
     factors = [a for a in node.args if isinstance(a, fx.Node)][-2:]
     activations = [a for a in factors if a.op != "get_attr"]
@@ -105,7 +94,7 @@ def _sources(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
     if node in seen or node.op != "call_function":
         return
     seen.add(node)
-    if operator(node) in _PASSED or node.target is python_operator.getitem:
+    if operator_of(node).hands_on:
         for argument in node.all_input_nodes:
             yield from _sources(argument, seen)
     else:

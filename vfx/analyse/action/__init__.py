@@ -1,44 +1,67 @@
-"""Which maps each operator lets pass, by the rule function of its line in the operator table.
+"""Which maps each operator lets pass, by the kinds that the registry has (``Operator.classes``).
 
-A rule function without a line here lets permutations pass and no more.
+Where the kind is PERMUTATION or UNKNOWN, permutations pass and no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from vfx.analyse.action import contraction, moving, normalizing, pointwise
 from vfx.analyse.action.walk import Handler, Walk
-from vfx.analyse.rules import contraction as contractions
-from vfx.analyse.rules import einsum as products
-from vfx.analyse.rules import elementwise, normalization, routing
 
-HANDLERS: dict[Callable[..., Any], Handler] = {
-    contractions.linear: contraction.linear,
-    contractions.matmul: contraction.matmul,
-    contractions.addmm: contraction.addmm,
-    contractions.embedding: contraction.embedding,
-    contractions.convolution: contraction.convolution,
-    contractions.transposed_convolution: contraction.convolution,
-    contractions.attention: contraction.attention,
-    contractions.fused_attention: contraction.fused_attention,
-    products.einsum: contraction.einsum,
-    products.dot: contraction.dot,
-    products.bilinear: contraction.bilinear,
-    routing.grouped_product: contraction.grouped_product,
-    elementwise.pointwise: pointwise.pointwise,
-    elementwise.same: pointwise.same,
-    elementwise.fill: pointwise.fill,
-    elementwise.reduction: pointwise.reduction,
-    elementwise.cross_channel_window: pointwise.windows,
-    normalization.per_channel: normalizing.per_channel,
-    normalization.layer_norm: normalizing.layer_norm,
-    normalization.group_norm: normalizing.group_norm,
-    normalization.weight_norm: normalizing.weight_norm,
-    normalization.softmax: normalizing.softmax,
-    normalization.prelu: pointwise.prelu,
-    **moving.MOVING,
+HANDLERS: dict[str, Handler] = {
+    # products
+    "linear layer": contraction.linear,
+    "product of matrices": contraction.matmul,
+    "product and sum": contraction.addmm,
+    "embedding": contraction.embedding,
+    "convolution": contraction.convolution,
+    "attention": contraction.attention,
+    "fused attention": contraction.fused_attention,
+    "einsum": contraction.einsum,
+    "dot": contraction.dot,
+    "bilinear": contraction.bilinear,
+    "grouped product": contraction.grouped_product,
+    # entry by entry
+    "sum": pointwise.mapped,
+    "lerp": pointwise.mapped,
+    "linear": pointwise.mapped,
+    "positive": pointwise.mapped,
+    "odd": pointwise.mapped,
+    "clamp": pointwise.mapped,
+    "product": pointwise.multiplied_entries,
+    "power": pointwise.power,
+    "absolute": pointwise.absolute,
+    "chosen": pointwise.chosen,
+    "prelu": pointwise.prelu,
+    "same": pointwise.same,
+    "fill": pointwise.fill,
+    # over axes
+    "total": pointwise.total,
+    "extreme": pointwise.extreme,
+    "length": pointwise.length,
+    "average windows": pointwise.average_windows,
+    "extreme windows": pointwise.extreme_windows,
+    # norms
+    "per channel": normalizing.per_channel,
+    "layer norm": normalizing.layer_norm,
+    "group norm": normalizing.group_norm,
+    "weight norm": normalizing.weight_norm,
+    "softmax": normalizing.softmax,
+    # movement
+    "moved": moving.moved,
+    "viewed": moving.viewed,
+    "turned": moving.turned,
+    "spread": moving.expanded,
+    "spread together": moving.broadcast_tensors,
+    "concatenated": moving.concatenated,
+    "stacked": moving.stacked,
+    "padded": moving.padding,
+    "padded with copies": moving.copied_padding,
+    "one kind": moving.one_kind,
+    "sampled": moving.sampled,
+    "copied": moving.copied,
+    "complex pairs": moving.complex_pairs,
+    "real pairs": moving.real_pairs,
 }
 
 __all__ = ["HANDLERS", "Walk"]

@@ -20,7 +20,7 @@ from vfx.analyse.classes import Maps
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules import einsum as letters_of
 from vfx.analyse.rules import routing
-from vfx.operators import operator
+from vfx.operators import is_transposed
 
 Letter = Any
 Place = tuple[int, Letter]  # a leaf, and the letter it stands on
@@ -188,7 +188,6 @@ def embedding(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
 
 def convolution(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
     """Letters: g groups, i and o channels of one; a kernel of one that neither strides nor pads keeps positions."""
-    transposed = bool(a.get("transposed")) or "transpose" in operator(node)
     if isinstance(a["groups"], fx.Node):
         return None
     groups, rank = int(a["groups"]), len(w.sizes(node))
@@ -199,7 +198,7 @@ def convolution(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
     spatial = [f"s{d}" for d in range(kernels)]
     batch = list(range(channel))
     x = _factored(w, a["input"], channel, groups, [*batch, "g", "i", *spatial])
-    inside = ["i", "o"] if transposed else ["o", "i"]
+    inside = ["i", "o"] if is_transposed(node) else ["o", "i"]
     weight = _factored(w, a["weight"], 0, groups, ["g", *inside, *(f"k{d}" for d in range(kernels))])
     if x is None or weight is None:
         return None

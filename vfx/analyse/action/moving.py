@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,27 +12,45 @@ from torch.fx.node import map_arg
 from vfx.analyse.action.contraction import sum_of
 from vfx.analyse.action.entries import ANY, Entries, Ids, constant, padded, shrunk
 from vfx.analyse.action.walk import SAMPLES, Walk
-from vfx.analyse.rules import TABLE, movement, positions, windows, writes
 from vfx.analyse.rules.rule import normal
-from vfx.operators import operator
+from vfx.operators import is_in_place
 from vfx.program import Value
 
 Arguments = dict[str, Any]
 
-_TURNS = {movement.permute, movement.transpose, movement.reverse_axes, movement.move_axis}
-_VIEWS = {movement.view}
-_SEVERAL = {movement.meshgrid}
-
 
 def moved(w: Walk, node: fx.Node, a: Arguments) -> Any:
     """One tensor whose positions go elsewhere, or into several tensors."""
-    rule = TABLE[operator(node).removesuffix("_")].apply
-    (x, *others) = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Value)]
-    if rule in _SEVERAL or any(w.entries(other) for other in others):
+    x = _moving(w, node)
+    return None if x is None or _stands_on_several(w, x) else _rearranged(w, node, x)
+
+
+def viewed(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """The same positions in order under another shape."""
+    x = _moving(w, node)
+    return None if x is None or _stands_on_several(w, x) else _rearranged(w, node, x, view=True)
+
+
+def turned(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """Axes that change places, and with them the leaves that stand on several."""
+    x = _moving(w, node)
+    if x is None:
         return None
+    return _turned(w, node, x) if _stands_on_several(w, x) else _rearranged(w, node, x)
+
+
+def _moving(w: Walk, node: fx.Node) -> fx.Node | None:
+    """The one operand whose slots go elsewhere; None where others have slots, too."""
+    (x, *others) = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Value)]
+    return None if any(w.entries(other) for other in others) else x
+
+
+def _stands_on_several(w: Walk, x: fx.Node) -> bool:
+    return any(axis != ANY for _, axis in w.entries(x))
+
+
+def _rearranged(w: Walk, node: fx.Node, x: fx.Node, view: bool = False) -> Any:
     own = w.entries(x)
-    if any(axis != ANY for _, axis in own):
-        return _turned(w, node, a, x) if rule in _TURNS else None
     value = node.meta["val"]
     ranks = [len(one.shape) for one in value] if isinstance(value, list) else [len(value.shape)]
     results: list[Entries] = [{} for _ in ranks]
@@ -41,7 +58,7 @@ def moved(w: Walk, node: fx.Node, a: Arguments) -> Any:
         if ids.size == 1:
             found: list[Ids] = [constant(int(ids.flat[0]), rank) for rank in ranks]
         else:
-            run = _run(w, node, x, ids, rule in _VIEWS)
+            run = _run(w, node, x, ids, view)
             if run is None:
                 return None
             found = run
@@ -82,7 +99,7 @@ def _compact(tensor: torch.Tensor) -> Ids:
     return shrunk(tensor.numpy())
 
 
-def _turned(w: Walk, node: fx.Node, a: Arguments, x: fx.Node) -> Entries | None:
+def _turned(w: Walk, node: fx.Node, x: fx.Node) -> Entries | None:
     """Axes change places, and with them the leaves that stand on several."""
     rank = len(w.sizes(x))
     marks = torch.zeros([2 + d for d in range(rank)])
@@ -154,14 +171,22 @@ def _without(ids: Ids, d: int) -> tuple[int, ...]:
 
 
 def padding(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
-    """Zeros go through any map; other modes repeat positions."""
+    """Zeros go through any map; another number through none along the axes that it is put on."""
+    if a.get("mode", "constant") != "constant":
+        return copied_padding(w, node, a)
+    return _padded(w, node, a, zeros=True) if a.get("value") in (None, 0, 0.0) else None
+
+
+def copied_padding(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    """Positions that are repeated at both ends of an axis."""
+    return _padded(w, node, a, zeros=False)
+
+
+def _padded(w: Walk, node: fx.Node, a: Arguments, zeros: bool) -> Entries | None:
     x = a["self"]
     amounts = list(a.get("pad") or a.get("padding") or ())
     rank = len(w.sizes(node))
     if any(isinstance(amount, fx.Node) for amount in amounts):
-        return None
-    zeros = a.get("mode", "constant") == "constant" and operator(node) in ("aten.pad", "aten.constant_pad_nd")
-    if zeros and a.get("value") not in (None, 0, 0.0):
         return None
     touched = {rank - 1 - index // 2 for index, amount in enumerate(amounts) if amount != 0}
     over = w.on(x, touched)
@@ -212,19 +237,5 @@ def real_pairs(w: Walk, node: fx.Node, a: Arguments) -> Entries:
 def copied(w: Walk, node: fx.Node, a: Arguments) -> Entries:
     """Written in place the source goes through the map of what it overwrites."""
     rank = len(w.sizes(node))
-    names = ("self", "src") if operator(node).endswith("_") else ("src",)
+    names = ("self", "src") if is_in_place(node) else ("src",)
     return sum_of(w, [(w.entries(a[name]), len(w.sizes(a[name]))) for name in names], rank)
-
-
-MOVING: dict[Callable[..., Any], Any] = {
-    movement.expand: expanded,
-    movement.broadcast_tensors: broadcast_tensors,
-    movement.concatenate: concatenated,
-    movement.stack: stacked,
-    movement.pad: padding,
-    windows.columns: one_kind,
-    windows.sampled: sampled,
-    writes.copy: copied,
-    positions.complex_pairs: complex_pairs,
-    positions.real_pairs: real_pairs,
-}

@@ -1,8 +1,8 @@
 """Operators that act position by position, and reductions.
 
-The table's column says what a function of one variable lets pass (``vfx.analyse.rules``): a homogeneous one scales, an
-odd one signs, a linear one everything. Here are the operators whose arguments decide (a clamp at ±c is odd, one at 0
-from below a ReLU), those that multiply channel by channel, and sums of squares, which orthogonal maps leave.
+What a function of one variable lets pass is its kind in the registry: a homogeneous one scales, an odd one signs, a
+linear one everything. Here are the operators whose arguments decide (a clamp at ±c is odd, one at 0 from below a ReLU),
+those that multiply channel by channel, and sums of squares, which orthogonal maps leave.
 """
 
 from __future__ import annotations
@@ -18,40 +18,20 @@ from vfx.analyse.action.contraction import multiplied, product, sum_of
 from vfx.analyse.action.entries import Entries
 from vfx.analyse.action.walk import Walk
 from vfx.analyse.classes import Maps
-from vfx.analyse.rules import TABLE
 from vfx.analyse.rules.rule import dims_of
-from vfx.operators import operator
+from vfx.operators import Operator, arguments, is_in_place, operator_of
 
 Arguments = dict[str, Any]
 
-_PRODUCTS = {"mul": (1, 1), "div": (1, -1)}
-_POWERS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1)}
-_SUMS = {"mean", "sum"}
-_HOMOGENEOUS = {"amax", "amin", "max", "min", "std", "norm", "linalg_vector_norm", "median"}
-_CASTS = {"_to_copy", "to", "type_as", "float", "double", "half", "clone", "contiguous"}
+_MAPS = {"linear": Maps.LINEAR, "positive": Maps.POSITIVE_MONOMIAL, "odd": Maps.SIGNED}
 
 
-def name_of(node: fx.Node) -> str:
-    return operator(node).removeprefix("aten.").removesuffix("_")
-
-
-def pointwise(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
-    name = name_of(node)
-    tensors = _tensors(a)
-    if name == "_prelu_kernel":
-        return prelu(w, node, a)
-    squared = name == "mul" and len(tensors) == 2 and tensors[0] is tensors[1]
-    if name in _PRODUCTS and a.get("rounding_mode") is None and not squared:
-        return product(w, node, list(zip(tensors, _PRODUCTS[name])))
-    if name in _POWERS or name == "pow" or squared:
-        return _power(w, node, a, tensors)
-    if name == "abs":
-        return {key: _even(w, key[0], ids) for key, ids in w.entries(tensors[0]).items()}
-    if name in ("where", "masked_fill"):
-        return _chosen(w, node, a)
-    maps = _allowed(name, a)
+def mapped(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    """A function that commutes with some maps: what its operands go through, restricted to these."""
+    maps = _allowed(operator_of(node), a)
     if maps is Maps.PERMUTATION:
         return None
+    tensors = _tensors(a)
     rank = len(w.sizes(node))
     result = sum_of(w, [(w.entries(x), len(w.sizes(x))) for x in tensors], rank)
     for ids in result.values():
@@ -64,20 +44,16 @@ def _tensors(a: Arguments) -> list[fx.Node]:
     return [item for item in nested if isinstance(item, fx.Node) and hasattr(item.meta.get("val"), "dtype")]
 
 
-def _allowed(name: str, a: Arguments) -> Maps:
-    """What the table allows, and the arguments."""
-    rule = TABLE.get(f"aten.{name}")
-    maps = rule.maps if rule is not None else Maps.PERMUTATION
-    if name in ("hardtanh", "clamp", "clamp_min", "clamp_max"):
+def _allowed(entry: Operator, a: Arguments) -> Maps:
+    """What an operator's kind and arguments allow."""
+    if entry.classes == "clamp":
         return _clamped(a.get("min_val", a.get("min")), a.get("max_val", a.get("max")))
-    if name in ("add", "sub", "rsub", "lerp"):
-        numbers = [a[key] for key in ("other", "weight", "end") if key in a and not isinstance(a[key], fx.Node)]
-        if name == "lerp":
-            return maps if not isinstance(a.get("weight"), fx.Node) else Maps.PERMUTATION
-        return maps if all(number == 0 for number in numbers) else Maps.ORTHOGONAL_ONES
-    if name == "mul" or maps is Maps.MONOMIAL:  # a form that is not covered above
-        return Maps.PERMUTATION
-    return maps
+    if entry.classes == "lerp":
+        return Maps.LINEAR if not isinstance(a.get("weight"), fx.Node) else Maps.PERMUTATION
+    if entry.classes == "sum":
+        number = a.get("other", 0)
+        return Maps.LINEAR if isinstance(number, fx.Node) or number == 0 else Maps.ORTHOGONAL_ONES
+    return _MAPS.get(entry.classes, Maps.PERMUTATION)
 
 
 def _clamped(low: Any, high: Any) -> Maps:
@@ -88,15 +64,32 @@ def _clamped(low: Any, high: Any) -> Maps:
     return Maps.SIGNED if low is not None and high is not None and low == -high else Maps.PERMUTATION
 
 
-def _even(w: Walk, leaf: int, ids: Any) -> Any:
+def absolute(w: Walk, node: fx.Node, a: Arguments) -> Entries:
     """|x|: scales pass, signs go."""
-    result = multiplied(w, [(ids, 1)], leaf, signs=False)
-    w.slots.restrict(result, Maps.POSITIVE_MONOMIAL)
+    result: Entries = {}
+    for key, ids in w.entries(_tensors(a)[0]).items():
+        result[key] = multiplied(w, [(ids, 1)], key[0], signs=False)
+        w.slots.restrict(result[key], Maps.POSITIVE_MONOMIAL)
     return result
 
 
-def _power(w: Walk, node: fx.Node, a: Arguments, tensors: Sequence[fx.Node]) -> Entries | None:
-    power = Fraction(2) if name_of(node) in _PRODUCTS else _POWERS.get(name_of(node), a.get("exponent"))
+def multiplied_entries(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    """Products and quotients, channel by channel."""
+    tensors, power = _tensors(a), operator_of(node).exponent
+    assert power is not None
+    if power == 1 and len(tensors) == 2 and tensors[0] is tensors[1]:
+        return _power(w, node, Fraction(2), tensors)
+    if a.get("rounding_mode") is not None:
+        return None
+    return product(w, node, list(zip(tensors, (1, int(power)))))
+
+
+def power(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+    own = operator_of(node).exponent
+    return _power(w, node, a.get("exponent") if own is None else own, _tensors(a))
+
+
+def _power(w: Walk, node: fx.Node, power: Any, tensors: Sequence[fx.Node]) -> Entries | None:
     if len(set(tensors)) != 1 or not isinstance(power, (int, float, Fraction)) or float(power) * 2 % 1:
         return None
     summed = set() if power != 2 else _summed(w, node)
@@ -116,28 +109,24 @@ def _summed(w: Walk, square: fx.Node) -> set[Any]:
     """The entries of a square whose leaves its readers only sum over: the length of a vector is what they see."""
     operand = square.all_input_nodes[0]
     readers = _readers(square)
-    if not readers or not all(name_of(reader) in _SUMS for reader in readers):
+    if not readers or not all(operator_of(reader).classes == "total" for reader in readers):
         return set()
     rank = len(w.sizes(square))
     keys = [set(w.on(operand, {d})) for d in range(rank)]
     found = set(w.entries(operand))
     for reader in readers:
-        gone = dims_of(_dims(reader), rank)
+        gone = dims_of(arguments(reader).get("dim"), rank)
         found &= set().union(*(keys[d] for d in gone)) - set().union(*(keys[d] for d in range(rank) if d not in gone))
     return found
 
 
-def _dims(reduction: fx.Node) -> Any:
-    from vfx.operators import arguments
-
-    return arguments(reduction).get("dim")
-
-
 def _readers(node: fx.Node) -> list[fx.Node]:
-    return [end for user in node.users for end in (_readers(user) if name_of(user) in _CASTS else [user])]
+    """What reads a value, or a copy or cast of it."""
+    passed = (operator_of(user).is_cast or operator_of(user).is_copy for user in node.users)
+    return [end for user, same in zip(node.users, passed) for end in (_readers(user) if same else [user])]
 
 
-def _chosen(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
+def chosen(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     """where and masked_fill: linear in what is chosen from, as long as the choice is one for all channels."""
     condition = a.get("condition", a.get("mask"))
     values = [a[key] for key in ("self", "other", "value") if key in a]
@@ -157,26 +146,37 @@ def same(w: Walk, node: fx.Node, a: Arguments) -> Any:
 
 def fill(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     """New values are uniform; written in place they let what stood there be permuted."""
-    return None if operator(node).endswith("_") else w.uniform(w.t.shapes[node])
+    return None if is_in_place(node) else w.uniform(w.t.shapes[node])
 
 
-def reduction(w: Walk, node: fx.Node, a: Arguments) -> Any:
-    """Sums pass what stands on other axes, extremes and deviations its scales; along an axis: what fixes the ones."""
-    name = name_of(node)
+def total(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """Sums and means pass what stands on other axes; along an axis: what fixes the ones."""
+    return _reduced(w, node, a, Maps.ORTHOGONAL_ONES, Maps.LINEAR)
+
+
+def extreme(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """Extremes and deviations pass the scales of what stands on other axes."""
+    return _reduced(w, node, a, Maps.PERMUTATION, Maps.POSITIVE_MONOMIAL)
+
+
+def length(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """Norms pass scales, too; a Euclidean one what leaves lengths."""
+    euclidean = a.get("p", a.get("ord")) in (2, 2.0, None)
+    return _reduced(w, node, a, Maps.ORTHOGONAL if euclidean else Maps.PERMUTATION, Maps.POSITIVE_MONOMIAL)
+
+
+def _reduced(w: Walk, node: fx.Node, a: Arguments, along: Maps, beside: Maps) -> Any:
+    """A reduction that lets some maps pass on the axes that it is taken over, and others on those that stay."""
     (x, *_) = _tensors(a)
-    euclidean = name in ("norm", "linalg_vector_norm") and a.get("p", a.get("ord")) in (2, 2.0, None)
-    if name not in _SUMS and name not in _HOMOGENEOUS:
-        return None
     rank = len(w.sizes(x))
     gone = dims_of(a.get("dim"), rank)
     over = w.on(x, set(gone))
     result: Entries = {}
     for key, ids in w.entries(x).items():
         if key in over:
-            allowed = Maps.ORTHOGONAL_ONES if name in _SUMS else Maps.ORTHOGONAL if euclidean else Maps.PERMUTATION
-            w.slots.restrict(ids, allowed)
+            w.slots.restrict(ids, along)
             continue
-        w.slots.restrict(ids, Maps.LINEAR if name in _SUMS else Maps.POSITIVE_MONOMIAL)
+        w.slots.restrict(ids, beside)
         ids = w.slots.collapse(ids, gone)
         axis = key[1]
         if not a.get("keepdim"):
@@ -192,17 +192,23 @@ def _with_others(w: Walk, node: fx.Node, result: Entries) -> Any:
     return [result, *(w.permuted(one) for one in shapes[1:])] if isinstance(shapes, (list, tuple)) else result
 
 
-def windows(w: Walk, node: fx.Node, a: Arguments) -> Any:
-    """Averages and interpolation are linear in each channel, extremes positively homogeneous."""
+def average_windows(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """Averages and interpolation are linear in each channel."""
+    return _windowed(w, node, a, Maps.LINEAR)
+
+
+def extreme_windows(w: Walk, node: fx.Node, a: Arguments) -> Any:
+    """Extremes are positively homogeneous in each channel."""
+    return _windowed(w, node, a, Maps.POSITIVE_MONOMIAL)
+
+
+def _windowed(w: Walk, node: fx.Node, a: Arguments, maps: Maps) -> Any:
     x = _tensors(a)[0]
-    name = name_of(node)
-    linear = "avg" in name or "upsample" in name
     rank = len(w.sizes(x))
-    spatial = next((n for n in (1, 2, 3) if f"{n}d" in str(node.target)), 2)
     result: Entries = {}
     for key, ids in w.entries(x).items():
-        w.slots.restrict(ids, Maps.LINEAR if linear else Maps.POSITIVE_MONOMIAL)
-        result[key] = w.slots.collapse(ids, range(rank - spatial, rank))
+        w.slots.restrict(ids, maps)
+        result[key] = w.slots.collapse(ids, range(rank - operator_of(node).spatial, rank))
     return _with_others(w, node, result)
 
 

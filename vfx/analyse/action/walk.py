@@ -1,8 +1,8 @@
 """The walk over a graph that finds which maps each operator lets pass.
 
-A node's value is given by its entries (``vfx.analyse.action.entries``). Handlers, one for each rule function of the
-operator table, say how the slots of an operator's operands and result hang together. An operator without a handler lets
-only permutations pass, which is what its rule has proved.
+A node's value is given by its entries (``vfx.analyse.action.entries``). Handlers, one for each kind of
+``Operator.classes``, say how the slots of an operator's operands and result hang together. An operator without a
+handler lets only permutations pass, which is what its rule has proved.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from vfx.analyse.action.entries import ANY, Entries, Ids, Joint, Key, constant, 
 from vfx.analyse.classes import Maps
 from vfx.analyse.infer import Inference
 from vfx.analyse.places import places
-from vfx.analyse.rules import TABLE, movement
-from vfx.analyse.rules.rule import Rule
 from vfx.analyse.rules.spaces import Spaces
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, is_in_place, operator_of
 from vfx.program import Value
 
 Result = Entries | list[Any] | None
@@ -35,8 +33,8 @@ class Walk:
     """Slots of every parameter axis and activation of a finished inference.
 
     ``parameters[fqn, dim][leaf]`` is the slot of each copy of the leaf along that axis, in the order of
-    ``vfx.analyse.places``. ``special`` has handlers for single nodes, by name, that go before the table's: what would
-    be if these nodes did something else.
+    ``vfx.analyse.places``. ``special`` has handlers for single nodes, by name, that go before the registry's: what
+    would be if these nodes did something else.
     """
 
     def __init__(
@@ -122,16 +120,14 @@ class Walk:
         return {(leaf, dim if leaves.count(leaf) > 1 else ANY): ids for leaf, dim, ids in found}
 
     def _call(self, node: fx.Node) -> Any:
-        name = operator(node)
-        if name == "getitem":
+        if operator_of(node).ties == "item":
             container = self.values.get(node.args[0])  # type: ignore[arg-type]
             return container[int(node.args[1])] if isinstance(container, list) else None  # type: ignore[arg-type]
         if not any(map(self._moves, node.all_input_nodes)):
             return None
-        rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
-        result = self._handled(node, rule)
+        result = self._handled(node)
         result = self.still(node) if result is None else self._completed(node, result)
-        if name.endswith("_") and isinstance(result, dict):
+        if is_in_place(node) and isinstance(result, dict):
             result = self._in_place(node, result)
         return result
 
@@ -139,15 +135,14 @@ class Walk:
         value = self.values.get(node)
         return any(value) if isinstance(value, list) else bool(value)
 
-    def _handled(self, node: fx.Node, rule: Rule | None) -> Result:
-        from vfx.analyse.action import HANDLERS, moving
+    def _handled(self, node: fx.Node) -> Result:
+        from vfx.analyse.action import HANDLERS
 
         value = node.meta["val"]
         first = value[0] if isinstance(value, list) and value else value
-        if rule is None or not isinstance(first, Value) or not first.dtype.is_floating_point:
+        if not isinstance(first, Value) or not first.dtype.is_floating_point:
             return None
-        moves = rule.apply.__module__ == movement.__name__
-        handler = self.special.get(node.name, HANDLERS.get(rule.apply, moving.moved if moves else None))
+        handler = self.special.get(node.name, HANDLERS.get(operator_of(node).classes))
         return None if handler is None else handler(self, node, arguments(node))
 
     def _completed(self, node: fx.Node, result: Any) -> Any:

@@ -8,19 +8,16 @@ from torch import fx
 
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
-from vfx.operators import operator
+from vfx.operators import is_in_place, operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
 
 
-_ADDITIVE = {"aten.add", "aten.sub", "aten.rsub", "aten.where", "aten.clone"}
-
-
 def pointwise(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Any number of operands, broadcast against each other."""
     nested = [item for value in a.values() for item in (value if isinstance(value, (list, tuple)) else [value])]
-    if operator(node).removesuffix("_") not in _ADDITIVE:
+    if not operator_of(node).is_additive:
         for operand in (item for item in nested if isinstance(item, fx.Node)):
             for dim in range(len(t.shape(operand).origin) if isinstance(t.shapes.get(operand), Shape) else 0):
                 t.role(operand, dim, "elementwise")
@@ -35,21 +32,25 @@ def same(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
 
 def fill(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Uniform values tie nothing; written in place they stand in the axes of what they overwrite."""
-    if operator(node).endswith("_"):
+    if is_in_place(node):
         return t.shape(a["self"])
     return Shape(tuple(t.fresh(size) for size in t.sizes(node)))
 
 
 def ordered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Values that depend on the position (arange, random numbers) pin every axis."""
-    if operator(node).endswith("_"):
+    if is_in_place(node):
         for dim in range(len(t.shape(a["self"]).axes)):
             t.pin_dim(t.shape(a["self"]), dim, "values depend on the position")
         return t.shape(a["self"])
-    if not operator(node).endswith("_like"):  # a tensor of probabilities or bounds, not one that lends its shape
-        for operand in t.operands(list(a.values())):
-            for dim in range(len(operand.axes)):
-                t.pin_dim(operand, dim, "values depend on the position")
+    for operand in t.operands(list(a.values())):  # tensors of probabilities or bounds
+        for dim in range(len(operand.axes)):
+            t.pin_dim(operand, dim, "values depend on the position")
+    return ordered_like(t, node, a)
+
+
+def ordered_like(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Random numbers in the shape of an operand, which lends its shape alone."""
     return Shape(tuple(t.opaque(size, "values depend on the position") for size in t.sizes(node)))
 
 
@@ -76,7 +77,7 @@ def _reads_indices(node: fx.Node) -> bool:
     """Whether a position along the reduced axes is part of what is used."""
     names = [r.name for r in node.target._schema.returns]  # type: ignore[union-attr]
     if "indices" not in names:
-        return operator(node) in ("aten.argmax", "aten.argmin")
+        return operator_of(node).gives_positions
     return any(user.args[1] == names.index("indices") for user in node.users if user.users)
 
 
@@ -100,7 +101,7 @@ def cross_channel_window(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     x = t.operands(list(a.values()))[0]
     value = node.meta["val"]
     sizes = (value[0] if isinstance(value, list) else value).sizes(_batch())
-    spatial = spatial_rank(node)
+    spatial = operator_of(node).spatial
     first = len(x.axes) - spatial
     for d in range(first, len(x.axes)):
         t.pin_dim(x, d, "a window over positions")
@@ -112,9 +113,3 @@ def _batch() -> int:
     from vfx.analyse.infer import BATCH
 
     return BATCH
-
-
-def spatial_rank(node: fx.Node) -> int:
-    """Number of windowed axes, from the operator's name (…1d, …2d, …3d)."""
-    name = str(node.target)
-    return next((rank for rank in (1, 2, 3) if f"{rank}d" in name), 2)

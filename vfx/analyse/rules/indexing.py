@@ -11,7 +11,7 @@ from torch import fx
 from vfx.analyse.axis import Axis
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Digit, Shape
-from vfx.operators import operator
+from vfx.operators import is_in_place
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -196,7 +196,7 @@ def masked_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     for shape in (result, t.shape(a["source"])):
         for d in range(len(shape.axes)):
             t.pin_dim(shape, d, NUMBERED)
-    return x if operator(node).endswith("_") else result
+    return x if is_in_place(node) else result
 
 
 def buckets(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:

@@ -14,7 +14,6 @@ from vfx.analyse.rules import indexing
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
 from vfx.analyse.terms import MAX_ENUMERATED
-from vfx.operators import operator
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -47,12 +46,16 @@ def transpose(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 
 
 def reverse_axes(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
-    """t and T turn all axes round, mT and mH the last two."""
+    """t and T."""
+    x = _first(t, a)
+    return t.permute(x, list(reversed(range(len(x.axes)))))
+
+
+def transpose_matrices(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """mT and mH turn the last two axes round."""
     x = _first(t, a)
     rank = len(x.axes)
-    if operator(node) in ("aten.mT", "aten.mH"):
-        return t.permute(x, (*range(rank - 2), rank - 1, rank - 2))
-    return t.permute(x, list(reversed(range(rank))))
+    return t.permute(x, (*range(rank - 2), rank - 1, rank - 2))
 
 
 def move_axis(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
@@ -163,11 +166,16 @@ def broadcast_tensors(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Sh
     return [t.broadcast([x], value.sizes(BATCH)) for x, value in zip(t.operands(a["tensors"]), node.meta["val"])]
 
 
+def stack_columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """hstack: along the second axis, or the only one."""
+    shapes = t.operands(a["tensors"])
+    return _joined(t, shapes, 0 if len(shapes[0].axes) == 1 else 1, t.sizes(node))
+
+
 def stack_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
-    """hstack and vstack: concatenation of tensors that have at least one or two axes."""
-    rows = operator(node) == "aten.vstack"
-    shapes = [Shape((t.fresh(1), *s.axes)) if rows and len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
-    return _joined(t, shapes, 0 if rows or len(shapes[0].axes) == 1 else 1, t.sizes(node))
+    """vstack: along the first axis of tensors that have at least two."""
+    shapes = [Shape((t.fresh(1), *s.axes)) if len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
+    return _joined(t, shapes, 0, t.sizes(node))
 
 
 def unbind(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:

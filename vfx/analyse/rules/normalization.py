@@ -21,7 +21,7 @@ def per_channel(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return _result(node, x)
 
 
-def layer_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def layer_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """layer_norm and rms_norm over the last axes: mean and variance do not see their order."""
     x = t.shape(a["input"])
     count = len(a["normalized_shape"])
@@ -29,7 +29,7 @@ def layer_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return _result(node, x)
 
 
-def group_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def group_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """x (N, G·c, …): statistics of each group of channels; groups move whole."""
     x = t.shape(a["input"])
     channel = t.axis(x, 1)
@@ -46,8 +46,7 @@ def weight_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     for d, axis in enumerate(g.axes):
         if axis.size > 1:
             t.role(a["g"], d, "out")
-    result = Shape(result.axes, v.origin)
-    return [result, g] if isinstance(node.meta["val"], list) else result
+    return _result(node, Shape(result.axes, v.origin))
 
 
 def prelu(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
@@ -77,6 +76,14 @@ def _tie_parameters(t: Inference, a: dict[str, Any], names: tuple[str, ...], axe
 
 
 def _result(node: fx.Node, x: Shape) -> Any:
-    """Some overloads return statistics beside the result."""
+    """Some overloads return statistics beside the result; where these are read, nothing is said."""
     value = node.meta["val"]
+    if _reads_others(node):
+        return None
     return [x, *[None] * (len(value) - 1)] if isinstance(value, list) else x
+
+
+def _reads_others(node: fx.Node) -> bool:
+    """Whether another result than the first is read."""
+    several = isinstance(node.meta["val"], list)
+    return several and any(user.args[1] != 0 and user.users for user in node.users)

@@ -8,7 +8,7 @@ from torch import fx
 
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
-from vfx.operators import operator
+from vfx.operators import operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -53,14 +53,14 @@ def on_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 def sorted_values(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """sort, topk: values in order of size do not depend on where they stood; their indices do."""
     x = t.shape(a["self"])
-    d = normal(a.get("dim", -1), len(x.axes))
+    d = normal(a.get("dim", 0), len(x.axes))  # msort has no argument and sorts along the first
     axis = t.axis(x, d)
     sizes = node.meta["val"][0].sizes(_batch()) if isinstance(node.meta["val"], list) else t.sizes(node)
     values = Shape((*x.axes[:d], t.opaque(sizes[d], "ordered by size"), *x.axes[d + 1 :]))
     if isinstance(node.meta["val"], list):
         read = any(user.args[1] == 1 for user in node.users if user.users)
         return [values, t.numbers(values, axis) if read else values]
-    return values if operator(node) == "aten.msort" else t.numbers(values, axis)
+    return t.numbers(values, axis) if operator_of(node).gives_positions else values
 
 
 def differences(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:

@@ -13,14 +13,12 @@ from torch import fx
 
 from vfx.analyse.axis import Axis
 from vfx.analyse.shapes import Shape
-from vfx.operators import operator
+from vfx.operators import is_in_place, operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 RECURS = "a recurrence runs over these positions"
-_UNIFORM = {"aten.zeros", "aten.new_zeros", "aten.zeros_like", "aten.full", "aten.new_full", "aten.ones"}
 
 
 def layers(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape] | None:
@@ -34,7 +32,7 @@ def layers(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape] | None
     per_cell = len(a["params"]) // count
     cells = [a["params"][index * per_cell : (index + 1) * per_cell] for index in range(count)]
     states = list(a["hx"]) if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
-    gates = GATES[operator(node).removeprefix("aten.")]
+    gates = operator_of(node).gates
     fed, outputs, memories = t.axis(x, 2), [], []
     for layer in range(a["num_layers"]):
         directions = range(layer * count // a["num_layers"], (layer + 1) * count // a["num_layers"])
@@ -83,7 +81,7 @@ def _start(t: Inference, states: Sequence[Any], index: int, axes: tuple[Axis, Ax
 def _is_uniform(t: Inference, state: fx.Node) -> bool:
     """Whether all features start alike: their axis must not tie one cell to the next."""
     if state.op != "get_attr" or state.target not in t.program.buffers:
-        return operator(state) in _UNIFORM
+        return operator_of(state).ties == "fill" and not is_in_place(state)
     values = [weights[str(state.target)] for weights in t.program.weights]
     return all(not v.is_meta and bool((v == v[..., :1]).all()) for v in values)
 
@@ -98,7 +96,7 @@ def _final(t: Inference, cells: list[Axis], batch: Any) -> Shape:
 
 def cell(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """lstm_cell, gru_cell, rnn_cell: one step, x (N, I) -> (N, H)."""
-    gates = GATES[operator(node).removeprefix("aten.").removesuffix("_cell")]
+    gates = operator_of(node).gates
     biases = [a[name] for name in ("b_ih", "b_hh") if isinstance(a.get(name), fx.Node)]
     x = t.shape(a["input"])
     features, _ = _cell(t, [a["w_ih"], a["w_hh"], *biases], gates, t.axis(x, len(x.axes) - 1), len(biases) == 2)

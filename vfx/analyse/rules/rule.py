@@ -1,26 +1,18 @@
-"""What a rule is: how an operator moves or ties axes, and the largest class of maps it commutes with."""
+"""What a rule is: how an operator moves or ties axes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
-
-from vfx.analyse.classes import Maps
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
 
 
-Apply = Callable[["Inference", fx.Node, dict[str, Any]], Any]
-
-
-class Rule(NamedTuple):
-    """``apply(inference, node, arguments)`` returns the result's Shape (a list for several), or None to refuse."""
-
-    apply: Apply
-    maps: Maps
+# rule(inference, node, arguments) returns the result's Shape (a list for several), or None to refuse
+Rule = Callable[["Inference", fx.Node, dict[str, Any]], Any]
 
 
 def normal(dim: int, rank: int) -> int:

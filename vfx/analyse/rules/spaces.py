@@ -1,8 +1,8 @@
 """The index space of each kind of operator: its dimensions, the tensors that have them, and which it couples.
 
 A dimension is *coupled* where a result depends on several of its positions: summed over, normalised over, or swept by a
-window. The table goes by rule function, so a new operator with an old rule needs no line here. A rule without a line
-says nothing: groups inside blocks are then not looked for wherever the operator reads (``vfx.analyse.blocks``).
+window. The functions below are the kinds of ``Operator.space``; where it is UNKNOWN, groups inside blocks are not
+looked for wherever the operator reads (``vfx.analyse.blocks``).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import fx
 from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.infer import Inference
 from vfx.analyse.rows import distinct
-from vfx.analyse.rules import TABLE, contraction, einsum, elementwise, movement, normalization, routing, writes
+from vfx.analyse.rules import einsum, routing
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
-from vfx.operators import arguments, operator
+from vfx.operators import arguments, is_transposed, operator_of
 
 
 class Dim(NamedTuple):
@@ -96,17 +96,12 @@ Space = Callable[[Spaces, fx.Node, dict[str, Any]], "list[Dim] | None"]
 
 def space_of(s: Spaces, node: fx.Node) -> list[Dim] | None:
     """The index space of a call, or None where nothing is known."""
-    name = operator(node)
-    rule = TABLE.get(name) or TABLE.get(name.removesuffix("_"))
-    if rule is None:
-        return [] if name == "getitem" else None
-    if rule.apply.__module__ == movement.__name__:
-        return []  # values stay as they are; the labels of the result say where they went
-    space = SPACES.get(rule.apply)
+    space = SPACES.get(operator_of(node).space)
     return space(s, node, arguments(node)) if space is not None else None
 
 
 def nothing(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim]:
+    """Values stay as they are, or are new: the labels of the result say where they stand."""
     return []
 
 
@@ -173,7 +168,7 @@ def windows(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     x = s.shape(node.all_input_nodes[0])
     if x is None:
         return None
-    first = len(x.axes) - elementwise.spatial_rank(node)
+    first = len(x.axes) - operator_of(node).spatial
     return [s.dim([axis], "xy", d >= first) for d, axis in enumerate(x.axes)]
 
 
@@ -191,14 +186,13 @@ def convolution(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None
     if x is None or w is None or isinstance(a["groups"], fx.Node):
         return None
     groups = int(a["groups"])
-    transposed = bool(a.get("transposed")) or "transpose" in operator(node)
     channel = len(x.axes) - len(w.axes) + 1
     parts = s.parts(w.axes[0], (groups, w.axes[0].size // groups))
     if parts is None:
         return None
     outer, whole = Dim(parts[0], frozenset("xwby"), whole=False), groups == 1
     inside = s.leaves(w.axes[1])
-    summed, made = (parts[1], inside) if transposed else (inside, parts[1])
+    summed, made = (parts[1], inside) if is_transposed(node) else (inside, parts[1])
     dims = [outer, Dim(summed, frozenset("xw"), True, whole), Dim(made, frozenset("wby"), False, whole)]
     dims += [s.dim([axis], "xy") for axis in x.axes[:channel]]
     return dims + [s.dim([axis], "xwy", True) for axis in (*x.axes[channel + 1 :], *w.axes[2:])]
@@ -302,31 +296,23 @@ def halves(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     return [s.dim([axis], "xy") for d, axis in enumerate(x.axes) if d != half] + [s.dim([x.axes[half]], "xy")]
 
 
-SPACES: dict[Any, Space] = {
-    elementwise.pointwise: pointwise,
-    elementwise.same: nothing,
-    elementwise.fill: nothing,
-    elementwise.ordered: nothing,
-    elementwise.reduction: reduction,
-    elementwise.scan: along,
-    elementwise.cross_channel_window: windows,
-    elementwise.gated_linear: halves,
-    normalization.per_channel: per_channel,
-    normalization.layer_norm: layer_norm,
-    normalization.group_norm: group_norm,
-    normalization.prelu: prelu,
-    normalization.softmax: along,
-    contraction.linear: linear,
-    contraction.convolution: convolution,
-    contraction.transposed_convolution: convolution,
-    contraction.matmul: matmul,
-    contraction.addmm: addmm,
-    contraction.embedding: embedding,
-    contraction.attention: attention,
-    contraction.fused_attention: attention,
-    einsum.einsum: letters,
-    routing.grouped_product: grouped_product,
-    writes.copy: pointwise,
-    writes.slice_scatter: nothing,
-    writes.select_scatter: nothing,
+SPACES: dict[str, Space] = {
+    "nothing": nothing,
+    "elementwise": pointwise,
+    "reduction": reduction,
+    "along": along,
+    "windows": windows,
+    "halves": halves,
+    "per channel": per_channel,
+    "layer norm": layer_norm,
+    "group norm": group_norm,
+    "prelu": prelu,
+    "linear": linear,
+    "convolution": convolution,
+    "product": matmul,
+    "product and sum": addmm,
+    "embedding": embedding,
+    "attention": attention,
+    "einsum": letters,
+    "grouped product": grouped_product,
 }

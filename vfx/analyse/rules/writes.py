@@ -11,7 +11,7 @@ from vfx.analyse.rules import elementwise
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
 from vfx.analyse.terms import MAX_ENUMERATED
-from vfx.operators import operator
+from vfx.operators import is_in_place
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -21,7 +21,7 @@ _LAST = 1 << 62
 
 def copy(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Written in place the source ties to what it overwrites; the functional form only takes its shape from there."""
-    if operator(node).endswith("_"):
+    if is_in_place(node):
         return elementwise.pointwise(t, node, a)
     return t.broadcast([t.shape(a["src"])], t.sizes(node))
 

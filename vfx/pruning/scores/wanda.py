@@ -22,11 +22,11 @@ from torch import Tensor, fx
 
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
-from vfx.operators import CONVOLUTIONS, TRANSPOSED, arguments, operator
+from vfx.operators import arguments, is_transposed, operator_of
 from vfx.progress import track
 from vfx.pruning.scores.score import Pruned, Score, Select, Subject
 from vfx.pruning.selection import Selection
-from vfx.pruning.targets import Target, groups_of, is_transposed, operands
+from vfx.pruning.targets import Target, groups_of, operands
 from vfx.statistics.frontier import ValueReader, advance_together, chained
 
 Propagation = Literal["dense", "pruned"]
@@ -109,7 +109,7 @@ def _add(squares: dict[str, Tensor], target: Target, node: fx.Node, values: list
 
 def input_squares(target: Target, node: fx.Node, x: Tensor) -> Tensor:
     """‖X_j‖² of one batch for each entry of a layer's matrix (outputs or 1, inputs, taps), in float64."""
-    if operator(node) not in CONVOLUTIONS | TRANSPOSED:
+    if not operator_of(node).is_convolving:
         return x.double().square().reshape(-1, x.shape[-1]).sum(0).reshape(1, -1, 1)
     axes = _axes(node, target.shape[2:])
     batched = x if x.ndim == len(axes) + 2 else x[None]
