@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from itertools import product
+from itertools import product, takewhile
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ SHAPES: dict[str, list[Shapes]] = {
     "take": [((6, 4), (3,))],
     "scatter": [((6, 4), (6, 4), (6, 4))],
     "write at": [((6, 4), (3,), (6, 3))],
+    "of matrix": [((2, 4, 4),), ((4, 4),)],
+    "chain": PRODUCTS,
+    "block diagonal": [((2, 3), (4, 5))],
+    "unpooled": [((2, 3, 2, 2),) * 2, ((2, 3, 2, 2, 2),) * 2],
+    "split depth": [((2, 3, 4),)],
+    "turn quarters": [((4, 6),)],
     "slice scatter": [((6, 4), (6, 2))],
     "select scatter": [((6, 4), (6,))],
 }
@@ -81,7 +87,7 @@ def _listed(name: str, shape: tuple[int, ...], spatial: int, amounts: int) -> An
         "split_sizes": (shape[1] // 2, shape[1] - shape[1] // 2) if len(shape) > 1 else (2, shape[0] - 2),
         "split_size": (shape[1] // 2, shape[1] - shape[1] // 2) if len(shape) > 1 else (2, shape[0] - 2),
         "dims": tuple(reversed(range(len(shape)))),
-        "dim": (1,),
+        "dim": (1,) if amounts == 2 else (0, 1),
         "repeats": (1,) * (len(shape) - 1) + (2,),
         "shifts": (1,),
         "normalized_shape": shape[-1:],
@@ -131,9 +137,11 @@ class Called(nn.Module):
     def _results(self) -> list[Tensor]:
         schema = self.target._schema.arguments
         given = {name: self._value(value) for name, value in self.arguments.items()}
-        positional = [given.pop(a.name) for a in schema if a.name in given and not a.kwarg_only]
+        named = takewhile(lambda a: a.name in given and not a.kwarg_only, schema)
+        positional = [given.pop(argument.name) for argument in list(named)]
         results = self.target(*positional, **given)
-        return [one for one in (results if isinstance(results, (list, tuple)) else [results]) if _is_read(one)]
+        tensors = filter(_is_read, results if isinstance(results, (list, tuple)) else [results])
+        return [torch.view_as_real(one) if one.is_complex() else one for one in tensors]
 
     def forward(self, x: Tensor) -> Tensor:
         readers, total = iter(self.readers), x
@@ -152,7 +160,7 @@ class _Held:
 
 
 def _is_read(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_complex() and value.numel() > 0
+    return isinstance(value, Tensor) and value.numel() > 0
 
 
 def network_of(entry: Operator) -> Called | None:

@@ -95,6 +95,8 @@ POSITIVE = [
     "igammac",
     "xlogy",
     "special_xlog1py",
+    *(f"special_{name}" for name in ("bessel_y0", "bessel_y1", "modified_bessel_k0", "modified_bessel_k1")),
+    *(f"special_scaled_modified_bessel_k{order}" for order in (0, 1)),
 ]
 BETWEEN = ["asin", "acos", "atanh", "erfinv"]  # arguments from −1 to 1
 GIVEN: dict[str, tuple[Any, ...]] = {
@@ -103,7 +105,8 @@ GIVEN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(POSITIVE, torch.abs), **dict.fromkeys(BETWEEN, torch.tanh),
-    "logit": torch.sigmoid, "acosh": lambda h: h.abs() + 1, "mvlgamma": lambda h: h.abs() + 1,
+    **dict.fromkeys(["logit", "special_ndtri"], torch.sigmoid), "special_zeta": lambda h: h.abs() + 1.5,
+    "acosh": lambda h: h.abs() + 1, "mvlgamma": lambda h: h.abs() + 1,
 }  # fmt: skip
 UNSEEN = {  # a class larger than theirs is true as far as finite values and float64 show
     "remainder", "fmod", "copysign", "nextafter", "nan_to_num", "rrelu",

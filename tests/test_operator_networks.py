@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from micro_models import net
 from operator_networks import Called, network_of
 from test_resize import _drawn
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import Symmetry, symmetry
@@ -85,6 +90,76 @@ def test_a_wrong_entry_is_noticed(name: str, wrong: dict[str, Any], monkeypatch:
     monkeypatch.setitem(REGISTRY, name, replace(REGISTRY[name], **wrong))
     facts = symmetry(program)
     assert max(facts.verify(), _resized_error(program, facts)) > 1e-6
+
+
+# operators between layers: which widths may be permuted, whatever they do to positions --------------------------------
+
+
+def _pooled_and_back(s: Any, x: Tensor) -> Tensor:
+    values, places = F.max_pool2d(s.a(x).relu(), 2, return_indices=True)
+    return s.c(F.max_unpool2d(values, places, 2)).sum((2, 3))
+
+
+def _spectrum(s: Any, x: Tensor) -> Tensor:
+    return s.c(torch.fft.rfft2(s.a(x), dim=(-2, -1)).abs()).sum((2, 3))
+
+
+def _deformed(s: Any, x: Tensor) -> Tensor:
+    h = s.a(x).relu()
+    return s.c(deform_conv2d(h, s.offset(x), s.w, padding=1)).sum((2, 3))
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+BETWEEN: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
+    "max_unpool2d": (lambda: net(_pooled_and_back, a=_conv(3, 8), c=_conv(8, 2)), [8]),
+    "rfft2": (lambda: net(_spectrum, a=_conv(3, 8), c=_conv(8, 2)), [8]),
+    "deform_conv2d": (
+        lambda: net(_deformed, a=_conv(3, 8), offset=_conv(3, 18), c=_conv(6, 2),
+                    w=nn.Parameter(torch.randn(6, 8, 3, 3))),
+        [6, 8],
+    ),
+    "multi_dot": (
+        lambda: net(
+            lambda s, x: x.mean((2, 3)) @ torch.linalg.multi_dot([s.u, s.v, s.w]),
+            u=nn.Parameter(torch.randn(3, 7)), v=nn.Parameter(torch.randn(7, 5)), w=nn.Parameter(torch.randn(5, 2)),
+        ),
+        [5, 7],
+    ),
+    "vecdot": (
+        lambda: net(lambda s, x: torch.linalg.vecdot(s.a(x.mean((2, 3))), s.c(x.amax((2, 3))))[:, None],
+                    a=nn.Linear(3, 6), c=nn.Linear(3, 6)),
+        [6],
+    ),
+    "hsplit": (
+        lambda: net(lambda s, x: s.c(torch.mul(*torch.hsplit(s.a(x.mean((2, 3))), 2))),
+                    a=nn.Linear(3, 12), c=nn.Linear(6, 2)),
+        [6],
+    ),
+    "fliplr": (
+        lambda: net(lambda s, x: s.c(torch.fliplr(s.a(x.mean((2, 3)))).tanh()), a=nn.Linear(3, 6), c=nn.Linear(6, 2)),
+        [6],
+    ),
+    "huber": (
+        lambda: net(lambda s, x: x.mean((1, 2, 3))[:, None] * F.huber_loss(s.p, s.q),
+                    p=nn.Parameter(torch.randn(6)), q=nn.Parameter(torch.randn(6))),
+        [6],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_channels_pass_operators_on_positions(name: str) -> None:
+    torch.manual_seed(0)
+    build, sizes = BETWEEN[name]
+    program = capture(build().eval().double(), (torch.randn(2, 3, 8, 8, dtype=torch.float64),))
+    facts = symmetry(program)
+    assert not facts.unknown_ops
+    assert sorted(group.size for group in facts.groups) == sizes
+    assert facts.verify() <= EXACT
+    assert _resized_error(program, facts) <= EXACT
 
 
 def _resized_error(program: Program, facts: Symmetry) -> float:

@@ -13,7 +13,7 @@ from vfx.operators.calls import (
     weight_name,
 )
 from vfx.operators.operator import OPERANDS, PERMUTATION, UNKNOWN, Operator, each
-from vfx.operators.registry import REGISTRY, canonical, entry_of, is_in_place, operator, operator_of
+from vfx.operators.registry import REGISTRY, canonical, enter, entry_of, is_in_place, operator, operator_of
 
 __all__ = [
     "OPERANDS",
@@ -25,6 +25,7 @@ __all__ = [
     "canonical",
     "defaults",
     "each",
+    "enter",
     "entry_of",
     "in_place",
     "is_in_place",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from vfx.operators.operator import UNKNOWN, each
+from vfx.operators.operator import OPERANDS, PERMUTATION, UNKNOWN, each
 
 _convolution = partial(each, classes="convolution", space="convolution", resize="convolution", contracts=True)
 
@@ -13,6 +13,6 @@ OPERATORS = (
                   module="Conv"),
     *_convolution("conv_transpose1d conv_transpose2d conv_transpose3d", ties="transposed convolution",
                   cost="transposed convolution", layer="transposed", module="ConvTranspose"),
-    *each("deform_conv2d", "torchvision.", ties=UNKNOWN, classes=UNKNOWN, space=UNKNOWN, resize=UNKNOWN,
-          cost="deformable convolution"),
+    *each("deform_conv2d", "torchvision.", ties="deformable convolution", classes=PERMUTATION, space=UNKNOWN,
+          resize=OPERANDS, cost="deformable convolution", contracts=True),
 )  # fmt: skip

@@ -36,6 +36,7 @@ OPERATORS = (
     # clamps: by their bounds
     *_function("clamp/clip", classes="clamp", runs_in_place=True),
     *_function("clamp_min clamp_max", classes="clamp"),
+    *_function("special_i1 special_i1e special_modified_bessel_i1 special_bessel_j1", classes="odd"),
     # choices
     *_function("where", classes="chosen", is_additive=True),
     *_function("masked_fill", classes="chosen"),

@@ -26,5 +26,5 @@ OPERATORS = (
     *_at("one_hot", ties="one hot", linear_time=True),
     *_into("slice_scatter", ties="slice scatter", resize="slice"),
     *_into("select_scatter", ties="select scatter", resize="select"),
-    *each("histc", ties="histogram", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="view"),
+    *each("histc", ties="histogram", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="view", reads_all=True),
 )

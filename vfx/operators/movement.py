@@ -33,6 +33,9 @@ OPERATORS = (
     # axes of size one, and broadcasting
     *_cut("unsqueeze", ties="unsqueeze", resize=OPERANDS, keeps_parts=True, hands_on=True),
     *_cut("squeeze", ties="squeeze", resize="squeeze", hands_on=True),
+    *_cut("atleast_1d", ties="at least", resize=OPERANDS, rank=1, may_return_input=True),
+    *_cut("atleast_2d", ties="at least", resize=OPERANDS, rank=2, may_return_input=True),
+    *_cut("atleast_3d", ties="at least", resize=OPERANDS, rank=3, may_return_input=True),
     *_spread("expand broadcast_to", resize="made"),
     *_spread("expand_as", resize=OPERANDS),
     *_joined("broadcast_tensors", ties="broadcast tensors", classes="spread together", may_return_input=True,
@@ -48,11 +51,17 @@ OPERATORS = (
     *_cut("tensor_split", ties="split", resize="split", keeps_parts=True),
     *_permuted("unsafe_split unsafe_split_with_sizes unsafe_chunk", ties="split", resize="split", keeps_parts=True),
     *_cut("unbind", ties="unbind", resize="unbind", hands_on=True),
+    *_cut("vsplit", ties="split rows", resize=OPERANDS),
+    *_cut("hsplit", ties="split columns", resize=OPERANDS),
+    *_cut("dsplit", ties="split depth", resize=OPERANDS),
     # joins
     *_joined("cat/concat/concatenate", ties="concatenate", classes="concatenated", hands_on=True, linear_time=True),
     *_joined("hstack", ties="stack columns", classes="moved"),
     *_joined("vstack/row_stack", ties="stack rows", classes="moved"),
     *_joined("stack", ties="stack", classes="stacked", linear_time=True),
+    *_joined("dstack", ties="stack depth", classes="moved"),
+    *_joined("column_stack", ties="stack vectors", classes="moved"),
+    *_joined("block_diag", ties="block diagonal", classes=PERMUTATION),
     # padding
     *_padded("pad constant_pad_nd", classes="padded", resize="pad", hands_on=True, linear_time=True),
     *_padded("reflection_pad1d reflection_pad2d reflection_pad3d", classes="padded with copies", resize=OPERANDS),
@@ -61,6 +70,9 @@ OPERATORS = (
     # shuffles
     *_permuted("roll", ties="roll", resize="roll", hands_on=True, linear_time=True),
     *_permuted("flip", ties="flip", resize=OPERANDS, hands_on=True, linear_time=True),
+    *_permuted("flipud", ties="flip rows", resize=OPERANDS),
+    *_permuted("fliplr", ties="flip columns", resize=OPERANDS),
+    *_permuted("rot90", ties="turn quarters", resize=OPERANDS),
     *_permuted("channel_shuffle", ties="channel shuffle", resize="shuffle", hands_on=True),
     *_permuted("native_channel_shuffle", ties="channel shuffle", resize="shuffle"),
     *_permuted("pixel_shuffle", ties="pixel shuffle", resize=OPERANDS),

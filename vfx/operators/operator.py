@@ -42,6 +42,7 @@ class Operator:
     # details of a kind
     roles: Mapping[str, str] = field(default_factory=dict)  # a product's arguments: "input", "weight" and "bias"
     spatial: int = 0  # axes that a window moves along
+    rank: int = 0  # axes that its result has at least
     gates: int = 0  # rows of a recurrent weight for each feature
     exponent: Fraction | None = None  # of a power; of the second factor of a product
     fills: float | None = None  # the value of a tensor made in the likeness of another

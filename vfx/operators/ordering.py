@@ -16,6 +16,7 @@ OPERATORS = (
     *_view("tril triu", ties="triangle", classes=PERMUTATION, linear_time=True),
     *_view("diagonal/linalg_diagonal", ties="diagonal", classes=PERMUTATION),
     *_ordered("diag_embed", ties="on diagonal"),
+    *_ordered("diag", ties="vector or diagonal"),
     *_ordered("diff", ties="differences"),
     *_ordered("cross linalg_cross", ties="cross product"),
     *_ordered("cosine_similarity pairwise_distance", ties="similarity", reads_all=True),

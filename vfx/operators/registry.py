@@ -16,24 +16,36 @@ from vfx.operators import (
     creation,
     elementwise,
     indexing,
+    linear_algebra,
+    losses,
     movement,
     normalization,
     ordering,
     recurrent,
     reductions,
     sizes,
+    special,
+    transforms,
     windows,
 )
 from vfx.operators.operator import Operator, unknown
 
 FAMILIES = (
     elementwise, activations, copies, creation, reductions, windows, movement, indexing, ordering, contractions,
-    convolutions, attention, recurrent, normalization, sizes,
+    convolutions, attention, recurrent, normalization, linear_algebra, transforms, losses, special, sizes,
 )  # fmt: skip
 
-REGISTRY: dict[str, Operator] = {entry.name: entry for family in FAMILIES for entry in family.OPERATORS}
-_CALLED = {name: entry.name for entry in REGISTRY.values() for name in entry.names}
+REGISTRY: dict[str, Operator] = {}
+_NAMED: dict[str, str] = {}  # what each name, alias or overload is called
 _unknown = cache(unknown)
+
+
+def enter(*entries: Operator) -> None:
+    """Add entries, as for operators of one's own; one of the same name takes the other's place."""
+    for entry in entries:
+        REGISTRY[entry.name] = entry
+        _NAMED.update(dict.fromkeys(entry.names, entry.name))
+    _called.cache_clear()
 
 
 def operator_of(node: fx.Node) -> Operator:
@@ -86,4 +98,8 @@ def _called(target: Any) -> tuple[str, bool]:
     name = str(packet)
     in_place = name.endswith("_") and not name.endswith("__")
     functional = name[:-1] if in_place else name
-    return _CALLED.get(str(target)) or _CALLED.get(functional, functional), in_place
+    return _NAMED.get(str(target)) or _NAMED.get(functional, functional), in_place
+
+
+for _family in FAMILIES:
+    enter(*_family.OPERATORS)

@@ -11,9 +11,6 @@ _number = partial(each, ties="number", classes=PERMUTATION, space="nothing", res
 _assertion = partial(
     each, ties=UNKNOWN, classes=UNKNOWN, space=UNKNOWN, resize=UNKNOWN, cost=UNKNOWN, asserts=True
 )  # fmt: skip
-_maybe_itself = partial(
-    each, ties=UNKNOWN, classes=UNKNOWN, space=UNKNOWN, resize=UNKNOWN, cost=UNKNOWN, may_return_input=True
-)
 
 OPERATORS = (
     *_size("sym_size sym_numel sym_stride sym_storage_offset numel"),
@@ -24,7 +21,6 @@ OPERATORS = (
     *_number("sym_sum sym_max sym_min sym_not sym_float sym_int sym_ite _sym_sqrt", ""),
     *_assertion("_assert_async _assert_scalar _assert_tensor_metadata"),
     *_assertion("sym_constrain_range sym_constrain_range_for_size"),
-    *_maybe_itself("atleast_1d atleast_2d atleast_3d"),
     *each(
         "getitem", "", ties="item", classes=PERMUTATION, space="nothing", resize=OPERANDS, cost="view", hands_on=True
     ),

@@ -42,6 +42,10 @@ OPERATORS = (
     *each("grid_sampler grid_sampler_2d grid_sampler_3d", ties="sampled", classes="sampled", space=UNKNOWN,
           resize=OPERANDS, cost="free"),
     *each("im2col", ties="columns", classes="one kind", space=UNKNOWN, resize=OPERANDS, cost="free"),
+    *each("max_unpool2d", ties="unpooled", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="free", spatial=2),
+    *each("max_unpool3d", ties="unpooled", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="free", spatial=3),
+    *each("fractional_max_pool2d fractional_max_pool3d", ties="pinned", classes=PERMUTATION, space="nothing",
+          resize=OPERANDS, cost="free"),
     *each("col2im", ties="image", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="free"),
     *each("unfold", ties="unfolded", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="view"),
 )  # fmt: skip

@@ -95,6 +95,25 @@ def _spatial(t: Inference, x: Shape, w: Shape, channel: int, out: Axis, a: dict[
     return Shape((*x.axes[:channel], out, *axes))
 
 
+def deformable_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """A convolution that samples at offsets (N, 2·k·k, …), which are the same for all channels (no groups)."""
+    x, w = t.shape(a["input"]), t.shape(a["weight"])
+    if a["groups"] != 1 or a["offset_groups"] != 1:
+        return None
+    for operand in (t.shape(a["offset"]), t.shape(a["mask"])):
+        for d in range(1, len(operand.axes)):
+            t.pin_dim(operand, d, SLIDES)
+    for d in (2, 3):
+        t.pin_dim(x, d, SLIDES)
+        t.pin_dim(w, d, SLIDES)
+    t.tie(t.axis(x, 1), t.axis(w, 1))
+    out = t.axis(w, 0)
+    t.role(a["weight"], 0, "out")
+    t.role(a["weight"], 1, "in")
+    _bias(t, a["bias"], out)
+    return Shape((x.axes[0], out, *(t.opaque(size, SLIDES) for size in t.sizes(node)[2:])))
+
+
 def linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (…, i), weight (o, i) -> (…, o)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])

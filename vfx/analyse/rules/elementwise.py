@@ -81,6 +81,16 @@ def _reads_indices(node: fx.Node) -> bool:
     return any(user.args[1] == names.index("indices") for user in node.users if user.users)
 
 
+def compared(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Losses and distances of tensors compared entry by entry: each entry, or the sum or mean of all."""
+    shapes = t.operands(list(a.values()))
+    rank = max(len(shape.axes) for shape in shapes)
+    padded = [[1] * (rank - len(shape.axes)) + list(shape.sizes) for shape in shapes]
+    both = t.broadcast(shapes, tuple(max(sizes) for sizes in zip(*padded)))
+    whole = Shape(tuple(t.axis(both, d) for d in range(rank)))
+    return whole if len(t.sizes(node)) == rank else Shape(())
+
+
 def scan(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     """Cumulative operators see the order of their axis."""
     x = t.shape(a["self"])

@@ -14,6 +14,7 @@ from vfx.analyse.rules import indexing
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
 from vfx.analyse.terms import MAX_ENUMERATED
+from vfx.operators import operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -178,6 +179,55 @@ def stack_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return _joined(t, shapes, 0, t.sizes(node))
 
 
+def stack_depth(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """dstack: along the third axis of tensors that have at least three."""
+    return _joined(t, [_padded(t, s, 3) for s in t.operands(a["tensors"])], 2, t.sizes(node))
+
+
+def stack_vectors(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """column_stack: along the second axis, in which a vector is one column."""
+    shapes = [Shape((*s.axes, t.fresh(1))) if len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
+    return _joined(t, shapes, 1, t.sizes(node))
+
+
+def at_least(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+    """atleast_1d, 2d, 3d: axes of one position where some are missing."""
+    rank = operator_of(node).rank
+    shapes = [_padded(t, s, rank) for s in t.operands(a["tensors"] if "tensors" in a else [a["self"]])]
+    return shapes if isinstance(node.meta["val"], list) else shapes[0]
+
+
+def _padded(t: Inference, x: Shape, rank: int) -> Shape:
+    """A tensor with at least so many axes: before the last of a vector, and behind them for the third."""
+    axes = x.axes
+    if len(axes) < 1:
+        axes = (t.fresh(1),)
+    if len(axes) < 2 <= rank:
+        axes = (t.fresh(1), *axes)
+    return Shape((*axes, t.fresh(1)) if len(axes) < 3 <= rank else axes)
+
+
+def block_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """block_diag: the rows of all matrices one behind the other, and their columns."""
+    shapes = [_padded(t, s, 2) for s in t.operands(a["tensors"])]
+    return Shape(tuple(t.concatenate([t.axis(s, d) for s in shapes]) for d in range(2)))
+
+
+def split_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+    """vsplit: the first axis."""
+    return split(t, node, a | {"dim": 0})
+
+
+def split_columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+    """hsplit: the second axis, or the only one."""
+    return split(t, node, a | {"dim": min(1, len(t.shape(a["self"]).axes) - 1)})
+
+
+def split_depth(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+    """dsplit: the third axis."""
+    return split(t, node, a | {"dim": 2})
+
+
 def unbind(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
@@ -275,6 +325,26 @@ def flip(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     axes = list(x.axes)
     for d in dims_of(a["dims"], len(axes)):
         axes[d] = t.take(t.axis(x, d), slice(None, None, -1))
+    return Shape(tuple(axes))
+
+
+def flip_columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """fliplr: the second axis."""
+    return flip(t, node, a | {"dims": [1]})
+
+
+def flip_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """flipud: the first axis."""
+    return flip(t, node, a | {"dims": [0]})
+
+
+def turn_quarters(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """rot90: k quarter turns from the first of two axes towards the second."""
+    x = _first(t, a)
+    i, j = dims_of(a["dims"], len(x.axes))
+    axes, back = list(x.axes), slice(None, None, -1)
+    for _ in range(a["k"] % 4):  # flip the second, then let them change places
+        axes[i], axes[j] = t.take(t.axis(Shape(tuple(axes)), j), back), axes[i]
     return Shape(tuple(axes))
 
 

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from vfx.analyse.rules.rule import normal
+from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
 from vfx.operators import operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
+
+TRANSFORMED = "a Fourier transform along these positions"
 
 
 def triangle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
@@ -47,6 +49,25 @@ def on_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     axes = list(x.axes[:-1])
     axes.insert(i, own)
     axes.insert(j, own)
+    return Shape(tuple(axes))
+
+
+def vector_or_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """diag: a vector on the diagonal of a matrix, or a matrix's diagonal."""
+    rank, offset = len(t.shape(a["self"]).axes), a.get("diagonal", a.get("offset", 0))
+    return (on_diagonal if rank == 1 else diagonal)(t, node, a | {"offset": offset})
+
+
+def spectrum(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """Fourier transforms and their shifts: every position of the transformed axes depends on where the others stand."""
+    x = t.shape(a["self"])
+    rank = len(x.axes)
+    sizes, dims = a.get("s"), a.get("dim")
+    dims = range(rank - len(sizes), rank) if sizes and dims is None else dims_of(dims, rank)
+    axes = list(x.axes)
+    for d in dims:
+        t.pin_dim(x, d, TRANSFORMED)
+        axes[d] = t.opaque(t.sizes(node)[d], TRANSFORMED)
     return Shape(tuple(axes))
 
 

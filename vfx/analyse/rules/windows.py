@@ -9,6 +9,7 @@ from torch import fx
 from vfx.analyse.axis import Axis
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
+from vfx.operators import operator_of
 
 if TYPE_CHECKING:
     from vfx.analyse.infer import Inference
@@ -58,3 +59,14 @@ def sampled(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     t.pin_dim(grid, len(grid.axes) - 1, "coordinates")
     t.tie(t.axis(x, 0), t.axis(grid, 0))
     return Shape((x.axes[0], x.axes[1], *(t.axis(grid, d) for d in range(1, len(grid.axes) - 1))))
+
+
+def unpooled(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    """max_unpool: values (…, positions) put where the indices of a pool say; other axes pass."""
+    x, places = t.shape(a["self"]), t.shape(a["indices"])
+    first = len(x.axes) - operator_of(node).spatial
+    for d in range(first, len(x.axes)):
+        t.pin_dim(x, d, WINDOW)
+        t.pin_dim(places, d, WINDOW)
+    both = t.broadcast([Shape(x.axes[:first]), Shape(places.axes[:first])], x.sizes[:first])
+    return Shape((*both.axes, *(t.opaque(size, WINDOW) for size in t.sizes(node)[first:])))
