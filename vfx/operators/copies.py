@@ -6,9 +6,7 @@ from functools import partial
 
 from vfx.operators.operator import OPERANDS, each
 
-_same = partial(
-    each, ties="same", classes="same", space="nothing", resize=OPERANDS, cost="view", keeps_parts=True
-)  # fmt: skip
+_same = partial(each, ties="same", classes="same", space="nothing", resize=OPERANDS, cost="view", keeps_parts=True)
 _copy = partial(_same, is_copy=True)
 _cast = partial(_same, is_cast=True)
 _dropout = partial(_same, hands_on=True, may_return_input=True)
@@ -27,7 +25,6 @@ OPERATORS = (
     *_dropout("alpha_dropout", module="AlphaDropout"),
     *_dropout("feature_alpha_dropout", module="FeatureAlphaDropout"),
     *_same("native_dropout"),
-    *each("lift_fresh resolve_conj resolve_neg conj _conj", ties="same", classes="same", space="nothing",
-          resize=OPERANDS, cost="free", keeps_parts=True),
+    *_same("lift_fresh resolve_conj resolve_neg conj _conj", cost="free"),
     *each("copy", ties="copy", classes="copied", space="elementwise", resize=OPERANDS, cost="view", linear_time=True),
-)  # fmt: skip
+)

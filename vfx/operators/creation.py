@@ -10,7 +10,7 @@ _fill = partial(each, ties="fill", classes="fill", space="nothing", cost="view")
 _like = partial(_fill, resize=OPERANDS)
 _made = partial(_fill, resize="made")
 _ordered = partial(each, ties="ordered", classes=PERMUTATION, space="nothing", resize=OPERANDS, cost="free")
-_random_like = partial(each, ties="ordered like", classes=PERMUTATION, space="nothing", resize=OPERANDS, cost="free")
+_random_like = partial(_ordered, ties="ordered like")
 
 OPERATORS = (
     *_made("zeros ones full", linear_time=True),
@@ -21,12 +21,10 @@ OPERATORS = (
     *_like("ones_like", fills=1),
     *_like("empty_like"),
     *_like("fill zero scalar_tensor", linear_time=True),
-    *each("empty_permuted new_empty_strided empty_strided", ties="fill", classes="fill", space="nothing",
-          resize=OPERANDS, cost="free"),
-    *each("arange linspace eye", ties="ordered", classes=PERMUTATION, space="nothing", resize=OPERANDS, cost="view",
-          linear_time=True),
+    *_like("empty_permuted new_empty_strided empty_strided", cost="free"),
+    *_ordered("arange linspace eye", cost="view", linear_time=True),
     *_ordered("logspace tril_indices triu_indices hann_window"),
     *_ordered("rand randn randint randperm bernoulli multinomial normal uniform exponential cauchy log_normal"),
     *_ordered("geometric random poisson"),
     *_random_like("rand_like randn_like randint_like"),
-)  # fmt: skip
+)

@@ -38,8 +38,13 @@ OPERATORS = (
     *_cut("atleast_3d", ties="at least", resize=OPERANDS, rank=3, may_return_input=True),
     *_spread("expand broadcast_to", resize="made"),
     *_spread("expand_as", resize=OPERANDS),
-    *_joined("broadcast_tensors", ties="broadcast tensors", classes="spread together", may_return_input=True,
-             linear_time=True),
+    *_joined(
+        "broadcast_tensors",
+        ties="broadcast tensors",
+        classes="spread together",
+        may_return_input=True,
+        linear_time=True,
+    ),
     *_joined("meshgrid", ties="meshgrid", classes=PERMUTATION, may_return_input=True, linear_time=True),
     *_permuted("repeat tile", ties="repeat", resize="repeat", linear_time=True),
     *_permuted("repeat_interleave", ties="repeat interleave", resize="repeat interleave", linear_time=True),
@@ -79,4 +84,4 @@ OPERATORS = (
     *_permuted("pixel_unshuffle", ties="pixel unshuffle", resize=OPERANDS),
     *_permuted("index index_select", ties="index", resize="index", linear_time=True),
     *_permuted("_unsafe_index", ties="index", resize="index"),
-)  # fmt: skip
+)

@@ -27,6 +27,12 @@ OPERATORS = (
     *_layer_norm("_fused_rms_norm", cost=UNKNOWN),
     *_group_norm("group_norm", norm="group", module="GroupNorm"),
     *_group_norm("native_group_norm"),
-    *each("_weight_norm _weight_norm_interface", ties="weight norm", classes="weight norm", space=UNKNOWN,
-          resize=OPERANDS, cost=UNKNOWN),
-)  # fmt: skip
+    *each(
+        "_weight_norm _weight_norm_interface",
+        ties="weight norm",
+        classes="weight norm",
+        space=UNKNOWN,
+        resize=OPERANDS,
+        cost=UNKNOWN,
+    ),
+)

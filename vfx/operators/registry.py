@@ -31,9 +31,26 @@ from vfx.operators import (
 from vfx.operators.operator import Operator, unknown
 
 FAMILIES = (
-    elementwise, activations, copies, creation, reductions, windows, movement, indexing, ordering, contractions,
-    convolutions, attention, recurrent, normalization, linear_algebra, transforms, losses, special, sizes,
-)  # fmt: skip
+    elementwise,
+    activations,
+    copies,
+    creation,
+    reductions,
+    windows,
+    movement,
+    indexing,
+    ordering,
+    contractions,
+    convolutions,
+    attention,
+    recurrent,
+    normalization,
+    linear_algebra,
+    transforms,
+    losses,
+    special,
+    sizes,
+)
 
 REGISTRY: dict[str, Operator] = {}
 _NAMED: dict[str, str] = {}  # what each name, alias or overload is called

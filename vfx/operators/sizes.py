@@ -8,9 +8,7 @@ from vfx.operators.operator import OPERANDS, PERMUTATION, UNKNOWN, each
 
 _size = partial(each, ties="sizes", classes=PERMUTATION, space="nothing", resize=OPERANDS, cost="view")
 _number = partial(each, ties="number", classes=PERMUTATION, space="nothing", resize=OPERANDS, cost="view")
-_assertion = partial(
-    each, ties=UNKNOWN, classes=UNKNOWN, space=UNKNOWN, resize=UNKNOWN, cost=UNKNOWN, asserts=True
-)  # fmt: skip
+_assertion = partial(each, ties=UNKNOWN, classes=UNKNOWN, space=UNKNOWN, resize=UNKNOWN, cost=UNKNOWN, asserts=True)
 
 OPERATORS = (
     *_size("sym_size sym_numel sym_stride sym_storage_offset numel"),

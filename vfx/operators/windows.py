@@ -35,17 +35,27 @@ OPERATORS = (
     *_average("_adaptive_avg_pool2d", spatial=2),
     *_average("_adaptive_avg_pool3d", spatial=3),
     *_interpolations(1, "upsample_linear1d"),
-    *_interpolations(
-        2, "upsample_bilinear2d upsample_bicubic2d", "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
-    ),
+    *_interpolations(2, "upsample_bilinear2d upsample_bicubic2d", "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
     *_interpolations(3, "upsample_trilinear3d"),
-    *each("grid_sampler grid_sampler_2d grid_sampler_3d", ties="sampled", classes="sampled", space=UNKNOWN,
-          resize=OPERANDS, cost="free"),
+    *each(
+        "grid_sampler grid_sampler_2d grid_sampler_3d",
+        ties="sampled",
+        classes="sampled",
+        space=UNKNOWN,
+        resize=OPERANDS,
+        cost="free",
+    ),
     *each("im2col", ties="columns", classes="one kind", space=UNKNOWN, resize=OPERANDS, cost="free"),
     *each("max_unpool2d", ties="unpooled", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="free", spatial=2),
     *each("max_unpool3d", ties="unpooled", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="free", spatial=3),
-    *each("fractional_max_pool2d fractional_max_pool3d", ties="pinned", classes=PERMUTATION, space="nothing",
-          resize=OPERANDS, cost="free"),
+    *each(
+        "fractional_max_pool2d fractional_max_pool3d",
+        ties="pinned",
+        classes=PERMUTATION,
+        space="nothing",
+        resize=OPERANDS,
+        cost="free",
+    ),
     *each("col2im", ties="image", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="free"),
     *each("unfold", ties="unfolded", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="view"),
-)  # fmt: skip
+)
