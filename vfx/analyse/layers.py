@@ -330,7 +330,7 @@ def _inside(graph: fx.Graph, name: str, option: str) -> list[fx.Node]:
 
 
 def _owners(node: fx.Node) -> set[str]:
-    """The modules that call an operator or own its weights (a captured GraphModule has no calls of its own)."""
+    """The modules that call an operator or own its weights (a GraphModule calls activations itself)."""
     if node.op != "call_function":
         return set()
     read = (parts_of(a) or a for a in node.all_input_nodes)

@@ -218,6 +218,8 @@ def prune_structured(
     ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
     samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes`` and
     ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``.
+    The network is of the user's class, its layers resized, where its ``forward`` then computes what was proved; else
+    the report says why it is a GraphModule.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     watch = Stopwatch(progress)

@@ -137,6 +137,8 @@ def _built(layer: Layer, path: str, program: Program, weights: Mapping[str, Tens
     for name, old in _tensors(module).items():
         tensor = weights.get(f"{path}.{name}", torch.zeros(old.shape, dtype=old.dtype)).detach().clone()
         setattr(module, name, nn.Parameter(tensor) if name in module._parameters else tensor)
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()  # one block of memory, as cuDNN wants it
     return module
 
 

@@ -1,7 +1,7 @@
-"""Program -> nn.Module: the user's own class where the structure is unchanged, else a plain GraphModule.
+"""Program -> nn.Module: the user's own class where it computes the Program, else a GraphModule made of layers.
 
-BatchNorm and dropout become modules again, so that the result follows ``train()`` and ``eval()``, survives deepcopy and
-pickle and can be exported and compiled. State-dict keys are the FQNs of the user's model.
+Both follow ``train()`` and ``eval()``, survive deepcopy and pickle and can be exported and compiled. Keys of the state
+dict are the FQNs of the user's model.
 """
 
 from __future__ import annotations
@@ -38,23 +38,28 @@ def emit(program: Program, edge: int = 0) -> tuple[nn.Module, str]:
         return graph_module(program, edge), f"only outputs {listed([str(one) for one in program.outputs])} are kept"
     try:
         module = own_class(program, edge)
+        # queries that were scaled for the class are rounded: the algebra is checked, as for passes
+        exact = own_class(_in_double(program), edge) if _scales(program) else module
     except (RuntimeError, TypeError, WeightError) as error:
         return graph_module(program, edge), f"writing back to {type(program.module).__name__} failed: {error}"
-    reason = _unproved(program, edge, module)
+    reason = _unproved(program, edge, exact)
     if reason and program.resized:
-        sizes = needed(kept_sizes(program, edge), lambda some: not _unproved(program, edge, module, some))
+        sizes = needed(kept_sizes(program, edge), lambda some: not _unproved(program, edge, exact, some))
         if sizes:
             return put(module, sizes), ""
     return (graph_module(program, edge), reason) if reason else (module, "")
 
 
+def _scales(program: Program) -> bool:
+    """Whether attention keeps a scale that is not the default of its width any more."""
+    return any("default_scale" in node.meta for node in program.graph.nodes) and not casts(program.graph)
+
+
 def _unproved(program: Program, edge: int, module: nn.Module, sizes: Sequence[KeptSize] = ()) -> str:
     """Why the user's class, with some of the sizes that its modules keep changed, is not the Program; "" if it is."""
-    name, exact = type(module).__name__, module
-    if any("default_scale" in node.meta for node in program.graph.nodes) and not casts(program.graph):
-        exact = own_class(_in_double(program), edge)  # scaled weights are rounded: the algebra is checked
+    name = type(module).__name__
     try:
-        gap = difference(put(copy.deepcopy(exact), sizes), program.select(edge))
+        gap = difference(put(copy.deepcopy(module), sizes), program.select(edge))
     except Exception as error:  # the user's forward() meets sizes that it was not written for
         if not program.resized:
             raise

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from vfx.operators import arguments, operator_of, weight_name
-from vfx.program import Execution, Program, Weights
+from vfx.program import Program, Value
+
+_BATCH = 2  # that views are followed at
 
 
 def with_default_scales(program: Program, edge: int = 0) -> dict[str, Tensor]:
@@ -23,12 +26,13 @@ def with_default_scales(program: Program, edge: int = 0) -> dict[str, Tensor]:
     weights = dict(program.weights[edge])
     for attention, projection, chain in _queries(program):
         a = arguments(attention)
-        rows = _numbered(program, weights, projection, chain)[a["query"]].unique()
         factor = a["scale"] * sqrt(a["query"].meta["val"].shape[-1])
+        rows = _numbered(projection, chain).unique()
         for name in (weight_name(projection), weight_name(projection, "bias")):
             if name is not None:
-                scaled = weights[name].double().index_copy(0, rows, weights[name].double()[rows] * factor)
-                weights[name] = scaled.to(weights[name].dtype)
+                exact = weights[name].double()
+                rows = rows.to(exact.device)
+                weights[name] = exact.index_copy(0, rows, exact[rows] * factor).to(weights[name].dtype)
     return weights
 
 
@@ -45,19 +49,15 @@ def _queries(program: Program) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]
             yield node, current, chain[::-1]
 
 
-def _numbered(program: Program, weights: Weights, projection: fx.Node, chain: list[fx.Node]) -> dict[fx.Node, Tensor]:
-    """The numbers of a projection's features where its values go."""
-    execution = Execution(program.graph, weights, program.flatten(program.example_inputs))
-    found: dict[fx.Node, Tensor] = {}
-    sizes: dict[fx.Node, int] = {}
-    with torch.no_grad():
-        while len(found) <= len(chain):
-            node, value = execution.step()
-            if node is projection:
-                found[node] = torch.arange(value.shape[-1], device=value.device).expand_as(value)
-            elif node in chain:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), {**found, **sizes}.__getitem__)
-                found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            elif not isinstance(value, Tensor):
-                sizes[node] = value
-    return found
+def _numbered(projection: fx.Node, chain: list[fx.Node]) -> Tensor:
+    """The numbers of a projection's features behind a chain of views."""
+    shape = projection.meta["val"].sizes(_BATCH)
+    found = {projection: torch.arange(shape[-1]).expand(shape)}
+
+    def value(node: fx.Node) -> Any:
+        return found[node] if node in found else Value((node.meta["val"],), torch.int64).sizes(_BATCH)[0]
+
+    for node in chain:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return found[chain[-1]] if chain else found[projection]
