@@ -22,6 +22,7 @@ from vfx.pruning.groups import METHODS as CHANNEL_METHODS
 from vfx.pruning.scores.catalogue import SCORES
 from vfx.pruning.widths import ALLOCATIONS
 
+ROOT = str(Path(__file__).parents[1])
 MODEL = ["-m", "vfx:vgg11_bn?width=0.0625&in_channels=1", "-i", "1x32x32"]
 
 
@@ -51,6 +52,49 @@ def test_version_help_and_wrong_options() -> None:
     wrong = run("merge", "--nothing")
     assert wrong.returncode == 2
     assert "No such option: --nothing" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("merge a.pt b.pt -m resnet18", "--model 'resnet18' must be one of"),
+        ("merge a.pt b.pt -m vfx:vgg11", "there is no file a.pt"),
+        ("merge net.pt net.pt -m vfx:vgg11 -i 3xbig", "shape of one sample"),
+        (
+            "merge net.pt net.pt -m vfx:vgg11 --match magic",
+            "--match 'magic' is unknown; choose one of auto, none, weight",
+        ),
+        ("merge net.pt net.pt -m vfx:vgg11 --normalize magic", "--normalize 'magic' is unknown"),
+        ("merge net.pt net.pt -m vfx:vgg11 -o m.tflite", "cannot export to .tflite; use .onnx, .safetensors, .pt2"),
+        ("repair net.pt net.pt -m vfx:vgg11", "--data is missing"),
+        ("repair net.pt net.pt -m vfx:vgg11 -d digits --method magic", "--method 'magic' is unknown"),
+        ("prune net.pt -m vfx:vgg11 --score magic", "--score 'magic' is unknown"),
+        ("prune net.pt -m vfx:vgg11 -s a=b", "--sparsity takes 0.9"),
+        ("prune-structured net.pt -m vfx:vgg11 --allocation magic", "--allocation 'magic' is unknown"),
+        ("prune-structured net.pt -m vfx:vgg11 --budget flops", "must be key=value"),
+        ("compare net.pt -m vfx:vgg11 -d digits -g preserve", "is no name=value,value"),
+        ("evaluate net.pt -m vfx:vgg11", "--data is missing"),
+        ("evaluate vfx:vgg11 -d digits", "evaluate needs checkpoints"),
+        ("diagnose net.pt net.pt -m vfx:vgg11", "--data is missing"),
+        ("barrier net.pt other.pt -m vfx:vgg11", "there is no file other.pt"),
+        ("export net.pt -o m.onnx", "--model says which network"),
+        ("layers -m vgg", "--model 'vgg' must be one of"),
+        ("run none.toml out", "cannot be read"),
+        ("merge dir dir -m vfx:vgg11", "dir is a directory without model.safetensors"),
+    ],
+)
+def test_mistakes_are_answered_before_torch_is_imported(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes(b"\x80\x02 stands for a checkpoint, which is not read")
+    (tmp_path / "dir").mkdir()
+    code = (
+        "import sys, vfx.cli\nfrom vfx.errors import VfxError\n"
+        "try:\n    vfx.cli.app(sys.argv[1:])\n"
+        "except VfxError as error:\n    print(error)\n    assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, *line.split()]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
+    assert found.returncode == 0, found.stderr
+    assert message in found.stdout
 
 
 def test_help_names_what_the_catalogues_hold() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
+from vfx.cli.early import check_network
 from vfx.cli.inputs import data_of, examples_of, grid_of, load_all, load_network, option_values, required
 from vfx.cli.options import (
     MODELS,
@@ -60,24 +61,26 @@ def compare(
     report: Json = None,
 ) -> None:
     """Merge checkpoints (or prune one) in every way of a grid, side by side."""
-    from vfx import api
-    from vfx.diagnosis.figures import png
-
     check_outputs(None, report, csv, markdown, resume)
     if draw is not None:
         check_writable(draw, (".png",))
+    check_network(model, checkpoints, inputs)
+    tried, fixed, source = grid_of(grid), option_values(options), required(evaluate or data)
+    from vfx import api
+    from vfx.diagnosis.figures import png
+
     networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
     found = api.compare(
         networks if len(networks) > 1 else networks[0],
         examples,
         data=data_of(data, examples, model),
-        evaluate=data_of(required(evaluate or data), examples, model, "test" if evaluate else "train"),
-        grid=grid_of(grid),
+        evaluate=data_of(source, examples, model, "test" if evaluate else "train"),
+        grid=tried,
         latency=latency,
         max_samples=max_samples,
         device=device,
         resume=resume,
-        **option_values(options),
+        **fixed,
     )
     tell(found, report, csv, markdown)
     texts = (report, csv, markdown)
@@ -112,6 +115,7 @@ def evaluate(
         raise ArgumentError("evaluate needs checkpoints behind the model")
     check_outputs(None, csv, report)
     source, files = required(data), [Path(name) for name in networks]
+    check_network(model, files, inputs)
     from vfx.diagnosis.evaluation import evaluate as run
 
     modules = []

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
+from vfx.cli.early import check_network
 from vfx.cli.inputs import data_of, examples_of, load_all, load_network, optional, required
 from vfx.cli.options import Arguments, Csv, Data, Draw, Entry, Inputs, Json, Model, Samples, Seed
 from vfx.cli.results import check_outputs, put, tell
@@ -31,9 +32,11 @@ def diagnose(
     report: Json = None,
 ) -> None:
     """Where a merged network lost its edges' features, and what to try."""
+    check_outputs(None, html, csv, report)
+    check_network(model, [checkpoint, *references], inputs)
+    source = required(data)
     from vfx.diagnosis.diagnose import diagnose as run
 
-    check_outputs(None, html, csv, report)
     whole = checkpoint.suffix.lower() == ".pt2"
     network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments, entry)[0]
     examples = examples_of(inputs, model)
@@ -41,7 +44,7 @@ def diagnose(
         network,
         load_all(references, model, arguments, entry),
         examples,
-        data=data_of(required(data), examples, model),
+        data=data_of(source, examples, model),
         match=optional(match),
         max_samples=max_samples,
         seed=seed,
@@ -74,18 +77,20 @@ def barrier(
     report: Json = None,
 ) -> None:
     """Accuracy and loss on the line between two networks, before and after alignment and normalization."""
-    from vfx.diagnosis.barrier import barrier as run
-    from vfx.diagnosis.figures import png
-
     check_outputs(None, report)
     if draw is not None:
         check_writable(draw, (".png",))
+    check_network(model, checkpoints, inputs)
+    source = required(data)
+    from vfx.diagnosis.barrier import barrier as run
+    from vfx.diagnosis.figures import png
+
     examples = examples_of(inputs, model)
     found = run(
         load_all(checkpoints, model, arguments, entry),
         examples,
-        data=data_of(required(data), examples, model),
-        evaluate=data_of(evaluate or data, examples, model, "test"),
+        data=data_of(source, examples, model),
+        evaluate=data_of(evaluate or source, examples, model, "test"),
         match=optional(match),
         normalize=[optional(name) for name in normalize.split(",")] if normalize else None,
         points=points,

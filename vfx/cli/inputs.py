@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfx.address import option
+from vfx.cli.early import check_network, weights_in
 from vfx.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -43,24 +44,13 @@ def load_all(paths: list[Path], model: str, arguments: list[str], entry: str | N
     return [load(weights_in(path), construct(model, arguments), entry=entry) for path in paths]
 
 
-def weights_in(path: Path) -> Path:
-    """The file of weights in a Hugging Face directory; another path as it is. Raises ArgumentError."""
-    if not path.is_dir():
-        return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    if found := sorted(path.glob("*.index.json")):
-        raise ArgumentError(f"{path} holds its weights in several files ({found[0].name}); save them in one file")
-    raise ArgumentError(f"{path} is a directory without model.safetensors or pytorch_model.bin; name a file in it")
-
-
 def examples_of(texts: list[str], model: str = "") -> Call:
     """The call of forward that ``--input`` describes, with random values; without it what ``model`` usually takes."""
     import torch
 
     from vfx.signature import Call
 
+    check_network(None, (), texts)
     if not texts:
         from vfx.models.named import usual_inputs
 
@@ -87,11 +77,8 @@ def _example(text: str, generator: torch.Generator) -> Tensor:
         if kind == "ones":
             return torch.ones(size, dtype=torch.long)
         return torch.randint(int(kind), size, generator=generator) if kind else torch.randn(size, generator=generator)
-    except (ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            "--input takes the shape of one sample, e.g. 3x32x32, with name= for keyword arguments and :1000 for "
-            f"integers below 1000 (:ones for ones), e.g. input_ids=16:1000; got {text!r}"
-        ) from error
+    except RuntimeError as error:
+        raise ArgumentError(f"--input {text!r} cannot be made: {str(error).splitlines()[0]}") from error
 
 
 def required(source: str | None) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import construct, examples_of, weights_in
+from vfx.cli.early import check_network, weights_in
+from vfx.cli.inputs import construct, examples_of
 from vfx.cli.options import Arguments, Csv, Entry, Inputs, Json, Model, Outputs, Seed
 from vfx.cli.results import check_outputs, origin_of, put, tell
 from vfx.errors import ArgumentError
@@ -24,9 +25,10 @@ def profile(
     report: Json = None,
 ) -> None:
     """Parameters, MACs, FLOPs and memory of each layer."""
+    check_outputs(None, csv, report)
+    check_network(model, (), inputs)
     from vfx import api
 
-    check_outputs(None, csv, report)
     table = api.profile(construct(model, arguments), examples_of(inputs, model))
     tell(table, csv, report)
     put(csv, table.to_csv, report)
@@ -45,6 +47,7 @@ def symmetry(
     seed: Seed = 0,
 ) -> None:
     """Symmetries: groups with their classes and members, pinned axes."""
+    check_network(model, (), inputs)
     from vfx import api
     from vfx.analyse.drawing import FORMATS as DRAWINGS
 
@@ -61,6 +64,7 @@ def symmetry(
 @app.command()
 def layers(model: Model, inputs: Inputs = [], arguments: Arguments = []) -> None:  # noqa: B006
     """Numbered conv and linear layers, shortcuts, and the joins of each cut."""
+    check_network(model, (), inputs)
     from vfx import api
 
     print(api.layers(construct(model, arguments), examples_of(inputs, model)))
@@ -76,12 +80,13 @@ def export(
     entry: Entry = None,
 ) -> None:
     """Convert a checkpoint to ONNX, .pt2 or safetensors; ONNX is checked in ONNX Runtime."""
+    check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix.lower() == ".pt2" else "")
+    check_network(model, [checkpoint], inputs)
+    if model is None and checkpoint.suffix.lower() != ".pt2":
+        raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
     from vfx.emit.files import export as write
     from vfx.emit.files import load
 
-    check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix.lower() == ".pt2" else "")
-    if model is None and checkpoint.suffix.lower() != ".pt2":
-        raise ArgumentError(f"{checkpoint.name} holds tensors only; --model says which network they belong to")
     network = load(weights_in(checkpoint), construct(model, arguments) if model else None, entry=entry)
     origin = origin_of([checkpoint])
     for path in out:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
+from vfx.cli.early import check_choice, check_network
 from vfx.cli.inputs import (
     cut_of,
     data_of,
@@ -95,10 +96,13 @@ def merge(
     report: Json = None,
 ) -> None:
     """Merge two or more checkpoints of one architecture into one network."""
-    from vfx import api
-
     kept = [f"{name}={value}" for name, value in (("preserve", preserve), ("heads", heads)) if cut_of(value) != 0]
     check_outputs(out, report, rebuilt=f"a network with a branch for each edge ({', '.join(kept)})" if kept else "")
+    check_network(model, [*checkpoints, *(references or ())], inputs)
+    check_choice("--match", match, "match/catalogue.py", "MATCHERS", "auto", "none")
+    check_choice("--normalize", normalize, "normalize/catalogue.py", "METHODS", "auto", "none")
+    from vfx import api
+
     edges, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
@@ -153,9 +157,12 @@ def repair(
     report: Json = None,
 ) -> None:
     """Bring a network's layer statistics to those of its references."""
+    check_outputs(out, report)
+    check_network(model, [checkpoint, *references], inputs)
+    check_choice("--method", method, "normalize/catalogue.py", "METHODS", "auto", "none")
+    source = required(data)
     from vfx import api
 
-    check_outputs(out, report)
     network, *others = load_all([checkpoint, *references], model, arguments, entry)
     examples = examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
@@ -163,7 +170,7 @@ def repair(
         network,
         others,
         examples,
-        data=data_of(required(data), examples, model),
+        data=data_of(source, examples, model),
         solve=optional(solve),
         method=normalization_of(method, layers, memory_limit, site=site, sweep=sweep) or "none",
         match=optional(match),

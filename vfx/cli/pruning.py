@@ -9,6 +9,7 @@ import typer
 
 from vfx.address import option
 from vfx.cli.app import app
+from vfx.cli.early import check_choice, check_network
 from vfx.cli.inputs import (
     budget_of,
     data_of,
@@ -74,16 +75,19 @@ def prune(
     report: Json = None,
 ) -> None:
     """Prune a trained network in one shot and solve what is left for its outputs."""
+    check_outputs(out, report)
+    check_network(model, [checkpoint], inputs)
+    check_choice("--score", score, "pruning/scores/catalogue.py", "SCORES")
+    share = sparsity_of(sparsity)
     from vfx import api
     from vfx.pruning.scores.catalogue import score_named
 
-    check_outputs(out, report)
     (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     result = api.prune(
         network,
         examples,
-        sparsity=sparsity_of(sparsity),
+        sparsity=share,
         score=score_named(score, **dict(option(text, "--score-arg") for text in score_arguments)),
         scope=scope,
         data=data_of(data, examples, model),
@@ -138,9 +142,13 @@ def prune_structured(
     report: Json = None,
 ) -> None:
     """Remove or fold whole channels, heads and groups: a smaller network."""
+    check_outputs(out, report, rebuilt="a network with fewer channels" if sparsity != 0 else "")
+    check_network(model, [checkpoint], inputs)
+    check_choice("--score", score, "pruning/groups.py", "METHODS", "auto")
+    check_choice("--allocation", allocation, "pruning/widths.py", "ALLOCATIONS")
+    share = budget_of(budget)
     from vfx import api
 
-    check_outputs(out, report, rebuilt="a network with fewer channels" if sparsity != 0 else "")
     (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     result = api.prune_structured(
@@ -150,7 +158,7 @@ def prune_structured(
         method=method,
         score=score,
         allocation=allocation,
-        budget=budget_of(budget),
+        budget=share,
         round_to=round_to,
         units=units,
         protect=protect or (),

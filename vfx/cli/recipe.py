@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vfx.arguments import check_names
 from vfx.cli.inputs import optional
 from vfx.errors import ArgumentError
 
@@ -81,6 +80,8 @@ def read_recipe(path: Path) -> Recipe:
 
 def resolved(recipe: Recipe, function: Callable[..., Any], source: str) -> Recipe:
     """The recipe with every option of its function written down. Raises ArgumentError for an unknown one."""
+    from vfx.arguments import check_names
+
     check_names(f"{source}: options", function, recipe.options)
     own = next((name for name in recipe.options if name in _GIVEN), None)
     if own is not None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vfx.cli.early import weights_in
+from vfx.cli.names import names_in
 from vfx.errors import ArgumentError, VfxError
 from vfx.files import check_writable, write_atomic
 from vfx.progress import stage
@@ -27,10 +29,10 @@ def check_outputs(out: list[Path] | None, *others: Path | None, rebuilt: str = "
         if path == STDOUT and index >= len(networks):
             continue
         if index < len(networks):
-            from vfx.emit.files import FORMATS, no_class
-
-            check_writable(path, FORMATS)
+            check_writable(path, names_in("emit/files.py", "_WRITERS"))
             if path.suffix.lower() == ".safetensors" and rebuilt:
+                from vfx.emit.files import no_class
+
                 raise no_class(path, rebuilt)
         else:
             check_writable(path)
@@ -76,7 +78,6 @@ def short_names(files: list[Path]) -> list[str]:
 
 def origin_of(files: list[Path]) -> dict[str, Any]:
     """What is written into a network about where it comes from: the command, and the digests of its checkpoints."""
-    from vfx.cli.inputs import weights_in
     from vfx.emit.provenance import digests
 
     return {"command": " ".join(["vfx", *sys.argv[1:]]), "edges": digests(map(weights_in, files))}

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.inputs import data_of, examples_of, load_all, weights_in
+from vfx.cli.early import check_network, weights_in
+from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.results import evaluated, put
 from vfx.files import check_writable, make_folder
 
@@ -25,6 +26,7 @@ def run(
     from vfx.cli.recipe import read_recipe, resolved, values
 
     asked = read_recipe(recipe)
+    check_network(asked.model, map(Path, asked.weights), asked.input)
     from vfx import api
     from vfx.cli.toml import toml_of
     from vfx.emit.pretrained import save_pretrained

@@ -1,0 +1,49 @@
+"""Mistakes that can be seen before anything heavy is imported, so that they are answered at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from vfx.address import address
+from vfx.cli.names import names_in
+from vfx.errors import ArgumentError, CheckpointError
+from vfx.imports import is_code
+from vfx.reading import require_file
+
+_INPUT = re.compile(r"(?:\w+=)?(?:\d+(?:x\d+)*)?(?::(?:\d+|ones))?", re.IGNORECASE)
+
+
+def check_network(model: str | None, paths: Iterable[Path], inputs: Iterable[str] = ()) -> None:
+    """Raise for a model, an input or a checkpoint that cannot be one: ArgumentError, CheckpointError."""
+    if model is not None and not is_code(model) and address(model).name not in names_in("models/named.py", "FAMILIES"):
+        families = ", ".join(f"{name}:…" for name in names_in("models/named.py", "FAMILIES"))
+        raise ArgumentError(f"--model {model!r} must be one of {families}, module:name or ./file.py:name")
+    for text in inputs:
+        if not _INPUT.fullmatch(text):
+            raise ArgumentError(
+                "--input takes the shape of one sample, e.g. 3x32x32, with name= for keyword arguments and :1000 for "
+                f"integers below 1000 (:ones for ones), e.g. input_ids=16:1000; got {text!r}"
+            )
+    for path in paths:
+        require_file(weights_in(path), CheckpointError)
+
+
+def check_choice(option: str, value: str, file: str, variable: str, *more: str) -> None:
+    """Raise ArgumentError unless ``value`` is one of ``more`` or of the names that a catalogue holds."""
+    known = (*more, *names_in(file, variable))
+    if value.lower() not in known:
+        raise ArgumentError(f"{option} {value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def weights_in(path: Path) -> Path:
+    """The file of weights in a Hugging Face directory; another path as it is. Raises ArgumentError."""
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    if found := sorted(path.glob("*.index.json")):
+        raise ArgumentError(f"{path} holds its weights in several files ({found[0].name}); save them in one file")
+    raise ArgumentError(f"{path} is a directory without model.safetensors or pytorch_model.bin; name a file in it")
