@@ -143,6 +143,19 @@ def test_losses_are_those_of_the_networks(pair: list[nn.Module]) -> None:
     found = compare(pair, X[:2], data=DATA, grid={"solve": [None]}, latency=False, progress=False)
     with torch.no_grad():
         logits = [edge(X).double() for edge in pair]
-        mean = torch.stack([x.softmax(1) for x in logits]).mean(0).log()
+        mean = torch.stack(logits).mean(0)
     for point, scores in zip(found, [*logits, mean]):
         assert point.loss == pytest.approx(nn.functional.cross_entropy(scores, DATA[0][1]).item(), rel=1e-5)
+
+
+def test_the_ensemble_is_that_of_the_mean_logits() -> None:
+    """Logits (8, 6, 0) and (0, 2.5, 2): their mean decides for the second class, the mean of probabilities not."""
+    x, networks = torch.zeros(4, 3), []
+    for logits in ((8.0, 6.0, 0.0), (0.0, 2.5, 2.0)):
+        layer = nn.Linear(3, 3)
+        nn.init.zeros_(layer.weight)
+        layer.bias.data = torch.tensor(logits)
+        networks.append(layer.eval())
+    assert sum(layer(x).softmax(1) for layer in networks).argmax(1).unique().tolist() == [0]
+    found = compare(networks, x[:2], data=x, grid={"solve": [None]}, match=None, latency=False, progress=False)
+    assert [point.accuracy for point in found.points[:3]] == [0.0, 1.0, 1.0]

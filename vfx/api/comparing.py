@@ -200,10 +200,10 @@ class _Judge:
         return [scores.argmax(1) for scores in self._probabilities(range(self.edges.edges))]
 
     def _probabilities(self, members: Sequence[int]) -> Iterator[Tensor]:
-        """The logarithm of the edges' mean probabilities on each batch."""
+        """The log-probabilities of the ensemble on each batch: of the edges' mean logits, as ``vfx.judge`` has it."""
         for batch in self.batches:
             outputs = [log_probabilities(_scores(self.edges(*batch, edge=edge))) for edge in members]
-            yield outputs[0] if len(outputs) == 1 else torch.stack([x.exp() for x in outputs]).mean(0).log()
+            yield torch.stack(outputs).mean(0).log_softmax(1)
 
     @torch.no_grad()
     def _seconds(self, program: Program) -> float:
