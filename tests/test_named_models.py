@@ -66,6 +66,19 @@ def test_hugging_face_directories_are_local(tmp_path: Path) -> None:
         build(f"hf:{tmp_path}/none")
 
 
+def test_backbones_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("torchvision._internally_replaced_utils.load_state_dict_from_url", refused)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refused)
+    assert build("torchvision:lraspp_mobilenet_v3_large?num_classes=3")
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    with pytest.raises(AssertionError, match="a download"):  # the control: what its constructor does by default
+        lraspp_mobilenet_v3_large(weights=None)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -87,7 +87,11 @@ def test_constructors_by_name_need_not_be_given(tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "small")], capture_output=True, text=True)
     assert found.stdout.split() == ["VGG", str(sum(p.numel() for p in result.module.parameters()))], found.stderr
     config = tmp_path / "small" / "config.json"
-    config.write_text(config.read_text().replace(name, "os:getcwd"))
+    whole = config.read_text()
+    config.write_text(whole.replace(name, "vfx:vgg11_bn?width=0.125&norm=/etc/passwd"))
+    with pytest.raises(ArgumentError, match="give model="):
+        vfx.from_pretrained(tmp_path / "small")
+    config.write_text(whole.replace(name, "os:getcwd"))
     with pytest.raises(ArgumentError, match=r"VGG; give model=.*'os:getcwd'"):  # a file names no code to run
         vfx.from_pretrained(tmp_path / "small")
 

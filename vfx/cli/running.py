@@ -14,8 +14,6 @@ from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.results import evaluated, put
 from vfx.files import check_writable, make_folder
 
-_TIMES = ("seconds", "latency")  # differ from run to run
-
 
 @app.command()
 def run(
@@ -56,8 +54,11 @@ def run(
     origin = {"recipe": document, "edges": digests(map(weights_in, files))}
     print(f"wrote {save_pretrained(result, out, model=whole.model, origin=origin)}")
     put(out / "recipe.toml", document)
-    facts = result.report.to_dict() | ({} if evaluation is None else {"evaluation": evaluation.to_dict()})
-    put(out / "report.json", json.dumps(_without_times(facts), indent=2, default=str) + "\n")
+    facts = {name: value for name, value in result.report.to_dict().items() if name != "seconds"}
+    if evaluation is not None:
+        rows = [{k: v for k, v in row.items() if k != "latency"} for row in evaluation.to_dict()["networks"]]
+        facts["evaluation"] = evaluation.to_dict() | {"networks": rows}  # without times, which differ from run to run
+    put(out / "report.json", json.dumps(facts, indent=2, default=str) + "\n")
 
 
 def _single(networks: list[Any], action: str) -> Any:
@@ -66,9 +67,3 @@ def _single(networks: list[Any], action: str) -> Any:
     if len(networks) != 1:
         raise ArgumentError(f"{action} takes one network, the recipe names {len(networks)}")
     return networks[0]
-
-
-def _without_times(facts: Any) -> Any:
-    if isinstance(facts, dict):
-        return {name: _without_times(value) for name, value in facts.items() if name not in _TIMES}
-    return [_without_times(one) for one in facts] if isinstance(facts, list) else facts

@@ -190,8 +190,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _named(config: Mapping[str, Any], folder: Path) -> str:
     """The constructor that the directory names, if it is one that a file may name."""
     name = config.get("model")
-    if isinstance(name, str) and address(name).name in BUILT_IN:
-        return name
+    if isinstance(name, str):
+        place = address(name)
+        plain = all(isinstance(value, (int, float)) for value in place.options.values())  # no paths, no addresses
+        if place.name in BUILT_IN and plain:
+            return name
     asked = f", such as model={name!r} in which it was saved" if isinstance(name, str) else ""
     raise ArgumentError(f"{folder} holds tensors of {config.get('class')}; give model=, which builds it{asked}")
 

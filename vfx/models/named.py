@@ -5,6 +5,7 @@ Networks are built without weights, and nothing is downloaded.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,11 +69,13 @@ def usual_inputs(model: str) -> list[str]:
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
-    from torchvision.models import get_model
+    from torchvision.models import get_model, get_model_builder
 
-    if "weights" in options:
+    if any(key.startswith("weights") for key in options):
         raise ArgumentError("torchvision's weights are not downloaded here; give the file they lie in")
-    return get_model(name, weights=None, **options)
+    parameters = inspect.signature(get_model_builder(name)).parameters
+    none = {key: None for key in parameters if key.startswith("weights")}  # a detector's backbone has its own
+    return get_model(name, **none, **options)
 
 
 def _torchvision_inputs(name: str) -> list[str]:
