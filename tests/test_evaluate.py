@@ -32,8 +32,8 @@ def test_figures_are_those_of_a_plain_loop() -> None:
     assert [row.name for row in found.rows] == ["a", "b", "ensemble", "c"]
     with torch.no_grad():
         logits = [one(X) for one in (a, b, c)]
-        mean = (logits[0].softmax(1) + logits[1].softmax(1)) / 2
-    for row, scores in zip(found.rows, [logits[0], logits[1], mean.log(), logits[2]]):
+        mean = (logits[0].log_softmax(1) + logits[1].log_softmax(1)) / 2
+    for row, scores in zip(found.rows, [logits[0], logits[1], mean, logits[2]]):
         assert row.accuracy == float((scores.argmax(1) == Y).double().mean())
         assert row.loss == pytest.approx(float(F.cross_entropy(scores, Y)), rel=1e-12)
         assert row.agreement == float((scores.argmax(1) == mean.argmax(1)).double().mean())

@@ -15,7 +15,6 @@ from conftest import close, images, network
 from torch import nn
 
 import vfx
-from vfx.emit.sized import resized
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
 from vfx.models import resnet20_bn, vgg11_bn
 
@@ -127,12 +126,3 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
             vfx.from_pretrained(broken, model=Depthwise)
     with pytest.raises(ArgumentError, match="must be a Result"):
         vfx.save_pretrained(Depthwise(), tmp_path / "x")
-
-
-def test_layers_are_resized_to_their_tensors() -> None:
-    embedding = nn.Sequential(nn.Embedding(10, 6), nn.LayerNorm(6), nn.Linear(6, 4), nn.PReLU(4))
-    tensors = {name: x[..., :3] if x.ndim and x.shape[-1] == 6 else x for name, x in embedding.state_dict().items()}
-    small = resized(embedding, tensors)
-    assert (small[0].embedding_dim, small[1].normalized_shape, small[2].in_features) == (3, (3,), 3)
-    assert small(torch.arange(4)).shape == (4, 4)
-    assert embedding[2].in_features == 6

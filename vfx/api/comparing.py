@@ -24,7 +24,7 @@ from vfx.api.tracing import program_of
 from vfx.arguments import check_names, checked
 from vfx.diagnosis.cells import Cells, identity
 from vfx.diagnosis.comparison import Comparison, Point
-from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilities
+from vfx.diagnosis.decisions import check_labels, class_scores, ensemble, log_probabilities
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.program import Program
 from vfx.progress import stage, track
@@ -202,8 +202,7 @@ class _Judge:
     def _probabilities(self, members: Sequence[int]) -> Iterator[Tensor]:
         """The log-probabilities of the ensemble on each batch: of the edges' mean logits, as ``vfx.judge`` has it."""
         for batch in self.batches:
-            outputs = [log_probabilities(_scores(self.edges(*batch, edge=edge))) for edge in members]
-            yield torch.stack(outputs).mean(0).log_softmax(1)
+            yield ensemble([_scores(self.edges(*batch, edge=edge)) for edge in members])
 
     @torch.no_grad()
     def _seconds(self, program: Program) -> float:

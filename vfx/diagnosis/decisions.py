@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ def log_probabilities(scores: Tensor) -> Tensor:
     if inside and bool(((scores.sum(1) - 1).abs() < _SUM).all()):
         return scores.clamp_min(torch.finfo(torch.float32).tiny).log()
     return scores.log_softmax(1)
+
+
+def ensemble(scores: Sequence[Tensor]) -> Tensor:
+    """The log-probabilities of several networks together: of their mean logits, as ``vfx.judge`` has it."""
+    return torch.stack([log_probabilities(one) for one in scores]).mean(0).log_softmax(1)
 
 
 def check_labels(labels: Tensor, scores: Tensor, batch: int) -> None:

@@ -26,6 +26,7 @@ from vfx.analyse.cost import cost
 from vfx.arguments import checked
 from vfx.capture import capture
 from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilities
+from vfx.diagnosis.decisions import ensemble as together
 from vfx.errors import ArgumentError, CaptureError
 from vfx.program import Program
 from vfx.progress import track
@@ -120,7 +121,7 @@ def evaluate(
     """Measure networks on ``data``: accuracy and loss against labels, agreement, parameters, FLOPs and latency.
 
     ``models``: a network or several (modules or Results) that take the same inputs. ``ensemble``: the first so many
-    are averaged (their probabilities) to one more row, which the agreement is then with; else it is with the first.
+    give one more row together (the mean of their logits), which the agreement is then with; else it is with the first.
     ``data``: batches as for ``vfx.merge``; without labels accuracy and loss are None. ``latency``: the median of five
     runs on the first batch. Raises ArgumentError, DataError, CaptureError.
 
@@ -252,10 +253,10 @@ def _read(
 
 
 def _together(scores: Sequence[Tensor]) -> Tensor:
-    """The mean of the networks' probabilities."""
+    """The ensemble's log-probabilities."""
     if len({one.shape for one in scores}) > 1:
         raise ArgumentError("an ensemble takes networks of the same classes; leave ensemble= out")
-    return torch.stack([log_probabilities(one).exp() for one in scores]).mean(0)
+    return together(scores)
 
 
 def _percent(share: float | None) -> str:

@@ -23,9 +23,8 @@ from vfx import __version__
 from vfx.address import address
 from vfx.arguments import checked
 from vfx.emit.files import export, load, safetensors_of
-from vfx.emit.module import difference
+from vfx.emit.own_class import own_tensors
 from vfx.emit.provenance import provenance
-from vfx.emit.sized import own_tensors, resized
 from vfx.emit.tensors import read_safetensors
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
 from vfx.files import check_writable, make_folder, write_atomic
@@ -33,7 +32,6 @@ from vfx.outputs import named_tensors
 from vfx.program import Program
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
-from vfx.rewrite import PRESERVED
 
 CONFIG, TENSORS, PROGRAM, CHECK = "config.json", "model.safetensors", "model.pt2", "check.safetensors"
 BUILT_IN = ("torchvision", "timm", "vfx")  # constructors that a file may name; the user's own code it may not
@@ -64,12 +62,11 @@ def save_pretrained(
     check_writable(folder / CONFIG)
     facts = json.loads(next(iter(provenance(result, origin).values())))
     config: dict[str, Any] = {"format": "vfx", "version": __version__, "provenance": facts, "model": model}
-    own = _own_class(result.module, program)
-    if own is None:
+    if isinstance(result.module, fx.GraphModule):
         export(result, folder / PROGRAM, origin=origin)
         config |= {"holds": "program"}
     else:
-        own = make_permanent(copy.deepcopy(own)).cpu().eval()
+        own = make_permanent(copy.deepcopy(result.module)).cpu().eval()
         config |= {"holds": "class", "class": _name(own), **_differences(program.module, own)}
         write_atomic(folder / TENSORS, safetensors_of(_kept(own, program.module), provenance(result, origin)))
         write_atomic(folder / CHECK, safetensors_of(_probe(own, program), {}))
@@ -101,21 +98,6 @@ def from_pretrained(
     _fill(module, tensors, config, folder)
     _verify(module, folder)
     return module
-
-
-def _own_class(module: nn.Module, program: Program) -> nn.Module | None:
-    """The network as the user's class, its layers resized where channels went; None where it is no such network."""
-    if not isinstance(module, fx.GraphModule):
-        return module
-    if program.module is None:
-        return None
-    tensors = own_tensors(module)
-    shared = {name: tensors[first] for name, first in program.aliases.items() if first in tensors}
-    try:
-        own = resized(program.module, shared | tensors)
-        return own if difference(own, program) <= PRESERVED else None
-    except Exception:  # the user's forward meets sizes that it was not written for
-        return None
 
 
 def _differences(before: nn.Module | None, after: nn.Module) -> dict[str, Any]:
