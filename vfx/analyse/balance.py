@@ -51,7 +51,7 @@ SWEEPS = 2000
 NEWTON, RIDGE = 20, 1e-12  # steps at most, and what is added to the second derivatives, a share of the largest
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
-EXCESSIVE = 1e8  # a weight of this size tells that rows of several layers cannot be orthonormal at once
+PATIENCE = 20  # rounds in which what is left has to halve, where orthonormal rows stand in for balance
 FLOOR = 1e-4  # of a product's singular values, a share of the largest: smaller ones are not raised to balance
 DEFICIENT = 1e-7  # singular values of a map below this share of the largest
 
@@ -80,22 +80,19 @@ def in_turn(
     """
     total: dict[int, Element] = {}
     current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items()}
-    replaced = False
+    replaced, excesses = False, list[float]()
     for _ in range(ROUNDS):
         step = scales(current, IN_TURN) if scales is not None else {}
         current = apply(symmetry, current, step, check=False)
         maps, current, missing = _paired(symmetry, pairs, current, replace)
         replaced |= replace and missing
         total = compose(symmetry, compose(symmetry, total, step), maps)
-        if _settled([*step.values(), *maps.values()]):
+        excesses.append(_excess([*step.values(), *maps.values()]))
+        if excesses[-1] <= TOLERANCE:
             return total
-        if replaced and not _moderate(current.values()):
+        if replaced and len(excesses) > PATIENCE and excesses[-1] > excesses[-PATIENCE] / 2:
             break
     return in_turn(symmetry, weights, scales, pairs) if replaced else total
-
-
-def _moderate(weights: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.abs().max() < EXCESSIVE) for tensor in weights if tensor.numel())
 
 
 def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], Elements]) -> dict[str, Tensor]:
@@ -106,17 +103,15 @@ def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], El
     return {n: t if n not in exact or found[n] is exact[n] else found[n].to(t) for n, t in weights.items()}
 
 
-def _settled(steps: Iterable[Element]) -> bool:
-    """Whether scales stay and maps are orthogonal: the sum of squares does not fall any more."""
+def _excess(steps: Iterable[Element]) -> float:
+    """How far scales are from one and maps from orthogonal ones: 0 where the sum of squares does not fall any more."""
+    found = [0.0]
     for step in steps:
-        if any(np.abs(np.log(scale)).max() > TOLERANCE for scale in step.scales.values()):
-            return False
-        matrix = step.matrix
-        if matrix is not None:
-            excess = matrix @ matrix.swapaxes(-1, -2) - np.eye(matrix.shape[-1])
-            if np.abs(excess).max() > TOLERANCE:
-                return False
-    return True
+        found += [float(np.abs(np.log(scale)).max()) for scale in step.scales.values()]
+        if step.matrix is not None:
+            gram = step.matrix @ step.matrix.swapaxes(-1, -2)
+            found.append(float(np.abs(gram - np.eye(gram.shape[-1])).max()))
+    return max(found)
 
 
 # invertible maps ------------------------------------------------------------------------------------------------------
