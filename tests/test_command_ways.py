@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,14 +155,19 @@ def test_a_stopped_command_ends_with_one_line_and_leaves_nothing(checkpoints: li
     folder.mkdir()
     line = ["merge", *checkpoints, *MODEL, "--match", "weight", "--restarts", "100000", "-o", str(folder / "m.onnx")]
     command = [sys.executable, "-m", "vfx", *line]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # what a shell starts behind its back ignores the signal, and so do its children
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process:
         assert process.stderr is not None
         while "Align" not in process.stderr.readline():
             assert process.poll() is None
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-        assert process.wait(60) == 130
+        try:
+            _, rest = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 130
     assert rest.splitlines()[-1].startswith("Stopped: ")
     assert "Traceback" not in rest
     assert os.listdir(folder) == []
