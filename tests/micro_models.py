@@ -106,8 +106,18 @@ def unused_head(self: Any, h: Tensor) -> Tensor:
     return h
 
 
-def fft_mixed(self: Any, x: Tensor) -> Tensor:
-    return self.c(torch.fft.fft(self.b(F.relu(self.a(x)))).real)
+@torch.library.custom_op("vfx_micro::turned", mutates_args=())
+def turned(x: Tensor) -> Tensor:
+    return torch.fft.fft(x).real.clone()
+
+
+@turned.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def mixed_by_own_operator(self: Any, x: Tensor) -> Tensor:
+    return self.c(turned(self.b(F.relu(self.a(x)))))
 
 
 def dynamic_convolution(self: Any, h: Tensor) -> Tensor:
@@ -494,11 +504,11 @@ MICRO = [
     ),
     Micro(
         "unknown",
-        vectors(fft_mixed, a=linear(5, 4), b=linear(4, 6), c=linear(6, 2)),
+        vectors(mixed_by_own_operator, a=linear(5, 4), b=linear(4, 6), c=linear(6, 2)),
         (4,),
-        "no rule for fft: its six features are pinned",
+        "no rule for a user's own operator: its six features are pinned",
         V,
-        unknown=("aten.fft_fft.default",),
+        unknown=("vfx_micro.turned.default",),
     ),
     Micro("flip_add", between(lambda s, h: h + h.flip(1)), (3, 4), "three mirror pairs"),
     Micro("flip_add_odd", between(lambda s, h: h + h.flip(1), width=5), (2, 4), "two mirror pairs and the middle"),

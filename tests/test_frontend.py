@@ -583,7 +583,7 @@ def test_the_command_line_takes_named_integers(tmp_path: Path) -> None:
     np.savez(data, source=ids(20, 7).numpy())
     with pytest.raises(DataError, match=r"lacks target; it holds source"):
         run("merge", *paths, *inputs, "--data", str(data))
-    with pytest.raises(ArgumentError, match=r"integers below 1000 .* got '7:many'"):
+    with pytest.raises(ArgumentError, match=r"integers below 1000 .* got 'source=7:many'"):
         run("symmetry", "-m", "test_frontend:Translator", "-i", "source=7:many")
 
 

@@ -13,7 +13,6 @@ from micro_models import net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfx.analyse.pins import pin_notes
 from vfx.api import merge, prune_structured, symmetry, trace
 from vfx.pruning.groups import channel_scores
 from vfx.pruning.widths import Widths, by_mean
@@ -158,15 +157,15 @@ def _deformed(self: Any, x: Tensor) -> Tensor:
     return self.o(torch.relu(torchvision.ops.deform_conv2d(h, self.p(h), self.w, padding=1)).mean((2, 3)))
 
 
-def test_operators_without_a_rule_are_named_with_what_they_hold() -> None:
+def test_deformable_convolutions_lose_channels_and_their_offsets_do_not() -> None:
     torch.manual_seed(0)
     a, p, w = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 18, 3, padding=1), nn.Parameter(torch.randn(8, 8, 3, 3))
     model = net(_deformed, a=a, p=p, w=w, o=nn.Linear(8, 3)).eval()
-    x = _x(2, 3, 6, 6)
-    (note,) = [note for note in _pruned(model, x).report.notes if "no rule" in note]
-    assert "deform_conv2d" in note
-    assert "a.weight" in note
-    assert note in pin_notes(symmetry(model, x))
+    result = _pruned(model, _x(2, 3, 6, 6))
+    assert _widths(result) == {"a.weight": (8, 4), "w": (8, 4)}
+    assert result.report.error < 1e-12
+    (note,) = [note for note in result.report.notes if "p.weight" in note]
+    assert "slides over these positions" in note
 
 
 @torch.library.custom_op("vfx_tests::reversed_channels", mutates_args=())

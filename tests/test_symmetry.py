@@ -147,10 +147,10 @@ def test_roles() -> None:
 
 def test_an_unknown_operator_is_reported_and_pins_what_it_touches() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "unknown"))
-    assert groups.unknown_ops["aten.fft_fft.default"] == ("fft_fft",)
+    assert groups.unknown_ops["vfx_micro.turned.default"] == ("turned",)
     pins = {(pin.fqn, pin.dim): pin for pin in groups.pinned}
-    assert pins["b.weight", 0].reason == "no rule for aten.fft_fft.default"
-    assert pins["b.weight", 0].node == "fft_fft"
+    assert pins["b.weight", 0].reason == "no rule for vfx_micro.turned.default"
+    assert pins["b.weight", 0].node == "turned"
     assert pins["b.weight", 0].count == 6
 
 
@@ -165,8 +165,8 @@ def test_the_table_shows_groups_pins_and_unknown_operators() -> None:
     text = str(groups)
     assert "1 symmetry groups, 4 channels" in text
     assert "a.weight[0] out" in text
-    assert "unknown operator aten.fft_fft.default: fft_fft" in text
-    assert "no rule for aten.fft_fft.default" in text
+    assert "unknown operator vfx_micro.turned.default: turned" in text
+    assert "no rule for vfx_micro.turned.default" in text
 
 
 def test_a_buffer_must_be_uniform_in_every_edge() -> None:
@@ -299,7 +299,7 @@ def test_no_sampled_member_of_a_network_can_be_left_out(name: str) -> None:
     torch.manual_seed(0)
     groups = _zoo(name, 32) if name == "resnet18" else _symmetry(MODELS[name](width=0.25), torch.randn(2, 3, 32, 32))
     members = _pairs(groups)
-    chosen = np.random.default_rng(0).choice(len(members), 12, replace=False)
+    chosen = np.random.default_rng(0).choice(len(members), 6 if name == "resnet18" else 12, replace=False)
     errors = {members[i][0]: groups.verify(without=(members[i][1],)) for i in chosen}
     assert min(errors.values()) >= BROKEN, errors
 

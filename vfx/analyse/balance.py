@@ -17,9 +17,8 @@ Sides on which a running statistic stands keep their scale: statistics that are 
 it is. A scale that only makes or only reads has no minimum and stays; where the other side is there but stays apart
 (the heads of each edge), what is left gets rows of norm one, or orthonormal ones. Directions in which a product all but
 vanishes (many trained heads have them) are left unequal: raising them would cost the weights their precision. A head
-with fewer inputs or outputs than its size, or whose second side has a lower rank, has no balanced form: it stays as it
-is, or, for matching, gets rows that are orthonormal where they differ from zero, so that moved copies differ by a
-rotation alone.
+with fewer inputs or outputs than its size, or whose second side has a lower rank, stays as it is: no invertible map
+balances it.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ SWEEPS = 2000
 NEWTON, RIDGE = 20, 1e-12  # steps at most, and what is added to the second derivatives, a share of the largest
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
-PATIENCE = 20  # rounds in which what is left has to halve, where orthonormal rows stand in for balance
 FLOOR = 1e-4  # of a product's singular values, a share of the largest: smaller ones are not raised to balance
 DEFICIENT = 1e-7  # singular values of a map below this share of the largest
 
@@ -67,32 +65,23 @@ def balance(symmetry: Symmetry, weights: Weights, apart: Collection[str] = ()) -
     pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired]
     moved = {m.fqn for g in symmetry.moving for m in g.members}.difference(apart)
     own = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
-    return in_turn(symmetry, own, scales, pairs, replace=True) if pairs else scales(own)
+    return in_turn(symmetry, own, scales, pairs) if pairs else scales(own)
 
 
 def in_turn(
-    symmetry: Symmetry, weights: Weights, scales: Scales | None, pairs: Collection[Group], replace: bool = False
+    symmetry: Symmetry, weights: Weights, scales: Scales | None, pairs: Collection[Group]
 ) -> dict[int, Element]:
-    """The same by some scales, and the maps of some groups of class LINEAR or rotations.
-
-    With ``replace`` pairs without a balanced form get orthonormal rows instead, which is as unique; where rows of
-    several layers cannot be orthonormal at once, so that no end is in sight, those pairs stay as they are.
-    """
+    """The same by some scales, and the maps of some groups of class LINEAR or rotations."""
     total: dict[int, Element] = {}
     current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items()}
-    replaced, excesses = False, list[float]()
     for _ in range(ROUNDS):
         step = scales(current, IN_TURN) if scales is not None else {}
         current = apply(symmetry, current, step, check=False)
-        maps, current, missing = _paired(symmetry, pairs, current, replace)
-        replaced |= replace and missing
+        maps, current = _paired(symmetry, pairs, current)
         total = compose(symmetry, compose(symmetry, total, step), maps)
-        excesses.append(_excess([*step.values(), *maps.values()]))
-        if excesses[-1] <= TOLERANCE:
-            return total
-        if replaced and len(excesses) > PATIENCE and excesses[-1] > excesses[-PATIENCE] / 2:
+        if _settled([*step.values(), *maps.values()]):
             break
-    return in_turn(symmetry, weights, scales, pairs) if replaced else total
+    return total
 
 
 def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], Elements]) -> dict[str, Tensor]:
@@ -103,38 +92,36 @@ def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], El
     return {n: t if n not in exact or found[n] is exact[n] else found[n].to(t) for n, t in weights.items()}
 
 
-def _excess(steps: Iterable[Element]) -> float:
-    """How far scales are from one and maps from orthogonal ones: 0 where the sum of squares does not fall any more."""
-    found = [0.0]
+def _settled(steps: Iterable[Element]) -> bool:
+    """Whether scales stay and maps are orthogonal: the sum of squares does not fall any more."""
     for step in steps:
-        found += [float(np.abs(np.log(scale)).max()) for scale in step.scales.values()]
-        if step.matrix is not None:
-            gram = step.matrix @ step.matrix.swapaxes(-1, -2)
-            found.append(float(np.abs(gram - np.eye(gram.shape[-1])).max()))
-    return max(found)
+        if any(np.abs(np.log(scale)).max() > TOLERANCE for scale in step.scales.values()):
+            return False
+        matrix = step.matrix
+        if matrix is not None:
+            excess = matrix @ matrix.swapaxes(-1, -2) - np.eye(matrix.shape[-1])
+            if np.abs(excess).max() > TOLERANCE:
+                return False
+    return True
 
 
 # invertible maps ------------------------------------------------------------------------------------------------------
 
 
-def _paired(
-    symmetry: Symmetry, groups: Iterable[Group], weights: Weights, replace: bool
-) -> tuple[dict[int, Element], Weights, bool]:
-    """The map of each group, found behind those before it, the weights behind all, and whether a pair has no form.
+def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> tuple[dict[int, Element], Weights]:
+    """The map of each group, found behind those of the groups before it, and the weights behind all of them.
 
     Found side by side, maps of groups that share tensors can grow without end.
     """
     maps: dict[int, Element] = {}
-    missing = False
     for group in groups:
-        found = list(_forms(symmetry, group, weights, replace))
-        missing |= not all(balanced for _, balanced in found)
-        if any(form is not None for form, _ in found):
-            matrix = np.stack([np.eye(group.size) if form is None else form for form, _ in found])
+        found = _maps(symmetry, group, weights)
+        if any(one is not None for one in found):
+            matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
             matrix = _shortened(matrix, _axes_at_most(group))
             maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
             weights = apply(symmetry, weights, {group.index: maps[group.index]}, check=False)
-    return maps, weights, missing
+    return maps, weights
 
 
 def _axes_at_most(group: Group) -> int:
@@ -152,16 +139,14 @@ def _shortened(maps: Matrix, axes: int) -> Matrix:
 
 def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
     """The blocks of a group whose pair has no balanced form."""
-    found = _forms(symmetry, group, weights, replace=False)
-    return [block for block, (_, balanced) in enumerate(found) if not balanced]
+    return [block for block, one in enumerate(_maps(symmetry, group, weights)) if one is None]
 
 
-def _forms(symmetry: Symmetry, group: Group, weights: Weights, replace: bool) -> Iterator[tuple[Matrix | None, bool]]:
-    """What balances each block of a group, or stands in for it, and whether it balances."""
-    invertible = symmetry.classes[group.index].kind is Maps.LINEAR
-    for first, second in zip(*(stacked(symmetry, group, weights, dual) for dual in (False, True))):
-        form = _paired_form(first, second) if invertible else _equal_planes(first, second)
-        yield _orthonormal_form(first, second) if form is None and replace else form, form is not None
+def _maps(symmetry: Symmetry, group: Group, weights: Weights) -> list[Matrix | None]:
+    """What balances each block of a group."""
+    sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
+    one = _paired_form if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
+    return [one(x, y) for x, y in zip(*sides)]
 
 
 def _paired_form(first: Tensor, second: Tensor) -> Matrix | None:
@@ -173,27 +158,6 @@ def _paired_form(first: Tensor, second: Tensor) -> Matrix | None:
         return None if held is None else contragredient(held)
     found = _balanced(first, second)
     return _balanced_where_used(first, second) if found is None else found
-
-
-def _orthonormal_form(first: Tensor, second: Tensor) -> Matrix | None:
-    """T (d, d) for (d, n) and (d, m) of any ranks, unique up to a rotation; None where their product is zero.
-
-    The first gets orthonormal rows in its span A. On the complement C the second loses what its rows share with those
-    in A, and gets orthonormal rows where any are left.
-    """
-    lengthened = _orthonormal(first) if bool((first.T @ second).any()) else None
-    if lengthened is None:
-        return None
-    span, basis = _used(first).shape[1], torch.linalg.svd(first).U
-    a, c = basis[:, :span], basis[:, span:]
-    held = torch.from_numpy(lengthened)  # symmetric
-    seen = torch.linalg.solve(held, second)
-    shared = c.T @ seen @ torch.linalg.pinv(a.T @ seen)
-    left = c.T @ seen - shared @ (a.T @ seen)
-    raised = _orthonormal(left) if bool(left.norm() > DEFICIENT * seen.norm()) else None
-    lowered = torch.eye(c.shape[1], dtype=c.dtype) if raised is None else torch.linalg.inv(torch.from_numpy(raised))
-    sheared = torch.eye(len(first), dtype=c.dtype) + a @ shared.T @ c.T
-    return np.asarray((a @ a.T + c @ lowered @ c.T) @ sheared @ held)
 
 
 def _balanced_where_used(first: Tensor, second: Tensor) -> Matrix | None:
