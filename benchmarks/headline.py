@@ -101,18 +101,20 @@ def pairs(name: str) -> dict[str, list[Recipe]]:
 def measured(key: str, networks: Path, data: Path, device: str) -> dict[str, Any]:
     """One pair, in a process of its own."""
     name = key.split("/")[0]
-    return Subject(pairs(name)[key], networks, data, device).measure(CUTS[name], NORMALIZATIONS[name.endswith("_bn")])
+    found = Subject(pairs(name)[key], networks, data, device).measure(CUTS[name], NORMALIZATIONS[name.endswith("_bn")])
+    return {"device": torch.cuda.get_device_name() if device.startswith("cuda") else device} | found
 
 
 def markdown(results: dict[str, Any]) -> str:
     """A table a network: methods by cuts."""
     lines = ["# Wide networks: the papers' methods and the default call", ""]
-    lines += [(__doc__ or "").split("\n\n")[1].replace("\n", " "), "", f"Device: {results.get('device', 'cpu')}.", ""]
+    devices = dict.fromkeys(pair["device"] for pair in results.values())
+    lines += [(__doc__ or "").split("\n\n")[1].replace("\n", " "), "", f"Device: {', '.join(devices)}.", ""]
     for name, cuts in CUTS.items():
         found = [value for key, value in results.items() if key.split("/")[0] == name]
         if found:
             lines += [*_table(name, cuts, found), ""]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _table(name: str, cuts: tuple[int, ...], found: list[dict[str, Any]]) -> list[str]:
@@ -165,7 +167,6 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     file = output / "headline.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    results["device"] = torch.cuda.get_device_name() if device.startswith("cuda") else device
     missing = [key for name in names for key in pairs(name) if key not in results]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(measured, key, networks, data, device): key for key in missing}

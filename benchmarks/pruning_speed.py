@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
-from benchmarks.options import Output
+from benchmarks.options import Device, Output
 from vfx.api import prune_structured
 from vfx.files import write_atomic
 
@@ -72,7 +72,7 @@ def main(
     side: Annotated[int, typer.Option(help="Side of the images.")] = 224,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 7,
     sparsity: Annotated[float, typer.Option(help="Share of each group's channels that goes.")] = 0.5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     output: Output = RESULTS,
 ) -> None:
     """Measure ResNet50 before and after the removal of half its channels."""

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.fashion import RESULTS
-from benchmarks.options import Output
+from benchmarks.options import Device, Output
 from passes.align import Align
 from passes.calibrate_normalization import CalibrateNormalization
 from passes.fold_normalization import FoldNormalization
@@ -273,7 +273,7 @@ def show(rows: Sequence[Row]) -> Table:
 def main(
     rounds: Annotated[int, typer.Option(help="Measured rounds of each comparison.", min=1)] = 5,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 2,
-    device: Annotated[str, typer.Option(help="Where networks run.")] = "cpu",
+    device: Device = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Only stages whose name holds this (may be repeated).")] = None,
     output: Output = RESULTS,
     strict: Annotated[bool, typer.Option(help="Exit with 1 if a target is missed.")] = False,
