@@ -2,8 +2,9 @@
 
 The networks are VGG16-BN, ResNet20 and ResNet20-LN trained on scikit-learn's digits (kept in ``--cache``) and the first
 VGG16-BN and ResNet20 of the trained Fashion-MNIST pairs. Scores read training images with their labels: 400 for
-diagonal Fisher and WoodFisher, 128 for Wanda; the repair reads the first 64 (128, 256) of them. Nets with BatchNorm are
-RESET, the LayerNorm net is REPAIRed. Cells that are in ``pruning.json`` already are not measured again.
+diagonal Fisher and WoodFisher, 128 for Wanda; the repair reads the first 64 (128, 256) of them: nets with BatchNorm are
+RESET, the LayerNorm net is REPAIRed. "Solved" is least squares within the mask for the dense network's outputs on the
+first 512 images, without their labels. Cells that are in ``pruning.json`` already are not measured again.
 
 ``--woodfisher`` measures WoodFisher's time and memory on VGG16-BN ×0.25 in a process of its own. Results go to
 ``benchmarks/results``: pruning.json, pruning.md and pruning.png.
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, command, fashion_mnist
 from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Render, Samples
 from benchmarks.pruning_report import draw, markdown
-from vfx.api import prune, trace
+from vfx.api import Result, prune, trace
 from vfx.data import digits
 from vfx.files import write_atomic
 from vfx.models import MODELS, accuracy, fit
@@ -50,15 +51,16 @@ METHODS = (
     ("woodfisher", "layer"),
     ("wanda", "row"),
 )
-REPAIRS: tuple[int | None, ...] = (None, 64)  # samples of the repair
-MORE_REPAIRS = (128, 256)
+REPAIRS = ("none", "64", "solved")  # samples of the repair, or the solve in its place
+MORE_REPAIRS = ("128", "256")
+SOLVED = 512  # samples of the solve
 MORE_FOR = (("magnitude", "global"), ("wanda", "row"))
 MORE_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 DIGITS = {"vgg16_bn": (0.25, 10, 0.1), "resnet20_bn": (0.5, 15, 0.1), "resnet20_ln": (0.5, 20, 0.05)}
 BATCH = 64
 console = Console(stderr=True)
 
-Cell = tuple[str, str, int | None, float]
+Cell = tuple[str, str, str, float]
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,19 @@ def trained_on_fashion(name: str, checkpoints: Path, data: Path, samples: int | 
 
 
 def cells() -> Iterator[Cell]:
-    """Score, scope, samples of the repair, sparsity: the telling sparsities first, one score after another in each."""
+    """Score, scope, repair, sparsity: the telling sparsities first, one score after another in each."""
     for sparsities in ROUNDS:
         for score, scope in METHODS:
-            for samples in REPAIRS:
-                yield from ((score, scope, samples, sparsity) for sparsity in sparsities)
+            for repair in REPAIRS:
+                yield from ((score, scope, repair, sparsity) for sparsity in sparsities)
             if (score, scope) in MORE_FOR:
                 high = [sparsity for sparsity in sparsities if sparsity in MORE_SPARSITIES]
-                yield from ((score, scope, samples, sparsity) for samples in MORE_REPAIRS for sparsity in high)
+                yield from ((score, scope, repair, sparsity) for repair in MORE_REPAIRS for sparsity in high)
 
 
 def key(cell: Cell) -> str:
-    score, scope, samples, sparsity = cell
-    return f"{score}/{scope}/{samples or 'none'}/{sparsity:g}"
+    score, scope, repair, sparsity = cell
+    return f"{score}/{scope}/{repair}/{sparsity:g}"
 
 
 class Sweep:
@@ -123,27 +125,36 @@ class Sweep:
         return self.accuracy(self.net.model)
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        name, scope, samples, sparsity = cell
+        name, scope, repair, sparsity = cell
         if self.score is None or self.score.name != name:
             self.score = ScoreOnce(name)
-        result = prune(
-            self.program,
-            sparsity=sparsity,
-            score=self.score,
-            scope=scope,
-            data=self.data,
-            max_samples=SAMPLES[name] or None,
-            repair_samples=samples or 64,
-            normalize="auto" if samples else None,
-            verify=False,  # the tests prove the passes; here they run hundreds of times
-            progress=False,
-        )
+            self.pruned(scope, sparsity, SAMPLES[name] or None)  # computes the scores from these samples, once
+        if repair == "none":
+            result = self.pruned(scope, sparsity, None)
+        elif repair == "solved":
+            result = self.pruned(scope, sparsity, SOLVED, solve="least_squares")
+        else:
+            result = self.pruned(scope, sparsity, None, repair_samples=int(repair), normalize="auto")
         return {
             "accuracy": self.accuracy(result.module),
             "sparsity": round(result.report.sparsity, 6),
             "nonzeros": result.report.nonzeros,
             "normalize": result.report.choices["normalize"],
         }
+
+    def pruned(self, scope: str, sparsity: float, max_samples: int | None, **repair: Any) -> Result:
+        options: dict[str, Any] = {"solve": None, "normalize": None} | repair
+        return prune(
+            self.program,
+            sparsity=sparsity,
+            score=self.score,
+            scope=scope,
+            data=self.data,
+            max_samples=max_samples,
+            verify=False,  # the tests prove the passes; here they run hundreds of times
+            progress=False,
+            **options,
+        )
 
     def accuracy(self, module: nn.Module) -> float:
         own = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -18,14 +18,15 @@ from vfx.files import write_atomic
 Cells = Mapping[str, Mapping[str, Any]]
 Curve = dict[float, float]  # sparsity -> accuracy in %
 HIGH = 0.8  # from here on a sparsity counts as high
+REPAIRS = {"none": "no repair", "64": "repair, 64", "256": "repair, 256", "solved": "solved"}
 
 
 def curves(cells: Cells) -> dict[tuple[str, str], Curve]:
-    """Accuracy over sparsity by (method, samples of the repair)."""
+    """Accuracy over sparsity by (method, repair: none, samples of the repair, or solved)."""
     found: dict[tuple[str, str], Curve] = {}
     for name, cell in cells.items():
-        score, scope, samples, sparsity = name.split("/")
-        found.setdefault((f"{score} {scope}", samples), {})[float(sparsity)] = cell["accuracy"]
+        score, scope, repair, sparsity = name.split("/")
+        found.setdefault((f"{score} {scope}", repair), {})[float(sparsity)] = cell["accuracy"]
     return {method: dict(sorted(curve.items())) for method, curve in sorted(found.items())}
 
 
@@ -49,14 +50,16 @@ def _cost(cost: Mapping[str, Any]) -> str:
 
 
 def _tables(network: Mapping[str, Any]) -> Iterator[str]:
-    """Accuracy without and with repair, then repairs by their number of samples."""
+    """Accuracy without repair, with it, and solved; then repairs by their number of samples."""
     found = curves(network["cells"])
     methods = list(dict.fromkeys(method for method, _ in found))
-    yield f"Unpruned: {network['dense']:.2f} % on {network['test_images']:,} test images. Without → with repair:"
+    images = f"{network['test_images']:,} test images"
+    yield f"Unpruned: {network['dense']:.2f} % on {images}. Without repair → with it → solved:"
     yield ""
     sparsities = sorted({sparsity for curve in found.values() for sparsity in curve})
-    pair = lambda method, s: " → ".join(_cell(found.get((method, n), {}).get(s)) for n in ("none", "64"))  # noqa: E731
-    rows = [[f"{100 * s:g} %", *(pair(method, s) for method in methods)] for s in sparsities]
+    repairs = ("none", "64", "solved")
+    cell = lambda method, s: " → ".join(_cell(found.get((method, n), {}).get(s)) for n in repairs)  # noqa: E731
+    rows = [[f"{100 * s:g} %", *(cell(method, s) for method in methods)] for s in sparsities]
     yield from grid(["sparsity", *methods], rows)
     repaired = [method for method in methods if (method, "256") in found]
     if repaired:
@@ -102,7 +105,24 @@ def claims(networks: Mapping[str, Any]) -> Iterator[str]:
             for sparsity in curve
             if sparsity in found[method, "64"]
         ]
-        yield text + (f" 256 samples instead of 64 add {_mean(more):+.2f} points on average." if more else "")
+        text += f" 256 samples instead of 64 add {_mean(more):+.2f} points on average." if more else ""
+        yield text + _solved(found)
+
+
+def _solved(found: Mapping[tuple[str, str], Curve]) -> str:
+    """What the solve adds to the repair, and where it falls behind."""
+    pairs = [
+        (accuracy, found[method, "64"][sparsity])
+        for (method, repair), curve in found.items()
+        if repair == "solved"
+        for sparsity, accuracy in curve.items()
+        if sparsity in found.get((method, "64"), {})
+    ]
+    if not pairs:
+        return ""
+    behind = sum(solved < repaired for solved, repaired in pairs)
+    gain = _mean([solved - repaired for solved, repaired in pairs])
+    return f" Solved instead of repaired adds {gain:+.2f} points on average, behind in {behind} of {len(pairs)} cells."
 
 
 def _mean(values: list[float]) -> float:
@@ -119,10 +139,10 @@ def draw(networks: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(len(shown), len(methods), figsize=size, squeeze=False, sharey="row")
     for row, (name, network, found) in zip(axes, shown):
         for axis, method in zip(row, methods):
-            for samples, label in (("none", "no repair"), ("64", "repair, 64"), ("256", "repair, 256")):
-                curve = found.get((method, samples))
+            for repair, label in REPAIRS.items():
+                curve = found.get((method, repair))
                 if curve:
-                    style = ":" if samples == "256" else "-"
+                    style = ":" if repair == "256" else "-"
                     axis.plot([100 * s for s in curve], list(curve.values()), style, label=label, linewidth=1.2)
             if not axis.lines:  # not measured
                 axis.axis("off")
