@@ -23,12 +23,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+from vfx.passes.balance_scales import BalanceScales
+from vfx.passes.fold_normalization import FoldNormalization
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from benchmarks.pairs_report import grid
-from passes.balance_scales import BalanceScales
-from passes.fold_normalization import FoldNormalization
 from vfx.analyse.balance import Place, Scales
 from vfx.analyse.symmetry import symmetry
 from vfx.analyse.transform import rows_of

@@ -24,12 +24,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+from vfx.passes.fold_normalization import FoldNormalization
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.memory import current_memory, peak_memory, reset_peak_memory
 from benchmarks.options import Checkpoints, DataFolder, Output, Samples
 from benchmarks.pairs_report import grid
-from passes.fold_normalization import FoldNormalization
 from vfx.api import collect, merge, symmetry, trace
 from vfx.files import write_atomic
 from vfx.match.catalogue import MATCHERS, matcher

@@ -26,12 +26,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+from vfx.passes.remove_channels import RemoveChannels
 
 from benchmarks.fashion import RESULTS
 from benchmarks.options import Fresh, Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import SOURCES, Network, networks
-from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import symmetry
 from vfx.analyse.verify import in_double, randomise

@@ -23,13 +23,13 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.reconstruct import Reconstruct
 
 from benchmarks.fashion import RESULTS
 from benchmarks.memory import current_memory, peak_memory, reset_peak_memory
 from benchmarks.options import Output
 from benchmarks.pairs_report import grid
-from passes.interpolate import Interpolate
-from passes.reconstruct import Reconstruct
 from vfx.api import trace
 from vfx.files import write_atomic
 from vfx.models import vgg16

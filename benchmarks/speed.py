@@ -32,14 +32,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
+from vfx.passes.align import Align
+from vfx.passes.calibrate_normalization import CalibrateNormalization
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.insert_normalization import InsertNormalization
+from vfx.passes.interpolate import Interpolate
 
 from benchmarks.fashion import RESULTS
 from benchmarks.options import Device, Output
-from passes.align import Align
-from passes.calibrate_normalization import CalibrateNormalization
-from passes.fold_normalization import FoldNormalization
-from passes.insert_normalization import InsertNormalization
-from passes.interpolate import Interpolate
 from vfx.analyse.layers import number_layers
 from vfx.api import compile as run_passes
 from vfx.api import merge, symmetry, trace

@@ -12,14 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from passes.calibrate_bias import CalibrateBias
-from passes.calibrate_normalization import CalibrateNormalization
-from passes.fold_normalization import FoldNormalization
-from passes.insert_normalization import InsertNormalization
-from passes.remove_bias import DEFAULT_LAYERS, RemoveBias
-from passes.rescale_weights import RescaleWeights
-from passes.reset_batchnorm import ResetBatchNorm
-from passes.use_batch_statistics import UseBatchStatistics
+from vfx.passes.calibrate_bias import CalibrateBias
+from vfx.passes.calibrate_normalization import CalibrateNormalization
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.insert_normalization import InsertNormalization
+from vfx.passes.remove_bias import DEFAULT_LAYERS, RemoveBias
+from vfx.passes.rescale_weights import RescaleWeights
+from vfx.passes.reset_batchnorm import ResetBatchNorm
+from vfx.passes.use_batch_statistics import UseBatchStatistics
+
 from vfx.analyse.layers import number_layers
 from vfx.choice import Trial, joined
 from vfx.judge import LIMIT, Judge, Score

@@ -4,7 +4,7 @@ Channels are scored over all members of their symmetry group (``vfx.pruning.grou
 a budget (``vfx.pruning.widths``), and the Program is resized along the groups (``vfx.resize``). The smaller network is
 proved to compute what the full one computes with the removed features at zero. Goals for a later REPAIR are the
 statistics of the kept channels; ``carry`` says where the kept channels stand in the dense network, which a
-reconstruction (``passes.reconstruct``) solves for.
+reconstruction (``vfx.passes.reconstruct``) solves for.
 """
 
 from __future__ import annotations

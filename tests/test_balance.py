@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from conftest import close, edges, images, network
 from micro_models import conv, net, parameter
 from torch import Tensor, nn
+from vfx.passes.balance_attention import BalanceAttention
+from vfx.passes.balance_scales import BalanceScales
+from vfx.passes.fold_normalization import FoldNormalization
 
-from passes.balance_attention import BalanceAttention
-from passes.balance_scales import BalanceScales
-from passes.fold_normalization import FoldNormalization
 from vfx.analyse import balance as balancing
 from vfx.analyse.balance import Scales
 from vfx.analyse.classes import Maps

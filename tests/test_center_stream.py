@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from conftest import close, edges, images, node_values
 from micro_models import net, parameter
 from torch import Tensor, nn
+from vfx.passes.center_stream import CenterStream
+from vfx.passes.fold_gain import FoldGain
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.restore_structure import RestoreStructure
 
-from passes.center_stream import CenterStream
-from passes.fold_gain import FoldGain
-from passes.interpolate import Interpolate
-from passes.restore_structure import RestoreStructure
 from vfx.analyse.centring import Streams
 from vfx.analyse.symmetry import symmetry
 from vfx.api import compile, trace
@@ -160,7 +160,7 @@ WRITERS = ("embed.weight", "embed.bias", "position", "token", "down.weight", "do
 
 @pytest.mark.parametrize("missed", WRITERS)
 def test_a_missed_writer_fails_the_check(missed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from passes import center_stream
+    from vfx.passes import center_stream
 
     program, centred = _program(_residual()), center_stream._centred
     streams = Streams(symmetry(program))

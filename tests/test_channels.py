@@ -16,10 +16,10 @@ from sklearn.cluster import KMeans
 from test_zoo import vit
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vfx.passes.fold_channels import FoldChannels
+from vfx.passes.reconstruct import Reconstruct
+from vfx.passes.remove_channels import RemoveChannels
 
-from passes.fold_channels import FoldChannels
-from passes.reconstruct import Reconstruct
-from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import symmetry
 from vfx.api import prune, prune_structured, trace

@@ -14,12 +14,12 @@ from micro_models import conv
 from test_matching import concatenated, depthwise, grouped, residual, squeeze_excite
 from test_merge import dropped
 from torch import Tensor, fx, nn
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.interpolate import Interpolate
 
 import vfx.emit.files as files_module
 import vfx.emit.onnx as onnx_module
 import vfx.files
-from passes.fold_normalization import FoldNormalization
-from passes.interpolate import Interpolate
 from vfx.api import Result, compile, merge
 from vfx.emit.files import export, load
 from vfx.emit.module import difference, graph_module, own_class

@@ -12,12 +12,12 @@ import transformers
 from conftest import close, edges, images
 from micro_models import net, parameter
 from torch import Tensor, nn
+from vfx.passes.center_stream import CenterStream
+from vfx.passes.fold_gain import FoldGain
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.restore_structure import RestoreStructure
+from vfx.passes.untie_weights import UntieWeights
 
-from passes.center_stream import CenterStream
-from passes.fold_gain import FoldGain
-from passes.interpolate import Interpolate
-from passes.restore_structure import RestoreStructure
-from passes.untie_weights import UntieWeights
 from vfx.analyse.folding import Folding
 from vfx.analyse.gains import gains
 from vfx.analyse.symmetry import symmetry

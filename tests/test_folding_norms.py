@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import close
 from torch import Tensor, nn
+from vfx.passes.fold_channels import FoldChannels
+from vfx.passes.fold_normalization import FoldNormalization
 
-from passes.fold_channels import FoldChannels
-from passes.fold_normalization import FoldNormalization
 from vfx.api import prune_structured, trace
 from vfx.pruning.clusters import pairs
 

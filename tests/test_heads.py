@@ -13,12 +13,12 @@ from micro_models import conv, net
 from test_matching import Attention
 from test_transform import Random
 from torch import Tensor, nn
+from vfx.passes.align import Align
+from vfx.passes.duplicate_heads import DuplicateHeads
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.transform import Transform
 
 import vfx
-from passes.align import Align
-from passes.duplicate_heads import DuplicateHeads
-from passes.interpolate import Interpolate
-from passes.transform import Transform
 from vfx.api import compile, layers, merge, trace
 from vfx.errors import ArchitectureError, ArgumentError
 from vfx.program import Program

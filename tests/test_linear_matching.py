@@ -14,12 +14,12 @@ import torch
 from conftest import close, edges, images
 from test_matching import SMALL, Case
 from torch import Tensor
+from vfx.passes.align import Align
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.transform import Transform
 
-from passes.align import Align
-from passes.duplicate_branches import DuplicateBranches
-from passes.fold_normalization import FoldNormalization
-from passes.interpolate import Interpolate
-from passes.transform import Transform
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import collect, merge, trace
 from vfx.errors import ArgumentError

@@ -285,7 +285,7 @@ def test_a_wrong_permutation_is_seen() -> None:
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_aligning_a_permuted_copy_gives_the_original_back(case: Case, match: str) -> None:
     """align(A, πA) = A, bit for bit: permutations move weights and never change them."""
-    from passes.align import Align
+    from vfx.passes.align import Align
 
     x = images(case.count, case.size)
     model = network(case.build, x)
@@ -393,7 +393,7 @@ def test_each_of_three_edges_is_aligned_to_the_first(match: str) -> None:
 
 
 def test_the_first_edge_never_moves_and_every_edge_keeps_its_function() -> None:
-    from passes.align import Align
+    from vfx.passes.align import Align
 
     x = images(16, 8, dtype=torch.float64)
     models = edges(residual, x, count=3)
@@ -446,7 +446,7 @@ def test_unknown_matchers_and_missing_data_are_refused() -> None:
         merge(models, x[:2], match="telepathy")
     with pytest.raises(ArgumentError, match="needs data"):
         merge(models, x[:2], match="activation")
-    from passes.align import Align
+    from vfx.passes.align import Align
 
     with pytest.raises(ArgumentError, match="needs data"):
         compile(models, x[:2], passes=[Align("activation")])

@@ -512,7 +512,7 @@ def test_one_program_serves_many_merges() -> None:
 
 
 def test_compile_runs_on_one_network() -> None:
-    from passes.fold_normalization import FoldNormalization
+    from vfx.passes.fold_normalization import FoldNormalization
 
     model = network(residual, X)
     result = compile(model, X[:2], passes=[FoldNormalization(batch_norm=True)])

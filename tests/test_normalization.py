@@ -15,12 +15,12 @@ from conftest import close, edges, images
 from conftest import node_values as values
 from test_passes import _statistics
 from torch import Tensor, nn
+from vfx.passes.calibrate_normalization import CalibrateNormalization
+from vfx.passes.insert_normalization import InsertNormalization
+from vfx.passes.remove_bias import RemoveBias
+from vfx.passes.reset_batchnorm import ResetBatchNorm
+from vfx.passes.use_batch_statistics import UseBatchStatistics
 
-from passes.calibrate_normalization import CalibrateNormalization
-from passes.insert_normalization import InsertNormalization
-from passes.remove_bias import RemoveBias
-from passes.reset_batchnorm import ResetBatchNorm
-from passes.use_batch_statistics import UseBatchStatistics
 from vfx.analyse.activations import Activation, activation_of
 from vfx.api import collect, layers, merge, record, recorded, repair, symmetry, trace
 from vfx.errors import ArgumentError, DataError, PassError
@@ -482,8 +482,8 @@ def test_the_temporary_file_goes_on_errors_and_a_full_disk_is_one(
 
 def _with_goals(program: Program) -> Program:
     statistics = collect(program, data=X, progress=False)
-    from passes.align import Align
-    from passes.interpolate import Interpolate
+    from vfx.passes.align import Align
+    from vfx.passes.interpolate import Interpolate
 
     return Interpolate(ALPHAS)(Align(None, statistics=statistics)(program))
 
@@ -530,7 +530,7 @@ def test_edges_without_biases_are_matched_and_merged() -> None:
 
 
 def _aligned(program: Program) -> Program:
-    from passes.align import Align
+    from vfx.passes.align import Align
 
     return Align(None, X, progress=False)(program)
 

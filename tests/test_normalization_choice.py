@@ -12,8 +12,8 @@ from conftest import close, edges, images
 from test_normalization import ALPHAS, Residual, normed, plain
 from test_normalization import _edges as cached_edges
 from torch import Tensor, nn
+from vfx.passes.remove_bias import RemoveBias
 
-from passes.remove_bias import RemoveBias
 from vfx.api import layers, merge, trace
 from vfx.choice import FOLDS
 from vfx.data import digits

@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from conftest import images, network
 from micro_models import conv, net
 from torch import Tensor, nn
+from vfx.passes.align import Align
+from vfx.passes.balance_attention import BalanceAttention
+from vfx.passes.balance_scales import BalanceScales
+from vfx.passes.calibrate_normalization import CalibrateNormalization
+from vfx.passes.center_stream import CenterStream
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.duplicate_heads import DuplicateHeads
+from vfx.passes.fold_gain import FoldGain
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.insert_normalization import InsertNormalization
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.rescale_weights import RescaleWeights
+from vfx.passes.reset_batchnorm import ResetBatchNorm
+from vfx.passes.transform import Transform
+from vfx.passes.untie_weights import UntieWeights
 
-from passes.align import Align
-from passes.balance_attention import BalanceAttention
-from passes.balance_scales import BalanceScales
-from passes.calibrate_normalization import CalibrateNormalization
-from passes.center_stream import CenterStream
-from passes.duplicate_branches import DuplicateBranches
-from passes.duplicate_heads import DuplicateHeads
-from passes.fold_gain import FoldGain
-from passes.fold_normalization import FoldNormalization
-from passes.insert_normalization import InsertNormalization
-from passes.interpolate import Interpolate
-from passes.rescale_weights import RescaleWeights
-from passes.reset_batchnorm import ResetBatchNorm
-from passes.transform import Transform
-from passes.untie_weights import UntieWeights
 from vfx.analyse.symmetry import symmetry
 from vfx.api import trace
 from vfx.errors import PassError

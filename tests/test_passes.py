@@ -14,23 +14,23 @@ from conftest import close, edges, images, node_values
 from micro_models import conv, net
 from test_matching import concatenated, residual
 from torch import Tensor, fx, nn
+from vfx.passes.align import Align
+from vfx.passes.balance_attention import BalanceAttention
+from vfx.passes.balance_scales import BalanceScales
+from vfx.passes.calibrate_bias import CalibrateBias
+from vfx.passes.calibrate_normalization import CalibrateNormalization
+from vfx.passes.center_stream import CenterStream
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.fold_gain import FoldGain
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.insert_normalization import InsertNormalization
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.remove_bias import RemoveBias
+from vfx.passes.rescale_weights import RescaleWeights
+from vfx.passes.reset_batchnorm import ResetBatchNorm
+from vfx.passes.restore_structure import RestoreStructure
+from vfx.passes.use_batch_statistics import UseBatchStatistics
 
-from passes.align import Align
-from passes.balance_attention import BalanceAttention
-from passes.balance_scales import BalanceScales
-from passes.calibrate_bias import CalibrateBias
-from passes.calibrate_normalization import CalibrateNormalization
-from passes.center_stream import CenterStream
-from passes.duplicate_branches import DuplicateBranches
-from passes.fold_gain import FoldGain
-from passes.fold_normalization import FoldNormalization
-from passes.insert_normalization import InsertNormalization
-from passes.interpolate import Interpolate
-from passes.remove_bias import RemoveBias
-from passes.rescale_weights import RescaleWeights
-from passes.reset_batchnorm import ResetBatchNorm
-from passes.restore_structure import RestoreStructure
-from passes.use_batch_statistics import UseBatchStatistics
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
@@ -278,7 +278,7 @@ def test_a_pass_that_breaks_its_promise_is_caught() -> None:
 
 def test_a_broken_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     program = Interpolate()(_program(_normed))
-    monkeypatch.setattr("passes.fold_normalization._scaled", lambda layer, weight, scale: weight)
+    monkeypatch.setattr("vfx.passes.fold_normalization._scaled", lambda layer, weight, scale: weight)
     with pytest.raises(VerificationError, match="FoldNormalization changed the function of edge 0"):
         FoldNormalization(batch_norm=True)(program)
     FoldNormalization(batch_norm=True, verify=False)(program)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from conftest import close, edges, images, network
 from test_matching import concatenated, depthwise, grouped, residual, squeeze_excite
 from torch import Tensor, fx, nn
+from vfx.passes.align import Align
 
-from passes.align import Align
 from vfx.api import layers, merge, profile, symmetry, trace
 from vfx.models import resnet20_bn, resnet20_fixup, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
 from vfx.program import Program

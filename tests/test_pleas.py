@@ -12,8 +12,8 @@ from conftest import close, edges, images, network, transported
 from micro_models import net
 from test_matching import Attention, concatenated, depthwise, residual
 from torch import Tensor, nn
+from vfx.passes.reconstruct import Reconstruct
 
-from passes.reconstruct import Reconstruct
 from vfx.api import merge, profile, trace
 from vfx.errors import ArgumentError
 from vfx.match.matcher import Matching, Problem

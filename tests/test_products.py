@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import vfx.passes.fold_normalization
 from conftest import close
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.insert_normalization import InsertNormalization
+from vfx.passes.reconstruct import Reconstruct
 
-import passes.fold_normalization
-from passes.fold_normalization import FoldNormalization
-from passes.insert_normalization import InsertNormalization
-from passes.reconstruct import Reconstruct
 from vfx.alphas import edge_weights
 from vfx.analyse.activations import Activation, activation_of
 from vfx.analyse.layers import number_layers
@@ -119,8 +119,8 @@ def test_the_activation_behind_a_product_is_found_behind_its_view() -> None:
 
 
 def _with_goals(program: Program) -> Program:
-    from passes.align import Align
-    from passes.interpolate import Interpolate
+    from vfx.passes.align import Align
+    from vfx.passes.interpolate import Interpolate
 
     return Interpolate(ALPHAS)(Align(None, statistics=collect(program, data=X, progress=False))(program))
 
@@ -158,7 +158,7 @@ def test_the_other_axis_is_another_function(monkeypatch: pytest.MonkeyPatch) -> 
     program = _inserted()
     second = [affine for affine in affines(program) if affine.layer.name.startswith("matmul")]
     assert len(second) == 1
-    monkeypatch.setattr(passes.fold_normalization, "output_axis", lambda node: int("addmm" in str(node.target)))
+    monkeypatch.setattr(vfx.passes.fold_normalization, "output_axis", lambda node: int("addmm" in str(node.target)))
     folded = FoldNormalization(verify=False)(program)
     assert (folded(X) - program(X)).abs().max() > 1e-3 * program(X).abs().max()
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from vfx.passes.mask_weights import MaskWeights
 
-from passes.mask_weights import MaskWeights
 from vfx.api import compile, prune, trace
 from vfx.emit.files import export, load
 from vfx.errors import ArgumentError, PassError, VfxError, WeightError

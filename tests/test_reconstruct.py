@@ -25,10 +25,10 @@ from literal import (
 )
 from micro_models import between, conv, net, norm_first, parameter
 from torch import Tensor, fx, nn
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.reconstruct import Reconstruct
 
-from passes.duplicate_branches import DuplicateBranches
-from passes.interpolate import Interpolate
-from passes.reconstruct import Reconstruct
 from vfx.api import trace
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError, PassError

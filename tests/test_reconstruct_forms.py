@@ -10,8 +10,8 @@ from conftest import close, node_values
 from literal import RIDGE, drawn, equal_weights, with_ones
 from micro_models import net, parameter
 from torch import Tensor, fx, nn
+from vfx.passes.reconstruct import Reconstruct
 
-from passes.reconstruct import Reconstruct
 from vfx.api import trace
 from vfx.reconstruct.forms import Form, form_of
 from vfx.reconstruct.references import Reference

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from conftest import close, lively
 from torch import Tensor, nn
+from vfx.passes.reconstruct import Reconstruct
+from vfx.passes.remove_channels import RemoveChannels
 
-from passes.reconstruct import Reconstruct
-from passes.remove_channels import RemoveChannels
 from vfx.api import trace
 from vfx.program import Execution, Program, schedule
 from vfx.reconstruct.logits import visible
@@ -79,7 +79,7 @@ def test_logits_come_nearer_to_the_dense_network(monkeypatch: pytest.MonkeyPatch
     dense, small, remove = _networks()
     references = [Reference(dense, 1.0, remove.carry)]
     fitted = Reconstruct(references, X, progress=False)(small)
-    monkeypatch.setattr("passes.reconstruct.logit_units", lambda *arguments: [])
+    monkeypatch.setattr("vfx.passes.reconstruct.logit_units", lambda *arguments: [])
     plain = Reconstruct(references, X, progress=False)(small)
     assert _error(fitted, dense) < 0.9 * _error(plain, dense)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from micro_models import MICRO, Micro
 from torch import Tensor
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.reconstruct import Reconstruct
 
-from passes.interpolate import Interpolate
-from passes.reconstruct import Reconstruct
 from vfx.api import layers, prune_structured, trace
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Program

@@ -291,7 +291,7 @@ def test_statistics_are_refused_for_other_weights_and_other_graphs(residual: lis
 
 def test_permuted_goals_are_the_permuted_edges_own(residual: list[nn.Module]) -> None:
     """No second pass: the statistics of π(B) are those of B in π's order."""
-    from passes.align import Align
+    from vfx.passes.align import Align
 
     program = trace(residual, X[:2])
     aligned = Align("weight", X, progress=False)(program)

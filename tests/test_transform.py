@@ -8,12 +8,12 @@ import torch
 from conftest import close, edges
 from micro_models import conv, net
 from torch import Tensor, nn
+from vfx.passes.align import Align
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.fold_normalization import FoldNormalization
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.transform import Transform
 
-from passes.align import Align
-from passes.duplicate_branches import DuplicateBranches
-from passes.fold_normalization import FoldNormalization
-from passes.interpolate import Interpolate
-from passes.transform import Transform
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import trace
 from vfx.errors import PassError

@@ -20,9 +20,9 @@ from micro_models import conv, net
 from scipy.optimize import linear_sum_assignment
 from test_matching import SMALL, Attention, Case, concatenated, grouped, residual, resnext_block
 from torch import Tensor, nn
+from vfx.passes.align import Align
 
 import vfx
-from passes.align import Align
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, merge, symmetry, trace
 from vfx.errors import ArgumentError, DataError

@@ -50,7 +50,7 @@ def load_object(text: str, owner: str) -> Any:
 def _module(name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # behind all others: a user's passes.py must not take the place of an installed module
+        sys.path.append(here)  # behind all others: no file there takes the place of an installed module
     return importlib.import_module(name)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from passes.duplicate_branches import DuplicateBranches
-from passes.interpolate import Interpolate
 from vfx.analyse.cost import cost
 from vfx.api.choosing import Setting
 from vfx.errors import ArgumentError
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.interpolate import Interpolate
 from vfx.program import Program
 
 FIGURES = ("params", "flops")

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from passes.catalogue import choose
 from vfx.analyse.layers import number_layers
 from vfx.api.reconstructing import Following, Solving, Student, followings, outcome, tried
 from vfx.choice import Candidate, Trial, best, label_notes, scored, trials
 from vfx.judge import Score
 from vfx.normalize.catalogue import BEHIND, Normalization
 from vfx.operators import is_layer, layer_arguments
+from vfx.passes.catalogue import choose
 from vfx.program import Program
 from vfx.rewrite import Pass
 

@@ -8,13 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from passes.align import Align
-from passes.catalogue import normalizing
-from passes.duplicate_branches import DuplicateBranches
-from passes.duplicate_heads import DuplicateHeads, HeadOutput
-from passes.interpolate import Interpolate
-from passes.remove_bias import DEFAULT_LAYERS
-from passes.transform import Transform
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.symmetry import Symmetry
@@ -36,6 +29,13 @@ from vfx.match.catalogue import maps_layers, matcher, name_of
 from vfx.match.growth import Growth, grow
 from vfx.match.matcher import Matcher, Matching
 from vfx.normalize.catalogue import Normalization, normalization
+from vfx.passes.align import Align
+from vfx.passes.catalogue import normalizing
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.duplicate_heads import DuplicateHeads, HeadOutput
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.remove_bias import DEFAULT_LAYERS
+from vfx.passes.transform import Transform
 from vfx.program import Program
 from vfx.report import Stopwatch
 from vfx.rewrite import Pass

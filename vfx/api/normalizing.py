@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.align import Align
-from passes.fold_normalization import FoldNormalization
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import symmetry as infer_symmetry
@@ -21,6 +19,8 @@ from vfx.errors import ArgumentError, UncorrectedNote
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization, candidates
 from vfx.operators import operator_of
+from vfx.passes.align import Align
+from vfx.passes.fold_normalization import FoldNormalization
 from vfx.program import Goal, Program
 from vfx.statistics.collect import READS, Statistics
 from vfx.statistics.collect import collect as collect_statistics

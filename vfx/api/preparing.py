@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from passes.balance_attention import BalanceAttention
-from passes.balance_scales import BalanceScales
-from passes.center_stream import CenterStream
-from passes.fold_gain import FoldGain
-from passes.remove_bias import RemoveBias
-from passes.restore_structure import RestoreStructure
 from vfx.api.results import run_passes
 from vfx.errors import ArgumentError, PassError, VerificationError
+from vfx.passes.balance_attention import BalanceAttention
+from vfx.passes.balance_scales import BalanceScales
+from vfx.passes.center_stream import CenterStream
+from vfx.passes.fold_gain import FoldGain
+from vfx.passes.remove_bias import RemoveBias
+from vfx.passes.restore_structure import RestoreStructure
 from vfx.program import Program
 from vfx.report import Stopwatch
 from vfx.rewrite import Pass

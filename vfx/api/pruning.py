@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from passes.fold_channels import FoldChannels
-from passes.mask_weights import MaskWeights
-from passes.remove_channels import RemoveChannels
 from vfx.analyse.cost import cost
 from vfx.api.normalizing import uncorrected, usual
 from vfx.api.reconstructing import Solving, is_named
@@ -24,6 +21,9 @@ from vfx.emit.module import emit
 from vfx.errors import ArgumentError
 from vfx.exporting import DYNAMIC_BATCH
 from vfx.normalize.catalogue import METHODS, Normalization, normalization
+from vfx.passes.fold_channels import FoldChannels
+from vfx.passes.mask_weights import MaskWeights
+from vfx.passes.remove_channels import RemoveChannels
 from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Loss, Scores

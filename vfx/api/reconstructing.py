@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from passes.reconstruct import Reconstruct
 from vfx.analyse.layers import number_layers
 from vfx.choice import Candidate, Judging, Trial, scored
 from vfx.errors import ArgumentError
@@ -16,6 +15,7 @@ from vfx.judge import Score
 from vfx.match.growth import Growth
 from vfx.match.maps import Transport
 from vfx.normalize.catalogue import Normalization
+from vfx.passes.reconstruct import Reconstruct
 from vfx.program import Program
 from vfx.reconstruct.references import Reference
 

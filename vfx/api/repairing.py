@@ -8,10 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from passes.align import Align
-from passes.catalogue import choose, normalizing
-from passes.interpolate import Interpolate
-from passes.reconstruct import Reconstruct
 from vfx.alphas import edge_weights
 from vfx.api.normalizing import check_exact, given_goals, usual
 from vfx.api.reconstructing import SOLVES
@@ -23,6 +19,10 @@ from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import METHODS, Normalization, normalization
+from vfx.passes.align import Align
+from vfx.passes.catalogue import choose, normalizing
+from vfx.passes.interpolate import Interpolate
+from vfx.passes.reconstruct import Reconstruct
 from vfx.program import Program
 from vfx.reconstruct.references import Reference
 from vfx.report import Stopwatch

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from passes.catalogue import normalizing
-from passes.reconstruct import Reconstruct
 from vfx.api.results import run_passes
 from vfx.choice import Judging, best, joined, label_notes, trials
 from vfx.judge import Score
 from vfx.normalize.catalogue import Normalization
+from vfx.passes.catalogue import normalizing
+from vfx.passes.reconstruct import Reconstruct
 from vfx.program import Goal, Program
 from vfx.reconstruct.references import Carry, Reference, unchanged
 from vfx.report import Stopwatch

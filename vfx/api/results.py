@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passes.align import Align
 from vfx.analyse.cost import cost
 from vfx.emit.files import export
 from vfx.emit.module import emit
+from vfx.passes.align import Align
 from vfx.program import Program
 from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass

@@ -1,7 +1,7 @@
 """PLeaS (Nasery et al. 2025), its matching: channels without a good partner stay apart.
 
 Channels are matched by their activations (or weights); of each group the pairs that agree least stay apart, as many as
-its share says, and the group grows. The layers' weights are then found by least squares (``passes.reconstruct``).
+its share says, and the group grows. The layers' weights are then found by least squares (``vfx.passes.reconstruct``).
 A group keeps channels apart if a linear map can go through it (``vfx.match.maps.mappable``), and if no norm is taken
 over its channels: that norm would see other channels than it does in any edge.
 """

@@ -1,0 +1,71 @@
+"""What is installed: one name, ``vfx``; a user's own ``passes.py`` is theirs, in a checkout and from the wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+USER = """
+import torch, vfx, passes
+assert passes.MINE == 7, passes
+from vfx.passes.align import Align
+assert vfx.Align is Align
+nets = [torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval() for _ in range(2)]
+merged = vfx.merge(nets, torch.randn(2, 4), data=torch.randn(64, 4))
+assert merged(torch.randn(3, 4)).shape == (3, 2)
+print(vfx.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a freshly built wheel, as an installer puts them down."""
+    place = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*build, "--wheel-dir", place, ROOT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = place.glob("vfx-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(place / "installed")
+    return place / "installed"
+
+
+def _run(folder: Path, path: Path, *command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(folder)])}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_one_name_is_installed(unpacked: Path) -> None:
+    names = {path.name for path in unpacked.iterdir()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"vfx"}
+    passes = {path.name for path in (ROOT / "passes").glob("*.py")} | {"__init__.py"}
+    assert {path.name for path in (unpacked / "vfx" / "passes").glob("*.py")} == passes
+    assert (unpacked / "vfx" / "py.typed").is_file()
+
+
+def test_a_checkout_beside_the_users_own_passes(tmp_path: Path) -> None:
+    (tmp_path / "passes.py").write_text("MINE = 7\n")
+    assert _run(tmp_path, ROOT, "-c", USER) == str(ROOT / "vfx" / "__init__.py")
+
+
+def test_the_wheel_beside_the_users_own_passes(unpacked: Path, tmp_path: Path) -> None:
+    (tmp_path / "passes.py").write_text("MINE = 7\n")
+    assert _run(tmp_path, unpacked, "-c", USER) == str(unpacked / "vfx" / "__init__.py")
+
+
+def test_a_model_from_the_users_own_passes(tmp_path: Path) -> None:
+    """The command line imports modules of the working folder, one named ``passes`` like any other."""
+    (tmp_path / "passes.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(3, 2)\n")
+    listed = _run(tmp_path, ROOT, "-m", "vfx", "layers", "-m", "passes:make", "-i", "3")
+    assert "linear" in listed.lower()
