@@ -69,3 +69,53 @@ def test_a_model_from_the_users_own_passes(tmp_path: Path) -> None:
     (tmp_path / "passes.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(3, 2)\n")
     listed = _run(tmp_path, ROOT, "-m", "vfx", "layers", "-m", "passes:make", "-i", "3")
     assert "linear" in listed.lower()
+
+
+CORE = """
+import sys
+from vfx.extras import EXTRAS
+for package in sum(EXTRAS.values(), ()):
+    sys.modules[package] = None  # as if it were not installed
+import torch, vfx
+from vfx.errors import MissingExtraError
+make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval()
+merged = vfx.merge([make(), make()], torch.randn(2, 4), data=torch.randn(64, 4))
+merged.save("merged.safetensors")
+small = vfx.prune_structured(merged.module, torch.randn(2, 4), sparsity=0.5, data=torch.randn(64, 4))
+small.save("small.pt2")
+vfx.save_pretrained(small, "small")
+assert vfx.from_pretrained("small", model=make)(torch.randn(3, 4)).shape == (3, 2)
+from vfx.models.named import build
+tries = {
+    "onnx": lambda: merged.save("merged.onnx"),
+    "plots": lambda: vfx.symmetry(make(), torch.randn(2, 4)).draw("ties.png"),
+    "zoo": lambda: build("torchvision:resnet18"),
+}
+assert set(tries) == set(EXTRAS)
+for extra, call in tries.items():
+    try:
+        call()
+    except MissingExtraError as error:
+        assert f"pip install 'vfx[{extra}]'" in str(error), error
+    else:
+        raise AssertionError(extra)
+"""
+
+
+def test_the_core_needs_no_extra(tmp_path: Path) -> None:
+    """Merging, pruning and files of tensors work without the extras; what needs one names it."""
+    _run(tmp_path, ROOT, "-c", CORE)
+    assert {path.name for path in tmp_path.iterdir()} == {"merged.safetensors", "small.pt2", "small"}
+
+
+def test_extras_are_those_that_are_declared() -> None:
+    import tomllib
+
+    from vfx.extras import EXTRAS
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra, needs in declared["optional-dependencies"].items():
+        named = {need.partition(">")[0] for need in needs}
+        assert extra == "dev" or named <= set(EXTRAS[extra]), extra
+    core = {need.partition(">")[0] for need in declared["dependencies"]}
+    assert not core & set().union(*EXTRAS.values())

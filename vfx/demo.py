@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vfx.api import Result, collect, layers, merge, profile, trace
 from vfx.data import digits
 from vfx.emit.files import export, load
-from vfx.files import make_folder, write_atomic
+from vfx.files import check_writable, make_folder, write_atomic
 from vfx.models import accuracy, fit, predict, vgg16
 from vfx.statistics.collect import Statistics
 
@@ -56,6 +56,8 @@ def run(
     """Train (or reuse) the edges, merge them, print the table and write table, plot and ONNX model to ``out``."""
     console = Console()
     make_folder(out)
+    for name in ("merged.onnx", "table.json", "accuracy.png"):
+        check_writable(out / name)
     train_x, train_y, test_x, test_y = digits()
     edges = [_edge(out, train_x, train_y, width, epochs, seed, retrain, console) for seed in seeds]
     rows, chosen = _rows(edges, train_x, train_y, test_x, test_y)

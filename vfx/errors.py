@@ -68,5 +68,9 @@ class OutputError(VfxError, OSError):
     """A file cannot be written where it was asked for."""
 
 
+class MissingExtraError(VfxError, ImportError):
+    """A package that only some uses need is not installed; the message names the extra that installs it."""
+
+
 class PassError(VfxError):
     """A pass cannot run on this Program, or its result breaks what it promises."""

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vfx.errors import ArgumentError, OutputError
+from vfx.extras import need_writer
 
 try:
     import fcntl
@@ -30,11 +31,13 @@ def check_writable(path: str | os.PathLike[str], suffixes: Collection[str] = ())
     """Raise unless a file can be written to ``path``, which is tried in its folder without leaving anything there.
 
     ``suffixes``: those that the file may have, if not any. Raises ArgumentError for another suffix; OutputError for a
-    folder that is missing or takes no files, and for a path at which a folder, a device or a protected file stands.
+    folder that is missing or takes no files, and for a path at which a folder, a device or a protected file stands;
+    MissingExtraError where the package that writes such a file is not installed.
     """
     if suffixes and Path(path).suffix.lower() not in suffixes:
         kind = Path(path).suffix or "a file without suffix"
         raise ArgumentError(f"{path}: cannot export to {kind}; use {', '.join(suffixes)}")
+    need_writer(Path(path).suffix)
     try:
         target = _target(path)
         _check_place(path, target)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from vfx.errors import ArgumentError
+from vfx.extras import needed_for
 from vfx.files import write_atomic
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def draw(symmetry: Symmetry, path: str | Path) -> Path:
 
 
 def _figure(symmetry: Symmetry, weights: list[str]) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+    with needed_for("a drawing"):
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
 
     groups = symmetry.groups
     figure = Figure(figsize=(4.5 + 0.26 * len(weights), 2.2 + 0.26 * len(groups)))

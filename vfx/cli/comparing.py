@@ -24,7 +24,7 @@ from vfx.cli.options import (
     Samples,
     Seed,
 )
-from vfx.cli.results import check_outputs, put, short_names, tell
+from vfx.cli.results import check_outputs, picture, put, short_names, tell
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
 
@@ -67,7 +67,6 @@ def compare(
     check_network(model, checkpoints, inputs)
     tried, fixed, source = grid_of(grid), option_values(options), required(evaluate or data)
     from vfx import api
-    from vfx.diagnosis.figures import png
 
     networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
     found = api.compare(
@@ -87,7 +86,7 @@ def compare(
     put(markdown, found.to_markdown, *texts)
     put(csv, found.to_csv, *texts)
     put(report, found.to_json, *texts)
-    put(draw, lambda: png(found.figure()), *texts)
+    put(draw, lambda: picture(found), *texts)
 
 
 @app.command()

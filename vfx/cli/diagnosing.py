@@ -11,7 +11,8 @@ from vfx.cli.app import app
 from vfx.cli.early import check_network
 from vfx.cli.inputs import data_of, examples_of, load_all, load_network, optional, required
 from vfx.cli.options import Arguments, Csv, Data, Draw, Entry, Inputs, Json, Model, Samples, Seed
-from vfx.cli.results import check_outputs, put, tell
+from vfx.cli.results import check_outputs, picture, put, tell
+from vfx.extras import need
 from vfx.files import check_writable
 
 
@@ -33,6 +34,8 @@ def diagnose(
 ) -> None:
     """Where a merged network lost its edges' features, and what to try."""
     check_outputs(None, html, csv, report)
+    if html is not None:
+        need("matplotlib", "the page of a diagnosis")
     check_network(model, [checkpoint, *references], inputs)
     source = required(data)
     from vfx.diagnosis.diagnose import diagnose as run
@@ -83,7 +86,6 @@ def barrier(
     check_network(model, checkpoints, inputs)
     source = required(data)
     from vfx.diagnosis.barrier import barrier as run
-    from vfx.diagnosis.figures import png
 
     examples = examples_of(inputs, model)
     found = run(
@@ -98,5 +100,5 @@ def barrier(
         seed=seed,
     )
     tell(found, report)
-    put(draw, lambda: png(found.figure()), report)
+    put(draw, lambda: picture(found), report)
     put(report, found.to_json)

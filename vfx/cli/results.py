@@ -59,6 +59,13 @@ def put(path: Path | None, text: str | bytes | Callable[[], str | bytes], *other
     tell(f"wrote {path}", *others)
 
 
+def picture(found: Any) -> bytes:
+    """What has a ``figure()``, as a PNG."""
+    from vfx.diagnosis.figures import png
+
+    return png(found.figure())
+
+
 def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: list[Path]) -> Any:
     """What went in, its ensemble and what came out on ``data``; None where there are none."""
     if data is None:

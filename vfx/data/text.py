@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vfx.errors import ArgumentError, DataError
+from vfx.errors import DataError
+from vfx.extras import missing
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 HELD_OUT = 0.1
@@ -73,7 +74,7 @@ def tokenizer_of(folder: Path) -> Callable[[str], list[int]]:
         slow = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return lambda written: slow(written, add_special_tokens=False)["input_ids"]
     except ImportError as error:
-        raise ArgumentError(f"a tokenizer needs the package {error.name}: pip install 'vfx[zoo]'") from error
+        raise missing(error.name or "", "a tokenizer") from error
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"{folder} holds no tokenizer that can be read: {error}") from error
 

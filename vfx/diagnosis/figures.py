@@ -21,13 +21,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
 
 from vfx.diagnosis.rows import LayerRow, Number
 from vfx.diagnosis.verdict import COLLAPSED, EXPLODED, VANISHED
+from vfx.extras import needed_for
+
+with needed_for("a figure"):
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
 if TYPE_CHECKING:
     from vfx.diagnosis.barrier import Barrier

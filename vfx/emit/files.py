@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,12 @@ from vfx.capture import capture
 from vfx.checks import check_finite, check_storage, masks_of
 from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
-from vfx.emit.onnx import Axes, export_onnx
-from vfx.emit.onnx_files import read_weights
 from vfx.emit.provenance import provenance
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
 from vfx.exporting import DYNAMIC_BATCH, captured_shapes, exported
+from vfx.extras import needed_for
 from vfx.files import check_writable, write_atomic
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
@@ -81,11 +80,13 @@ class _Written(NamedTuple):
     path: Path
     example_inputs: Any
     shapes: Any
-    axes: Axes
+    axes: Sequence[int | None] | None  # where samples stand, for each tensor
     metadata: dict[str, str]
 
 
 def _write_onnx(module: nn.Module, to: _Written) -> None:
+    from vfx.emit.onnx import export_onnx  # needs packages of the extra "onnx"
+
     call = _examples(module, to.example_inputs, "ONNX", to.shapes)
     export_onnx(module, to.path, call, dynamic_shapes=to.shapes, axes=to.axes, metadata=to.metadata)
 
@@ -189,7 +190,9 @@ def _read_pt2(path: Path) -> nn.Module:
 
 
 def _read_onnx(path: Path) -> Any:
-    import onnx
+    with needed_for("reading .onnx"):
+        import onnx
+    from vfx.emit.onnx_files import read_weights
 
     try:
         model = onnx.load(str(path), load_external_data=False)

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_pair
 from vfx.errors import ArgumentError, VerificationError
 from vfx.exporting import DYNAMIC_BATCH, EXPORTING, exported
+from vfx.extras import needed_for
 from vfx.files import drafts_beside
 from vfx.outputs import named_tensors, plain
 from vfx.signature import Call, has_batch
+
+with needed_for("ONNX"):
+    import onnx
+    import onnxruntime
 
 TOLERANCE = 1e-4  # absolute, and relative to the output's largest value where that exceeds 1
 ROUNDINGS = 16  # of half precision, which holds three digits and cannot meet the tolerance

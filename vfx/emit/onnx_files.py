@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
-from google.protobuf.message import Message
-
 from vfx.errors import OutputError
+from vfx.extras import needed_for
 from vfx.files import move_into_place, one_writer, write_atomic
+
+with needed_for("ONNX"):
+    import onnx
+    from google.protobuf.message import Message
 
 
 def place_file(model: bytes, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from vfx.address import Address, address
 from vfx.errors import ArgumentError
+from vfx.extras import extra_of, missing
 from vfx.imports import is_code, load_object
 
 
@@ -46,6 +47,8 @@ def build(model: str, options: Mapping[str, Any] | None = None) -> nn.Module:
     except ArgumentError:
         raise
     except ImportError as error:
+        if extra_of(error.name or "") is not None:
+            raise missing(error.name or "", f"model {model!r}") from error
         raise ArgumentError(f"model {model!r} needs the package {error.name}, which is not installed") from error
     except Exception as error:  # constructors raise any class
         cause = str(error).splitlines()[0] if str(error) else "no message"
