@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vfx.api import compare, merge, prune, prune_structured, repair
 from vfx.diagnosis.barrier import barrier
+from vfx.diagnosis.evaluation import evaluate
 from vfx.diagnosis.select import select
 from vfx.errors import DataError
 from vfx.match.straight_through import StraightThrough
@@ -71,6 +72,32 @@ def test_every_choice_notes_labels_that_it_cannot_use(name: str) -> None:
 def test_the_note_says_what_is_wrong(labels: Tensor, reason: str) -> None:
     (note,) = _label_notes(CHOOSING["merge"]([(X, labels)]))
     assert re.search(reason, note)
+
+
+UNREAD = {
+    "float": (GOOD.double(), r"they are torch.float64; classes are integers"),
+    "nan": (torch.full((COUNT,), float("nan")), r"they are torch.float32, 32 of them NaN"),
+    "length": (GOOD[:7], r"their shape is \(7,\), for a batch of 32 samples"),
+    "names": ([str(x) for x in GOOD.tolist()], r"they are a list of 32, not 32 integers"),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_is_no_label_is_noted(name: str, kind: str) -> None:
+    labels, reason = UNREAD[kind]
+    (note,) = _label_notes(CHOOSING[name]([(X, labels)]))
+    assert re.search(f"labels of the data were not used to choose: {reason}", note)
+
+
+def test_measures_note_what_is_no_label() -> None:
+    for labels, reason in UNREAD.values():
+        found = evaluate(MODELS, X[:2], data=[(X, labels)], progress=False, latency=False)
+        assert re.search(f"labels of the data were not used: {reason}", found.notes[0])
+        ste = StraightThrough(epochs=1)
+        merged = merge(MODELS, X[:2], data=[(X, labels)], match=ste, solve=None, normalize=None, progress=False)
+        assert any(re.search(f"labels of the data were not used: {reason}", note) for note in merged.report.notes)
+    assert not evaluate(MODELS, X[:2], data=[(X, GOOD)], progress=False, latency=False).notes
 
 
 MEASURING: dict[str, Callable[[Any], Any]] = {

@@ -22,6 +22,8 @@ class Attention(nn.Module):
         self.norm, self.down, self.kind = nn.BatchNorm1d(5), nn.Linear(8, 3), kind
         if kind == "buffer":
             self.register_buffer("mask", mask.clone())
+        if kind == "frozen":
+            self.mask = nn.Parameter(mask.clone(), requires_grad=False)
         if kind == "attribute":
             self.mask = mask.clone()
 
@@ -56,7 +58,7 @@ def inputs(kind: str, count: int) -> Any:
     return (x, CAUSAL.double()) if kind == "input" else (x,)
 
 
-KINDS = ["buffer", "attribute", "made", "input", "bool"]
+KINDS = ["buffer", "frozen", "attribute", "made", "input", "bool"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +86,7 @@ def test_whatever_reads_data_or_prunes_takes_them(kind: str) -> None:
     assert vfx.prune_structured(one, x, sparsity=0.5, **QUIET).report.error < 1e-9
 
 
-@pytest.mark.parametrize("kind", ["buffer", "made"])
+@pytest.mark.parametrize("kind", ["buffer", "frozen", "made"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
 def test_files_hold_them(kind: str, suffix: str, tmp_path: Path) -> None:
     model = built(kind, 1)[0].float()
@@ -117,6 +119,19 @@ def test_parameters_and_statistics_are_finite(name: str, value: float, tmp_path:
     ):
         with pytest.raises(WeightError, match=name):
             attempt()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_frozen_parameter_holds_no_other_infinities(value: float) -> None:
+    (model,) = built("frozen", 1)
+    vfx.trace(model, inputs("frozen", 4))
+    model.mask[0, 0] = value
+    with pytest.raises(WeightError, match="mask"):
+        vfx.trace(model, inputs("frozen", 4))
+    model.mask[0, 0] = 0.0
+    model.mask.requires_grad_(True)
+    with pytest.raises(WeightError, match="mask"):
+        vfx.trace(model, inputs("frozen", 4))
 
 
 def test_no_mask_holds_nan_and_no_two_are_averaged() -> None:

@@ -181,3 +181,18 @@ def test_the_order_of_the_data_is_fixed_or_refused() -> None:
 def test_a_share_that_is_no_number_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"a share of the samples must lie in \(0, 1\], got nan"):
         vfx.select([torch.randn(16, 4)], float("nan"))
+
+
+def test_an_endless_generator_ends_at_max_samples(pair: list[nn.Module]) -> None:
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from BATCHES
+
+    for options in ({}, {"strategy": "balanced"}, {"strategy": "hard", "models": pair, "progress": False}):
+        found = vfx.select(endless(), 12, max_samples=50, **options)
+        assert found.indices.tolist() == vfx.select([(X[:50], Y[:50])], 12, **options).indices.tolist()
+        assert torch.equal(torch.cat([x for x, _ in found]), X[found.indices])
+    with pytest.raises(ArgumentError, match="n=51 means 51 samples; the data hold 50"):
+        vfx.select(endless(), 51, max_samples=50)
+    with pytest.raises(ArgumentError, match="max_samples must be at least 1"):
+        vfx.select(X, 5, max_samples=0)

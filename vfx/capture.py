@@ -27,7 +27,7 @@ from vfx.exporting import DYNAMIC_BATCH, exported
 from vfx.operators import arguments, canonical, is_in_place, operator_of
 from vfx.outputs import plain, selected
 from vfx.precision import name_dtypes
-from vfx.program import Program, Value, Weights, digest, is_empty
+from vfx.program import Program, Value, Weights, digest, frozen_mask, is_empty
 from vfx.signature import Call, Signature, as_call, batched_call, in_order, positional_names, signature_of
 
 _MAX_FOLDED = 1 << 24  # elements: a constant larger than this is cheaper to compute than to keep
@@ -103,7 +103,8 @@ class _Builder:
         self.outputs = outputs
         self.notes: list[str] = []
         self.weights: dict[str, Tensor] = {}
-        self.parameters = set(exported.graph_signature.parameters)
+        masks = {fqn for fqn, tensor in exported.state_dict.items() if frozen_mask(tensor)}
+        self.parameters = set(exported.graph_signature.parameters) - masks
         self.constants: set[str] = set()
         self.aliases: dict[str, str] = {}
         self.graph = fx.Graph()

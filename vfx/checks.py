@@ -12,7 +12,7 @@ from vfx.analyse.verify import is_defined
 from vfx.errors import ArchitectureError, ArgumentError, CaptureError, DataError, WeightError
 from vfx.exporting import structural_copy
 from vfx.outputs import plain
-from vfx.program import Program
+from vfx.program import Program, frozen_mask
 from vfx.rewrite import outputs_error
 
 STATISTICS = ("running_mean", "running_var")  # the names of a norm's buffers
@@ -59,7 +59,7 @@ def check_same_tensors(
 def check_finite(state: Mapping[str, Tensor], name: str, masks: Collection[str] | None = None) -> None:
     """Raise WeightError that names the first tensor with a value that no network computes with: NaN, or infinities.
 
-    ``masks`` may hold infinities: buffers that are no statistics (``masks_of``, ``Program.masks``). Where nobody says
+    ``masks`` may hold infinities (``masks_of``, ``Program.masks``). Where nobody says
     what is one (None) tensors of −∞ and one other value are, as causal masks. Tensors of a type without arithmetic and
     those without values are refused as well.
     """
@@ -91,9 +91,10 @@ def check_storage(state: Mapping[str, Tensor], name: str) -> None:
 
 
 def masks_of(model: nn.Module) -> set[str]:
-    """The buffers of a module that are no running statistics."""
+    """The buffers of a module that are no running statistics, and frozen parameters that hold −∞."""
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    return {name for name in names if name.rpartition(".")[2] not in STATISTICS}
+    frozen = {name for name, tensor in model.named_parameters(remove_duplicate=False) if frozen_mask(tensor)}
+    return {name for name in names if name.rpartition(".")[2] not in STATISTICS} | frozen
 
 
 def _masks(tensor: Tensor) -> bool:

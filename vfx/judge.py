@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -105,7 +105,7 @@ class Judge:
         """A judge that looks at the first batches alone, until they hold ``samples``."""
         count = next((i + 1 for i in range(len(self.sizes)) if sum(self.sizes[: i + 1]) >= samples), len(self.sizes))
         smaller = copy(self)
-        smaller.held = Prepared(self.held.batches[:count], self.held.labels[:count])
+        smaller.held = replace(self.held, batches=self.held.batches[:count], labels=self.held.labels[:count])
         smaller.sizes = self.sizes[:count]
         smaller.expected = {name: x[: sum(smaller.sizes)] for name, x in self.expected.items()}
         smaller.labels = None if self.labels is None else self.labels[: sum(smaller.sizes)]
@@ -149,9 +149,9 @@ class Judge:
         Labels of sequences are left alone: whether they are shifted against the logits is not known.
         """
         known = [labels for labels in self.held.labels if labels is not None]
-        if not known or not self.classes:
+        if not self.classes or not (known or self.held.unread):
             return None
-        wrong = self.misfit(self.held.labels)
+        wrong = self.held.unread or self.misfit(self.held.labels)
         self.notes = (f"labels of the data were not used to choose: {wrong}",) if wrong else ()
         return None if wrong else torch.cat(known)
 

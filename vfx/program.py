@@ -40,6 +40,13 @@ class Value:
         return tuple([size if isinstance(size, int) else int(_substitute(size, batch)) for size in self.shape])
 
 
+def frozen_mask(parameter: Tensor) -> bool:
+    """Whether a parameter is not trained and holds −∞, which is what it adds to scores that must not count."""
+    if parameter.requires_grad or parameter.is_meta or not parameter.is_floating_point():
+        return False
+    return bool((parameter == float("-inf")).any()) and not bool((parameter == float("inf")).any())
+
+
 def is_empty(node: fx.Node) -> bool:
     """Whether a node's value is a tensor without elements at any batch size, or several of them."""
     value = node.meta.get("val")
@@ -176,7 +183,7 @@ class Program:
 
     @cached_property
     def masks(self) -> frozenset[str]:
-        """Buffers and constants that no norm reads as its statistics; they may hold infinities."""
+        """Buffers, constants and frozen masks that no norm reads as its statistics; they may hold infinities."""
         norms = [arguments(node) for node in self.graph.nodes if operator_of(node).is_norm]
         read = (a.get(name) for a in norms for name in ("running_mean", "running_var"))
         statistics = {str(value.target) for value in read if isinstance(value, fx.Node)}

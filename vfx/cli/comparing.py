@@ -154,6 +154,7 @@ def select(
     entry: Entry = None,
     pseudo_labels: Annotated[bool, typer.Option(help="Classes as the networks see them, not the labels.")] = False,
     balanced: Annotated[bool, typer.Option(help="Equally many of each class, whatever the strategy.")] = False,
+    max_samples: Samples = None,
     seed: Seed = 0,
 ) -> None:
     """Choose samples to calibrate on: at random, by difficulty, or balanced over classes."""
@@ -173,6 +174,7 @@ def select(
         models=load_all(checkpoints or [], model or "", arguments, entry) or None,
         pseudo_labels=pseudo_labels,
         balanced=balanced,
+        max_samples=max_samples,
         seed=seed,
     )
     put(out, lambda: npz_of(found, found.indices))

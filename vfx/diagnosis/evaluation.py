@@ -149,9 +149,10 @@ def evaluate(
     if ensemble:
         rows.insert(ensemble, tallies[-1].row("ensemble", labelled))
     unknown = sorted({name for one in networks if one.program is not None for name in one.unknown})
-    notes = (f"FLOPs without {', '.join(unknown)}",) if unknown else ()
+    notes = [f"FLOPs without {', '.join(unknown)}"] if unknown else []
+    notes += [f"labels of the data were not used: {batches.unread}"] if batches.unread and not labelled else []
     against = "the ensemble" if ensemble else rows[0].name
-    return Evaluation(tuple(rows), tallies[0].samples, labelled, against, first.batch_of(held), notes)
+    return Evaluation(tuple(rows), tallies[0].samples, labelled, against, first.batch_of(held), tuple(notes))
 
 
 class _Network:

@@ -62,6 +62,7 @@ def select(
     pseudo_labels: bool = False,
     quantiles: tuple[float, float] = (0.0, 1.0),
     balanced: bool = False,
+    max_samples: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Selection:
@@ -71,13 +72,15 @@ def select(
     "balanced", equally many of each class. ``balanced=True`` balances the other strategies too: a class that runs out
     leaves its share to the others. ``quantiles`` keeps only samples between these quantiles of difficulty, e.g.
     (0.25, 0.75). Class labels come with the batches or as ``labels`` (N,); ``pseudo_labels`` takes those that the
-    models' ensemble predicts instead. Same data, seed and models: same selection.
+    models' ensemble predicts instead. ``max_samples``: only the first so many are looked at.
+    Same data, seed and models: same selection.
     Raises ArgumentError, DataError.
     """
     _check(strategy, quantiles)
     data = in_order(data.split(BATCH_SIZE) if isinstance(data, Tensor) else reusable(data))
     if not isinstance(data, Iterable) or isinstance(data, Mapping):
         raise DataError(f"data must be a tensor or an iterable of batches, got {type(data).__name__}")
+    data = data if max_samples is None else _First(data, max_samples)
     balanced = balanced or strategy == "balanced"
     ranked = strategy in ("easy", "hard") or tuple(quantiles) != (0.0, 1.0)
     facts = _survey(data, labels, models, pseudo_labels, ranked, balanced, progress)
@@ -186,6 +189,24 @@ def _balanced(order: np.ndarray[Any, Any], labels: Tensor) -> np.ndarray[Any, An
         here = classes == value
         turn[here] = np.arange(here.sum())
     return order[np.argsort(turn, kind="stable")]
+
+
+class _First:
+    """The batches of some data up to a number of samples; the last is cut."""
+
+    def __init__(self, data: Iterable[Any], samples: int):
+        if samples < 1:
+            raise ArgumentError(f"max_samples must be at least 1, got {samples}")
+        self._data, self._samples = data, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        left = self._samples
+        for raw in self._data:
+            size = _size(raw)
+            yield raw if size <= left else _rows(raw, torch.arange(left), size)
+            left -= size
+            if left <= 0:
+                return
 
 
 def _own_labels(raw: Any, samples: int) -> Tensor | None:

@@ -85,7 +85,7 @@ class StraightThrough:
                 for w in program.weights[1:]
             ]
             runs.append(self._run(task, [element for element, _, _ in start], generator, problem.progress))
-        best = min(runs, key=lambda run: run.loss)
+        best, unread = min(runs, key=lambda run: run.loss), task.batches.unread if self.loss == "auto" else ""
         return Matching(
             permutations=(symmetry.identity(), *best.elements),
             objective=(-best.loss,),
@@ -93,6 +93,7 @@ class StraightThrough:
             seconds=time.perf_counter() - begin,
             details={"loss": best.loss, "initial_loss": best.initial},
             attempts=tuple((-run.loss,) for run in runs),
+            notes=(f"labels of the data were not used: {unread}",) if unread else (),
         )
 
     def _run(

@@ -12,7 +12,7 @@ from torch import Tensor
 from vfx.errors import ArgumentError, DataError
 from vfx.program import Program
 from vfx.signature import Argument
-from vfx.statistics.labels import integer_labels
+from vfx.statistics.labels import integer_labels, unread
 
 BATCH_SIZE = 128  # for data given as one tensor
 
@@ -22,10 +22,14 @@ Labels = Callable[[Any, int, int], Tensor | None]  # of a raw batch, by its inpu
 
 @dataclass(frozen=True)
 class Prepared:
-    """Batches that are read already: one tensor for each placeholder, and labels (N,) where the data hold some."""
+    """Batches that are read already: one tensor for each placeholder, and labels (N,) where the data hold some.
+
+    ``unread`` says why what stands in the place of labels is none.
+    """
 
     batches: tuple[Batch, ...]
     labels: tuple[Tensor | None, ...]
+    unread: str = ""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -92,6 +96,7 @@ class Batches:
         self._samples = program.batch_of
         self._limit = max_samples
         self._device = device
+        self.unread = data.unread if isinstance(data, Prepared) else ""  # of labels, as far as the data were read
 
     def _given_as(self, max_samples: int | None, device: Any) -> tuple[Any, int | None, Any]:
         limit, own = self._limit, self._device
@@ -105,6 +110,8 @@ class Batches:
         for index, (raw, samples, batch) in enumerate(self._read()):
             prepared = isinstance(self._data, Prepared)
             labels = self._data.labels[index] if prepared else kind(raw, len(self._arguments), samples)
+            if labels is None and not prepared:
+                self.unread = self.unread or unread(raw, len(self._arguments), samples)
             if labels is not None:
                 labels = labels[: self.size(batch)].to(self._device)
             yield batch, labels
@@ -151,7 +158,10 @@ class Batches:
             seen += size
             if seen >= limit:
                 break
-        return tuple(Prepared(*(tuple(x) for x in zip(*part))) if part else Prepared((), ()) for part in parts)  # type: ignore
+        one, other = (
+            Prepared(tuple(batch for batch, _ in part), tuple(own for _, own in part), self.unread) for part in parts
+        )
+        return one, other
 
     def parts(self, every: int) -> Iterator[tuple[Batch, bool]]:
         """Batches that are not held out and such that are (True): every ``every``-th, or where there are few batches,

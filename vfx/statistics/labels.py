@@ -33,6 +33,20 @@ def integer_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
     return found if whole and found.ndim and len(found) == samples else None
 
 
+def unread(raw: Any, inputs: int, samples: int) -> str:
+    """Why what a batch holds behind the network's inputs are no integer labels, in words; nothing if it holds none."""
+    found = _behind(raw, inputs)
+    if found is None or integer_labels(raw, inputs, samples) is not None:
+        return ""
+    if not isinstance(found, Tensor):
+        count = f" of {len(found)}" if isinstance(found, Sized) else ""
+        return f"they are a {type(found).__name__}{count}, not {samples} integers"
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        nan = f", {int(found.isnan().sum())} of them NaN" if found.isnan().any() else ""
+        return f"they are {found.dtype}{nan}; classes are integers (labels.long())"
+    return f"their shape is {tuple(found.shape)}, for a batch of {samples} samples"
+
+
 def tensor_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
     """The labels (samples, …) of one batch whatever their dtype, or None if it holds none; a loss knows what they are.
 
