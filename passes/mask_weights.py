@@ -101,8 +101,9 @@ class MaskWeights(Pass):
     @torch.no_grad()
     def _step(self, program: Program, targets: tuple[Target, ...], share: float) -> Pruned:
         subject = Subject(
-            program, targets, self.data, self.max_samples, self.seed, self.device, self.progress, self.masks
-        )
+            program, targets, self.data, self.max_samples, self.seed, self.device, self.progress, self.masks,
+            self.selection,
+        )  # fmt: skip
         return self.score.prune(subject, lambda scores: self._select(scores, share))
 
     def _select(self, scores: Values, share: float) -> dict[str, Tensor]:

@@ -57,6 +57,8 @@ _LAZY = {
     "WoodFisher": "vfx.pruning.scores.woodfisher",
     "Wanda": "vfx.pruning.scores.wanda",
     "GradientWeight": "vfx.pruning.scores.gradient",
+    "SparseGPT": "vfx.pruning.scores.sparsegpt",
+    "ALPS": "vfx.pruning.scores.alps",
     "make_permanent": "vfx.pruning.masks",
     "PartialMatching": "vfx.match.partial",
     "OptimalTransport": "vfx.match.transport",

@@ -30,7 +30,12 @@ WRITTEN = 1 << 24  # elements of rows that are written out at once
 
 
 class Form(ABC):
-    """A call's rows, goals and matrix: (groups, rows, K), (groups, rows, O) and (groups, K, O)."""
+    """A call's rows, goals and matrix: (groups, rows, K), (groups, rows, O) and (groups, K, O).
+
+    ``taps``: how many of K follow each other for one input, the positions of a kernel.
+    """
+
+    taps: int = 1
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor: ...
@@ -48,6 +53,11 @@ class Form(ABC):
     def sums(self, x: Tensor, y: Tensor) -> Sums:
         """The sums of one batch of inputs and wanted outputs."""
         return sums_of(self.rows(x), self.goals(y))
+
+    def gram(self, x: Tensor) -> Tensor:
+        """Σ rowsᵀ rows of one batch of inputs, (groups, K, K), in its own precision."""
+        rows = self.rows(x)
+        return rows.mT @ rows
 
     def thinned(self, x: Tensor, y: Tensor, rows: int, seed: int) -> Sums:
         """The sums of at most ``rows`` random rows."""
@@ -125,10 +135,10 @@ class Convolution(Form):
             )
             stride = (1,) * rank
         self.window = Window(kernel, stride, dilation, pairs)
+        self.taps = self.window.size
 
     def rows(self, x: Tensor) -> Tensor:
-        written = patches(self.window, self._stuffed(x))
-        return written.reshape(-1, self.groups, written.shape[-1] // self.groups).transpose(0, 1)
+        return self._written(self._stuffed(x))
 
     def goals(self, y: Tensor) -> Tensor:
         y = self._batched(y).movedim(1, -1)
@@ -148,22 +158,35 @@ class Convolution(Form):
             return whole.flip(list(range(3, 3 + self.rank))).transpose(1, 2).reshape(self.shape).contiguous()
         return matrix.mT.reshape(self.shape).contiguous()
 
+    def gram(self, x: Tensor) -> Tensor:
+        x = self._stuffed(x)
+        if self._shares_products(x):
+            return window_gram(self.window, x)[None]
+        rows = (self._written(part) for part in x.split(self._samples_written(x)))
+        return sum((part.mT @ part).double() for part in rows)  # type: ignore[return-value]
+
     def sums(self, x: Tensor, y: Tensor) -> Sums:
         x, y = self._stuffed(x), self._batched(y)
-        if self.groups == 1 and shares_products(self.window, x.shape[1], x.shape[2:]):
+        if self._shares_products(x):
             return self._shared_sums(x, y)
-        size = max(1, WRITTEN // max(1, x.shape[1] * self.window.size * math.prod(self.window.outputs(x.shape[2:]))))
-        plain = [self._written_sums(a, b) for a, b in zip(x.split(size), y.split(size))]
+        size = self._samples_written(x)
+        plain = [sums_of(self._written(a), self.goals(b)) for a, b in zip(x.split(size), y.split(size))]
         total = plain[0] if len(plain) == 1 else plain[0].double()
         for part in plain[1:]:
             total += part
         return total
 
-    def _written_sums(self, x: Tensor, y: Tensor) -> Sums:
+    def _shares_products(self, x: Tensor) -> bool:
+        return self.groups == 1 and shares_products(self.window, x.shape[1], x.shape[2:])
+
+    def _samples_written(self, x: Tensor) -> int:
+        """How many samples' rows may be written out at once."""
+        return max(1, WRITTEN // max(1, x.shape[1] * self.window.size * math.prod(self.window.outputs(x.shape[2:]))))
+
+    def _written(self, x: Tensor) -> Tensor:
+        """The rows of inputs that have their zeros in between already."""
         written = patches(self.window, x)
-        return sums_of(
-            written.reshape(-1, self.groups, written.shape[-1] // self.groups).transpose(0, 1), self.goals(y)
-        )
+        return written.reshape(-1, self.groups, written.shape[-1] // self.groups).transpose(0, 1)
 
     def _shared_sums(self, x: Tensor, y: Tensor) -> Sums:
         """The same sums without written rows: Σ x yᵀ is the gradient of a convolution by its weight."""

@@ -62,7 +62,7 @@ def solve(problem: Problem, sums: Sums, ridge: float) -> tuple[Tensor, Tensor | 
     missing = cross - gram @ start
     system = gram.clone()
     system.diagonal(dim1=1, dim2=2).add_(strength[:, None])
-    change = _solved(system, missing) if support is None else _within(system, missing, support)
+    change = _solved(system, missing) if support is None else within(system, missing, support)
     found = start + change
     return (found, None) if problem.bias is None else (found[:, :-1], found[:, -1])
 
@@ -100,7 +100,7 @@ def _solved(system: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.pinv(system, hermitian=True, rtol=1e-12) @ right
 
 
-def _within(system: Tensor, right: Tensor, support: Tensor) -> Tensor:
+def within(system: Tensor, right: Tensor, support: Tensor) -> Tensor:
     """Each output's solution on its own inputs, zero elsewhere."""
     result = torch.zeros_like(right)
     for group, (a, b, mask) in enumerate(zip(system, right, support)):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vfx.errors import ArgumentError
+from vfx.pruning.scores.alps import ALPS
 from vfx.pruning.scores.fisher import DiagonalFisher
 from vfx.pruning.scores.gradient import GradientWeight
 from vfx.pruning.scores.magnitude import Magnitude
 from vfx.pruning.scores.random import Random
 from vfx.pruning.scores.score import Score
+from vfx.pruning.scores.sparsegpt import SparseGPT
 from vfx.pruning.scores.wanda import Wanda
 from vfx.pruning.scores.woodfisher import WoodFisher
 
@@ -20,6 +22,8 @@ SCORES: dict[str, Callable[..., Score]] = {
     "woodfisher": WoodFisher,
     "wanda": Wanda,
     "gradient": GradientWeight,
+    "sparsegpt": SparseGPT,
+    "alps": ALPS,
 }
 
 

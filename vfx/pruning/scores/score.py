@@ -20,7 +20,7 @@ Select = Callable[[Values], dict[str, Tensor]]  # scores -> True where a weight 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is pruned: one network, its prunable weights, what earlier steps left of them, and the data."""
+    """What is pruned: one network, its prunable weights, what earlier steps left of them, the data and the scopes."""
 
     program: Program
     targets: tuple[Target, ...]
@@ -30,6 +30,7 @@ class Subject:
     device: Any = None
     progress: bool = True
     kept: Values = field(default_factory=dict)
+    selection: Selection | None = None
 
     def weight(self, target: Target) -> Tensor:
         return self.program.weights[0][target.name]

@@ -25,9 +25,10 @@ from vfx.errors import ArgumentError
 from vfx.operators import arguments, is_transposed, operator_of
 from vfx.progress import track
 from vfx.pruning.scores.score import Pruned, Score, Select, Subject
+from vfx.pruning.scores.sequential import one_by_one, read_input
 from vfx.pruning.selection import Selection
-from vfx.pruning.targets import Target, groups_of, operands
-from vfx.statistics.frontier import ValueReader, advance_together, chained
+from vfx.pruning.targets import Target, groups_of
+from vfx.statistics.frontier import ValueReader, advance_together
 
 Propagation = Literal["dense", "pruned"]
 
@@ -60,7 +61,7 @@ class Wanda(Score):
         readers: dict[fx.Node, ValueReader] = {}
         for target in subject.targets:
             for node in target.nodes:
-                _read(subject, readers, node, partial(_add, squares, target, node))
+                read_input(subject, readers, node, partial(_add, squares, target, node))
         batches = subject.batches()
         weights = dict(subject.program.weights[0])
         for batch in track(batches, "activations", len(batches), subject.progress):
@@ -70,36 +71,19 @@ class Wanda(Score):
     def prune(self, subject: Subject, select: Select) -> Pruned:
         if not self.layer_by_layer:
             return super().prune(subject, select)
-        weights, masks = dict(subject.program.weights[0]), {}
 
-        def prune_one(target: Target, node: fx.Node, values: list[Tensor]) -> None:
+        def prune_one(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
             squares: dict[str, Tensor] = {}
-            _add(squares, target, node, values)
-            mask = select({target.name: score(target, weights[target.name], squares[target.name])})[target.name]
-            masks[target.name] = mask
-            weights[target.name] = weights[target.name].masked_fill(~mask, 0)
+            _add(squares, target, target.nodes[0], values)
+            mask = select({target.name: score(target, weight, squares[target.name])})[target.name]
+            return mask, weight.masked_fill(~mask, 0)
 
-        readers: dict[fx.Node, ValueReader] = {}
-        for target in subject.targets:  # a weight that serves several calls is pruned for the first
-            _read(subject, readers, target.nodes[0], partial(prune_one, target, target.nodes[0]))
-        advance_together(subject.program, weights, subject.batches(), readers, subject.progress)
-        return Pruned(masks, {name: weights[name] for name in masks})
+        return one_by_one(subject, prune_one)
 
 
 def score(target: Target, weight: Tensor, squares: Tensor) -> Tensor:
     """|w| ‖x‖ of the weight's shape; ``squares`` (outputs or 1, inputs, taps) are ‖x‖²."""
     return target.restored(target.matrix(weight).abs().double() * squares.sqrt())
-
-
-def _read(subject: Subject, readers: dict[fx.Node, ValueReader], node: fx.Node, read: ValueReader) -> None:
-    """Have ``read`` see a layer's input before the layer runs; an input that is a weight is there from the start."""
-    source, _ = operands(node)
-    if source.op != "get_attr":
-        readers[source] = chained(readers.get(source), read)
-        return
-    first = subject.program.placeholders[0]
-    constant = subject.program.weights[0][str(source.target)]
-    readers[first] = chained(readers.get(first), lambda values: read([constant for _ in values]))
 
 
 def _add(squares: dict[str, Tensor], target: Target, node: fx.Node, values: list[Tensor]) -> None:
