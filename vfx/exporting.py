@@ -20,11 +20,11 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from vfx.errors import CaptureError
+from vfx.options import DYNAMIC_BATCH
 from vfx.outputs import plain
 from vfx.program import Program
 from vfx.signature import Call, batch_size, has_batch
 
-DYNAMIC_BATCH = "batch"
 EXPORTING = threading.RLock()  # torch.export keeps what it does in module globals: one thread at a time
 VALUES = (
     "where shapes or branches depend on values, give the network without that part (a detector without its "

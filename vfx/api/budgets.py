@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vfx.analyse.cost import cost
-from vfx.api.choosing import Setting
 from vfx.errors import ArgumentError
 from vfx.passes.duplicate_branches import DuplicateBranches
 from vfx.passes.interpolate import Interpolate
@@ -32,10 +31,8 @@ def check_budget(budget: Mapping[str, float], data: Any, preserve: int | str, he
         )
 
 
-def within_budget(
-    setting: Callable[[int | str], Setting], edges: Program, layers: int, budget: Mapping[str, float]
-) -> list[Setting]:
-    """The deepest cut within a budget, the one half as deep, and none."""
+def cuts_within(budget: Mapping[str, float], edges: Program, layers: int) -> list[int]:
+    """The deepest cut within a budget, the one half as deep, and none: numbers of preserved layers."""
     whole = cost(edges.select(0))
 
     def fits(cut: int) -> bool:
@@ -46,4 +43,4 @@ def within_budget(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return [setting(cut) for cut in sorted({0, low // 2, low})]
+    return sorted({0, low // 2, low})

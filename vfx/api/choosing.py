@@ -1,4 +1,4 @@
-"""The choice of ``vfx.merge``: an edge as it is, the edges' average solved by least squares, or normalized."""
+"""The fifth stage: an edge as it is, the edges' average solved by least squares, or normalized."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vfx.analyse.layers import number_layers
+from vfx.api.aligning import Aligned
 from vfx.api.reconstructing import Following, Solving, Student, followings, outcome, tried
 from vfx.choice import Candidate, Trial, best, label_notes, scored, trials
 from vfx.judge import Score
 from vfx.normalize.catalogue import BEHIND, Normalization
 from vfx.operators import is_layer, layer_arguments
-from vfx.passes.catalogue import choose
+from vfx.options import MergeOptions
+from vfx.passes.catalogue import choose as choose_method
 from vfx.program import Program
+from vfx.report import Stopwatch
 from vfx.rewrite import Pass
 
 
@@ -25,6 +28,16 @@ class Setting:
     aligned: Program
     merging: Sequence[Pass]
     student: Student | None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The settings to choose from, and what is to be done in each: ``solved`` and ``asked`` (a normalization)."""
+
+    settings: Sequence[Setting]
+    solving: Solving
+    solved: str | None
+    asked: Normalization | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,11 @@ class Chosen:
     outcome: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """What a report says of the choice."""
+        return {"choices": self.to_dict(), "scores": self.scores, "outcome": self.outcome}
+
     def to_dict(self) -> dict[str, Any]:
         """The choices, for reports."""
         normalize = None if self.normalization is None else self.normalization.method
@@ -49,6 +67,16 @@ class Chosen:
         if self.edge is not None:
             found |= {"edge": self.edge, "preserve": 0}
         return found | (self.normalization.to_dict() if self.normalization else {})
+
+
+def choose(plan: Plan, aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Chosen:
+    """Decide on held-out samples, where there is anything to decide."""
+    captured = aligned.ready.captured
+    choice = Choice(
+        aligned.program, captured.alphas, plan.asked, captured.data, options.reading, bool(options.heads)
+    )  # fmt: skip
+    with watch("choice"):
+        return choice(plan.settings, plan.solved, plan.solving)
 
 
 @dataclass(frozen=True)
@@ -112,7 +140,9 @@ class Choice:
             options[name], scores[name] = _Option(setting, following), score
         if not normalize or self.asked is None:
             return
-        normalized, found = choose(self.asked, setting.aligned, setting.merging, self.alphas, folds, self.options)
+        normalized, found = choose_method(
+            self.asked, setting.aligned, setting.merging, self.alphas, folds, self.options
+        )
         foreign += [prefix + name for name in _foreign(setting.student, found)]
         for name, score in found.items():
             options[prefix + name] = _Option(setting, normalization=normalized[name])
@@ -135,7 +165,7 @@ class Choice:
         if asked is None or self.data is None or self.heads or not (asked.method == "auto" or asked.chooses):
             return Chosen(setting, normalization=asked)
         folds = trials(self.program, self.alphas, self.data, solving.judge, self.options)
-        normalized, scores = choose(asked, setting.aligned, setting.merging, self.alphas, folds, self.options)
+        normalized, scores = choose_method(asked, setting.aligned, setting.merging, self.alphas, folds, self.options)
         name = min(scores, key=lambda name: scores[name].value)
         return Chosen(setting, normalization=normalized[name], scores=_dicts(scores), notes=label_notes(folds))
 

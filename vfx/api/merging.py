@@ -1,50 +1,32 @@
-"""``vfx.merge`` and ``vfx.compile``: the whole data flow, trace → analyse → match → passes → emit."""
+"""``vfx.merge`` and ``vfx.compile``: the whole data flow, a stage a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from vfx.alphas import edge_weights
-from vfx.analyse.layers import Join, number_layers
-from vfx.analyse.symmetry import Symmetry
-from vfx.api.budgets import check_budget, within_budget
-from vfx.api.choosing import Choice, Chosen, Setting
-from vfx.api.normalizing import check_statistics, reads_for, reference_goals, uncorrected, usual, without_batch_norm
-from vfx.api.preparing import prepared, restored
-from vfx.api.reconstructing import Solving, Student, references_of
+from vfx.analyse.layers import Join
+from vfx.api.aligning import align
+from vfx.api.capturing import capture
+from vfx.api.choosing import choose
+from vfx.api.combining import combine
+from vfx.api.cutting import cut
+from vfx.api.preparing import prepare as prepare_edges
 from vfx.api.results import Result, result_of, run_passes
-from vfx.api.tracing import program_of, symmetry
-from vfx.api.widths import Wanted, one_width
+from vfx.api.tracing import program_of
 from vfx.arguments import checked
-from vfx.checks import check_finite, check_same_masks
 from vfx.choice import Judging
-from vfx.diagnosis.skew import skew_notes
 from vfx.errors import ArgumentError, PassError
-from vfx.exporting import DYNAMIC_BATCH
-from vfx.match.catalogue import maps_layers, matcher, name_of
-from vfx.match.growth import Growth, grow
-from vfx.match.matcher import Matcher, Matching
-from vfx.normalize.catalogue import Normalization, normalization
-from vfx.passes.align import Align
-from vfx.passes.catalogue import normalizing
-from vfx.passes.duplicate_branches import DuplicateBranches
-from vfx.passes.duplicate_heads import DuplicateHeads, HeadOutput
-from vfx.passes.interpolate import Interpolate
-from vfx.passes.remove_bias import DEFAULT_LAYERS
-from vfx.passes.transform import Transform
+from vfx.match.matcher import Matcher
+from vfx.normalize.catalogue import Normalization
+from vfx.options import DYNAMIC_BATCH, MergeOptions
 from vfx.program import Program
 from vfx.report import Stopwatch
 from vfx.rewrite import Pass
-from vfx.statistics.collect import READS, Statistics
-from vfx.statistics.collect import collect as collect_statistics
-from vfx.statistics.data import Batches, reusable
-from vfx.statistics.labels import counted
-from vfx.widths import differ_in_width
-from vfx.wrappers import plain_models
+from vfx.statistics.collect import Statistics
+from vfx.statistics.data import reusable
 
 
 @checked
@@ -66,7 +48,7 @@ def merge(
     budget: Mapping[str, float] | None = None,
     join: Join = "preactivation",
     heads: int | str = 0,
-    head_output: HeadOutput = "list",
+    head_output: Literal["list", "cat", "mean"] = "list",
     prepare: str | None = None,
     references: Sequence[nn.Module] = (),
     statistics: Statistics | None = None,
@@ -113,105 +95,21 @@ def merge(
     ``outputs`` (those that count): as for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
-    watch = Stopwatch(progress)
-    models, references = plain_models(models), plain_models(references)
-    data = reusable(data)
-    solving = Solving(solve, follow, follow_edge, judge)
-    if budget is not None:
-        check_budget(budget, data, preserve, heads)
-    options: dict[str, Any] = {"max_samples": max_samples, "device": device, "progress": progress}
-    carried, named = None, normalize
-    if not isinstance(models, Program) and not heads and differ_in_width(models):
-        wanted = Wanted(match, classes, restarts, normalize, prepare, preserve, verify, seed, dynamic_shapes, outputs)
-        carried, normalize = one_width(models, example_inputs, data, wanted, options, watch)
-        models, match, statistics = carried.program, None, carried.statistics
-        restarts, dynamic_shapes, outputs = 0, DYNAMIC_BATCH, None
-    with watch("trace"):
-        program = program_of(models, example_inputs, heads, dynamic_shapes, outputs)
-    check_edges_of(program)
-    captured = program if carried is None else carried.captured
-    whole = program
-    data = counted(data, len(program.signature.inputs))
-    alphas = edge_weights(weights, program.edges)
-    alone = uncorrected(data, named, "merged", "features that an average loses leave it with little of its accuracy")
-    program = program if carried is not None else prepared(program, prepare, verify, watch)
-    asked = normalization(normalize, data is not None)
-    if match == "auto":
-        match = "weight" if data is None and statistics is None else "activation"
-    finder = matcher(match, restarts, classes)
-    if finder is not None and not finder.exact:
-        program, asked = without_batch_norm(program, asked, verify)
-    numbering = number_layers(program)
-    preserved = numbering.number(preserve)
-    if asked is not None:
-        numbering.select(asked.layers)
-    if device is not None:
-        program = program.to(device)
-    with watch("symmetry"):
-        facts = symmetry(program)
-    with watch("statistics"):
-        statistics = gathered(statistics, finder, asked, program, facts, data, options)
-    own: dict[str, Any] = {"weights": alphas, "seed": seed, "verify": verify, "progress": progress}
-    reader = Batches(program, data, max_samples, device) if finder is not None and "data" in finder.needs else None
-    kept: dict[str, Any] = {"heads": heads, "preserve": preserve if budget is None else 0, "join": join}
-    align = Align(finder, reader, statistics=statistics, facts=facts, **kept, **own)
-    edges = run_passes(program, [align], watch)
-    ridge = None if align.matching is None else align.matching.ridge
-    solving = replace(solving, ridge=ridge, follow=0 if ridge is not None and follow == "auto" else follow)
-    solved = solving.resolved(named, data is not None)
-    if references and asked is not None:
-        goals = reference_goals(program, references, finder, data, asked, own | {"weights": None}, options)
-        edges = replace(edges, goals=goals)
-    if solved == "least_squares" and named == "auto":
-        asked = None
-    if solved and asked is not None and asked.method.startswith("bias"):
-        raise ArgumentError(f"normalize={asked.method!r}: least squares sets the biases; choose 'repair' or 'rescale'")
-    if heads and asked is not None:
-        asked = unscored(asked, program)
-    growth = grown(align.matching, edges, facts, alphas, bool(preserved or heads or budget))
-    merging: list[Pass] = [*([] if finder is None or finder.exact else [Transform()]), Interpolate(alphas)]
-    targets = references_of(edges, alphas, edges.transport, growth) if carried is None else carried.references(alphas)
-    alike = growth is None and edges.transport is None and carried is None
-
-    def setting(cut: int | str) -> Setting:
-        """The edges cut behind some layers."""
-        passes = [DuplicateBranches(cut, alphas, join), DuplicateHeads(heads, alphas, head_output)]
-        aligned = run_passes(edges if growth is None else growth.program, passes, watch)
-        student = Student(run_passes(aligned, merging, watch), targets, alike, ridge, options) if solved else None
-        return Setting(numbering.number(cut), aligned, merging, student)
-
-    settings = [setting(preserve)] if budget is None else within_budget(setting, edges, len(numbering), budget)
-    with watch("choice"):
-        chosen = Choice(program, alphas, asked, data, options, bool(heads))(settings, solved, solving)
-    result = carried_out(chosen, whole if device is None else whole.to(device), alphas, data, options, verify, watch)
-    if prepare == "lift" and chosen.edge is None:
-        result = restored(result, captured, watch)
-    result = replace(
-        result,
-        notes=(*result.notes, *alone, *chosen.notes, *skew_notes(result, edges, data, held_out, device, progress)),
-    )
-    if carried is not None:
-        align.matching = carried.matching
-    return result_of(
-        result, program, watch, align, statistics, scores=chosen.scores, choices=chosen.to_dict(),
-        outcome=chosen.outcome,
+    options = MergeOptions(
+        data=reusable(data), match=match, classes=classes, restarts=restarts, weights=weights, solve=solve,
+        follow=follow, follow_edge=follow_edge, judge=judge, normalize=normalize, preserve=preserve, budget=budget,
+        join=join, heads=heads, head_output=head_output, prepare=prepare, references=references, statistics=statistics,
+        held_out=held_out, max_samples=max_samples, dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify,
+        seed=seed, device=device, progress=progress,
     )  # fmt: skip
-
-
-def carried_out(
-    chosen: Chosen, edges: Program, alphas: list[float], data: Any, options: dict[str, Any], verify: bool,
-    watch: Stopwatch,
-) -> Program:  # fmt: skip
-    """The network that was decided for, made of all data; ``edges`` as they were given."""
-    before, after = normalizing(chosen.normalization, alphas, data, options, verify)
-    if chosen.edge is not None:
-        return edges.select(chosen.edge)
-    if chosen.following is None:
-        return run_passes(chosen.setting.aligned, [*before, *chosen.setting.merging, *after], watch)
-    assert chosen.setting.student is not None
-    with watch("Reconstruct"):
-        result = chosen.setting.student.solved(data, chosen.following.follow, chosen.following.edge)
-    return run_passes(result, after, watch)
+    watch = Stopwatch(progress)
+    captured = capture(models, example_inputs, options, watch)
+    ready = prepare_edges(captured, options, watch)
+    aligned = align(ready, options, watch)
+    plan = cut(aligned, options, watch)
+    chosen = choose(plan, aligned, options, watch)
+    network = combine(chosen, aligned, options, watch)
+    return result_of(network, aligned.program, watch, aligned.alignment, aligned.statistics, chosen.report)
 
 
 @checked
@@ -233,53 +131,3 @@ def compile(
     if result.edges != 1:
         raise PassError(f"the passes leave {result.edges} weight sets; add vfx.Interpolate to merge them")
     return result_of(result, program, watch)
-
-
-def check_edges_of(program: Program) -> None:
-    if program.edges < 2:
-        raise ArgumentError(f"merging needs at least two models, got {program.edges}")
-    for edge, weights in enumerate(program.weights):
-        check_finite(weights, f"edge {edge}", program.masks)
-    check_same_masks(program)
-
-
-def gathered(
-    given: Statistics | None, finder: Matcher | None, asked: Normalization | None, program: Program, facts: Symmetry,
-    data: Any, options: dict[str, Any],
-) -> Statistics | None:  # fmt: skip
-    """The statistics that matching and normalization read: the user's, or collected now."""
-    reads = reads_for(asked, finder, program)
-    runs = finder is not None and "data" in finder.needs
-    if data is None and (runs or (given is None and reads)):
-        who = f"match={name_of(finder)!r}" if finder and finder.needs else f"normalize={asked and asked.method!r}"
-        missing = "data=" if runs else "data= or statistics="
-        raise ArgumentError(f"{who} needs {missing}; match='weight' and normalize=None do without")
-    if given is None and reads:
-        given = collect_statistics(program, facts, data, **asks_of(reads, finder, facts), **options)
-    check_statistics(given, reads, asked)
-    return given
-
-
-def asks_of(reads: Sequence[str], finder: Matcher | None, facts: Symmetry) -> dict[str, bool]:
-    """What ``collect`` is asked for, so that ``reads`` are there for a matcher."""
-    asks = {name: name in reads for name in READS}
-    asks["within"] |= finder is not None and (not finder.exact or ("layers" in reads and maps_layers(finder, facts)))
-    return asks
-
-
-def grown(
-    matching: Matching | None, aligned: Program, facts: Symmetry, alphas: list[float], kept: bool
-) -> Growth | None:
-    """The edges in a network wide enough for the channels that stand apart (PLeaS), if any do."""
-    if matching is None or not matching.apart:
-        return None
-    if kept:
-        raise ArgumentError("preserve=, heads= and channels apart: kept layers need a rest of the edges' width")
-    return grow(aligned, facts, matching.apart, alphas)
-
-
-def unscored(asked: Normalization, program: Program) -> Normalization:
-    """Without a choice: several heads' outputs cannot be held against one ensemble's."""
-    if asked.method == "auto":
-        return replace(asked, method=usual(program))
-    return replace(asked, count=asked.count or DEFAULT_LAYERS, direction=asked.direction or "backward")

@@ -1,11 +1,22 @@
-"""``prepare=``: the edges as they are matched, and the way back to the user's own structure."""
+"""The second stage: the edges as they are matched, and what is asked for; and the way back to the user's structure."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from vfx.analyse.layers import number_layers
+from vfx.analyse.symmetry import Symmetry
+from vfx.api.capturing import Captured
+from vfx.api.normalizing import without_batch_norm
 from vfx.api.results import run_passes
+from vfx.api.tracing import symmetry
 from vfx.errors import ArgumentError, PassError, VerificationError
+from vfx.match.carry import AcrossWidths
+from vfx.match.catalogue import matcher
+from vfx.match.matcher import Matcher
+from vfx.normalize.catalogue import Normalization, normalization
+from vfx.options import MergeOptions
 from vfx.passes.balance_attention import BalanceAttention
 from vfx.passes.balance_scales import BalanceScales
 from vfx.passes.center_stream import CenterStream
@@ -17,18 +28,66 @@ from vfx.report import Stopwatch
 from vfx.rewrite import Pass
 
 
-def prepared(program: Program, prepare: str | None, verify: bool, watch: Stopwatch) -> Program:
-    """The edges as they are matched."""
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """Edges that can be matched: their ``programs`` (as of ``Captured``) and symmetries, the matcher, and what was
+    asked for as normalization."""
+
+    captured: Captured
+    programs: Sequence[Program]
+    facts: Sequence[Symmetry]
+    finder: Matcher | None
+    asked: Normalization | None
+
+
+def prepare(captured: Captured, options: MergeOptions, watch: Stopwatch) -> Ready:
+    """Bring the edges into the form that they are matched in. Raises ArgumentError."""
+    asked = normalization(options.normalize, captured.data is not None)
+    finder = _finder(captured, options)
+    programs = [run_passes(program, _preparing(options), watch) for program in captured.programs]
+    if _folds(finder, several=len(programs) > 1):
+        folded = [without_batch_norm(program, asked, options.verify) for program in programs]
+        programs, asked = [program for program, _ in folded], folded[0][1]
+    numbering = number_layers(programs[0])
+    numbering.number(options.preserve)  # raise before anything takes time
+    if asked is not None:
+        numbering.select(asked.layers)
+    if options.device is not None:
+        programs = [program.to(options.device) for program in programs]
+    with watch("symmetry"):
+        facts = [symmetry(program) for program in programs]
+    return Ready(captured, programs, facts, finder, asked)
+
+
+def _finder(captured: Captured, options: MergeOptions) -> Matcher | None:
+    """The matcher that was asked for, or that the data allow."""
+    match = options.match
+    if match == "auto":
+        match = "weight" if captured.data is None and options.statistics is None else "activation"
+    return matcher(match, options.restarts, options.classes)
+
+
+def _folds(finder: Matcher | None, several: bool) -> bool:
+    """Whether BatchNorms have to be folded: what is found must not go through a variance."""
+    if several:
+        assert isinstance(finder, AcrossWidths)
+        return not finder.through_norms
+    return finder is not None and not finder.exact
+
+
+def _preparing(options: MergeOptions) -> list[Pass]:
+    """The passes of ``prepare=``."""
+    verify = options.verify
     known: dict[str | None, list[Pass]] = {
         None: [],
         "lift": [FoldGain(verify=verify), CenterStream(verify=verify)],
         "balance": [BalanceScales(verify), BalanceAttention(verify)],
         "remove_bias": [RemoveBias(None)],
     }
-    if prepare not in known:
+    if options.prepare not in known:
         names = ", ".join(repr(name) for name in known if name)
-        raise ArgumentError(f"prepare={prepare!r} is unknown; it is {names}, or None")
-    return run_passes(program, known[prepare], watch)
+        raise ArgumentError(f"prepare={options.prepare!r} is unknown; it is {names}, or None")
+    return known[options.prepare]
 
 
 def restored(result: Program, captured: Program, watch: Stopwatch) -> Program:

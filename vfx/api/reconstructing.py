@@ -15,6 +15,7 @@ from vfx.judge import Score
 from vfx.match.growth import Growth
 from vfx.match.maps import Transport
 from vfx.normalize.catalogue import Normalization
+from vfx.options import MergeOptions
 from vfx.passes.reconstruct import Reconstruct
 from vfx.program import Program
 from vfx.reconstruct.references import Reference
@@ -41,6 +42,11 @@ class Solving:
             raise ArgumentError(f"solve={self.solve!r} is unknown; it is 'auto', 'least_squares' or None")
         if self.solve is None and (self.follow != "auto" or self.follow_edge != "auto"):
             raise ArgumentError("follow= and follow_edge= say what layers are solved for; they need solve=")
+
+    @classmethod
+    def of(cls, options: MergeOptions) -> Solving:
+        """What ``vfx.merge`` was asked for."""
+        return cls(options.solve, options.follow, options.follow_edge, options.judge)
 
     def resolved(self, normalize: str | Normalization | None, data: bool) -> str | None:
         """What is solved: with "auto" whatever wins, where there are data and no normalization was named."""

@@ -37,6 +37,7 @@ class Restoring:
 
     ``data`` are all calibration data, ``few`` those that the normalization reads. ``normalization`` is what was asked
     for beside the solution, with "auto" resolved to a method; ``named`` says that the user named it.
+    ``notes`` is what is to be said of the network, whatever is done for it.
     """
 
     dense: Program
@@ -51,6 +52,7 @@ class Restoring:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     judge: Judging = "auto"
     verify: bool = True
+    notes: tuple[str, ...] = ()
 
     def ways(self, solve: str | None) -> tuple[str, ...]:
         """The names of what was asked for; of several the best on held-out samples is meant."""

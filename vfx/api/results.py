@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vfx.analyse.cost import cost
 from vfx.emit.files import export
 from vfx.emit.module import emit
-from vfx.passes.align import Align
+from vfx.match.matcher import Alignment
 from vfx.program import Program
 from vfx.report import Report, Stopwatch
 from vfx.rewrite import Pass
@@ -82,26 +82,24 @@ def result_of(
     result: Program,
     edges: Program,
     watch: Stopwatch,
-    align: Align | None = None,
+    alignment: Alignment | None = None,
     statistics: Statistics | None = None,
-    scores: Mapping[str, Any] | None = None,
-    choices: Mapping[str, Any] | None = None,
-    outcome: str = "",
+    chosen: Mapping[str, Any] | None = None,
 ) -> Result:
+    """The last stage: the network of a Program, and the report. ``chosen``: choices, scores and outcome of it."""
     with watch("emit"):
         module, reason = emit(result)
+    alignment = alignment or Alignment()
     report = Report(
         passes=result.history,
         notes=result.notes,
-        matching=align.matching if align is not None else None,
-        verify_error=align.error if align is not None and (align.matcher or not align.matching) else None,
+        matching=alignment.matching,
+        verify_error=alignment.error,
         profile=cost(result),
         edge_profile=cost(edges.select(0)),
         own_class=not reason,
         class_reason=reason,
         seconds=watch.seconds,
-        choices=choices or {},
-        scores=scores or {},
-        outcome=outcome,
+        **(chosen or {}),
     )
     return Result(module, result, report, statistics)

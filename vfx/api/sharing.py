@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vfx.api.merging import asks_of
+from vfx.api.aligning import asks_of
 from vfx.api.normalizing import reads_for
 from vfx.api.tracing import symmetry
 from vfx.errors import VfxError

@@ -83,6 +83,17 @@ class Matching:
         return apply(symmetry, weights, self.element(edge), check=False)
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """What an alignment found (None where edges were left as they are), and the relative error of its proof.
+
+    ``error`` is None where nothing was to be proved.
+    """
+
+    matching: Matching | None = None
+    error: float | None = None
+
+
 @runtime_checkable
 class Matcher(Protocol):
     """Finds, for each edge, what brings it closest to the first edge.

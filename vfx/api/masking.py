@@ -1,0 +1,93 @@
+"""Single weights go: the mask, and the report of ``vfx.prune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from vfx.analyse.cost import cost
+from vfx.api.dense import Dense
+from vfx.api.restoring import Decision, Restored, Restoring
+from vfx.api.results import Result, run_passes
+from vfx.emit.module import emit
+from vfx.errors import ArgumentError
+from vfx.options import PruneOptions
+from vfx.passes.mask_weights import MaskWeights
+from vfx.program import Program
+from vfx.pruning.masks import KEEP, parametrize_masks, semi_structured
+from vfx.pruning.report import Moved, PruneReport, layer_rows, moved_statistics, output_moments
+from vfx.report import Stopwatch
+from vfx.statistics.data import Batches
+
+
+def masking(options: PruneOptions) -> MaskWeights:
+    """The pass that was asked for. Raises ArgumentError."""
+    if options.masks not in KEEP:
+        raise ArgumentError(f"masks={options.masks!r} is unknown; choose one of {', '.join(KEEP)}")
+    return MaskWeights(
+        options.score,
+        options.sparsity,
+        options.scope,
+        protect=options.protect,
+        steps=options.steps,
+        schedule=options.schedule,
+        data=options.data,
+        seed=options.seed,
+        **options.reading,
+    )
+
+
+def masked(dense: Dense, mask: MaskWeights, options: PruneOptions, watch: Stopwatch) -> Restoring:
+    """The network without the weights that go, and what can be done for it."""
+    pruned = replace(run_passes(dense.program, [mask], watch), goals=dense.program.goals)
+    return dense.restoring(pruned, options, masks=mask.masks)
+
+
+def masked_result(
+    mask: MaskWeights, restoring: Restoring, restored: Restored, decision: Decision, options: PruneOptions,
+    watch: Stopwatch,
+) -> Result:  # fmt: skip
+    """The network that comes out, with its masks as they were asked for, and the report."""
+    dense, result = restoring.dense, restored.program
+    with watch("statistics"):
+        before, after = _moved(restoring, result, options)
+    with watch("emit"):
+        module, reason = emit(result)
+    report = PruneReport(
+        layers=layer_rows(dense, result, mask.masks, before, after),
+        passes=result.history,
+        notes=(*result.notes, *restoring.notes, *decision.notes, *_kept(module, mask.masks, options.masks)),
+        profile=cost(dense),
+        own_class=not reason,
+        class_reason=reason,
+        seconds=watch.seconds,
+        choices=_choices(mask, restored, options),
+        scores=decision.scores,
+    )
+    return Result(module, result, report)
+
+
+def _choices(mask: MaskWeights, restored: Restored, options: PruneOptions) -> dict[str, Any]:
+    """What was chosen, for the report."""
+    chosen = {"score": mask.score.name, "scope": mask.selection.scope}
+    return chosen | {"solve": restored.solve, "normalize": restored.normalize, "masks": options.masks}
+
+
+def _kept(module: nn.Module, masks: Mapping[str, Tensor], how: str) -> tuple[str, ...]:
+    """Leave the masks on the module as they were asked for; what is to be said of it."""
+    if how == "parametrize":
+        parametrize_masks(module, masks)
+    return tuple(semi_structured(module, masks)) if how == "semi_structured" else ()
+
+
+def _moved(restoring: Restoring, result: Program, options: PruneOptions) -> tuple[Moved | None, Moved | None]:
+    """How far the pruned network's statistics are off before and after it was solved or normalized, if it was."""
+    dense, pruned = restoring.dense, restoring.pruned
+    if restoring.few is None or result is pruned:
+        return None, None
+    batches = Batches(dense, restoring.few, options.repair_samples, options.device)
+    reference = output_moments(dense, batches)
+    return moved_statistics(pruned, reference, batches), moved_statistics(result, reference, batches)

@@ -1,0 +1,141 @@
+"""Whole channels go: the candidates, and the report of ``vfx.prune_structured``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vfx.analyse.cost import cost
+from vfx.analyse.symmetry import Symmetry
+from vfx.api.dense import Dense
+from vfx.api.restoring import Decision, Restored, Restoring
+from vfx.api.results import Result, run_passes
+from vfx.api.tracing import symmetry
+from vfx.arguments import check_names
+from vfx.emit.module import emit
+from vfx.errors import ArgumentError
+from vfx.options import PruneOptions, StructuredOptions
+from vfx.passes.fold_channels import FoldChannels
+from vfx.passes.remove_channels import RemoveChannels
+from vfx.pruning.channel_report import ChannelReport, widths
+from vfx.pruning.widths import BUDGETS
+from vfx.report import Stopwatch
+
+TRIED = ("magnitude", "activation")  # scores of channels that "auto" chooses from
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ``part`` of something (``kind``: channels, params, flops, latency) that goes."""
+
+    kind: str
+    part: float
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """A pass that removed channels of a network with these symmetries, and what can be done for what is left."""
+
+    removal: RemoveChannels | FoldChannels
+    facts: Symmetry
+    restoring: Restoring
+
+
+def share_of(options: StructuredOptions) -> Share:
+    """What is counted, and the share of it that goes. Raises ArgumentError."""
+    sparsity, budget = options.sparsity, options.budget
+    if options.method not in ("remove", "fold"):
+        raise ArgumentError(f"method={options.method!r} is unknown; choose 'remove' or 'fold'")
+    if (sparsity is None) == (budget is None):
+        raise ArgumentError("give either sparsity= (a share of the channels) or budget= (such as {'flops': 0.5})")
+    if budget is None:
+        assert sparsity is not None
+        return Share("channels", sparsity)
+    if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) < set(BUDGETS) - {"channels"} | {""}:
+        raise ArgumentError(
+            f"budget={budget!r}: it names one of params, flops, latency and what is left of it, as in {{'flops': 0.5}}"
+        )
+    ((kind, left),) = budget.items()
+    if not 0 < left <= 1:
+        raise ArgumentError(f"budget={budget!r}: what is left lies in (0, 1]")
+    return Share(kind, 1 - left)
+
+
+def removed(dense: Dense, share: Share, options: StructuredOptions, watch: Stopwatch) -> dict[str, Removal]:
+    """The networks without the channels that go, by the score that they went by where there are several."""
+    with watch("symmetry"):
+        facts = symmetry(dense.program)
+    found = {}
+    for name, one in _passes(facts, share, options).items():
+        pruned = run_passes(dense.program, [one], watch)
+        found[name] = Removal(one, facts, dense.restoring(pruned, options, carry=one.carry))
+    return found
+
+
+def _passes(facts: Symmetry, share: Share, options: StructuredOptions) -> dict[str, RemoveChannels | FoldChannels]:
+    """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
+    own: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
+    own |= {"units": options.units, "protect": options.protect, "facts": facts}
+    own |= {"verify": options.verify, "seed": options.seed}
+    if options.method == "fold":
+        return {"": FoldChannels(share.part, variance=options.variance, **own)}
+    own |= {"data": options.data} | options.reading
+    if options.score == "auto" and options.data is not None:
+        return {name: RemoveChannels(share.part, name, **own) for name in TRIED}
+    score = "magnitude" if options.score == "auto" else options.score
+    return {"": RemoveChannels(share.part, score, loss=options.loss, **own)}
+
+
+def removed_result(
+    removal: Removal, share: Share, restored: Restored, decision: Decision, options: StructuredOptions,
+    watch: Stopwatch,
+) -> Result:  # fmt: skip
+    """The network that comes out, and the report."""
+    result, restoring = restored.program, removal.restoring
+    with watch("emit"):
+        module, reason = emit(result)
+    report = ChannelReport(
+        widths=widths(removal.facts, removal.removal.sizes),
+        passes=result.history,
+        notes=(*result.notes, *restoring.notes, *decision.notes),
+        profile=cost(result),
+        dense_profile=cost(restoring.dense),
+        own_class=not reason,
+        class_reason=reason,
+        error=removal.removal.error if options.verify else None,
+        seconds=watch.seconds,
+        choices=_choices(removal, share, restored, options),
+        scores=decision.scores,
+    )
+    return Result(module, result, report)
+
+
+def _choices(removal: Removal, share: Share, restored: Restored, options: StructuredOptions) -> dict[str, Any]:
+    """What was chosen, for the report."""
+    chosen: dict[str, Any] = {"method": options.method, "sparsity": share.part, "budget": dict(options.budget or {})}
+    chosen |= {"allocation": options.allocation, "score": _score_name(removal.removal)}
+    return chosen | {"solve": restored.solve, "normalize": restored.normalize}
+
+
+def _score_name(removal: RemoveChannels | FoldChannels) -> str | None:
+    """The name of the score that channels went by; folding has none."""
+    if isinstance(removal, FoldChannels):
+        return None
+    return removal.score if isinstance(removal.score, str) else "given"
+
+
+def whole_channels(options: PruneOptions, function: Callable[..., Any]) -> dict[str, Any]:
+    """The keywords of ``vfx.prune_structured`` for ``vfx.prune`` by groups of channels; others are refused."""
+    check_names("structured=", function, options.structured or {})
+    if options.scope not in ("auto", "group"):
+        raise ArgumentError(f"scope={options.scope!r} masks single weights; structured= goes with scope='group'")
+    if options.masks != "permanent" or options.steps != 1:
+        raise ArgumentError("scope='group' removes channels for good in one step: masks and steps are for weights")
+    if not isinstance(options.sparsity, float):
+        raise ArgumentError(f"scope='group' takes one sparsity in [0, 1), got {options.sparsity!r}")
+    common = {one.name for one in fields(StructuredOptions)} & {one.name for one in fields(PruneOptions)}
+    protect = options.protect
+    names = () if protect == "auto" else (protect,) if isinstance(protect, str) else tuple(protect)
+    shared = {name: getattr(options, name) for name in common - {"protect"}}
+    return {"protect": names} | dict(options.structured or {}) | shared
