@@ -7,7 +7,6 @@ that sum to 1) and names of catalogues that grow are checked where they are used
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vfx.errors import ArgumentError
+from vfx.names import check_known
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,10 +67,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def check_names(owner: str, function: Callable[..., Any], names: Iterable[str]) -> None:
     """Raise ArgumentError for a name that is no keyword argument of ``function``."""
     known = [n for n, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
-    unknown = next((name for name in names if name not in known), None)
-    if unknown is not None:
-        close = difflib.get_close_matches(str(unknown), known, 1) or known
-        raise ArgumentError(f"{owner}: {function.__name__} takes no {unknown!r}, it takes {', '.join(close)}")
+    check_known(owner, function.__name__, names, known)
 
 
 def check_fields(value: Any) -> None:

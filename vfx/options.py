@@ -27,15 +27,28 @@ DYNAMIC_BATCH: Any = "batch"  # marks that the batch varies and nothing else
 REPAIRS = ("auto", "none", "repair", "rescale", "rescale_average", "reshift", "reset")  # towards a network's statistics
 
 Kind = Literal[
-    "text", "name", "cut", "number", "count", "numbers", "texts", "budget", "share", "shares", "flag", "data", "files"
+    "text",
+    "maybe",
+    "name",
+    "cut",
+    "number",
+    "count",
+    "numbers",
+    "texts",
+    "budget",
+    "share",
+    "shares",
+    "flag",
+    "data",
+    "files",
 ]
 
 
 class Text(NamedTuple):
     """How a keyword is written on the command line.
 
-    ``kind``: what its text stands for (``vfx.cli.options.KINDS``). ``flags``: the option's names where they are not its
-    own. ``names``: what it may be, beside the names in ``catalogue``, a dict or tuple (file of vfx, variable).
+    ``kind``: what its text stands for (``vfx.cli.keywords.KINDS``). ``flags``: the option's names where they are not
+    its own. ``names``: what it may be, beside the names in ``catalogue``, a dict or tuple (file of vfx, variable).
     """
 
     kind: Kind
@@ -104,7 +117,7 @@ class Rewriting(Reading):
         "Outputs that count, by key, index or path (logits, 0, states[2]); repeatable; default: all.",
         Text("texts"),
     )
-    device: Any = keyword(None, "cpu, cuda, mps, …", Text("text"))
+    device: Any = keyword(None, "cpu, cuda, mps, …", Text("maybe"))
 
     @property
     def capturing(self) -> dict[str, Any]:

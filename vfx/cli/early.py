@@ -30,13 +30,6 @@ def check_network(model: str | None, paths: Iterable[Path], inputs: Iterable[str
         require_file(weights_in(path), CheckpointError)
 
 
-def check_choice(option: str, value: str, file: str, variable: str, *more: str) -> None:
-    """Raise ArgumentError unless ``value`` is one of ``more`` or of the names that a catalogue holds."""
-    known = (*more, *names_in(file, variable))
-    if value.lower() not in known:
-        raise ArgumentError(f"{option} {value!r} is unknown; choose one of {', '.join(known)}")
-
-
 def weights_in(path: Path) -> Path:
     """The file of weights in a Hugging Face directory; another path as it is. Raises ArgumentError."""
     if not path.is_dir():

@@ -7,13 +7,9 @@ from typing import Annotated
 
 import typer
 
-from vfx.cli.names import choices, names_in
+from vfx.cli.keywords import option_of
+from vfx.options import Reading, Rewriting
 
-_DATA = (
-    "digits, fashion-mnist, mnist:DIR, cifar10:DIR, cifar100:DIR, folder:DIR (images in a folder for each class), "
-    "text:FILE, an .npz, .npy, .safetensors or .pt file (arrays, by the names of keyword arguments), or "
-    "file.py:loader."
-)
 MODELS = "torchvision:NAME, timm:NAME, hf:DIR, vfx:NAME, package.module:factory or ./file.py:factory"
 
 Model = Annotated[
@@ -37,24 +33,13 @@ Inputs = Annotated[
         "(name=16:ones of ones). Repeatable. Default: what torchvision, timm or the directory says of the model.",
     ),
 ]
-Data = Annotated[str | None, typer.Option("--data", "-d", help=f"Calibration inputs: {_DATA}")]
+Data = Annotated[str | None, option_of(Reading, "data")]
 Evaluate = Annotated[
     str | None,
     typer.Option("--evaluate", help="Measure what comes out, and what went in, on these data; named as for --data."),
 ]
-Outputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--outputs", help="Outputs that count, by key, index or path (logits, 0, states[2]); repeatable; default: all."
-    ),
-]
+Outputs = Annotated[list[str] | None, option_of(Rewriting, "outputs")]
 Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
-Normalize = Annotated[str, typer.Option(help=choices("auto", "none", *names_in("normalize/catalogue.py", "METHODS")))]
-Repair = Annotated[str, typer.Option(help="auto, none, repair, rescale, rescale_average, reshift or reset.")]
-Solve = Annotated[
-    str,
-    typer.Option(help="Solve every layer by least squares on the data: auto (what does best), least_squares, none."),
-]
 Chosen = Annotated[
     list[str] | None,
     typer.Option("--layers", help="Layers to normalise: numbers, names or globs, repeatable; default: all but heads."),
@@ -66,11 +51,9 @@ Sweep = Annotated[
 Memory = Annotated[
     int | None, typer.Option(help="Bytes of activations an exact sweep keeps in memory; the rest waits on disk.")
 ]
-Match = Annotated[str, typer.Option(help=choices("auto", "none", *names_in("match/catalogue.py", "MATCHERS")))]
-Samples = Annotated[int | None, typer.Option(help="Use at most this many calibration samples.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
-Verify = Annotated[bool, typer.Option(help="Prove each step numerically before it is used.")]
+Samples = Annotated[int | None, option_of(Reading, "max_samples")]
+Seed = Annotated[int, option_of(Reading, "seed")]
+Device = Annotated[str | None, option_of(Rewriting, "device")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON; - is standard output.")]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV; - is standard output.")]
 Draw = Annotated[Path | None, typer.Option("--draw", help="Write the picture (.png).")]

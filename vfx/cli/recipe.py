@@ -16,7 +16,6 @@ Paths are those of the working folder, as on the command line. "none" stands for
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,9 +24,10 @@ from typing import Any
 
 from vfx.cli.inputs import optional
 from vfx.errors import ArgumentError
+from vfx.names import check_known
+from vfx.options import MergeOptions, PruneOptions, StructuredOptions, keywords
 
-ACTIONS = ("merge", "prune", "prune_structured")
-_GIVEN = ("data", "progress", "statistics", "example_inputs")  # by the recipe's own keys, or not by a text at all
+ACTIONS: dict[str, type] = {"merge": MergeOptions, "prune": PruneOptions, "prune_structured": StructuredOptions}
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,19 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(**filled)
 
 
-def resolved(recipe: Recipe, function: Callable[..., Any], source: str) -> Recipe:
-    """The recipe with every option of its function written down. Raises ArgumentError for an unknown one."""
-    from vfx.arguments import check_names
-
-    check_names(f"{source}: options", function, recipe.options)
-    own = next((name for name in recipe.options if name in _GIVEN), None)
+def resolved(recipe: Recipe, source: str) -> Recipe:
+    """The recipe with every option of its action written down. Raises ArgumentError for an unknown one."""
+    known = keywords(ACTIONS[recipe.action])
+    check_known(f"{source}: options", recipe.action, recipe.options, known)
+    own = next((name for name in recipe.options if not known[name].recipe), None)
     if own is not None:
         raise ArgumentError(
             f"{source}: options.{own} is not an option of a recipe; data and input stand above [options]"
         )
-    parameters = inspect.signature(function).parameters.values()
     defaults = {
-        p.name: p.default if not isinstance(p.default, tuple) else list(p.default)
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name not in _GIVEN
+        name: list(one.default) if isinstance(one.default, tuple) else one.default
+        for name, one in known.items()
+        if one.recipe
     }
     return replace(recipe, options=defaults | recipe.options)
 

@@ -31,7 +31,7 @@ def run(
     from vfx.emit.provenance import digests
 
     function = getattr(api, asked.action)
-    whole = resolved(asked, function, str(recipe))
+    whole = resolved(asked, str(recipe))
     make_folder(out)
     for name in ("recipe.toml", "report.json"):
         check_writable(out / name)
