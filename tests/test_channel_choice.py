@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vfx import choice
 from vfx.api import prune_structured
+from vfx.api.restoring import Restoring
+from vfx.choice import Trial, contenders
 from vfx.errors import ArgumentError
+from vfx.judge import Score
 
 EXACT, BROKEN = 1e-8, 1e-2
 
@@ -80,3 +84,33 @@ def test_too_few_samples_to_choose_by_are_refused() -> None:
     model, x = _half_silent(), _samples(2)
     with pytest.raises(ArgumentError, match="score="):
         prune_structured(model, x, sparsity=0.5, data=x, solve="least_squares", progress=False)
+
+
+def test_close_scores_of_different_channels_are_looked_at_in_all_folds() -> None:
+    """Clear scores and ways of one network are not: the paired error leaves out the choice of samples to fit alone."""
+    score = lambda value: Score(value, samples=torch.full((4,), value))  # noqa: E731
+    fits = {"a: solved": "a", "a: none": "a", "b: solved": "b", "b: none": "b"}
+    close = {"a: solved": score(1.0), "a: none": score(7.0), "b: solved": score(1.05), "b: none": score(9.0)}
+    assert contenders(close, fits) == ["a: solved", "b: solved"]
+    assert contenders(close | {"b: solved": score(1.2)}, fits) == []
+    assert contenders(close | {"b: solved": score(9.0), "a: none": score(1.01)}, fits) == []
+
+
+def test_the_second_look_decides_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fold of many samples is enough where scores are clear; close ones are means over all three."""
+    model, x = _half_silent(), _samples(300)
+    options: dict[str, Any] = {"sparsity": 0.5, "data": x, "solve": "least_squares", "progress": False}
+    looks: list[bool] = []
+    folds = Restoring.folds
+
+    def counted(self: Restoring, more: bool = False) -> list[Trial]:
+        looks.append(more)
+        return folds(self, more)
+
+    monkeypatch.setattr(Restoring, "folds", counted)
+    assert prune_structured(model, x[:2], **options).report.choices["score"] == "activation"
+    assert looks == [False]
+    monkeypatch.setattr(choice, "CLOSE", float("inf"))
+    looks.clear()
+    assert prune_structured(model, x[:2], **options).report.choices["score"] == "activation"
+    assert looks == [False, True]

@@ -1,8 +1,9 @@
 """What a default call decides: candidates made from a part of the calibration data, judged on the samples held out.
 
 A candidate makes a network from calibration data. Each is made from the samples that are not held out and scored on
-those that are (``vfx.judge``), in several folds where samples are few; the best is then made anew from all data. An
-edge as it is stands among the candidates of a merge, so nothing that merging gives up is given up in silence.
+those that are (``vfx.judge``), in several folds where samples are few or channels differ and scores are close; the
+best is then made anew from all data. An edge as it is stands among the candidates of a merge, so nothing that merging
+gives up is given up in silence.
 
 A network has to beat the edges, and one that does not fit into the user's own class those that do, by more than the
 standard error of the paired difference, the latter by ``MARGIN`` of the score besides.
@@ -25,6 +26,7 @@ from vfx.statistics.data import Batches, Prepared
 
 FEW, FOLDS = 256, 3  # with fewer samples than this, so many folds
 MARGIN = 0.02  # of the score, by which a candidate outside the user's own class has to win
+CLOSE = 0.1  # of the best score, within which networks of different channels are looked at in all folds
 Judging = Kind | Callable[[nn.Module], float]
 
 
@@ -65,13 +67,17 @@ class UserJudge:
 
 
 def trials(
-    edges: Program, alphas: Sequence[float], data: Any, judge: Judging, options: Mapping[str, Any]
+    edges: Program, alphas: Sequence[float], data: Any, judge: Judging, options: Mapping[str, Any], more: bool = False
 ) -> list[Trial]:
-    """The folds in which candidates are tried. Raises ArgumentError for fewer samples than one fold needs."""
+    """The folds in which candidates are tried; ``more`` are those that are left for a second look.
+
+    Raises ArgumentError for fewer samples than one fold needs.
+    """
     batches = Batches(edges, data, options["max_samples"], options["device"])
     count = sum(batches.size(batch) for batch in batches)
+    first = FOLDS if count < FEW else 1
     found = []
-    for fold in range(FOLDS if count < FEW else 1):
+    for fold in range(first, FOLDS) if more else range(first):
         fit, held = batches.split(EVERY, LIMIT, fold)
         if not (fit.batches and held.batches):
             raise ArgumentError(
@@ -119,6 +125,17 @@ def best(scores: Mapping[str, Score], edges: Sequence[str], foreign: Sequence[st
         winner = rival
     assert winner is not None, "there is at least one candidate"
     return winner
+
+
+def contenders(scores: Mapping[str, Score], fits: Mapping[str, str]) -> list[str]:
+    """The names within ``CLOSE`` of the best, where they come from several ``fits``; else none.
+
+    The paired error over held-out samples knows nothing of what another choice of the samples to fit would have given,
+    which for different channels is more than the difference of close scores.
+    """
+    least = min(score.value for score in scores.values())
+    near = [name for name, score in scores.items() if score.value - least <= CLOSE * abs(least)]
+    return near if len({fits[name] for name in near}) > 1 else []
 
 
 def _clearly(one: Score, other: Score) -> bool:

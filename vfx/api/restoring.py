@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vfx.api.results import run_passes
-from vfx.choice import Judging, best, joined, label_notes, trials
+from vfx.choice import Judging, Trial, best, contenders, joined, label_notes, trials
 from vfx.judge import Score
 from vfx.normalize.catalogue import Normalization
 from vfx.passes.catalogue import normalizing
@@ -63,9 +63,12 @@ class Restoring:
             return (f"{SOLVED}, then {method}" if method and self.named else SOLVED,)
         return (SOLVED, NOTHING, *((f"{SOLVED}, then {method}", method) if method else ()))
 
-    def scores(self, ways: Sequence[str]) -> tuple[dict[str, Score], tuple[str, ...]]:
-        """The score of each way on held-out samples, and what is wrong with their labels."""
-        folds = trials(self.dense, [1.0], self.data, self.judge, self.options)
+    def folds(self, more: bool = False) -> list[Trial]:
+        """What ways are tried on; ``more`` are the folds left for a second look."""
+        return trials(self.dense, [1.0], self.data, self.judge, self.options, more)
+
+    def scores(self, ways: Sequence[str], folds: Sequence[Trial]) -> dict[str, list[Score]]:
+        """The scores of each way on the held-out samples of each fold."""
         networks: dict[str, list[Program]] = {NOTHING: [self.pruned] * len(folds)}
         if any(way.startswith(SOLVED) for way in ways):
             networks[SOLVED] = [self._solved(f.fit, Stopwatch(False), max_samples=None, progress=False) for f in folds]
@@ -75,8 +78,7 @@ class Restoring:
                 networks[way] = [
                     self._normalized(n, f.fit, Stopwatch(False), verify=False) for n, f in zip(start, folds)
                 ]
-        scores = {way: joined([f.judge(network) for f, network in zip(folds, networks[way])]) for way in ways}
-        return scores, label_notes(folds)
+        return {way: [f.judge(network) for f, network in zip(folds, networks[way])] for way in ways}
 
     def __call__(self, way: str, watch: Stopwatch) -> Restored:
         """Do it, on all data."""
@@ -111,18 +113,34 @@ class Decision:
 
 
 def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwatch) -> Decision:
-    """Score every way of every candidate, unless there is one only."""
+    """Score every way of every candidate, unless there is one only; close ones of several candidates in all folds."""
     pairs = {_joined(name, way): (name, way) for name, one in candidates.items() for way in one.ways(solve)}
     if len(pairs) == 1:
         return Decision(*next(iter(pairs.values())))
-    scores: dict[str, Score] = {}
-    notes: tuple[str, ...] = ()
     with watch("choice"):
-        for name, restoring in candidates.items():
-            scored, notes = restoring.scores(restoring.ways(solve))
-            scores |= {_joined(name, way): score for way, score in scored.items()}
+        any_one = next(iter(candidates.values()))
+        folds = any_one.folds()
+        tried = _scores(candidates, pairs, folds)
+        scores = {label: joined(each) for label, each in tried.items()}
+        near = contenders(scores, {label: name for label, (name, _) in pairs.items()})
+        if near and (more := any_one.folds(more=True)):
+            again = _scores(candidates, {label: pairs[label] for label in near}, more)
+            scores |= {label: joined(tried[label] + each) for label, each in again.items()}
     ordered = sorted(scores.items(), key=lambda item: item[1].value)
-    return Decision(*pairs[best(scores, (), ())], {label: score.to_dict() for label, score in ordered}, notes)
+    chosen = best({label: scores[label] for label in near or scores}, (), ())
+    return Decision(*pairs[chosen], {label: score.to_dict() for label, score in ordered}, label_notes(folds))
+
+
+def _scores(
+    candidates: Mapping[str, Restoring], pairs: Mapping[str, tuple[str, str]], folds: Sequence[Trial]
+) -> dict[str, list[Score]]:
+    """The scores of each fold by the label of candidate and way."""
+    found: dict[str, list[Score]] = {}
+    for name, restoring in candidates.items():
+        ways = [way for owner, way in pairs.values() if owner == name]
+        scored = restoring.scores(ways, folds) if ways else {}
+        found |= {_joined(name, way): each for way, each in scored.items()}
+    return found
 
 
 def _joined(name: str, way: str) -> str:
