@@ -160,7 +160,7 @@ def test_demo_prints_the_table_and_reuses_its_edges(
     demo.run(tmp_path, width=0.05, epochs=1)
     first = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in first] == [
-        "Edge 1", "Edge 2", "Ensemble", "PFM 0/14", "PFM 8/14", "Default 1.2×",
+        "Edge 0", "Edge 1", "Ensemble", "PFM 0/14", "PFM 8/14", "Default 1.2×",
     ]  # fmt: skip
     assert set(first[-2]["accuracy"]) == set(demo.COLUMNS)
     assert first[-1]["params_ratio"] <= 1.2

@@ -84,7 +84,7 @@ def test_running_again_gives_equal_bytes_and_the_network(name: str, folder: Path
     _run("one/recipe.toml", "two")  # the recipe as resolved is a recipe
     files = sorted(file.name for file in Path("one").iterdir())
     network = ["model.pt2"] if name == "branches" else ["check.safetensors", "model.safetensors"]
-    assert files == sorted(["config.json", *network, "recipe.toml", "report.json"])
+    assert files == sorted(["README.md", "config.json", *network, "recipe.toml", "report.html", "report.json"])
     for file in files:
         assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
     report = json.loads(Path("one/report.json").read_text())

@@ -93,9 +93,7 @@ def _rows(
     statistics = collect(program, data=train_x)
     cost = profile(program)
     score: Callable[[nn.Module], float] = lambda module: 100 * accuracy(module, test_x, test_y)  # noqa: E731
-    rows = [
-        Row(f"Edge {i}", {"": score(edge)}, cost.params, 1.0, cost.flops, 1.0) for i, edge in enumerate(edges, start=1)
-    ]
+    rows = [Row(f"Edge {i}", {"": score(edge)}, cost.params, 1.0, cost.flops, 1.0) for i, edge in enumerate(edges)]
     votes = torch.stack([predict(edge, test_x).softmax(-1) for edge in edges]).mean(0)
     ensemble = 100 * float((votes.argmax(-1) == test_y).float().mean())
     count = len(edges)

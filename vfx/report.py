@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vfx.analyse.cost import Profile
 from vfx.match.matcher import Matching
 from vfx.progress import stage as say
+from vfx.terminal import facts_table, held_out_table, rendered, seconds_text
 
 
 class Stopwatch:
@@ -89,28 +87,20 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        table = Table(title="merge report", show_header=False)
+        return rendered(facts_table(self._rows(), "merge report"), held_out_table(self.scores))
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
         if self.outcome:
-            table.add_row("outcome", self.outcome)
-        table.add_row("passes", " → ".join(self.passes))
-        table.add_row("parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× an edge)")
-        table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× an edge)")
+            yield "outcome", self.outcome
+        yield "passes", " → ".join(self.passes)
+        yield "parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× an edge)"
+        yield "FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× an edge)"
         if self.edge_profile.caveat:
-            table.add_row("", self.edge_profile.caveat)
+            yield "", self.edge_profile.caveat
         if self.matching is not None:
-            table.add_row("match objective", ", ".join(f"{x:.4g}" for x in self.matching.objective))
+            yield "matching", ", ".join(f"{x:.4g}" for x in self.matching.objective) + " (objective)"
         if self.matching is not None and self.verify_error is not None:
-            table.add_row(
-                "proof", f"of the alignment: each edge computes what it did, to {self.verify_error:.1e} (float64)"
-            )
-        for name, score in self.scores.items():
-            figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
-            table.add_row("held out", f"{name}: {figures}")
-        table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
-        for note in self.notes:
-            table.add_row("note", note)
-        table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))
-        console = Console(width=120, force_terminal=False)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+            yield "proof", f"of the alignment: each edge computes what it did, to {self.verify_error:.1e} (float64)"
+        yield "class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}"
+        yield from (("note", note) for note in self.notes)
+        yield "seconds", seconds_text(self.seconds)

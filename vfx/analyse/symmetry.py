@@ -13,11 +13,10 @@ import networkx as nx
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
-from vfx.analyse import drawing, elements, transform
+from vfx.analyse import drawing, elements, listing, transform
 from vfx.analyse.axes import Leaves
 from vfx.analyse.blocks import parents
 from vfx.analyse.classes import Maps
@@ -370,37 +369,11 @@ class Symmetry:
     # reports ------------------------------------------------------------------------------------------------------
 
     def table(self) -> Table:
-        """Groups with their members, for a terminal."""
-        table = Table(title=f"{len(self.groups)} symmetry groups, {self.channels:,} channels")
-        columns = (("group", "right"), ("size", "right"), ("kind", "left"), ("members", "left"))
-        for column, justify in columns:
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        for group in self.moving:
-            members = ", ".join(f"{m.fqn}[{m.dim}] {m.role}{_copies(m)}" for m in group.members)
-            size = str(group.size) if group.parent is None else f"{group.outer} × {group.size}"
-            table.add_row(str(group.index), size, _kind(group), members)
-        return table
+        """Groups with their classes and members, for a terminal."""
+        return listing.groups_table(self)
 
     def __str__(self) -> str:
-        console = Console(width=160, record=False, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-            for pin in self.pinned:
-                console.print(f"pinned {pin.fqn}[{pin.dim}] ({pin.count}): {pin.reason} (node {pin.node})")
-            for name, nodes in self.unknown_ops.items():
-                console.print(f"unknown operator {name}: {', '.join(nodes)}")
-        return capture.get()
-
-
-def _copies(member: Member) -> str:
-    return f" x{member.position.shape[1]}" if member.position.shape[1] > 1 else ""
-
-
-def _kind(group: Group) -> str:
-    """The class, what lowered it, and the larger classes of single sides."""
-    more = sorted({side.kind for side in group.sides if side.members and side.kind & ~group.kind})
-    beside = f"; a side of its own: {', '.join(kind.title for kind in more)}" if more else ""
-    return group.kind.title + (f": {group.reason}" if group.reason else "") + beside
+        return listing.listing(self)
 
 
 def symmetry(program: Program) -> Symmetry:

@@ -18,7 +18,7 @@ from vfx.files import check_writable, make_folder
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="TOML file: action, model, weights, data, [options]; see vfx/cli.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the result: network, config, recipe and report.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the result: network, recipe, report, page and card.")],
 ) -> None:
     """Carry out a recipe; running it again gives the same bytes."""
     from vfx.cli.recipe import read_recipe, resolved, values
@@ -29,11 +29,12 @@ def run(
     from vfx.cli.toml import toml_of
     from vfx.emit.pretrained import save_pretrained
     from vfx.emit.provenance import digests
+    from vfx.pages.run import Run, card, page
 
     function = getattr(api, asked.action)
     whole = resolved(asked, str(recipe))
     make_folder(out)
-    for name in ("recipe.toml", "report.json"):
+    for name in ("recipe.toml", "report.json", "report.html", "README.md"):
         check_writable(out / name)
     files = [Path(name) for name in whole.weights]
     networks = load_all(files, whole.model, [], whole.entry)
@@ -51,14 +52,18 @@ def run(
     if evaluation is not None:
         print(evaluation)
     document = toml_of(whole.to_dict())
-    origin = {"recipe": document, "edges": digests(map(weights_in, files))}
+    origin: dict[str, Any] = {"recipe": document, "edges": digests(map(weights_in, files))}
     print(f"wrote {save_pretrained(result, out, model=whole.model, origin=origin)}")
     put(out / "recipe.toml", document)
     facts = {name: value for name, value in result.report.to_dict().items() if name != "seconds"}
     if evaluation is not None:
         rows = [{k: v for k, v in row.items() if k != "latency"} for row in evaluation.to_dict()["networks"]]
         facts["evaluation"] = evaluation.to_dict() | {"networks": rows}  # without times, which differ from run to run
-    put(out / "report.json", json.dumps(facts, indent=2, default=str) + "\n")
+    text = json.dumps(facts, indent=2, default=str) + "\n"
+    put(out / "report.json", text)
+    done = Run(json.loads(text), whole.to_dict(), origin["edges"])
+    put(out / "report.html", page(done))
+    put(out / "README.md", card(done))
 
 
 def _single(networks: list[Any], action: str) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vfx.analyse.cost import Profile
 from vfx.analyse.symmetry import Symmetry
+from vfx.terminal import facts_table, held_out_table, largest, rendered, seconds_text, titled
 
 
 @dataclass(frozen=True)
@@ -73,34 +73,31 @@ class ChannelReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        widths = Table(title="channels")
-        for column, justify in (("group", "left"), ("before", "right"), ("after", "right"), ("removed", "right")):
-            widths.add_column(column, justify=justify)  # type: ignore[arg-type]
-        for w in self.widths:
-            times = f"{w.blocks} × " if w.blocks > 1 else ""
-            widths.add_row(w.name, f"{times}{w.before}", f"{times}{w.after}", f"{1 - w.after / w.before:.0%}")
-        table = Table(show_header=False)
-        table.add_row("passes", " → ".join(self.passes))
-        table.add_row("parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× the whole network)")
-        table.add_row("FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× the whole network)")
+        return rendered(self._widths_table(), facts_table(self._rows()), held_out_table(self.scores))
+
+    def _widths_table(self) -> Table:
+        shown = largest(self.widths, lambda one: (one.before - one.after) * one.blocks)
+        table = Table(title=titled("channels", len(shown), len(self.widths)))
+        table.add_column("group", overflow="fold")
+        for column in ("before", "after", "removed"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for one in shown:
+            times = f"{one.blocks} × " if one.blocks > 1 else ""
+            removed = f"{1 - one.after / one.before:.0%}"
+            table.add_row(one.name, f"{times}{one.before}", f"{times}{one.after}", removed)
+        return table
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "passes", " → ".join(self.passes)
+        yield "parameters", f"{self.profile.params:,} ({self.params_ratio:.3f}× the whole network)"
+        yield "FLOPs", f"{self.profile.flops:,} ({self.flops_ratio:.3f}× the whole network)"
         if self.dense_profile.caveat:
-            table.add_row("", self.dense_profile.caveat)
+            yield "", self.dense_profile.caveat
         if self.error is not None:
-            table.add_row(
-                "proof", f"of the removal: equals the network with masked channels, to {self.error:.1e} (float64)"
-            )
-        table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
-        for name, score in self.scores.items():
-            figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
-            table.add_row("held out", f"{name}: {figures}")
-        for note in self.notes:
-            table.add_row("note", note)
-        table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))
-        console = Console(width=120, force_terminal=False)
-        with console.capture() as capture:
-            console.print(widths)
-            console.print(table)
-        return capture.get()
+            yield "proof", f"of the removal: equals the network with masked channels, to {self.error:.1e} (float64)"
+        yield "class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}"
+        yield from (("note", note) for note in self.notes)
+        yield "seconds", seconds_text(self.seconds)
 
 
 def widths(facts: Symmetry, sizes: Mapping[int, int]) -> tuple[Width, ...]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
 
@@ -21,6 +20,7 @@ from vfx.pruning.targets import Target, find_targets
 from vfx.statistics.data import Batches
 from vfx.statistics.frontier import ValueReader, advance_together, moments_of
 from vfx.statistics.moments import Moments
+from vfx.terminal import facts_table, held_out_table, largest, rendered, seconds_text, titled
 
 
 @dataclass(frozen=True)
@@ -111,48 +111,36 @@ class PruneReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        console = Console(width=120, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self._layer_table())
-            console.print(self._summary())
-        return capture.get()
+        return rendered(self._layer_table(), facts_table(self._rows()), held_out_table(self.scores))
 
     def _layer_table(self) -> Table:
         repaired = any(row.variance_after is not None for row in self.layers)
-        table = Table(title="pruned layers")
+        shown = largest(self.layers, lambda row: row.params)
+        table = Table(title=titled("pruned layers", len(shown), len(self.layers)))
         table.add_column("weight", overflow="fold")
-        for column in ("shape", "sparsity", "nonzeros", "FLOPs", *(("variance", "mean shift") if repaired else ())):
-            table.add_column(column, justify="right")
-        for row in self.layers:
-            flops = f"{row.flops_before:,} → {row.flops_after:,}"
-            moved = [
-                _arrow(row.variance_before, row.variance_after),
-                _arrow(row.shift_before, row.shift_after),
-            ]
-            cells = [row.name, "×".join(map(str, row.shape)), f"{row.sparsity:.2%}", f"{row.nonzeros:,}", flops]
+        for column in ("sparsity", "not zero", "FLOPs left", *(("variance", "mean shift") if repaired else ())):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in shown:
+            left = f"{row.flops_after / max(row.flops_before, 1):.1%}"
+            moved = [_arrow(row.variance_before, row.variance_after), _arrow(row.shift_before, row.shift_after)]
+            cells = [row.name, f"{row.sparsity:.1%}", f"{row.nonzeros:,}", left]
             table.add_row(*cells, *(moved if repaired else ()))
         return table
 
-    def _summary(self) -> Table:
-        table = Table(show_header=False)
-        table.add_row("passes", " → ".join(self.passes))
-        table.add_row("sparsity", f"{self.sparsity:.4%} of the weights that were not protected")
-        table.add_row("parameters", f"{self.params:,}, {self.nonzeros:,} of them not zero")
-        table.add_row("FLOPs", f"{self.flops:,} → {self.flops_after:,} without products with zero")
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "passes", " → ".join(self.passes)
+        yield "sparsity", f"{self.sparsity:.4%} of the weights that were not protected"
+        yield "parameters", f"{self.params:,}, {self.nonzeros:,} of them not zero"
+        yield "FLOPs", f"{self.flops:,} → {self.flops_after:,} without products with zero"
         if self.profile.caveat:
-            table.add_row("", self.profile.caveat)
-        table.add_row("class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}")
-        for name, score in self.scores.items():
-            figures = ", ".join(f"{key} {value:.4g}" for key, value in score.items() if value is not None)
-            table.add_row("held out", f"{name}: {figures}")
-        for note in self.notes:
-            table.add_row("note", note)
-        table.add_row("seconds", ", ".join(f"{stage} {value:.2f}" for stage, value in self.seconds.items()))
-        return table
+            yield "", self.profile.caveat
+        yield "class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}"
+        yield from (("note", note) for note in self.notes)
+        yield "seconds", seconds_text(self.seconds)
 
 
 def _arrow(before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None else f"{before:.3f} → {after:.3f}"
+    return "" if before is None or after is None else f"{before:.2f} → {after:.2f}"
 
 
 Moved = Mapping[str, tuple[float | None, float | None]]  # variance and shift by layer node

@@ -1,0 +1,132 @@
+"""The page and the card of a run: well formed, complete, safe, the same each time, and legible without colour."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from vfx.pages import marks
+from vfx.pages.run import SHOWN, Run, card, page
+
+NETWORK = {"accuracy": 0.98, "loss": 0.08, "agreement": 1.0, "params": 1000, "nonzeros": 1000, "flops": 5000}
+
+
+def _facts(**more: Any) -> dict[str, Any]:
+    networks = [{"name": "a.pt", **NETWORK}, {"name": "result", **NETWORK, "accuracy": 0.97, "params": 500}]
+    return {
+        "outcome": "solved & kept",
+        "scores": {f"way {i}": {"accuracy": 0.9, "agreement": 1.0, "loss": 0.1 * 2**i, "divergence": None, "scale": 1.0}
+                   for i in range(SHOWN + 3)},
+        "solve": "least_squares", "passes": ["Align(<b>)", "Interpolate(0.5)"], "notes": ["a note"],
+        "params": 500, "flops": 5000, "params_ratio": 0.5, "flops_ratio": 1.0, "not_counted": [],
+        "verify_error": 1e-15, "own_class": True, "class_reason": "",
+        "evaluation": {"samples": 500, "labels": True, "against": "a.pt", "batch": 2, "networks": networks},
+    } | more  # fmt: skip
+
+
+def _run(action: str = "merge", **more: Any) -> Run:
+    recipe = {"action": action, "model": "net.py:make", "weights": ["<a>.pt"], "data": "digits", "evaluate": "digits",
+              "options": {"solve": "auto", "seed": 0}}  # fmt: skip
+    return Run(_facts(**more), recipe, [{"file": "a.pt", "sha256": "12ab"}])
+
+
+LAYERS = [{"name": f"{i}.weight", "sparsity": 0.1 * i, "variance_before": 0.5, "variance_after": 0.9} for i in range(9)]
+RUNS = {
+    "merge": _run(),
+    "sparse": _run("prune", layers=LAYERS, nonzeros=100, flops_after=2500),
+    "smaller": _run("prune_structured", groups=[{"name": "0.weight", "before": 8, "after": 4, "blocks": 2}]),
+    "nothing measured": _run(evaluation={}, scores={}, verify_error=None, layers=8),
+}
+
+
+class Reader(HTMLParser):
+    """Tags that close in their order, and the texts between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[str] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        assert not [value for name, value in attrs if name in ("src", "href")], "the page needs no other file"
+        if tag != "meta":
+            self.opened.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.opened.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def _read(text: str) -> str:
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.opened
+    return " ".join(" ".join(reader.texts).split())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_page_is_whole(name: str) -> None:
+    text = _read(page(RUNS[name]))
+    for title in ("What was done", "Accuracy", "Cost", "Checks", "Settings", "Versions"):
+        assert title in text
+    assert "Align(<b>)" in text  # escaped in the file, itself for the reader
+    assert "solve auto least_squares" in text  # what was asked for, and what it came to
+    assert "12ab" in text
+    assert page(RUNS[name]) == page(RUNS[name])
+
+
+def test_all_candidates_stand_in_the_page() -> None:
+    text = _read(page(RUNS["merge"]))
+    assert all(f"way {i} " in text for i in range(SHOWN + 3))
+    assert "3 more" in text
+    assert "98.00" in text
+    assert "97.00 % accuracy; best network given 98.00 %" in text
+
+
+def test_curves_show_layers_and_name_their_lines() -> None:
+    text = page(RUNS["sparse"])
+    assert text.count('<svg class="lines"') == 2
+    assert {"zeros", "repaired", "pruned"} <= set(re.findall(r">(\w+)</text>", text))
+    assert "Channels of each group" in page(RUNS["smaller"])
+    assert '<svg class="lines"' not in page(RUNS["merge"])
+
+
+def test_what_came_out_is_told_apart_without_colour() -> None:
+    assert 'fill="white"' in marks.dot(0.5, filled=False)
+    assert 'fill="white"' not in marks.dot(0.5, filled=True)
+
+
+def test_labels_of_lines_that_meet_do_not_cover_each_other() -> None:
+    drawn = marks.lines({"one": [1.0, 2.0], "two": [1.0, 2.0]}, ["a", "b"], "")
+    heights = [float(y) for y, name in re.findall(r'y="([\d.]+)" fill="[^"]+">(\w+)<', drawn)]
+    assert len(heights) == 2
+    assert abs(heights[0] - heights[1]) >= 16
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [None, 2.0], [-1.0, 1.0]])
+def test_lines_of_few_or_equal_values(values: list[float | None]) -> None:
+    drawn = marks.lines({"one": values}, [str(i) for i in range(len(values))], "%")
+    assert "nan" not in drawn
+    assert drawn.count("<circle") == len([value for value in values if value is not None])
+
+
+def test_a_run_without_data_has_a_page_and_a_card() -> None:
+    run = RUNS["nothing measured"]
+    bare = run._replace(recipe={key: run.recipe[key] for key in ("action", "model", "weights", "options")})
+    assert "Nothing was measured" in _read(page(bare))
+    assert "calibrated" not in card(bare)
+
+
+def test_the_card_says_how_to_load_the_network() -> None:
+    text = card(RUNS["merge"])
+    assert text.startswith("---\nlibrary_name: vfx\n")
+    assert "vfx.from_pretrained(\".\", model='net.py:make')" in text
+    assert "| result | 97.00 |" in text
+    named = RUNS["merge"]._replace(recipe={**RUNS["merge"].recipe, "model": "torchvision:resnet18"})
+    assert 'vfx.from_pretrained(".")' in card(named)

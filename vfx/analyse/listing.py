@@ -1,0 +1,77 @@
+"""Symmetries for a terminal: a line or two for each group and for each reason of pins, in 80 columns.
+
+All members and pins stand in ``Symmetry.groups`` and ``Symmetry.pinned``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from vfx.terminal import rendered
+
+if TYPE_CHECKING:
+    from vfx.analyse.store import Pin
+    from vfx.analyse.symmetry import Group, Symmetry
+
+NAMED = 3  # members and axes that a line names
+
+
+def groups_table(symmetry: Symmetry) -> Table:
+    """Groups with their classes and what writes and reads them."""
+    table = Table(title=f"{len(symmetry.groups)} symmetry groups, {symmetry.channels:,} channels", box=None)
+    table.add_column("group", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("class, and what writes and reads the channels", overflow="fold")
+    for group in symmetry.moving:
+        size = str(group.size) if group.parent is None else f"{group.outer} × {group.size}"
+        table.add_row(str(group.index), size, "\n".join([_kind(group), "; ".join(_members(group))]))
+    return table
+
+
+def listing(symmetry: Symmetry) -> str:
+    """The table, pinned axes by their reason, and unknown operators."""
+    lines = [f"pinned, {reason}: {_axes(pins)}" for reason, pins in _by_reason(symmetry.pinned).items()]
+    lines += [f"unknown operator {name}: {', '.join(nodes)}" for name, nodes in symmetry.unknown_ops.items()]
+    return rendered(groups_table(symmetry), *lines)
+
+
+def _members(group: Group) -> Iterator[str]:
+    """What writes the channels, what reads them, and how many tensors go along."""
+    named = {"out": "written by", "in": "read by"}
+    for role, word in named.items():
+        found = [member.fqn.removesuffix(".weight") for member in group.members if member.role == role]
+        if found:
+            yield f"{word} {_few(list(dict.fromkeys(found)))}"
+    others = [member.fqn for member in group.members if member.role not in named]
+    if others:
+        yield f"with {_few(others)}" if len(others) <= NAMED else f"with {len(others)} others"
+
+
+def _kind(group: Group) -> str:
+    """The class, what lowered it, and the larger classes of single sides."""
+    more = sorted({side.kind for side in group.sides if side.members and side.kind & ~group.kind})
+    beside = f"; a side of its own: {', '.join(kind.title for kind in more)}" if more else ""
+    return group.kind.title + (f": {group.reason}" if group.reason else "") + beside
+
+
+def _by_reason(pinned: Sequence[Pin]) -> dict[str, list[Pin]]:
+    found: dict[str, list[Pin]] = {}
+    for pin in pinned:
+        found.setdefault(pin.reason, []).append(pin)
+    return found
+
+
+def _axes(pins: Sequence[Pin]) -> str:
+    """Each weight once, with those of its axes that are pinned."""
+    axes: dict[str, list[str]] = {}
+    for pin in pins:
+        axes.setdefault(pin.fqn, []).append(str(pin.dim))
+    return _few([f"{fqn}[{', '.join(dict.fromkeys(dims))}]" for fqn, dims in axes.items()])
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,218 @@
+"""One run as a page (HTML) and as a card (Markdown), made of the facts that ``report.json`` holds.
+
+In: the facts, the recipe as it was resolved, digests of the checkpoints, versions. Out: text. It holds no time and no
+name of a machine, so that the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vfx import __version__
+from vfx.address import address
+from vfx.emit.pretrained import BUILT_IN
+from vfx.pages import marks
+
+PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "onnxruntime")
+SHOWN = 12  # candidates above the fold
+_TITLES = {"merge": "Merged network", "prune": "Sparse network", "prune_structured": "Smaller network"}
+_RESULT = "result"
+_REPAIR = {"repaired": "after", "pruned": "before"}
+
+
+class Run(NamedTuple):
+    """What is known of a run; ``facts`` as in report.json, ``edges`` with the name and SHA-256 of each checkpoint."""
+
+    facts: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    edges: Sequence[Mapping[str, str]]
+
+
+def page(run: Run) -> str:
+    """The page."""
+    return _environment(html=True).get_template("run.html.jinja").render(_view(run))
+
+
+def card(run: Run) -> str:
+    """The card that stands beside the network: what it is, its figures, how to load it."""
+    return _environment(html=False).get_template("card.md.jinja").render(_view(run))
+
+
+def _environment(html: bool) -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {
+        "count": lambda number: "" if number is None else f"{number:,}",
+        "percent": _percent,
+        "setting": _setting,
+    }
+    return found
+
+
+def _view(run: Run) -> dict[str, Any]:
+    facts, recipe = run.facts, run.recipe
+    networks = facts.get("evaluation", {}).get("networks", [])
+    return {
+        "title": _TITLES[recipe["action"]],
+        "recipe": {name: value for name, value in recipe.items() if name != "options"},
+        "options": recipe["options"],
+        "loads_with": _loads_with(recipe["model"], facts),
+        "chosen": _chosen(facts, recipe["options"]),
+        "facts": facts,
+        "edges": run.edges,
+        "headlines": _headlines(facts, networks),
+        "evaluation": facts.get("evaluation"),
+        "accuracy": _accuracy(networks),
+        "costs": _costs(facts, networks),
+        "candidates": _candidates(facts.get("scores", {})),
+        "shown": SHOWN,
+        "layers": _layers(facts),
+        "checks": _checks(facts),
+        "versions": _versions(),
+        "vfx_version": __version__,
+    }
+
+
+def _chosen(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that came out otherwise than they were asked for."""
+    return {name: facts[name] for name in asked if name in facts and _setting(facts[name]) != _setting(asked[name])}
+
+
+def _setting(value: Any) -> str:
+    if value in (None, "none", [], {}):
+        return "none"
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _loads_with(model: str, facts: Mapping[str, Any]) -> str | None:
+    """What ``from_pretrained`` has to be told; None where the directory says it."""
+    return repr(model) if facts["own_class"] and address(model).name not in BUILT_IN else None
+
+
+def _headlines(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Two or three figures that say most."""
+    found = []
+    accuracies = {row["name"]: row["accuracy"] for row in networks if row["accuracy"] is not None}
+    if _RESULT in accuracies:
+        given = [value for name, value in accuracies.items() if name not in (_RESULT, "ensemble")]
+        found.append((f"{_percent(accuracies[_RESULT])} %", f"accuracy; best network given {_percent(max(given))} %"))
+    sizes = _ratios(facts)
+    found += [(f"{ratio:.3g}×", text) for text, ratio in sizes.items()]
+    return found
+
+
+def _ratios(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Cost against one of the networks that were given."""
+    if "nonzeros" in facts:
+        return {
+            "weights that are not zero": facts["nonzeros"] / max(facts["params"], 1),
+            "FLOPs without products with zero": facts["flops_after"] / max(facts["flops"], 1),
+        }
+    return {"parameters of one network given": facts["params_ratio"], "of its FLOPs": facts["flops_ratio"]}
+
+
+def _accuracy(networks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows with a dot on a scale, and the ends of the scale; agreement where there are no labels."""
+    key = "accuracy" if any(row["accuracy"] is not None for row in networks) else "agreement"
+    values = [100 * row[key] for row in networks if row[key] is not None]
+    if not values:
+        return {"rows": [], "key": key, "low": 0, "high": 100}
+    low, high = marks.scale_of(values)
+    span = max(high - low, 1)
+    rows = [{**row, "mark": marks.dot((100 * row[key] - low) / span, row["name"] == _RESULT)} for row in networks]
+    return {"rows": rows, "key": key, "low": low, "high": high}
+
+
+def _costs(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each network and kind of cost, its bar relative to the largest of the kind."""
+    rows = [row for row in networks if row["params"] is not None] or [
+        {"name": _RESULT, "params": facts["params"], "nonzeros": facts.get("nonzeros"), "flops": facts["flops"]}
+    ]
+    found = []
+    for key, title in (("params", "parameters"), ("nonzeros", "not zero"), ("flops", "FLOPs")):
+        most = max((row[key] or 0 for row in rows), default=0)
+        if most and not (key == "nonzeros" and "nonzeros" not in facts):
+            found += [
+                {"kind": title, "name": row["name"], "value": row[key],
+                 "mark": marks.bar((row[key] or 0) / most, row["name"] == _RESULT)}
+                for row in rows
+            ]  # fmt: skip
+    return found
+
+
+def _candidates(scores: Mapping[str, Mapping[str, float | None]]) -> list[dict[str, Any]]:
+    """Rows as they were judged, best first, with a dot on a logarithmic scale of what judged them."""
+    keys = ("loss", "divergence")
+    key = next((k for k in keys if any(score.get(k) is not None for score in scores.values())), None)
+    positive = [score[key] for score in scores.values() if key and (score.get(key) or 0) > 0]
+    low, high = (math.log(min(positive)), math.log(max(positive))) if positive else (0.0, 1.0)  # type: ignore[type-var, arg-type]
+    rows = []
+    for index, (name, score) in enumerate(scores.items()):
+        value = score.get(key) if key else None
+        share = 0.0 if not value or value <= 0 else (math.log(value) - low) / max(high - low, 1e-9)
+        rows.append({"name": name, **{k: score.get(k) for k in ("accuracy", "agreement", *keys)},
+                     "mark": marks.dot(share, index == 0), "judge": key})  # fmt: skip
+    return rows
+
+
+def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Curves over layers: sparsity and statistics of a pruned network, widths of a smaller one."""
+    rows = facts["layers"] if "nonzeros" in facts else []
+    groups = facts.get("groups") or []
+    names = [row["name"].removesuffix(".weight") for row in rows or groups]
+    if groups:
+        widths = {when: [group[when] * group["blocks"] for group in groups] for when in ("after", "before")}
+        return {"Channels of each group": marks.lines(widths, names, "")}
+    if not rows:
+        return {}
+    zeros = [100 * row["sparsity"] for row in rows]
+    found = {"Share of zeros in each layer": marks.lines({"zeros": zeros}, names, "%")}
+    if any(row["variance_after"] is not None for row in rows):
+        variances = {name: [row[f"variance_{when}"] for row in rows] for name, when in _REPAIR.items()}
+        found["Variance of each layer's outputs, against the network before"] = marks.lines(variances, names, "×")
+    return found
+
+
+def _checks(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was checked, its error, and what that says."""
+    found = []
+    if facts.get("verify_error") is not None and "groups" in facts:
+        found.append(("removal", f"{facts['verify_error']:.1e}", "equals the network with masked channels, in float64"))
+    elif facts.get("verify_error") is not None:
+        found.append(("alignment", f"{facts['verify_error']:.1e}", "each network computes what it did, in float64"))
+    own = facts["own_class"]
+    found.append(("class", "own" if own else "new", "the user's own class" if own else facts["class_reason"]))
+    found.append(("file", "outputs", "check.safetensors holds outputs that the loaded network must give"))
+    if facts.get("not_counted"):
+        found.append(("FLOPs", "partial", f"without {', '.join(facts['not_counted'])}"))
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {"vfx": __version__, "Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f}"
