@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import vfx
 from vfx import cli
+from vfx.emit.onnx_network import OnnxNetwork
 from vfx.errors import ArgumentError, DataError
 from vfx.models.named import build
 
@@ -143,6 +145,24 @@ def test_the_command_prints_80_columns_and_pure_json(files: list[str], model: li
         invoke("evaluate", a, *model)
     with pytest.raises(ArgumentError, match="--model says which network"):
         invoke("evaluate", a, "--data", data)
+
+
+def test_an_onnx_file_is_measured_as_the_network_that_it_holds(
+    files: list[str], model: list[str], tmp_path: Path
+) -> None:
+    a, b, data = files
+    onnx = str(tmp_path / "a.onnx")
+    assert re.search(r"wrote \S+a.onnx \([\d.]+ kB\)", invoke("export", a, *model, "-o", onnx))
+    beside = json.loads(invoke("evaluate", b, onnx, a, *model, "--data", data, "--json", "-"))["networks"]
+    alone = json.loads(invoke("evaluate", onnx, "--data", data, "--json", "-"))["networks"][0]
+    for found in (beside[1], alone):
+        assert found["accuracy"] == beside[2]["accuracy"]
+        assert found["loss"] == pytest.approx(beside[2]["loss"], rel=1e-5)
+        assert found["latency"] > 0
+        assert 0 < found["params"] <= beside[2]["params"]  # BatchNorm may be folded
+    assert beside[1]["loss"] != beside[0]["loss"]
+    with pytest.raises(ArgumentError, match=r"takes \S+, got y"):
+        OnnxNetwork(onnx)(y=torch.zeros(2, 1, 8, 8))
 
 
 def test_merge_and_prune_measure_what_went_in_and_what_came_out(

@@ -60,6 +60,10 @@ class UncorrectedNote(VfxNote):
     """A network was merged or pruned without data, so nothing was done about what that costs."""
 
 
+class ConfigNote(VfxNote):
+    """A model's configuration cannot say the sizes that its layers have now."""
+
+
 class CheckpointNote(VfxNote):
     """What a reader chose, stripped, left out or cast in a checkpoint that does not hold a network's tensors alone."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -93,7 +93,7 @@ def compare(
 def evaluate(
     networks: Annotated[
         list[str],
-        typer.Argument(help=f"Checkpoints, or .pt2 networks; the model may stand first: {MODELS}."),
+        typer.Argument(help=f"Checkpoints, or .pt2 and .onnx networks; the model may stand first: {MODELS}."),
     ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor, as for the other commands.")] = None,
     inputs: Inputs = [],  # noqa: B006
@@ -117,13 +117,9 @@ def evaluate(
     check_network(model, files, inputs)
     from vfx.diagnosis.evaluation import evaluate as run
 
-    modules = []
-    for file in files:
-        whole = file.suffix.lower() == ".pt2"
-        if model is None and not whole:
-            raise ArgumentError(f"{file.name} holds tensors only; --model says which network they belong to")
-        modules.append(load_network(file) if whole else load_all([file], model or "", arguments, entry)[0])
-    examples = examples_of(inputs, model or "")
+    modules = [_network(file, model, arguments, entry) for file in files]
+    whole = next((one for one in modules if hasattr(one, "example_call")), None)
+    examples = whole.example_call() if whole and not (inputs or model) else examples_of(inputs, model or "")
     found = run(
         modules,
         examples,
@@ -137,6 +133,20 @@ def evaluate(
     tell(found, csv, report)
     put(csv, found.to_csv, report)
     put(report, found.to_json, csv)
+
+
+def _network(file: Path, model: str | None, arguments: list[str], entry: str | None) -> Any:
+    """The network of a checkpoint, or of a file that holds a whole one."""
+    suffix = file.suffix.lower()
+    if suffix == ".onnx":
+        from vfx.emit.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(file)
+    if suffix == ".pt2":
+        return load_network(file)
+    if model is None:
+        raise ArgumentError(f"{file.name} holds tensors only; --model says which network they belong to")
+    return load_all([file], model, arguments, entry)[0]
 
 
 @app.command()

@@ -11,7 +11,7 @@ from vfx.cli.app import app
 from vfx.cli.early import check_network, weights_in
 from vfx.cli.inputs import construct, examples_of
 from vfx.cli.options import Arguments, Csv, Entry, Inputs, Json, Model, Outputs, Seed
-from vfx.cli.results import check_outputs, origin_of, put, tell
+from vfx.cli.results import check_outputs, origin_of, put, size_of, tell
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
 
@@ -90,7 +90,8 @@ def export(
     network = load(weights_in(checkpoint), construct(model, arguments) if model else None, entry=entry)
     origin = origin_of([checkpoint])
     for path in out:
-        print(f"wrote {write(network, path, examples_of(inputs, model or ''), origin=origin)}")
+        write(network, path, examples_of(inputs, model or ""), origin=origin)
+        print(f"wrote {path} ({size_of(path)})")
 
 
 @app.command()

@@ -77,6 +77,17 @@ def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: li
     return evaluate([*given, result], examples, data=data, names=names, ensemble=len(given) if len(given) > 1 else 0)
 
 
+def size_of(path: Path) -> str:
+    """The size of a file on the disk, with the weights that lie beside a large .onnx."""
+    beside = path.parent.glob(f"{path.name}.*.data") if path.suffix.lower() == ".onnx" else ()
+    size = float(sum(file.stat().st_size for file in (path, *beside)))
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
 def short_names(files: list[Path]) -> list[str]:
     """The names of some files, with their folders where they are called alike."""
     names = [file.name for file in files]
@@ -109,7 +120,7 @@ def finish(
     for path in out or ():
         stage(f"writing {path}")
         try:
-            tell(f"wrote {write(result, path, origin=origin)}", report)
+            tell(f"wrote {write(result, path, origin=origin)} ({size_of(path)})", report)
         except VfxError as error:
             failures.append(error)
     if report is not None:

@@ -27,6 +27,7 @@ from vfx.arguments import checked
 from vfx.capture import capture
 from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilities
 from vfx.diagnosis.decisions import ensemble as together
+from vfx.emit.onnx_network import OnnxNetwork
 from vfx.errors import ArgumentError, CaptureError
 from vfx.program import Program
 from vfx.progress import track
@@ -120,7 +121,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure networks on ``data``: accuracy and loss against labels, agreement, parameters, FLOPs and latency.
 
-    ``models``: a network or several (modules or Results) that take the same inputs. ``ensemble``: the first so many
+    ``models``: a network or several (modules, Results or ``vfx.emit.onnx_network.OnnxNetwork``) that take the same
+    inputs. ``ensemble``: the first so many
     give one more row together (the mean of their logits), which the agreement is then with; else it is with the first.
     ``data``: batches as for ``vfx.merge``; without labels accuracy and loss are None. ``latency``: the median of five
     runs on the first batch. Raises ArgumentError, DataError, CaptureError.
@@ -137,7 +139,7 @@ def evaluate(
     networks = [_Network(one, example_inputs, device) for one in given]
     first = next((one.program for one in networks if one.program is not None), None)
     if first is None:
-        raise networks[0].refusal
+        first = _inputs_alone(example_inputs, networks[0].refusal)
     tallies = [_Tally() for _ in range(len(networks) + bool(ensemble))]
     batches = Batches(first, reusable(data), max_samples, device)
     held = _read(networks, tallies, batches, first, ensemble, progress)
@@ -155,6 +157,19 @@ def evaluate(
     return Evaluation(tuple(rows), tallies[0].samples, labelled, against, first.batch_of(held), tuple(notes))
 
 
+class _OneInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _inputs_alone(example_inputs: Any, refusal: CaptureError) -> Program:
+    """What says which inputs data hold, where no network can be captured; raises ``refusal`` for several inputs."""
+    call = as_call(example_inputs)
+    if len(call.args) != 1 or not isinstance(call.args[0], Tensor) or call.kwargs:
+        raise refusal
+    return capture(_OneInput(), call)
+
+
 class _Network:
     """A network to run, with what it costs."""
 
@@ -168,6 +183,10 @@ class _Network:
         self.nonzeros = sum(int(torch.count_nonzero(x)) for x in self.module.parameters())
         self.flops: int | None = None
         self.unknown: tuple[str, ...] = ()
+        if isinstance(self.module, OnnxNetwork):
+            self.refusal = CaptureError("an .onnx network is not captured; give a checkpoint beside it")
+            self.params, self.nonzeros = self.module.stored, self.module.nonzeros
+            return
         try:
             own = None if isinstance(model, nn.Module) else getattr(model, "program", None)
             self.program = own if isinstance(own, Program) else capture(self.module, as_call(example_inputs))

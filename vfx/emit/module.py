@@ -7,6 +7,7 @@ dict are the FQNs of the user's model.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,8 @@ from vfx.emit.arguments import with_arguments
 from vfx.emit.calls import by_packets, submodule, with_modules, with_own_names
 from vfx.emit.kept_sizes import KeptSize, kept_sizes, needed, put
 from vfx.emit.own_class import copied, own_class
-from vfx.errors import WeightError, listed
+from vfx.emit.own_config import config_changes, fit_config, put_config
+from vfx.errors import ConfigNote, WeightError, listed
 from vfx.program import Program, casts, copy_graph, moved
 from vfx.rewrite import PRESERVED, outputs_error
 
@@ -42,12 +44,31 @@ def emit(program: Program, edge: int = 0) -> tuple[nn.Module, str]:
         exact = own_class(_in_double(program), edge) if _scales(program) else module
     except (RuntimeError, TypeError, WeightError) as error:
         return graph_module(program, edge), f"writing back to {type(program.module).__name__} failed: {error}"
+    said = not program.resized or fit_config(module, program.module, lambda one: _same(one, module, program))
+    put_config(exact, config_changes(program.module, module))
     reason = _unproved(program, edge, exact)
     if reason and program.resized:
         sizes = needed(kept_sizes(program, edge), lambda some: not _unproved(program, edge, exact, some))
-        if sizes:
-            return put(module, sizes), ""
-    return (graph_module(program, edge), reason) if reason else (module, "")
+        module, reason = put(module, sizes), "" if sizes else reason
+    if reason:
+        return graph_module(program, edge), reason
+    if not said:
+        warnings.warn(_UNSAID.format(type(module).__name__), ConfigNote, stacklevel=2)
+    return module, ""
+
+
+_UNSAID = (
+    "the configuration of {} cannot say what is left of its layers (sizes that differ from one to the next, or heads "
+    "that the class would make otherwise), so what its own save_pretrained writes is not read: use vfx.save_pretrained"
+)
+
+
+@torch.no_grad()
+def _same(one: nn.Module, other: nn.Module, program: Program) -> bool:
+    """Whether two networks give the same outputs on the example inputs."""
+    call = program.with_samples(FEW).to("cpu").example_call
+    found = [program.returned(copy.deepcopy(net).cpu()(*call.args, **call.kwargs)) for net in (one, other)]
+    return outputs_error(*found) <= FLOAT32
 
 
 def _scales(program: Program) -> bool:

@@ -24,6 +24,7 @@ from vfx.address import address
 from vfx.arguments import checked
 from vfx.emit.files import export, load, safetensors_of
 from vfx.emit.own_class import own_tensors
+from vfx.emit.own_config import config_changes, has_config, put_config
 from vfx.emit.provenance import provenance
 from vfx.emit.tensors import read_safetensors
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
@@ -117,7 +118,8 @@ def _differences(before: nn.Module | None, after: nn.Module) -> dict[str, Any]:
             other = getattr(modules.get(path), name, value)
             if _is_size(value) and _is_size(other) and value != other and name != "training":
                 sizes.setdefault(path, {})[name] = value
-    return {"resized": shapes, "sizes": sizes}
+    said = {".".join(place): value for place, value in config_changes(before, after).items()}
+    return {"resized": shapes, "sizes": sizes, "configuration": said}
 
 
 def _is_size(value: Any) -> bool:
@@ -201,6 +203,10 @@ def _apply_sizes(module: nn.Module, config: Mapping[str, Any], folder: Path) -> 
             if not (_is_size(old) and _is_size(value)) or isinstance(old, (list, tuple)) != isinstance(value, list):
                 raise ArchitectureError(f"{folder}: {path or 'the network'} has no size {name!r}; {_other(config)}")
             setattr(modules[path], name, type(old)(value) if isinstance(old, (list, tuple)) else value)
+    said = {tuple(place.split(".")): value for place, value in config.get("configuration", {}).items()}
+    if said and (not has_config(module) or not all(type(value) is int for value in said.values())):
+        raise ArchitectureError(f"{folder}: the network has no configuration; {_other(config)}")
+    put_config(module, said)
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
