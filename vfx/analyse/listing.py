@@ -13,8 +13,7 @@ from rich.table import Table
 from vfx.terminal import rendered
 
 if TYPE_CHECKING:
-    from vfx.analyse.store import Pin
-    from vfx.analyse.symmetry import Group, Symmetry
+    from vfx.analyse.symmetry import Group, Pinned, Symmetry
 
 NAMED = 3  # members and axes that a line names
 
@@ -57,14 +56,14 @@ def _kind(group: Group) -> str:
     return group.kind.title + (f": {group.reason}" if group.reason else "") + beside
 
 
-def _by_reason(pinned: Sequence[Pin]) -> dict[str, list[Pin]]:
-    found: dict[str, list[Pin]] = {}
+def _by_reason(pinned: Sequence[Pinned]) -> dict[str, list[Pinned]]:
+    found: dict[str, list[Pinned]] = {}
     for pin in pinned:
         found.setdefault(pin.reason, []).append(pin)
     return found
 
 
-def _axes(pins: Sequence[Pin]) -> str:
+def _axes(pins: Sequence[Pinned]) -> str:
     """Each weight once, with those of its axes that are pinned."""
     axes: dict[str, list[str]] = {}
     for pin in pins:
