@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import vfx
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,3 +122,10 @@ def test_extras_are_those_that_are_declared() -> None:
         assert extra == "dev" or named <= set(EXTRAS[extra]), extra
     core = {need.partition(">")[0] for need in declared["dependencies"]}
     assert not core & set().union(*EXTRAS.values())
+
+
+def test_a_type_checker_sees_the_names_that_are_imported_on_first_use() -> None:
+    tree = ast.parse((ROOT / "vfx" / "__init__.py").read_text())
+    (block,) = [one for one in tree.body if isinstance(one, ast.If)]
+    seen = {alias.asname: one.module for one in block.body if isinstance(one, ast.ImportFrom) for alias in one.names}
+    assert seen == vfx._LAZY
