@@ -7,7 +7,7 @@ schedule, the scores are taken anew on what is left, and what went stays away. T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from vfx.arguments import checked
 from vfx.checks import check_finite
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Program
+from vfx.pruning.allocation.allocation import Allocation
+from vfx.pruning.allocation.catalogue import allocation_named
 from vfx.pruning.scores.catalogue import score_named
 from vfx.pruning.scores.score import Pruned, Score, Subject, Values
 from vfx.pruning.selection import Schedule, Sparsity, selection
@@ -32,7 +34,9 @@ class MaskWeights(Pass):
     """Set the weights that ``score`` needs least to zero; ``masks`` (True: stays, by FQN) holds the last result's.
 
     ``scope``: "global", "layer", "row", "N:M", or "auto" (the score's own). ``sparsity``: a share in [0, 1), or a dict
-    of globs of layers; what no glob matches is kept. ``protect``: globs, "first", "head"; "auto" is the score's own.
+    of globs of layers; what no glob matches is kept. ``allocation``: how the share is spread over layers, "scope" (the
+    scope alone decides), "progressive", "erk", "owl", "error", or an Allocation; for the scopes "layer" and "row".
+    ``protect``: globs, "first", "head"; "auto" is the score's own.
     Raises ArgumentError, WeightError, DataError, PassError.
     """
 
@@ -45,6 +49,7 @@ class MaskWeights(Pass):
         sparsity: Sparsity = None,
         scope: str = "auto",
         *,
+        allocation: str | Allocation = "scope",
         data: Any = None,
         max_samples: int | None = None,
         protect: str | Sequence[str] = "auto",
@@ -57,6 +62,7 @@ class MaskWeights(Pass):
         self.score = score_named(score)
         self.selection = selection(self.score.scope if scope == "auto" else scope, sparsity)
         self.score.check(self.selection)
+        self.allocation = self._checked_allocation(allocation, scope, data)
         self.schedule = Schedule(steps, schedule)  # type: ignore[arg-type]
         if self.selection.pattern and steps > 1:
             raise ArgumentError(f"scope={scope!r} has no sparsity to grow in {steps} steps; leave steps out")
@@ -68,14 +74,27 @@ class MaskWeights(Pass):
         self.masks: dict[str, Tensor] = {}
         self.budgets: Budgets = []
 
+    def _checked_allocation(self, allocation: str | Allocation, scope: str, data: Any) -> Allocation | None:
+        found = allocation_named(allocation)
+        if found is None:
+            return None
+        if self.selection.scope not in ("layer", "row") or isinstance(self.selection.sparsity, Mapping):
+            raise ArgumentError(
+                f"allocation={found.name!r} spreads one sparsity over layers; it takes scope 'layer' or 'row' and one "
+                f"number, not scope={self.selection.scope!r} and sparsity={self.selection.sparsity!r}"
+            )
+        if found.needs_data and data is None:
+            raise ArgumentError(f"allocation={found.name!r} runs the network on data; give data=")
+        return found
+
     def requires(self, program: Program) -> None:
         check_finite(program.weights[0], "the network", program.masks)
 
     def apply(self, program: Program) -> Program:
         found, notes = find_targets(program)
-        self.budgets = self.selection.budgets(unprotected(found, self.protect))
-        targets = tuple(target for own, _ in self.budgets for target in own)
         self.masks = {}
+        self.budgets = self._budgets(program, unprotected(found, self.protect))
+        targets = tuple(target for own, _ in self.budgets for target in own)
         working = program
         for share in self.schedule.shares():
             pruned = self._step(working, targets, share)
@@ -83,6 +102,14 @@ class MaskWeights(Pass):
             working = working.with_weights([{**working.weights[0], **pruned.weights}])
         result = program.with_weights(working.weights, self._history())
         return replace(result, notes=(*program.notes, *notes))
+
+    def _budgets(self, program: Program, targets: tuple[Target, ...]) -> Budgets:
+        """The targets that share one sparsity, with it."""
+        if self.allocation is None:
+            return self.selection.budgets(targets)
+        assert isinstance(self.selection.sparsity, float)
+        shares = self.allocation.shares(self._subject(program, targets), self.selection.sparsity)
+        return [((target,), shares[target.name]) for target in targets]
 
     def ensures(self, program: Program, result: Program) -> None:
         """Raise unless exactly what was asked for is zero and nothing else than the targets changed."""
@@ -100,11 +127,13 @@ class MaskWeights(Pass):
 
     @torch.no_grad()
     def _step(self, program: Program, targets: tuple[Target, ...], share: float) -> Pruned:
-        subject = Subject(
+        return self.score.prune(self._subject(program, targets), lambda scores: self._select(scores, share))
+
+    def _subject(self, program: Program, targets: tuple[Target, ...]) -> Subject:
+        return Subject(
             program, targets, self.data, self.max_samples, self.seed, self.device, self.progress, self.masks,
             self.selection,
         )  # fmt: skip
-        return self.score.prune(subject, lambda scores: self._select(scores, share))
 
     def _select(self, scores: Values, share: float) -> dict[str, Tensor]:
         """Masks for the scored weights; what an earlier step removed goes first."""
@@ -118,4 +147,5 @@ class MaskWeights(Pass):
         total = sum(target.numel for targets, _ in self.budgets for target in targets)
         share = self.selection.expected(self.budgets) / max(total, 1)
         steps = f", {self.schedule.steps} steps" if self.schedule.steps > 1 else ""
-        return f"MaskWeights({self.score.name}, {self.selection.scope}, {share:.2%}{steps})"
+        spread = f", {self.allocation.name}" if self.allocation else ""
+        return f"MaskWeights({self.score.name}, {self.selection.scope}{spread}, {share:.2%}{steps})"

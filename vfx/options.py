@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vfx.choice import Judging
     from vfx.match.matcher import Matcher
     from vfx.normalize.catalogue import Normalization
+    from vfx.pruning.allocation.allocation import Allocation
     from vfx.pruning.groups import Loss, Scores
     from vfx.pruning.scores.score import Score
     from vfx.pruning.selection import Sparsity
@@ -173,6 +174,9 @@ class PruneOptions(Rewriting):
     )
     score: str | Score = keyword("magnitude", text=Text("text", catalogue=("pruning/scores/catalogue.py", "SCORES")))
     scope: str = keyword("auto", "auto, global, layer, row, or a pattern such as 2:4.", Text("text"))
+    allocation: str | Allocation = keyword(
+        "scope", text=Text("text", names=("scope",), catalogue=("pruning/allocation/catalogue.py", "ALLOCATIONS"))
+    )
     repair_samples: int = keyword(64, "Samples that the repair reads.", Text("number"))
     protect: str | Sequence[str] = keyword(
         "auto", "Layers left alone: auto, none, first, head or a glob; repeatable.", Text("texts")

@@ -31,6 +31,7 @@ def masking(options: PruneOptions) -> MaskWeights:
         options.score,
         options.sparsity,
         options.scope,
+        allocation=options.allocation,
         protect=options.protect,
         steps=options.steps,
         schedule=options.schedule,
@@ -73,6 +74,7 @@ def masked_result(
 def _choices(mask: MaskWeights, restored: Restored, options: PruneOptions) -> dict[str, Any]:
     """What was chosen, for the report."""
     chosen = {"score": mask.score.name, "scope": mask.selection.scope}
+    chosen["allocation"] = mask.allocation.name if mask.allocation else "scope"
     return chosen | {"solve": restored.solve, "normalize": restored.normalize, "masks": options.masks}
 
 

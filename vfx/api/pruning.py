@@ -17,6 +17,7 @@ from vfx.choice import Judging
 from vfx.normalize.catalogue import Normalization
 from vfx.options import DYNAMIC_BATCH, PruneOptions, StructuredOptions
 from vfx.program import Program
+from vfx.pruning.allocation.allocation import Allocation
 from vfx.pruning.groups import Loss, Scores
 from vfx.pruning.scores.score import Score
 from vfx.pruning.selection import Sparsity
@@ -32,6 +33,7 @@ def prune(
     sparsity: Sparsity = None,
     score: str | Score = "magnitude",
     scope: str = "auto",
+    allocation: str | Allocation = "scope",
     data: Any = None,
     max_samples: int | None = None,
     repair_samples: int = 64,
@@ -53,26 +55,28 @@ def prune(
     """Set the weights that a trained network needs least to zero and solve those that stay, without training.
 
     ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
-    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", or a Score. ``scope``: "global", "layer", "row",
-    a pattern such as "2:4", or "auto" (rows for Wanda, else global). ``data``: batches as for ``merge``; labels behind
-    the inputs serve the gradients. ``max_samples`` bounds what the score and the solution read, ``repair_samples`` what
-    a normalization reads. ``protect``: layers that keep all weights: globs, "first", "head"; "auto" is the head for
-    Wanda. ``solve``: "least_squares" solves each layer, within its mask, for the dense network's outputs on ``data``
-    (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on held-out samples (as ``judge``
-    sees them, see ``merge``), and gives way to a normalization that is named; None does not solve. ``normalize``: None,
-    "repair", "rescale", "reset", towards the dense network's statistics; "auto" is RESET with BatchNorm, else REPAIR,
-    and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``:
-    "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
-    ``structured``, its further options) removes whole channels instead: see ``prune_structured``. ``dynamic_shapes``
-    and ``outputs`` (those that count): as for ``vfx.trace``.
+    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", "sparsegpt", "alps", or a Score. ``scope``:
+    "global", "layer", "row", a pattern such as "2:4", or "auto" (the score's own: rows for Wanda, layers for SparseGPT
+    and ALPS, else global). ``allocation``: how the share is spread over layers in the scopes "layer" and "row":
+    "scope" (evenly), "progressive", "erk" (Erdős–Rényi), "owl" (outliers), "error" (measured errors of the layers).
+    ``data``: batches as for ``merge``; labels behind the inputs serve the gradients. ``max_samples`` bounds what the
+    score and the solution read, ``repair_samples`` what a normalization reads. ``protect``: layers that keep all
+    weights: globs, "first", "head"; "auto" is the head for Wanda. ``solve``: "least_squares" solves each layer, within
+    its mask, for the dense network's outputs on ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both,
+    whatever does best on held-out samples (as ``judge`` sees them, see ``merge``), and gives way to a normalization
+    that is named; None does not solve. ``normalize``: None, "repair", "rescale", "reset", towards the dense network's
+    statistics; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``steps`` one-shot steps along a
+    "cubic" or "linear" ``schedule``. ``masks``: "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured"
+    2:4 tensors on CUDA. ``scope="group"`` (or ``structured``, its further options) removes whole channels instead: see
+    ``prune_structured``. ``dynamic_shapes`` and ``outputs`` (those that count): as for ``vfx.trace``.
     *Vanishing Feature* §5.5, App. A.7.
     Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
     """
     options = PruneOptions(
-        sparsity=sparsity, score=score, scope=scope, data=reusable(data), max_samples=max_samples,
-        repair_samples=repair_samples, protect=protect, solve=solve, judge=judge, normalize=normalize, steps=steps,
-        schedule=schedule, masks=masks, structured=structured, dynamic_shapes=dynamic_shapes, outputs=outputs,
-        verify=verify, seed=seed, device=device, progress=progress,
+        sparsity=sparsity, score=score, scope=scope, allocation=allocation, data=reusable(data),
+        max_samples=max_samples, repair_samples=repair_samples, protect=protect, solve=solve, judge=judge,
+        normalize=normalize, steps=steps, schedule=schedule, masks=masks, structured=structured,
+        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
     )  # fmt: skip
     if scope == "group" or structured is not None:
         return prune_structured(model, example_inputs, **whole_channels(options, prune_structured))

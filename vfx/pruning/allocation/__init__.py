@@ -1,0 +1,1 @@
+"""How a network's sparsity is spread over its layers."""
