@@ -114,3 +114,21 @@ def test_the_second_look_decides_with_the_first(monkeypatch: pytest.MonkeyPatch)
     looks.clear()
     assert prune_structured(model, x[:2], **options).report.choices["score"] == "activation"
     assert looks == [False, True]
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.3])
+def test_magnitude_stays_where_activation_is_not_clearly_better(monkeypatch: pytest.MonkeyPatch, gap: float) -> None:
+    """Better by less than the standard error is none; by more it is taken."""
+    noise = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = {"magnitude": noise.abs() + 1 + gap, "activation": noise.flip(0).abs() + 0.999}
+    seen = iter(values.values())
+
+    def scores(self: Restoring, ways: Any, folds: Any) -> dict[str, list[Score]]:
+        samples = next(seen)
+        return {way: [Score(float(samples.mean()), samples=samples)] for way in ways}
+
+    monkeypatch.setattr(Restoring, "scores", scores)
+    monkeypatch.setattr(choice, "CLOSE", 0.0)
+    model, x = _half_silent(), _samples()
+    result = prune_structured(model, x[:2], sparsity=0.5, data=x, solve="least_squares", progress=False)
+    assert result.report.choices["score"] == ("activation" if gap else "magnitude")

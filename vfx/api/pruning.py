@@ -122,9 +122,9 @@ def prune_structured(
     ``sparsity``: the share of the channels of each group that goes; or ``budget``: what is left of one figure of the
     network, {"params": 0.5}, {"flops": 0.5} or {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
-    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group; "auto" is magnitude without data, and
-    with them magnitude or activation, whichever leaves the better network on held-out samples (as ``judge`` sees
-    them, see ``merge``). ``allocation``: "uniform" or "global".
+    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group; "auto" is magnitude, or
+    with data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
+    ``merge``). ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
     "both"; "auto" is channels, and blocks where their numbers do not allow the share. ``protect``: FQNs whose groups
     stay whole. ``variance``: approximate the variances of folded channels without data.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -113,7 +114,10 @@ class Decision:
 
 
 def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwatch) -> Decision:
-    """Score every way of every candidate, unless there is one only; close ones of several candidates in all folds."""
+    """Score every way of every candidate, unless there is one only; close ones of several candidates in all folds.
+
+    A candidate gives way to a later one that is better by more than the standard error of the paired difference.
+    """
     pairs = {_joined(name, way): (name, way) for name, one in candidates.items() for way in one.ways(solve)}
     if len(pairs) == 1:
         return Decision(*next(iter(pairs.values())))
@@ -127,7 +131,9 @@ def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwa
             again = _scores(candidates, {label: pairs[label] for label in near}, more)
             scores |= {label: joined(tried[label] + each) for label, each in again.items()}
     ordered = sorted(scores.items(), key=lambda item: item[1].value)
-    chosen = best({label: scores[label] for label in near or scores}, (), ())
+    lines = [[label for label in near or scores if pairs[label][0] == name] for name in candidates]
+    firsts = [best({label: scores[label] for label in line}, (), ()) for line in lines if line]
+    chosen = reduce(lambda first, later: later if scores[later].better_than(scores[first]) else first, firsts)
     return Decision(*pairs[chosen], {label: score.to_dict() for label, score in ordered}, label_notes(folds))
 
 
