@@ -30,6 +30,7 @@ from benchmarks.fashion import RESULTS
 from benchmarks.options import Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import HUGGING_FACE, VOCABULARY, Network
+from vfx.analyse.transform import apply, random_element
 from vfx.analyse.verify import in_double, randomise, relative_error, tensors
 from vfx.data import digits
 from vfx.files import write_atomic
@@ -85,7 +86,7 @@ def pair(name: str, form: str, seed: int) -> tuple[Program, list[Any]]:
     weights = randomise(program, found, torch.Generator().manual_seed(seed))
     program = FORMS[form](program.with_weights([weights]))
     facts = vfx.symmetry(program)
-    moved = facts.transform(program.weights[0], facts.random_maps(np.random.default_rng(seed)))
+    moved = apply(facts, program.weights[0], random_element(facts, np.random.default_rng(seed)))
     return program.with_weights([program.weights[0], moved]), found
 
 

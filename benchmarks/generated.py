@@ -38,6 +38,8 @@ from benchmarks.fashion import RESULTS
 from benchmarks.grammar import network
 from benchmarks.options import Fresh, Output
 from benchmarks.pairs_report import cell
+from vfx.analyse.transform import apply, random_element
+from vfx.analyse.verify import verify
 from vfx.errors import VerificationError, VfxError
 from vfx.files import write_atomic
 from vfx.program import Program
@@ -92,7 +94,7 @@ class Trial:
         facts = vfx.symmetry(self.edges.select(0))
         if facts.unknown_ops:
             return f"no rule for {', '.join(facts.unknown_ops)}"
-        error = facts.verify(seed=1)
+        error = verify(facts, seed=1)
         return "" if error <= EXACT else f"a random element changes the function by {error:.1e}"
 
     def permuted(self) -> str:
@@ -148,11 +150,11 @@ def moved_copy(model: nn.Module, x: Tensor, seed: int, classes: str = "full") ->
     """The network with its weights moved by a random element of its classes, or of its permutations."""
     facts = vfx.symmetry(model, x)
     program = facts.program
-    element = facts.random_maps(np.random.default_rng(seed), classes)
+    element = random_element(facts, np.random.default_rng(seed), classes)
     double = {
         name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in program.weights[0].items()
     }
-    moved = facts.transform(double, element)
+    moved = apply(facts, double, element)
     copied = copy.deepcopy(model)
     state = copied.state_dict()
     for name, tensor in moved.items():

@@ -39,8 +39,10 @@ from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Missi
 from benchmarks.memory import peak_memory
 from benchmarks.options import Checkpoints, DataFolder, Output
 from benchmarks.pairs_report import grid
-from vfx.analyse.elements import moved
-from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
+from vfx.analyse.elements import Permutations, moved
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import randomise
 from vfx.api import symmetry, trace
 from vfx.files import write_atomic

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.fashion import RESULTS
 from benchmarks.options import Cache, Output
 from benchmarks.pairs_report import grid
+from vfx.analyse.verify import verify
 from vfx.api import collect, merge, symmetry, trace
 from vfx.data import digits
 from vfx.files import write_atomic
@@ -82,7 +83,7 @@ def measure(edges: list[ViT], data: tuple[Tensor, ...]) -> dict[str, Any]:
         "groups": len(facts.groups),
         "channels": facts.channels,
         "inside_blocks": sum(group.parent is not None for group in facts.groups),
-        "verify": facts.verify(),
+        "verify": verify(facts),
         "edges": [score(edge, images, labels) for edge in edges],
         "merges": found,
     }

@@ -19,7 +19,8 @@ from torch import fx
 
 from vfx.analyse.balance import deficient, in_turn, rewritten
 from vfx.analyse.classes import Maps
-from vfx.analyse.symmetry import Group, Symmetry, symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
 from vfx.operators import arguments, operator_of
 from vfx.program import Program

@@ -17,8 +17,8 @@ import numpy as np
 
 from vfx.analyse.balance import Scales, rewritten
 from vfx.analyse.classes import Maps
-from vfx.analyse.kinds import Side
-from vfx.analyse.symmetry import Group, Symmetry, symmetry
+from vfx.analyse.groups import Group, Side
+from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
 from vfx.program import Program
 from vfx.rewrite import Pass

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.symmetry import Symmetry
 from vfx.api import symmetry, trace
 from vfx.program import Program
 

@@ -9,7 +9,7 @@ import torch
 from conftest import close
 from torch import Tensor
 
-from vfx.analyse.symmetry import Group
+from vfx.analyse.groups import Group
 from vfx.errors import ArgumentError
 from vfx.match.cca import CCAMerging
 from vfx.match.linear import Features

@@ -17,7 +17,7 @@ from vfx.analyse.balance import _balanced_where_used, balance
 from vfx.analyse.classes import Maps, draw
 from vfx.analyse.composition import compose, inverse
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import apply
+from vfx.analyse.transform import apply, random_element
 from vfx.analyse.verify import in_double, randomise
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
@@ -141,7 +141,7 @@ def _pair(name: str) -> tuple[Program, Symmetry, Tensor]:
         weights = randomise(program, [x], torch.Generator().manual_seed(0))
         program = form(program.with_weights([weights]))
         facts = vfx.symmetry(program)
-        moved = facts.transform(program.weights[0], facts.random_maps(np.random.default_rng(3)))
+        moved = apply(facts, program.weights[0], random_element(facts, np.random.default_rng(3)))
         pair = program.with_weights([program.weights[0], moved])
         _known[name] = pair, vfx.symmetry(pair), x
     return _known[name]
@@ -235,7 +235,7 @@ def test_a_lifted_transformer_comes_back_in_its_own_class() -> None:
 @pytest.mark.parametrize("name", ["rms", "vit", "residual", "tanh"])
 def test_elements_compose_and_undo(name: str) -> None:
     program, facts, _ = _pair(name)
-    one, two = (facts.random_maps(np.random.default_rng(seed)) for seed in (1, 2))
+    one, two = (random_element(facts, np.random.default_rng(seed)) for seed in (1, 2))
     weights = program.weights[0]
     there = apply(facts, apply(facts, weights, one), two)
     at_once = apply(facts, weights, compose(facts, one, two), check=False)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from vfx.analyse import transform
 from vfx.analyse.classes import Maps, contains, contragredient, draw, meet
+from vfx.analyse.drawing import to_networkx
+from vfx.analyse.groups import Group
 from vfx.analyse.slots import Slots, nullspace
-from vfx.analyse.symmetry import Group, Symmetry, symmetry
-from vfx.analyse.transform import Element
-from vfx.analyse.verify import _random_input, function_error, in_double, randomise
+from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.analyse.transform import Element, apply, random_element
+from vfx.analyse.verify import _random_input, function_error, in_double, randomise, verify
 from vfx.capture import capture
 from vfx.errors import ArgumentError
 
@@ -313,8 +315,8 @@ def test_the_class_of_each_group_is_found_and_true(case: Case) -> None:
     expected = {name: sorted(kind if isinstance(kind, list) else [kind]) for name, kind in case.kinds.items()}
     assert {name: sorted(kinds) for name, kinds in found.items()} == expected
     for seed in range(3):
-        assert facts.verify(seed) <= EXACT
-        assert facts.verify(seed, classes="permutation") <= EXACT
+        assert verify(facts, seed) <= EXACT
+        assert verify(facts, seed, classes="permutation") <= EXACT
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -353,7 +355,7 @@ def test_a_gain_takes_one_scale_in_and_gives_another_out() -> None:
     assert (before.kind, behind.kind, sides["n.running_var", 0].kind) == (M, A, P)
     assert sides["n.running_mean", 0] is sides["a.bias", 0] is before
     assert sides["n.bias", 0] is behind
-    scales = facts.random_maps(np.random.default_rng(0))[group.index].scales
+    scales = random_element(facts, np.random.default_rng(0))[group.index].scales
     gain = sides["n.weight", 0]
     np.testing.assert_allclose(scales[before.index] * scales[gain.index], scales[behind.index], rtol=1e-12)
     assert (scales[behind.index] > 0).all()
@@ -367,7 +369,7 @@ def test_a_transformed_weight_set_is_a_literal_product(name: str) -> None:
     weights = {n: t.double() for n, t in facts.program.weights[0].items()}
     chosen = {
         index: Element(matrix=element.matrix, scales=element.scales)
-        for index, element in facts.random_maps(np.random.default_rng(2)).items()
+        for index, element in random_element(facts, np.random.default_rng(2)).items()
     }
     expected = {name: tensor.numpy().copy() for name, tensor in weights.items()}
     for group in facts.groups:
@@ -393,7 +395,7 @@ def test_a_transformed_weight_set_is_a_literal_product(name: str) -> None:
                         part[where] = np.tensordot(matrix, part[where], 1)
                     else:
                         array[rows] = np.tensordot(matrix, array[rows], 1)
-    moved = facts.transform(weights, chosen)
+    moved = apply(facts, weights, chosen)
     assert any(not torch.equal(moved[name], weights[name]) for name in weights)
     for name, tensor in moved.items():
         np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-12, atol=1e-12)
@@ -403,7 +405,7 @@ def test_a_map_and_the_wrong_dual_change_the_function() -> None:
     facts = _named("linear")
     matrix = draw(L, 7, np.random.default_rng(0))
     good = {0: Element(matrix=matrix)}
-    assert _error(facts, lambda weights: facts.transform(weights, good)) <= EXACT
+    assert _error(facts, lambda weights: apply(facts, weights, good)) <= EXACT
     (member,) = (m for m in facts.groups[0].members if m.role == "in")
     assert _error(facts, lambda weights: transform.apply(facts, weights, good, (member,))) >= BROKEN
 
@@ -413,23 +415,23 @@ def test_maps_outside_their_class_are_refused() -> None:
     for name, message in (("relu", "positive monomial"), ("rms_norm_without_gain", "not orthogonal")):
         facts = _named(name)
         with pytest.raises(ArgumentError, match=message):
-            facts.transform(facts.program.weights[0], {0: Element(matrix=linear_map)})
+            apply(facts, facts.program.weights[0], {0: Element(matrix=linear_map)})
     facts = _named("relu")
     side = facts.groups[0].sides[0].index
     with pytest.raises(ArgumentError, match="equations of its sides"):
-        facts.transform(facts.program.weights[0], {0: Element(scales={side: -np.ones(7)})})
+        apply(facts, facts.program.weights[0], {0: Element(scales={side: -np.ones(7)})})
     with pytest.raises(ArgumentError, match="no such sides"):
-        facts.transform(facts.program.weights[0], {0: Element(scales={-5: np.ones(7)})})
+        apply(facts, facts.program.weights[0], {0: Element(scales={-5: np.ones(7)})})
     with pytest.raises(ArgumentError, match="full, permutation"):
-        facts.verify(classes="orthogonal")
+        verify(facts, classes="orthogonal")
 
 
 def test_permutations_alone_move_nothing_else() -> None:
     facts = _named("linear")
-    chosen = facts.random_maps(np.random.default_rng(0), "permutation")
+    chosen = random_element(facts, np.random.default_rng(0), "permutation")
     assert all(element.matrix is None and not element.scales for element in chosen.values())
     weights = facts.program.weights[0]
-    moved = facts.transform(weights, chosen)
+    moved = apply(facts, weights, chosen)
     assert all(torch.equal(moved[name].sort().values, weights[name].sort().values) for name in ("a.bias", "b.weight"))
 
 
@@ -440,7 +442,7 @@ def test_tied_embeddings_are_orthogonal(norm: Callable[[Tensor], Tensor], kind: 
     model = net(lambda s, x: F.linear(norm(s.table(x)), s.table.weight), table=nn.Embedding(9, 7))
     facts = symmetry(capture(model, (torch.randint(0, 9, (3, 4)),)))
     assert [group.kind for group in facts.groups] == [kind]
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
     for maps in COVERS[kind]:
         assert _forced(facts, facts.groups[0], maps) >= BROKEN
 
@@ -449,7 +451,7 @@ def test_the_table_shows_classes_and_what_lowered_them() -> None:
     text = str(_named("batch_norm_relu"))
     assert "positive monomial: aten.relu (relu)" in " ".join(text.split())
     assert "a side of its own: monomial" in " ".join(text.split())
-    graph = _named("relu").to_networkx()
+    graph = to_networkx(_named("relu"))
     assert graph.nodes[0]["maps"] == "positive monomial"
     assert graph.nodes[0]["reason"] == "aten.relu (relu)"
 
@@ -465,4 +467,4 @@ def test_parts_of_one_layer_have_classes_of_their_own() -> None:
     torch.manual_seed(0)
     facts = symmetry(capture(net(forward, **layers), (torch.randn(2, 3, 8, 8),)))
     assert {group.size: group.kind for group in facts.groups} == {4: A, 5: S}
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vfx
 from vfx.analyse.symmetry import symmetry
+from vfx.analyse.verify import verify
 from vfx.capture import capture
 
 EXACT = 1e-10
@@ -91,7 +92,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def test_proofs_follow_their_precision(name: str) -> None:
     torch.manual_seed(0)
     model, x = NETWORKS[name]().eval(), torch.randn(2, 3, 4)
-    assert symmetry(capture(model, (x,))).verify() <= EXACT
+    assert verify(symmetry(capture(model, (x,)))) <= EXACT
     merged = vfx.merge([model, model], x, match="weight", normalize=None, progress=False)
     close(merged.module(x), model(x), 1e-5)
     smaller = vfx.prune_structured(model, x, sparsity=0.5, progress=False)

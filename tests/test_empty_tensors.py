@@ -16,6 +16,7 @@ from conftest import close
 from micro_models import net
 from torch import Tensor, nn
 
+from vfx.analyse.verify import verify
 from vfx.api import merge, prune_structured, symmetry, trace
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
@@ -63,7 +64,7 @@ def _network(between: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def _works(model: nn.Module, x: Tensor) -> float:
     """The share of the parameters that pruning leaves, where all else holds."""
-    assert symmetry(model, x).verify() < 1e-10
+    assert verify(symmetry(model, x)) < 1e-10
     close(merge([model, model], x, match="weight", normalize=None, progress=False).module(x), model(x), 1e-6)
     return prune_structured(model, x, sparsity=0.5, progress=False).report.params_ratio
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from vfx import cli
+from vfx.analyse.verify import verify
 from vfx.api import collect, compile, layers, merge, profile, repair, symmetry, trace
 from vfx.emit.files import export, load
 from vfx.emit.module import difference, emit, graph_module, own_class
@@ -369,7 +370,7 @@ def test_casts_follow_the_precision_that_a_check_asks_for() -> None:
     assert program.to(dtype=torch.float32).graph is program.graph
     assert not exact.structural
     assert exact(torch.randn(3, 5, dtype=torch.float64)).dtype == torch.float64
-    assert symmetry(program).verify() < 1e-12
+    assert verify(symmetry(program)) < 1e-12
     assert emit(program)[1] == ""
     assert difference(own_class(program, 1), program.select(0)) > 1e-9  # negative control
 
@@ -496,7 +497,7 @@ def test_batches_may_hold_a_tensor_without_the_batch_and_other_lengths() -> None
 
 def test_every_door_takes_keyword_inputs() -> None:
     models, data = [scorer(0), scorer(1)], [tokens(8)]
-    assert symmetry(models[0], tokens(2)).verify() < 1e-12
+    assert verify(symmetry(models[0], tokens(2))) < 1e-12
     assert len(list(layers(models[0], tokens(2)))) == 2
     assert profile(models[0], tokens(2)).params == sum(p.numel() for p in models[0].parameters())
     assert compile(models[0], tokens(2), passes=[]).report.own_class

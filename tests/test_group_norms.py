@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import close, images, network, transported
 from torch import Tensor, nn
 
+from vfx.analyse.verify import verify
 from vfx.api import collect, merge, prune_structured, symmetry, trace
 from vfx.match.activation import ActivationMatching
 from vfx.match.matcher import Problem
@@ -62,7 +63,7 @@ class UNet(nn.Module):
 def _inside(model: nn.Module) -> list[tuple[int, int]]:
     """Blocks and size of each group inside others'."""
     facts = symmetry(model.eval(), X[:2])
-    assert facts.verify() < 1e-10
+    assert verify(facts) < 1e-10
     return sorted(group.blocks for group in facts.groups if group.parent is not None)
 
 
@@ -77,7 +78,7 @@ def test_each_group_of_a_stream_has_an_order_of_its_own() -> None:
 def test_groups_across_a_concatenation_are_no_blocks_of_one_another() -> None:
     """Norm groups of 12 on parts of 64 and 32: the groups that a part fills may not be permuted channel by channel."""
     facts = symmetry(UNet(32, 8).eval(), X[:2])
-    assert facts.verify() < 1e-10
+    assert verify(facts) < 1e-10
     (whole,) = (group for group in facts.groups if group.size == 5)  # the groups that lie in the first part
     assert whole.parent is None
 

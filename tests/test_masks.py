@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vfx
+from vfx.analyse.verify import verify
 from vfx.errors import ArchitectureError, DataError, WeightError
 
 CAUSAL = torch.full((5, 5), float("-inf")).triu(1)
@@ -80,7 +81,7 @@ def test_whatever_reads_data_or_prunes_takes_them(kind: str) -> None:
     ]  # fmt: skip
     for chosen in options:
         assert vfx.merge([one, other], x, data=data, **chosen, **QUIET).module(*x).isfinite().all()
-    assert vfx.symmetry(one, x).verify() < 1e-12
+    assert verify(vfx.symmetry(one, x)) < 1e-12
     assert vfx.diagnose(one, [one, other], x, data=data, **QUIET).rows
     assert vfx.prune(one, x, sparsity=0.5, data=data, **QUIET).module(*x).isfinite().all()
     assert vfx.prune_structured(one, x, sparsity=0.5, **QUIET).report.error < 1e-9

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfx.analyse.verify import verify
 from vfx.api import symmetry, trace
 from vfx.data import digits, text
 from vfx.data.text import CHARACTERS
@@ -196,7 +197,7 @@ def test_gpt_is_captured_and_its_symmetry_proved(tied: bool) -> None:
     facts = symmetry(program)
     # the stream, and in each of two blocks the heads, their queries, their values, and the hidden channels
     assert len(facts.groups) == 1 + 2 * 4
-    assert facts.verify() <= 1e-10
+    assert verify(facts) <= 1e-10
     assert (model.head.weight is model.token.weight) is tied
 
 

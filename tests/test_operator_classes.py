@@ -18,6 +18,7 @@ from vfx.analyse.action import HANDLERS, pointwise
 from vfx.analyse.classes import Maps
 from vfx.analyse.slots import Lowering, Slots
 from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.analyse.verify import verify
 from vfx.capture import capture
 from vfx.operators import PERMUTATION, REGISTRY, Operator, arguments, defaults, operator, operator_of
 from vfx.program import Program
@@ -162,7 +163,7 @@ def test_a_pointwise_class_one_step_too_large_is_noticed(name: str, monkeypatch:
     program, own = _traced(FUNCTIONS[name]), REGISTRY[f"aten.{name}"]
     facts = symmetry(program)
     assert not facts.unknown_ops
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
     said = {maps for node in program.graph.nodes if (maps := _said(node, own)) is not None}
     for wrong in {larger for maps in said for larger in LARGER[maps]} if name not in UNSEEN else ():
         monkeypatch.setitem(pointwise._MAPS, "wrong", wrong)
@@ -170,7 +171,7 @@ def test_a_pointwise_class_one_step_too_large_is_noticed(name: str, monkeypatch:
         monkeypatch.setitem(REGISTRY, own.name, replace(own, classes="wrong"))
         loosened = symmetry(program)
         if _kinds(loosened) != _kinds(facts):
-            assert max(loosened.verify(seed) for seed in range(2)) >= NOTICED, wrong
+            assert max(verify(loosened, seed) for seed in range(2)) >= NOTICED, wrong
 
 
 def _said(node: fx.Node, entry: Operator) -> Maps | None:
@@ -192,7 +193,7 @@ def test_a_handler_that_lowers_one_step_too_little_is_noticed(case: Case, monkey
                 loosened = symmetry(program)
                 grown = _kinds(loosened) != _kinds(facts)
             if grown:
-                assert max(loosened.verify(seed) for seed in range(2)) >= NOTICED, (node, maps, wrong)
+                assert max(verify(loosened, seed) for seed in range(2)) >= NOTICED, (node, maps, wrong)
 
 
 def _lowering(node: str, maps: Maps, wrong: Maps) -> Callable[[Slots, int, Maps], None]:

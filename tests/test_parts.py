@@ -11,6 +11,7 @@ from conftest import close
 from torch import Tensor, nn
 
 from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.verify import verify
 from vfx.api import symmetry
 from vfx.resize import resize
 
@@ -56,7 +57,7 @@ TOGETHER: dict[str, Step] = {
 def test_parts_put_together_are_one_group(name: str) -> None:
     facts = _facts(TOGETHER[name])
     assert [group.size for group in facts.groups] == [C]
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
 
 
 @pytest.mark.parametrize("name", ["chunks in another order", "three parts of different sizes"])
@@ -92,4 +93,4 @@ def test_parts_used_apart_are_groups_of_their_own(name: str) -> None:
     step, sizes, width = APART[name]
     facts = _facts(step, width)
     assert sorted(group.size for group in facts.groups) == sorted(sizes)
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT

@@ -16,7 +16,8 @@ from test_zoo import maxvit, swin, vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vfx.analyse.symmetry import Index, Symmetry, symmetry
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import in_double, randomise
 from vfx.capture import capture
 from vfx.emit.module import graph_module

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import vfx
 from vfx.analyse.classes import Maps, contains, contragredient, draw, turning, turns
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element
+from vfx.analyse.transform import Element, apply, random_element
+from vfx.analyse.verify import verify
 from vfx.errors import ArgumentError
 from vfx.match.solve import procrustes
 
@@ -218,16 +219,16 @@ def test_planes_are_found_and_proved(kind: type[Attention]) -> None:
     assert group.blocks == FOUND[kind]
     assert group.kind is Maps.ROTATIONS
     assert not facts.unknown_ops
-    assert facts.verify() <= 1e-10
+    assert verify(facts) <= 1e-10
     for member in group.members:
-        assert facts.verify(without=(member,)) > 1e-6
+        assert verify(facts, without=(member,)) > 1e-6
 
 
 @pytest.mark.parametrize("kind", [Plain, Normed, Scaled, Seen, Uneven, Tied, Pieces])
 def test_nothing_is_claimed_that_does_not_hold(kind: type[Attention]) -> None:
     facts = _facts(kind)
     assert facts.rotations == ()
-    assert facts.verify() <= 1e-10
+    assert verify(facts) <= 1e-10
 
 
 def test_a_map_one_step_larger_fails() -> None:
@@ -247,7 +248,7 @@ def test_a_map_one_step_larger_fails() -> None:
     for larger in (np.diag([1.0, -1.0]), np.diag([1.0, 2.0]), np.array([[1.0, 0.5], [0.0, 1.0]])):
         assert (after(larger) - before).abs().max() > 1e-4
     with pytest.raises(ArgumentError, match="rotations of planes"):
-        facts.transform(program.weights[0], {group.index: Element(matrix=np.stack([np.eye(SIZE)[::-1]] * HEADS))})
+        apply(facts, program.weights[0], {group.index: Element(matrix=np.stack([np.eye(SIZE)[::-1]] * HEADS))})
 
 
 @pytest.mark.parametrize("kind", [Attention, Shared, Packed, Partly, Fixed])
@@ -255,7 +256,7 @@ def test_a_map_one_step_larger_fails() -> None:
 def test_matching_brings_a_turned_network_back(kind: type[Attention], match: str) -> None:
     facts = _facts(kind)
     program = facts.program.to("cpu", torch.float64)
-    moved = facts.transform(program.weights[0], facts.random_maps(np.random.default_rng(1)))
+    moved = apply(facts, program.weights[0], random_element(facts, np.random.default_rng(1)))
     both, data = (
         program.with_weights([program.weights[0], moved]),
         [torch.randn(64, TOKENS, INPUTS, dtype=torch.float64)],
@@ -275,8 +276,8 @@ def test_statistics_of_turned_queries_are_known() -> None:
     facts = _facts(Attention)
     program = facts.program.to("cpu", torch.float64)
     (group,) = facts.rotations
-    chosen = {group.index: facts.random_maps(np.random.default_rng(2))[group.index]}
-    moved = facts.transform(program.weights[0], chosen)
+    chosen = {group.index: random_element(facts, np.random.default_rng(2))[group.index]}
+    moved = apply(facts, program.weights[0], chosen)
     both, data = (
         program.with_weights([program.weights[0], moved]),
         [torch.randn(64, TOKENS, INPUTS, dtype=torch.float64)],

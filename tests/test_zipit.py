@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import close
 
-from vfx.analyse.symmetry import Group
+from vfx.analyse.groups import Group
 from vfx.errors import ArgumentError
 from vfx.match.linear import Features
 from vfx.match.zipit import ZipIt, clusters, merges, similarities

@@ -23,6 +23,7 @@ from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from benchmarks.zoo import markdown, networks, passes
 from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.analyse.verify import verify
 from vfx.api import trace
 from vfx.capture import capture
 
@@ -132,7 +133,7 @@ def test_families_of_torchvision(case: Case) -> None:
     assert (len(facts.groups), facts.channels) == (case.groups, case.channels)
     assert not facts.unknown_ops
     assert all(pin.reason for pin in facts.pinned)
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
 
 
 # other libraries -----------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_timm(name: str) -> None:
     facts = symmetry(trace(timm.create_model(name, pretrained=False, **options), _random(image(side))))
     assert (len(facts.groups), facts.channels) == (groups, channels)
     assert not facts.unknown_ops
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
 
 
 # hidden 48, 4 heads of 12, two layers; hidden_states at the output pin the stream
@@ -177,7 +178,7 @@ def test_hugging_face(name: str) -> None:
     facts = symmetry(trace(network.build(), network.inputs()))
     assert (len(facts.groups), facts.channels) == HUGGING_FACE[name]
     assert not facts.unknown_ops
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
 
 
 # functional forms ---------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def test_decompositions_change_no_group(build: Any, side: int, groups: int, chan
     facts = _decomposed(build(), _random(image(side)))
     assert (len(facts.groups), facts.channels) == (groups, channels)
     assert not facts.unknown_ops
-    assert facts.verify() <= EXACT
+    assert verify(facts) <= EXACT
 
 
 # the benchmark ------------------------------------------------------------------------------------------------------

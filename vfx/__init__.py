@@ -107,6 +107,8 @@ _LAZY = {
         ],
         "vfx.api",
     ),
+    "draw": "vfx.analyse.drawing",
+    "verify": "vfx.analyse.verify",
     **dict.fromkeys(["export", "load"], "vfx.emit.files"),
     **dict.fromkeys(["from_pretrained", "save_pretrained"], "vfx.emit.pretrained"),
     "diagnose": "vfx.diagnosis.diagnose",

@@ -26,6 +26,7 @@ from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
 RESIZED = "resized"  # the origin of a graph whose layers have other sizes
+BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product of other sizes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from vfx.analyse.classes import contragredient
 from vfx.analyse.elements import Index
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, Part, alike, mapped, parts
 from vfx.errors import ArchitectureError
 from vfx.operators import is_layer, output_axis, weight_name

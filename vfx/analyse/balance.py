@@ -39,8 +39,9 @@ from torch import Tensor
 
 from vfx.analyse.classes import Maps, Matrix, contragredient, turning
 from vfx.analyse.composition import compose
+from vfx.analyse.groups import Group
 from vfx.analyse.slots import Vector, nullspace
-from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, Part, apply, parts, stacked
 from vfx.program import Weights
 

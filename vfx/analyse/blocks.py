@@ -26,7 +26,7 @@ from typing import Any
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
-from vfx.analyse.infer import Inference
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
 from vfx.analyse.shapes import Block, Digit, Shape
@@ -60,7 +60,7 @@ class Piece:
         return frozenset.intersection(*(frozenset(s) for s in self.signatures if leaf in s)) - self.repeated
 
 
-def parents(inference: Inference, free: Iterable[int]) -> dict[int, int]:
+def parents(inference: ProgramTerms, free: Iterable[int]) -> dict[int, int]:
     """Inner leaf -> the leaf whose elements are its blocks, one level deep."""
     allowed = _Allowed(inference, frozenset(free)).find()
     found: dict[int, int] = {}
@@ -77,7 +77,7 @@ class _Allowed:
     Most leaves are out at once, and what only they move is not looked at again.
     """
 
-    def __init__(self, inference: Inference, free: frozenset[int]):
+    def __init__(self, inference: ProgramTerms, free: frozenset[int]):
         self.t, self.free = inference, free
         self.inner = set(free - _alone(inference))  # leaves that may yet have blocks
         self.allowed: dict[int, frozenset[int]] = {}
@@ -199,7 +199,7 @@ def _throughout(pieces: Iterable[Piece], count: Mapping[int, int]) -> frozenset[
     return frozenset(leaf for piece in pieces for leaf in piece.throughout if count[leaf] == 1)
 
 
-def _alone(inference: Inference) -> set[int]:
+def _alone(inference: ProgramTerms) -> set[int]:
     """Leaves with a vector of parameters on which no other leaf stands beside them: they have no blocks."""
     leaves, vectors = inference.leaves, [axes[0] for axes in inference.parameters.values() if len(axes) == 1]
     labels = [leaves.resolve(rows) for axis in vectors if (rows := inference.rows(axis)) is not None]

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import fx
 
+from vfx.analyse.action import walked
 from vfx.analyse.action.entries import Entries, constant
 from vfx.analyse.action.walk import Walk
 from vfx.analyse.classes import Maps
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.operators import operator, operator_of
 
 
@@ -49,7 +51,7 @@ class Streams:
         self.symmetry = symmetry
         self._ends: dict[str, _End] = {}
         norms = [node for node in symmetry.program.graph.nodes if operator_of(node).norm == "layer"]
-        self.walk = Walk(symmetry._inference, symmetry._labels, {node.name: self._end for node in norms}).run()
+        self.walk = walked(symmetry.terms, symmetry.rows, {node.name: self._end for node in norms})
         why = {node: self._reason(node) for node in norms}
         self.left = {node: reason for node, reason in why.items() if reason}
         self.centred = [node for node in norms if not why[node]]
@@ -113,7 +115,7 @@ class Streams:
     def _places(self, side: int, dual: bool) -> list[Place]:
         """The parameter axes that carry T of a side, or T⁻ᵀ."""
         found = []
-        for leaf, index in self.symmetry._group_of_leaf.items():
+        for leaf, index in self.symmetry.group_of.items():
             for member in self.symmetry.groups[index].members:
                 slots = self.walk.parameters[member.fqn, member.dim][leaf]
                 own = [self.walk.slots.find(slot) == (side, dual) for slot in slots.tolist()]

@@ -10,7 +10,8 @@ import numpy as np
 from vfx.analyse import elements
 from vfx.analyse.classes import Matrix
 from vfx.analyse.elements import Index
-from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.extras import needed_for
 from vfx.files import write_atomic
-
-if TYPE_CHECKING:
-    from vfx.analyse.symmetry import Group, Symmetry
 
 _COLOURS = {"out": "#1f77b4", "in": "#d95f02", "elementwise": "#7a7a7a"}  # apart for colour-blind eyes too
 _MOST = 400  # groups, or weights, that still make a legible picture

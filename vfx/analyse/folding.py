@@ -24,10 +24,12 @@ from vfx.analyse.action.walk import Walk
 from vfx.analyse.balance import restrained
 from vfx.analyse.classes import Maps
 from vfx.analyse.gains import Gain
-from vfx.analyse.kinds import Class, Classes
+from vfx.analyse.groups import Class, Group, Member
+from vfx.analyse.kinds import Classes
+from vfx.analyse.places import Index
 from vfx.analyse.shapes import Shape
 from vfx.analyse.slots import Vector
-from vfx.analyse.symmetry import Group, Index, Member, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Part, parts
 
 Direction = Mapping[int, int | Fraction]  # the power of each side

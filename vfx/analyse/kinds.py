@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import fx
 
-from vfx.analyse.action import Walk
+from vfx.analyse.action import Walk, walked
 from vfx.analyse.action.entries import ANY, Ids
 from vfx.analyse.action.walk import Handler
 from vfx.analyse.classes import Maps, meet
+from vfx.analyse.groups import Class, Group, Side
+from vfx.analyse.labelling import Labelling
+from vfx.analyse.places import Index
 from vfx.analyse.slots import Lowering, Product, Scales, Slots, Vector, alike, nullspace
 from vfx.operators import operator
-
-if TYPE_CHECKING:
-    from vfx.analyse.elements import Index
-    from vfx.analyse.symmetry import Group, Symmetry
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """A set of places that carry one map T of a leaf, or T⁻ᵀ: its class and what lowered it, its members.
-
-    ``members`` are (FQN, dim, whether it carries T⁻ᵀ); what makes the feature carries T. ``lowered`` has the operators
-    that lowered it, in the graph's order, each with the class that it allows.
-    """
-
-    index: int
-    kind: Maps
-    reason: str
-    members: tuple[tuple[str, int, bool], ...]
-    lowered: tuple[tuple[Maps, str], ...] = ()
-
-    def refusal(self, maps: Maps) -> str:
-        """The first operator that does not allow all of some maps; where none does by itself, the side's ``reason``."""
-        return next((why for allowed, why in self.lowered if allowed & maps != maps), self.reason)
-
-
-@dataclass(frozen=True, eq=False)
-class Class:
-    """The class of a group, what lowered it, and its sides; ``scales`` is what their equations leave free.
-
-    ``slots`` gives for each member (FQN, dim) the side of each copy and whether it carries T⁻ᵀ, both (copies,);
-    ``features`` are the sides that make or read the feature; ``running`` those that a running statistic stands on.
-    ``scales`` is None where the class mixes channels.
-    """
-
-    kind: Maps
-    reason: str
-    sides: tuple[Side, ...]
-    scales: Scales | None
-    slots: Mapping[tuple[str, int], tuple[Ids, Ids]]
-    features: frozenset[int] = frozenset()
-    running: frozenset[int] = frozenset()
 
 
 class Classes(dict[int, Class]):
@@ -65,10 +25,9 @@ class Classes(dict[int, Class]):
     else.
     """
 
-    def __init__(self, symmetry: Symmetry, special: Mapping[str, Handler] | None = None):
-        self._inferred = _Classes(symmetry, special)
-        super().__init__({group.index: self._inferred.of(group) for group in symmetry.groups})
-        self.update({group.index: own for group, own in symmetry._rotations} if special is None else {})
+    def __init__(self, labelling: Labelling, special: Mapping[str, Handler] | None = None):
+        self._inferred = _Classes(labelling, special)
+        super().__init__({group.index: self._inferred.of(group) for group in labelling.groups})
 
     def slots(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
         """The side of each copy (copies,) of a group along an activation's axis, and whether it carries T⁻ᵀ.
@@ -93,21 +52,16 @@ class Classes(dict[int, Class]):
         return self._inferred.scaled(group, given)
 
 
-def classes(symmetry: Symmetry) -> Classes:
-    """The class of each group."""
-    return Classes(symmetry)
-
-
 class _Classes:
-    def __init__(self, symmetry: Symmetry, special: Mapping[str, Handler] | None):
-        self.walk = Walk(symmetry._inference, symmetry._labels, special).run()
+    def __init__(self, labelling: Labelling, special: Mapping[str, Handler] | None):
+        self.walk = walked(labelling.terms, labelling.rows, special)
         self.slots: Slots = self.walk.slots
-        self.nodes = {node.name: node for node in symmetry._inference.shapes}
-        self.buffers = symmetry.program.buffers
+        self.nodes = {node.name: node for node in labelling.terms.shapes}
+        self.buffers = labelling.program.buffers
         self.turned: dict[int, _Members] = {}
         self.order = {name: index for index, name in enumerate(self.nodes)}
-        self.leaf_of = {group: leaf for leaf, group in symmetry._group_of_leaf.items()}
-        self.outer = {group.parent for group in symmetry.groups}
+        self.leaf_of = labelling.leaf_of
+        self.outer = {group.parent for group in labelling.groups}
         self.own: dict[int, list[int]] = {}
         for slot, leaf in enumerate(self.slots.leaf):
             self.own.setdefault(leaf, []).append(slot)

@@ -5,36 +5,33 @@ All members and pins stand in ``Symmetry.groups`` and ``Symmetry.pinned``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
 
+from vfx.analyse.groups import Group, Pinned
 from vfx.terminal import rendered
-
-if TYPE_CHECKING:
-    from vfx.analyse.symmetry import Group, Pinned, Symmetry
 
 NAMED = 3  # members and axes that a line names
 
 
-def groups_table(symmetry: Symmetry) -> Table:
+def groups_table(title: str, groups: Sequence[Group]) -> Table:
     """Groups with their classes and what writes and reads them."""
-    table = Table(title=f"{len(symmetry.groups)} symmetry groups, {symmetry.channels:,} channels", box=None)
+    table = Table(title=title, box=None)
     table.add_column("group", justify="right")
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("class, and what writes and reads the channels", overflow="fold")
-    for group in symmetry.moving:
+    for group in groups:
         size = str(group.size) if group.parent is None else f"{group.outer} × {group.size}"
         table.add_row(str(group.index), size, "\n".join([_kind(group), "; ".join(_members(group))]))
     return table
 
 
-def listing(symmetry: Symmetry) -> str:
-    """The table, pinned axes by their reason, and unknown operators."""
-    lines = [f"pinned, {reason}: {_axes(pins)}" for reason, pins in _by_reason(symmetry.pinned).items()]
-    lines += [f"unknown operator {name}: {', '.join(nodes)}" for name, nodes in symmetry.unknown_ops.items()]
-    return rendered(groups_table(symmetry), *lines)
+def listing(table: Table, pinned: Sequence[Pinned], unknown: Mapping[str, Sequence[str]]) -> str:
+    """The table of groups, pinned axes by their reason, and unknown operators."""
+    lines = [f"pinned, {reason}: {_axes(pins)}" for reason, pins in _by_reason(pinned).items()]
+    lines += [f"unknown operator {name}: {', '.join(nodes)}" for name, nodes in unknown.items()]
+    return rendered(table, *lines)
 
 
 def _members(group: Group) -> Iterator[str]:

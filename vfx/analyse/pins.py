@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfx.analyse.groups import Pinned
 from vfx.analyse.infer import MODEL_INPUT, MODEL_OUTPUT
 from vfx.analyse.layers import number_layers
-from vfx.analyse.symmetry import ALONE, Pinned, Symmetry
+from vfx.analyse.symmetry import ALONE, Symmetry
 from vfx.errors import listed
 from vfx.operators import output_axis, weight_name
 from vfx.program import Program

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.elements import Index
-from vfx.analyse.infer import Inference
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.regions import Region, region, sizes
 from vfx.operators import arguments, is_product, layer_arguments, operator_of
 
@@ -48,7 +48,7 @@ class Scores:
         return one, other
 
 
-def scores_of(node: fx.Node, inference: Inference) -> Scores | None:
+def scores_of(node: fx.Node, inference: ProgramTerms) -> Scores | None:
     """What a node compares; None where it is no such operator, or constants tell no channels apart on the way."""
     if operator_of(node).is_attention:
         a = arguments(node)

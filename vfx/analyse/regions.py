@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from vfx.analyse.infer import Inference
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.operators import is_in_place, is_layer, operator_of
 from vfx.program import Value
 
@@ -46,7 +46,7 @@ class Region:
         return found
 
 
-def region(end: fx.Node, inference: Inference) -> Region | None:
+def region(end: fx.Node, inference: ProgramTerms) -> Region | None:
     """The region of a value; None where other operators, parameters or inputs stand on the way."""
     layers: dict[fx.Node, None] = {}
     inner: set[fx.Node] = set()
@@ -118,7 +118,7 @@ def _linear(node: fx.Node) -> bool:
     return (entry.moves or entry.is_affine or same) and not is_in_place(node)
 
 
-def _constant(node: fx.Node, inference: Inference) -> Tensor | None:
+def _constant(node: fx.Node, inference: ProgramTerms) -> Tensor | None:
     """A constant that all edges have in common."""
     value = inference.constant(node)
     others = [weights[str(node.target)] for weights in inference.program.weights[1:]] if value is not None else []

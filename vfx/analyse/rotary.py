@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -26,26 +26,24 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.classes import Maps, contragredient, draw
-from vfx.analyse.elements import Index
-from vfx.analyse.kinds import Class, Side
+from vfx.analyse.groups import Class, Group, Member, Side
+from vfx.analyse.labelling import Labelling
+from vfx.analyse.places import Index
 from vfx.analyse.probes import Linear, Scores, channel_axis, probed, scores_of
 from vfx.analyse.regions import call, sizes, tensors
 from vfx.operators import arguments, is_layer, is_transposed, layer_arguments, operator, operator_of, output_axis
 
-if TYPE_CHECKING:
-    from vfx.analyse.symmetry import Group, Symmetry
-
 TOLERANCE = 1e-10
 
 
-def rotations(symmetry: Symmetry) -> list[tuple[Group, Class]]:
+def rotations(labelling: Labelling) -> list[tuple[Group, Class]]:
     """The planes of every attention with rotary embeddings, as a group inside its heads and its class."""
     found: list[tuple[Group, Class]] = []
-    for node in symmetry.program.graph.nodes:
-        scores = scores_of(node, symmetry._inference)
-        planes = _Planes(symmetry, scores).find() if scores is not None else None
+    for node in labelling.program.graph.nodes:
+        scores = scores_of(node, labelling.terms)
+        planes = _Planes(labelling, scores).find() if scores is not None else None
         if planes is not None:
-            found.append(planes.group(len(symmetry.groups) + len(found)))
+            found.append(planes.group(len(labelling.groups) + len(found)))
     return found
 
 
@@ -61,14 +59,14 @@ class Column:
 class _Planes:
     """The search on one attention."""
 
-    def __init__(self, symmetry: Symmetry, scores: Scores):
-        self.symmetry, self.scores = symmetry, scores
+    def __init__(self, labelling: Labelling, scores: Scores):
+        self.labelling, self.scores = labelling, scores
         self.layers = tuple(dict.fromkeys((*scores.queries.layers, *scores.keys.layers)))
         self.columns: list[Column] = []
 
     def find(self) -> _Planes | None:
         """Planes that are proved, or None."""
-        own = [_parameters(layer, self.symmetry) for layer in self.layers]
+        own = [_parameters(layer, self.labelling) for layer in self.layers]
         if any(one is None for one in own):
             return None
         try:
@@ -83,8 +81,8 @@ class _Planes:
     @cached_property
     def parent(self) -> Group | None:
         """The heads, if they may be permuted: the group whose blocks all layers' channels stand in."""
-        names = [_parameters(layer, self.symmetry) for layer in self.layers]
-        for group in self.symmetry.groups:
+        names = [_parameters(layer, self.labelling) for layer in self.layers]
+        for group in self.labelling.groups:
             places = {(m.fqn, m.dim) for m in group.members}
             if group.parent is None and all(own is not None and set(own) <= places | _bare(own) for own in names):
                 return group
@@ -95,7 +93,7 @@ class _Planes:
         """The channels of each layer (blocks, copies)."""
         found = {}
         for layer in self.layers:
-            weight = next(iter(_parameters(layer, self.symmetry) or {}))
+            weight = next(iter(_parameters(layer, self.labelling) or {}))
             if self.parent is None:
                 found[layer] = np.arange(sizes(layer, 1)[channel_axis(layer)])[None]
             else:
@@ -111,8 +109,8 @@ class _Planes:
     def _in_one_piece(self) -> bool:
         """Whether each column stands in one part of a bias that is put together, or in none."""
         for column in self.columns:
-            for (fqn, dim), start in (_parameters(column.layer, self.symmetry) or {}).items():
-                inside = _within(column.position - start, self.symmetry, fqn, dim)
+            for (fqn, dim), start in (_parameters(column.layer, self.labelling) or {}).items():
+                inside = _within(column.position - start, self.labelling, fqn, dim)
                 if inside.any() and not inside.all():
                     return False
         return True
@@ -123,8 +121,8 @@ class _Planes:
             own = [c.position for c in self.columns if c.layer is layer]
             if own and not _once(np.concatenate([p.reshape(-1) for p in own])):
                 return False
-        graph = self.symmetry.program.graph
-        fqns = [fqn for layer in self.layers for fqn, _ in _parameters(layer, self.symmetry) or ()]
+        graph = self.labelling.program.graph
+        fqns = [fqn for layer in self.layers for fqn, _ in _parameters(layer, self.labelling) or ()]
         users = [len(node.users) for node in graph.nodes if node.op == "get_attr" and str(node.target) in fqns]
         once = len(set(fqns)) == len(fqns) and all(count == 1 for count in users) and len(users) == len(set(fqns))
         return once and self._keep_columns() and not _Readers(self).others()
@@ -133,8 +131,8 @@ class _Planes:
         """Whether what else permutes these channels moves columns as they are (heads that share keys)."""
         for layer in self.layers:
             at = {int(p): k for c in self.columns if c.layer is layer for row in c.position for k, p in enumerate(row)}
-            for place, offset in (_parameters(layer, self.symmetry) or {}).items():
-                moving = [m for g in self.symmetry.groups for m in g.members if (m.fqn, m.dim) == place]
+            for place, offset in (_parameters(layer, self.labelling) or {}).items():
+                moving = [m for g in self.labelling.groups for m in g.members if (m.fqn, m.dim) == place]
                 copies = [copy + offset for member in moving for copy in member.position.T]
                 if any(len({at.get(p) for p in copy.tolist()}) > 1 for copy in copies):
                     return False
@@ -170,13 +168,11 @@ class _Planes:
 
     def group(self, index: int) -> tuple[Group, Class]:
         """The planes as a group inside the blocks of its parent, and its class."""
-        from vfx.analyse.symmetry import Group, Member
-
         positions: dict[tuple[str, int], list[Index]] = {}
         duals: dict[tuple[str, int], list[int]] = {}
         for column in self.columns:
-            for (fqn, dim), offset in (_parameters(column.layer, self.symmetry) or {}).items():
-                own = _inside(column.position - offset, self.symmetry, fqn, dim)
+            for (fqn, dim), offset in (_parameters(column.layer, self.labelling) or {}).items():
+                own = _inside(column.position - offset, self.labelling, fqn, dim)
                 if own is not None:
                     positions.setdefault((fqn, dim), []).append(own.T)
                     duals.setdefault((fqn, dim), []).extend([int(column.dual)] * len(own))
@@ -186,14 +182,14 @@ class _Planes:
         held = tuple((fqn, dim, bool(d)) for (fqn, dim), own in duals.items() for d in sorted(set(own)))
         side = Side(0, Maps.ROTATIONS, reason, held)
         kind = Class(Maps.ROTATIONS, reason, (side,), None, slots, frozenset({0}))
-        outer = {} if self.parent is None else {"parent": self.parent.index, "outer": self.parent.size}
-        return Group(index, 2 * self.planes, members, **outer, _owner=[self.symmetry]), kind
+        parent, outer = (None, 1) if self.parent is None else (self.parent.index, self.parent.size)
+        return Group(index, 2 * self.planes, members, parent, outer), kind
 
 
 # parameters -----------------------------------------------------------------------------------------------------------
 
 
-def _parameters(layer: fx.Node, symmetry: Symmetry) -> dict[tuple[str, int], int] | None:
+def _parameters(layer: fx.Node, labelling: Labelling) -> dict[tuple[str, int], int] | None:
     """(FQN, dim) of what makes a layer's channels, the weight first, and the channel at which each begins.
 
     A bias may be put together from several; parts that are zero are left out. None where one is computed otherwise.
@@ -210,7 +206,7 @@ def _parameters(layer: fx.Node, symmetry: Symmetry) -> dict[tuple[str, int], int
     for piece in pieces:
         if piece.op != "get_attr":
             return None
-        value = symmetry._inference.constant(piece)
+        value = labelling.terms.constant(piece)
         if value is None:
             found[str(piece.target), 0] = start
         elif value.any():
@@ -224,13 +220,13 @@ def _bare(own: Mapping[tuple[str, int], int]) -> set[tuple[str, int]]:
     return set(list(own)[1:])
 
 
-def _inside(position: Index, symmetry: Symmetry, fqn: str, dim: int) -> Index | None:
+def _inside(position: Index, labelling: Labelling, fqn: str, dim: int) -> Index | None:
     """Positions in one parameter; None where the channels stand in another part of the bias."""
-    return position if _within(position, symmetry, fqn, dim).all() else None
+    return position if _within(position, labelling, fqn, dim).all() else None
 
 
-def _within(position: Index, symmetry: Symmetry, fqn: str, dim: int) -> np.ndarray:
-    return (position >= 0) & (position < symmetry.program.weights[0][fqn].shape[dim])
+def _within(position: Index, labelling: Labelling, fqn: str, dim: int) -> np.ndarray:
+    return (position >= 0) & (position < labelling.program.weights[0][fqn].shape[dim])
 
 
 def _once(values: Index) -> bool:

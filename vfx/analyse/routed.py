@@ -10,45 +10,20 @@ in such an order, pins the axis. (Equal values, between which an operator choose
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.meaning import BACK, COUNTS, ENDS, NUMBERS, PLACES, Meaning, Order
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules import indexing, routing
 from vfx.analyse.rules.rule import Rule, normal
 from vfx.analyse.shapes import Shape
 from vfx.operators import arguments, is_in_place, operator_of
 
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
-
 READ = "the position of a value is read"
-NUMBERS, COUNTS, ENDS, PLACES, BACK = "numbers", "counts", "ends", "places", "back"
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """Rows sorted by the numbers of an axis; ``source`` stands for the numbers, whatever their order."""
-
-    axis: Axis
-    source: object
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What the values of a tensor of integers say of an axis.
-
-    ``numbers`` are positions along it, ``counts`` how many numbers name each, ``ends`` their running total. ``places``
-    say where each row of an ``order`` stood before, ``back`` where each row stands in it.
-    """
-
-    kind: str
-    axis: Axis
-    source: object
-    order: Order | None = None
-
 
 # kinds of ties
 _SAME_NUMBERS = {"view", "permute", "transpose", "unsqueeze", "squeeze"}
@@ -57,18 +32,18 @@ _ROW_BY_ROW = _SAME_NUMBERS | _SOME_NUMBERS
 _ROW_BY_ROW |= {"elementwise", "same", "reduction", "linear", "layer norm", "index"}
 
 
-def read(t: Inference, node: fx.Node) -> Any:
+def read(t: ProgramTerms, node: fx.Node) -> Any:
     """The result of an operator that looks up, counts or sorts by number; None for any other."""
     handler = _READERS.get(operator_of(node).ties)
     return handler(t, node, arguments(node)) if handler is not None and touched(t, node) else None
 
 
-def touched(t: Inference, node: fx.Node) -> list[Shape]:
+def touched(t: ProgramTerms, node: fx.Node) -> list[Shape]:
     """The operands that hold numbers, or rows in the order of some."""
     return [shape for shape in t.operands(node.all_input_nodes) if shape.meaning is not None or _orders(shape)]
 
 
-def kept(t: Inference, node: fx.Node, result: Any) -> Any:
+def kept(t: ProgramTerms, node: fx.Node, result: Any) -> Any:
     """The result of another operator, with its meaning; where it sees numbers or rows' order, their axis is pinned."""
     shapes = touched(t, node)
     if not shapes or (operator_of(node).ties == "fill" and not is_in_place(node)):  # reads sizes alone
@@ -85,7 +60,7 @@ def kept(t: Inference, node: fx.Node, result: Any) -> Any:
     return found if isinstance(result, list) else found[0]
 
 
-def release(t: Inference, shapes: Iterable[Shape]) -> None:
+def release(t: ProgramTerms, shapes: Iterable[Shape]) -> None:
     """Pin what the values and rows of some tensors depend on."""
     for shape in shapes:
         if shape.meaning is not None:
@@ -109,7 +84,7 @@ def _carried(node: fx.Node, meaning: Meaning) -> Meaning | None:
     return replace(meaning, source=object()) if some else None
 
 
-def _row_by_row(t: Inference, node: fx.Node, shapes: list[Shape], results: list[Any]) -> bool:
+def _row_by_row(t: ProgramTerms, node: fx.Node, shapes: list[Shape], results: list[Any]) -> bool:
     """Whether rows in an order are rows of the result, each worked on by itself."""
     ties = operator_of(node).ties
     rows = {id(axis.root): axis.order for s in shapes for axis in s.axes if isinstance(axis, Axis) and axis.order}
@@ -128,7 +103,7 @@ def _row_by_row(t: Inference, node: fx.Node, shapes: list[Shape], results: list[
     return all(isinstance(one, Shape) and len(_orders(one)) == 1 for one in results)
 
 
-def _aligned(t: Inference, node: fx.Node) -> bool:
+def _aligned(t: ProgramTerms, node: fx.Node) -> bool:
     """Whether all operands of a pointwise operator that have a dimension have it in one order."""
     shapes = t.operands(node.all_input_nodes)
     rank = max(len(shape.axes) for shape in shapes)
@@ -142,7 +117,7 @@ def _aligned(t: Inference, node: fx.Node) -> bool:
 # readers of numbers ---------------------------------------------------------------------------------------------------
 
 
-def _sorted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def _sorted(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """sort and argsort of numbers, or of the places that these gave."""
     x = t.shape(a["self"])
     meaning = x.meaning
@@ -159,7 +134,7 @@ def _sorted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return [numbers, places] if isinstance(node.meta["val"], list) else places
 
 
-def _counted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _counted(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """histc with an interval for each number."""
     meaning = t.shape(a["self"]).meaning
     if meaning is None or meaning.kind != NUMBERS:
@@ -169,7 +144,7 @@ def _counted(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((meaning.axis,), meaning=replace(meaning, kind=COUNTS, order=None)) if whole else None
 
 
-def _running(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _running(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """cumsum of counts: where the rows of each number end."""
     x = t.shape(a["self"])
     if operator_of(node).name != "aten.cumsum" or x.meaning is None or x.meaning.kind != COUNTS:
@@ -177,7 +152,7 @@ def _running(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((t.opaque(x.axes[0].size, "running totals"),), meaning=replace(x.meaning, kind=ENDS))
 
 
-def _grouped(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _grouped(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """Rows in the order of the numbers, by the matrices that these name."""
     x, w, ends = (t.shape(value) for value in routing.factors(a))
     order = x.axes[0].order if isinstance(x.axes[0], Axis) else None
@@ -186,7 +161,7 @@ def _grouped(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return routing.product(t, a, lambda: t.tie(t.axis(w, 0), ends.meaning.axis))  # type: ignore[union-attr]
 
 
-def _looked_up(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _looked_up(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """index and index_select along one axis by numbers, or of rows in an order by the way back."""
     given = [(d, value) for d, value in enumerate(a["indices"]) if value is not None] if "indices" in a else []
     x = t.shape(a["self"])
@@ -211,7 +186,7 @@ def _looked_up(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape(axes)
 
 
-def _gathered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _gathered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """gather along an axis by its numbers."""
     x, numbers = t.shape(a["self"]), t.shape(a["index"] if "index" in a else a["indices"])
     meaning = numbers.meaning
@@ -225,14 +200,14 @@ def _gathered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return replace(numbers, meaning=None)
 
 
-def _one_hot(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _one_hot(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     x = t.shape(a["self"])
     if x.meaning is None or x.meaning.kind != NUMBERS or t.sizes(node)[-1] != x.meaning.axis.size or _orders(x):
         return None
     return Shape((*x.axes, x.meaning.axis))
 
 
-def _inverse(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def _inverse(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """empty[places] = 0, 1, 2, …: the way back."""
     if len(a["indices"]) != 1 or a.get("accumulate") or is_in_place(node):
         return None

@@ -105,6 +105,11 @@ class Store:
 
     # reading ------------------------------------------------------------------------------------------------------
 
+    @property
+    def count(self) -> int:
+        """Number of element ids in use."""
+        return self._next_element
+
     def leaf_of(self, elements: NDArray[np.int64]) -> NDArray[np.int64]:
         """Leaf of each element id, -1 where there is none."""
         return self._table.owner.take(elements)

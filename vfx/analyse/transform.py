@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from torch import Tensor
 
 from vfx.analyse import elements
 from vfx.analyse.classes import SPREAD, Maps, Matrix, contains, contragredient, draw
+from vfx.analyse.elements import Index
+from vfx.analyse.groups import Class, Group, Member
+from vfx.analyse.slots import Vector
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from vfx.analyse.elements import Index
-    from vfx.analyse.kinds import Class
-    from vfx.analyse.slots import Vector
-    from vfx.analyse.symmetry import Group, Member, Symmetry
-    from vfx.program import Weights
+from vfx.program import Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ Elements = Mapping[int, Element]  # by group index
 CLASSES = ("full", "permutation")
 
 
-def random(symmetry: Symmetry, generator: np.random.Generator, classes: str = "full") -> dict[int, Element]:
+def random_element(symmetry: Symmetry, generator: np.random.Generator, classes: str = "full") -> dict[int, Element]:
     """A random element of every group's full class, or of its permutations.
 
     Raises ArgumentError for another name of classes.

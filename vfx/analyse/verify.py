@@ -12,21 +12,18 @@ units in the last place of the weights and inputs change it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from vfx.analyse.transform import apply
+from vfx.analyse.groups import Member
+from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.transform import Elements, apply, random_element
 from vfx.operators import is_layer, operator_of, weight_name
 from vfx.program import Execution, Program, Weights, run
-
-if TYPE_CHECKING:
-    from vfx.analyse.symmetry import Member, Symmetry
-    from vfx.analyse.transform import Elements
-
 
 _FEW = 16  # positions of a channel, over the batch too
 _LARGE = 10.0  # deviation of every layer's and norm's output where saturations are looked for
@@ -37,7 +34,7 @@ _RESOLVED = 1e-4  # of the spread: rounding that goes beyond shows that nothing 
 
 
 @torch.no_grad()
-def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (), classes: str = "full") -> float:
+def verify(symmetry: Symmetry, seed: int = 0, without: tuple[Member, ...] = (), classes: str = "full") -> float:
     """Largest relative output error in float64 between the network and one moved by a random element.
 
     Every group goes through a map of its full class (orthogonal and invertible ones, scales and signs), or is only
@@ -47,13 +44,13 @@ def verify(symmetry: Symmetry, *, seed: int = 0, without: tuple[Member, ...] = (
     generator = torch.Generator().manual_seed(seed)
     program = in_double(symmetry.program.select(0))
     inputs = [_random_input(x, generator) for x in program.example_inputs]
-    chosen = symmetry.random_maps(np.random.default_rng(seed), classes)
+    chosen = random_element(symmetry, np.random.default_rng(seed), classes)
     weights = randomise(program, inputs, generator)
-    error = function_error(program, weights, symmetry.transform(weights, chosen, without), inputs)
+    error = function_error(program, weights, apply(symmetry, weights, chosen, without), inputs)
     inputs = [x * _LARGE if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     weights = randomise(program, inputs, generator, _LARGE)
     if _resolves(program, weights, inputs):
-        error = max(error, function_error(program, weights, symmetry.transform(weights, chosen, without), inputs))
+        error = max(error, function_error(program, weights, apply(symmetry, weights, chosen, without), inputs))
     return error
 
 

@@ -82,7 +82,7 @@ _symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
 def symmetry(
     model: nn.Module | Program, example_inputs: Any = None, *, outputs: Sequence[int | str] | None = None
 ) -> Symmetry:
-    """Symmetries of a network: ``.groups`` and their classes, ``.pinned``, ``.verify()``; prints as a table.
+    """Symmetries of a network: ``.groups`` and their classes, ``.pinned``; prints as a table.
 
     ``outputs``: those that count, as for ``vfx.trace``.
     """

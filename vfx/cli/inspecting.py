@@ -48,6 +48,7 @@ def symmetry(
 ) -> None:
     """Symmetries: groups with their classes and members, pinned axes."""
     check_network(model, (), inputs)
+    import vfx
     from vfx import api
     from vfx.analyse.drawing import FORMATS as DRAWINGS
 
@@ -56,9 +57,10 @@ def symmetry(
     found = api.symmetry(construct(model, arguments), examples_of(inputs, model), outputs=outputs or None)
     print(found)
     if verify:
-        print(f"verified: relative error {found.verify(seed, classes=classes):.1e} (float64, random group elements)")
+        error = vfx.verify(found, seed, classes=classes)
+        print(f"verified: relative error {error:.1e} (float64, random group elements)")
     if draw is not None:
-        print(f"wrote {found.draw(draw)}")
+        print(f"wrote {vfx.draw(found, draw)}")
 
 
 @app.command()

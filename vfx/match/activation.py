@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, check_classes
 from vfx.arguments import checked
 from vfx.errors import ArgumentError

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from vfx.analyse.elements import moved
+from vfx.analyse.elements import Permutations, moved
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.units import PairOrders, Unit, assign_pairs, assign_unit, units
 from vfx.statistics.collect import Statistics

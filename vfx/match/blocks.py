@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.match.matcher import Gain, best_over_blocks
 from vfx.match.units import PairOrders, Unit
 from vfx.program import Weights

@@ -28,7 +28,8 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.descent import CHUNK, Descent, inner_product

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
 from vfx.analyse.store import Rows
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArchitectureError
 from vfx.match.matcher import Gain
 from vfx.program import Weights

@@ -25,8 +25,11 @@ import numpy as np
 from vfx.analyse.balance import balance
 from vfx.analyse.classes import Maps, Matrix, contragredient
 from vfx.analyse.composition import compose, inverse
+from vfx.analyse.elements import Permutations
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
 from vfx.match import planes
 from vfx.match.ascent import Ascent

@@ -21,7 +21,10 @@ import torch
 from vfx.analyse.balance import restrained
 from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.composition import compose, inverse, permutations_of
-from vfx.analyse.symmetry import Group, Index, Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
 from vfx.match import planes
 from vfx.match.descent import Descent

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 import numpy as np
 from torch import fx
 
-from vfx.analyse.infer import BATCH
-from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements
 from vfx.match.carry import Carrier, Pairing
 from vfx.match.frame import Embedding
 from vfx.operators import arguments, operator_of
-from vfx.program import Value
+from vfx.program import BATCH, Value
 
 
 def attention_factors(own: Symmetry, there: Symmetry) -> Carrier | None:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.symmetry import Group, Member, Symmetry
+from vfx.analyse.groups import Group, Member
+from vfx.analyse.symmetry import Symmetry
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.units import Unit, assign_pairs, assign_unit, units

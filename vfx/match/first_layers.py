@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vfx.analyse.groups import Group
 from vfx.analyse.layers import number_layers
-from vfx.analyse.symmetry import Group
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher as find_matcher

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vfx.analyse.layers import number_layers
-from vfx.analyse.symmetry import Index, Symmetry, symmetry
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.errors import ArgumentError, PassError
 from vfx.match.carry import Carrier, Pairing
 from vfx.match.matcher import Gain

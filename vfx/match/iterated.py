@@ -23,8 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vfx.analyse.elements import Permutations
 from vfx.analyse.layers import number_layers
-from vfx.analyse.symmetry import Permutations
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
 from vfx.match.maps import Map, mappable

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, Elements, apply
 from vfx.match.maps import Maps
 from vfx.program import Program, Weights

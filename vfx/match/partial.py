@@ -15,7 +15,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vfx.analyse.classes import turning
-from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.transform import Element, stacked
 from vfx.match.matcher import Gain
 from vfx.program import Weights

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.match.matcher import Gain
 from vfx.match.units import Unit, assign_unit, units
 from vfx.match.universe import scored_names

@@ -20,7 +20,7 @@ from itertools import product
 import numpy as np
 
 from vfx.analyse.classes import Maps, turning, turns
-from vfx.analyse.symmetry import Index
+from vfx.analyse.places import Index
 from vfx.match.matcher import Gain, assign
 
 Signs = frozenset[int]  # free signs whose product a side has

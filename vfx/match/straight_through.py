@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vfx.analyse.symmetry import Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
 from vfx.errors import ArgumentError, DataError
 from vfx.match.descent import Descent

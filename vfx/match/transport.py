@@ -25,7 +25,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vfx.analyse.grids import grid
-from vfx.analyse.symmetry import Group, Index
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match import coupling

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.match.matcher import Gain, assign
 
 # inner group -> for each pair of blocks its best order (outer, outer, size), or map (outer, outer, size, size)

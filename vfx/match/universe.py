@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vfx.analyse.symmetry import Index, Permutations, Symmetry
+from vfx.analyse.elements import Permutations
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.program import Weights
 
 

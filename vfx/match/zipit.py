@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vfx.analyse.symmetry import Index
+from vfx.analyse.places import Index
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.match.linear import Features, LinearMatching, Solution

@@ -20,8 +20,10 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, fx
 
+from vfx.analyse.groups import Group, Member
 from vfx.analyse.layers import normalizes_channels, number_layers
-from vfx.analyse.symmetry import Group, Index, Member, Symmetry
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.operators import arguments, output_axis, weight_name
 from vfx.program import Goal, Program, Weights
 

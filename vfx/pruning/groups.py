@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vfx.analyse.symmetry import Group, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.outputs import named_tensors
 from vfx.program import Program, run
@@ -115,11 +116,11 @@ def _binned(index: NDArray[np.int64], values: NDArray[np.float64], shape: tuple[
 
 def _places(facts: Symmetry, fqn: str, dim: int, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of an axis at which a group stands, and its channel there."""
-    labels = facts._labels[fqn, dim]
-    leaves = facts._leaves.leaf_of(labels[:, 1:])
-    leaf = next(leaf for leaf, index in facts._group_of_leaf.items() if index == group)
+    labels = facts.rows[fqn, dim]
+    leaves = facts.leaves.leaf_of(labels[:, 1:])
+    leaf = facts.leaf_of[group]
     where, column = np.nonzero(leaves == leaf)
-    return where, labels[where, 1 + column] - facts._leaves.starts[leaf]
+    return where, labels[where, 1 + column] - facts.leaves.starts[leaf]
 
 
 def _kept_dims(values: Tensor, dims: tuple[int, ...]) -> NDArray[np.float64]:

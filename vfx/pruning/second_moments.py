@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.program import Program
 from vfx.statistics.collect import collect
 

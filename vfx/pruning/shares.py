@@ -45,7 +45,7 @@ class Streams:
         for index in self.free:
             owner[self.slots.bundles[index].slots] = index
         features: set[tuple[int, ...]] = set()
-        for rows in self.slots.facts._labels.values():
+        for rows in self.slots.facts.rows.values():
             digits = np.sort(rows[:, 1:], axis=1)
             digits = digits[(owner[digits] >= 0).any(axis=1)]
             features |= set(map(tuple, (unique_rows(digits)[0] if digits.shape[1] > 1 else digits).tolist()))

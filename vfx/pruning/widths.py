@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.pruning.groups import Scores
 from vfx.pruning.shares import Streams

@@ -17,7 +17,7 @@ from vfx.operators import arguments, operator_of
 
 def implied_blocks(facts: Symmetry) -> Iterator[Block]:
     """Labels of all such views."""
-    for node, shape in facts._inference.shapes.items():
+    for node, shape in facts.terms.shapes.items():
         ties = operator_of(node).ties
         if ties == "channel shuffle" and isinstance(shape, Shape):
             rows = facts.labels(node.all_input_nodes[0], 1)
@@ -30,9 +30,9 @@ def implied_blocks(facts: Symmetry) -> Iterator[Block]:
 
 def whole_axes(facts: Symmetry) -> Iterator[Rows]:
     """Labels of axes that cannot lose positions, though they may be permuted: what is sorted or numbered is whole."""
-    numbered = (facts._inference.rows(axis) for axis in facts._inference.numbered)
-    yield from (facts._leaves.resolve(rows) for rows in numbered if rows is not None)
-    for node in facts._inference.shapes:
+    numbered = (facts.terms.rows(axis) for axis in facts.terms.numbered)
+    yield from (facts.leaves.resolve(rows) for rows in numbered if rows is not None)
+    for node in facts.terms.shapes:
         if operator_of(node).ties == "sorted" and not operator_of(node).least:
             x = node.all_input_nodes[0]
             rows = facts.labels(x, normal(int(arguments(node).get("dim", 0)), len(x.meta["val"].shape)))

@@ -15,14 +15,14 @@ import sympy
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque, factor_size
-from vfx.analyse.infer import BATCH
+from vfx.analyse.places import Index
 from vfx.analyse.rows import distinct
 from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.store import Rows
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.errors import PassError
-from vfx.program import Value
+from vfx.program import BATCH, Value
 
 
 class Line(NamedTuple):
@@ -37,8 +37,8 @@ class Layout:
 
     def __init__(self, facts: Symmetry, times: Index):
         self.facts, self.times = facts, times
-        self.leaves = facts._inference.leaves
-        self.shapes = facts._inference.shapes
+        self.leaves = facts.leaves
+        self.shapes = facts.terms.shapes
         self._lines: dict[int, tuple[Rows, Line]] = {}
         self._blocks: dict[int, tuple[Block, list[Index]]] = {}
         self._before = np.concatenate([[0], np.cumsum(times[:-1])])
@@ -123,9 +123,9 @@ class Layout:
 
     def _standing(self, labels: Rows) -> str:
         groups = {
-            self.facts._group_of_leaf[leaf]
+            self.facts.group_of[leaf]
             for leaf in distinct(self.leaves.leaf_of(labels[..., 1:]))
-            if leaf in self.facts._group_of_leaf
+            if leaf in self.facts.group_of
         }
         return ", ".join(self.facts.groups[g].name for g in sorted(groups))
 

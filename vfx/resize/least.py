@@ -9,9 +9,10 @@ import numpy as np
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.places import Index
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.operators import arguments, operator_of
 from vfx.resize.layout import Layout
 
@@ -37,11 +38,11 @@ def least_units(slots: Slots) -> list[int]:
 
 def _needs(facts: Symmetry) -> Iterator[tuple[list[Axis | Digit], int]]:
     """The axes that an operator takes together, and how many positions it needs there."""
-    for node in facts._inference.shapes:
+    for node in facts.terms.shapes:
         least = operator_of(node).least
         if not least:
             continue
-        x, a = facts._inference.shapes[node.all_input_nodes[0]], arguments(node)
+        x, a = facts.terms.shapes[node.all_input_nodes[0]], arguments(node)
         if not isinstance(x, Shape) or not x.axes:
             continue
         if least == "k":

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from vfx.analyse.infer import BATCH
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import in_double, is_defined, random_inputs
 from vfx.errors import PassError, VerificationError
 from vfx.operators import arguments, operator_of
-from vfx.program import Program, Value
+from vfx.program import BATCH, Program, Value
 from vfx.resize.extent import Unfit, check_extent, fewer_positions, fewer_samples, rewritten, written_sizes
 from vfx.resize.layout import Layout
 from vfx.resize.program import Resized
@@ -78,8 +78,8 @@ def _error(masked: Masked, exact: Program, examples: Program, seed: int) -> floa
 
 def to_slots(facts: Symmetry, layout: Layout, kept: Kept) -> dict[int, Index]:
     """The group element that brings the kept channels to the slots that stay, in order."""
-    leaves = facts._inference.leaves
-    alive = {group: layout.times[leaves.elements(leaf)] > 0 for leaf, group in facts._group_of_leaf.items()}
+    leaves = facts.leaves
+    alive = {group: layout.times[leaves.elements(leaf)] > 0 for leaf, group in facts.group_of.items()}
     found = {}
     for group in facts.groups:
         own = kept[group.index]

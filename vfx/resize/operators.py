@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.places import Index
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
-from vfx.analyse.symmetry import Index
 from vfx.errors import PassError
 from vfx.operators import arguments, is_transposed, operator_of
 from vfx.program import Value

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from vfx.analyse.activations import statistics_channels
-from vfx.analyse.symmetry import Group, Index, Symmetry
+from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError, PassError
 from vfx.operators import arguments, operator, operator_of, weight_name
 from vfx.program import RESIZED, Execution, Goal, Program, Value, Weights, copy_graph
@@ -122,11 +124,11 @@ def _graph(program: Program, facts: Symmetry, layout: Layout) -> tuple[fx.Graph,
     """The graph with new sizes, and the tensors that it reads beside the parameters."""
     graph, mapping = copy_graph(program.graph)
     nodes = _same_nodes(program.graph, facts.program.graph)
-    rewriter = Rewriter(layout, facts._inference.constant)
+    rewriter = Rewriter(layout, facts.terms.constant)
     made: dict[str, Tensor] = {}
     for node in program.graph.nodes:
         old, new = nodes[node], mapping[node]
-        if old not in facts._inference.used:
+        if old not in facts.terms.used:
             continue
         new.meta = {**new.meta, "val": layout.value(node.meta.get("val"), layout.shapes.get(old))}
         try:
@@ -137,7 +139,7 @@ def _graph(program: Program, facts: Symmetry, layout: Layout) -> tuple[fx.Graph,
     made |= rewriter.constants
     for node in [n for n in graph.nodes if n.op == "get_attr" and "val" not in n.meta]:
         node.meta["val"] = Value(tuple(made[str(node.target)].shape), made[str(node.target)].dtype)
-    _drop_unread(graph, {mapping[node] for node in program.graph.nodes if nodes[node] not in facts._inference.used})
+    _drop_unread(graph, {mapping[node] for node in program.graph.nodes if nodes[node] not in facts.terms.used})
     graph.lint()
     return graph, made
 
@@ -158,7 +160,7 @@ def _constants(
     """Buffers that are no norm's statistics are uniform along what changes; uses may come to differ in size."""
     for node in program.graph.nodes:
         fqn, shape = str(node.target), layout.shape(nodes[node])
-        if node.op != "get_attr" or fqn in facts._inference.parameters or shape is None:
+        if node.op != "get_attr" or fqn in facts.terms.parameters or shape is None:
             continue
         if not any(map(layout.changed, shape.axes)):
             continue
@@ -184,7 +186,7 @@ def _drop_unread(graph: fx.Graph, dead: set[fx.Node]) -> None:
 
 
 def _selected(weights: Weights, gather: Gather) -> dict[str, Tensor]:
-    return {fqn: gather.tensor(fqn, weights[fqn]) for fqn in gather.facts._inference.parameters}
+    return {fqn: gather.tensor(fqn, weights[fqn]) for fqn in gather.facts.terms.parameters}
 
 
 def _computed(program: Program, edge: int, selected: Weights, gather: Gather) -> dict[str, Tensor]:

@@ -16,23 +16,23 @@ from vfx.operators import operator_of
 
 def positions(facts: Symmetry) -> dict[int, str]:
     """The groups that layers carry along and no weight sums over, each with the node of such a layer."""
-    spaces = Spaces(facts._inference)
+    spaces = Spaces(facts.terms)
     computed = descendants([node for node in facts.program.graph.nodes if node.op == "placeholder"])
     summed: set[int] = set()
     carried: dict[int, str] = {}
-    for node in facts._inference.shapes:
+    for node in facts.terms.shapes:
         if not operator_of(node).contracts or not operator_of(node).is_known:
             continue
         values = [a for a in node.all_input_nodes if a in computed or a.op == "placeholder"]
-        weights = [a for a in node.all_input_nodes if a not in values and len(facts._inference.sizes(a)) > 1]
+        weights = [a for a in node.all_input_nodes if a not in values and len(facts.terms.sizes(a)) > 1]
         if not values or not weights:
             continue
         data, own, result = (_leaves(spaces, nodes) for nodes in (values, weights, [node]))
         summed |= (data & own) - result
         carried |= {leaf: node.name for leaf in (data & result) - own if leaf not in carried}
     read = {g.index for g in facts.groups if any(m.role in ("in", "tied") for m in g.members)}
-    found = {facts._group_of_leaf[leaf]: name for leaf, name in carried.items() if leaf in facts._group_of_leaf}
-    named = {facts._group_of_leaf[leaf] for leaf in summed if leaf in facts._group_of_leaf}
+    found = {facts.group_of[leaf]: name for leaf, name in carried.items() if leaf in facts.group_of}
+    named = {facts.group_of[leaf] for leaf in summed if leaf in facts.group_of}
     return {group: name for group, name in found.items() if group not in read | named}
 
 

@@ -20,9 +20,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from vfx.analyse.places import Index
 from vfx.analyse.rows import count_rows, distinct
 from vfx.analyse.shapes import Block, Digit, Shape
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.errors import PassError
 from vfx.resize.implied import implied_blocks, whole_axes
 from vfx.resize.least import least_units
@@ -51,8 +52,8 @@ class Slots:
 
     def __init__(self, facts: Symmetry):
         self.facts = facts
-        self.leaves = facts._inference.leaves
-        self.leaf_of_group = {group: leaf for leaf, group in facts._group_of_leaf.items()}
+        self.leaves = facts.leaves
+        self.leaf_of_group = facts.leaf_of
         self.bundles = self._bundles()
 
     def elements(self, group: int) -> Index:
@@ -72,14 +73,14 @@ class Slots:
     @property
     def count(self) -> int:
         """Number of element ids in use."""
-        return self.leaves._next_element
+        return self.leaves.count
 
     # ties -----------------------------------------------------------------------------------------------------------
 
     def _bundles(self) -> tuple[Bundle, ...]:
         stuck = self.count  # one more node: what cannot go
         pairs: list[NDArray[np.int64]] = [np.zeros((0, 2), np.int64)]
-        for block in (*_blocks(self.facts._inference.shapes.values()), *implied_blocks(self.facts)):
+        for block in (*_blocks(self.facts.terms.shapes.values()), *implied_blocks(self.facts)):
             pairs += self._ties(block, stuck)
         for rows in whole_axes(self.facts):
             elements = np.unique(rows[:, 1:])
@@ -97,7 +98,7 @@ class Slots:
         places = np.stack(np.unravel_index(np.arange(len(rows)), sizes), axis=1)
         owner = np.full(rows.shape, -1)
         for leaf in distinct(leaves):
-            if leaf in self.facts._group_of_leaf:
+            if leaf in self.facts.group_of:
                 where, column = np.nonzero(leaves == leaf)
                 owner[where, column] = _owner(places[where], rows[where, column])
         sizes_of = np.array([*self.leaves.sizes, 0])

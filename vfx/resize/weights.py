@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vfx.analyse.places import Index
 from vfx.analyse.rows import distinct, row_ids
 from vfx.analyse.store import Rows
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.resize.layout import Layout, Line
 
 Kept = Mapping[int, Index]  # by group index
@@ -25,7 +26,7 @@ class Gather:
 
     def __init__(self, facts: Symmetry, layout: Layout, kept: Kept):
         self.facts, self.layout, self.kept = facts, layout, kept
-        self.leaves = facts._inference.leaves
+        self.leaves = facts.leaves
 
     def tensor(self, fqn: str, tensor: Tensor) -> Tensor:
         """A parameter or norm statistic with its new channels; the same object where none of its axes changes."""
@@ -44,7 +45,7 @@ class Gather:
         wanted = labels[line.position].copy()
         leaves = self.leaves.leaf_of(wanted[:, 1:])
         for leaf in distinct(leaves):
-            group = self.facts._group_of_leaf.get(leaf)
+            group = self.facts.group_of.get(leaf)
             if group is not None and group in self.kept:
                 here = leaves == leaf
                 wanted[:, 1:][here] = self.leaves.starts[leaf] + self._channel(group, line, leaves, here, block)
@@ -62,14 +63,14 @@ class Gather:
         return kept[outer[np.nonzero(here)[0]], rank]
 
     def _concerned(self, rows: Rows) -> bool:
-        return any(self.facts._group_of_leaf.get(leaf) in self.kept for leaf in self.leaves.free_leaves(rows))
+        return any(self.facts.group_of.get(leaf) in self.kept for leaf in self.leaves.free_leaves(rows))
 
     def _leaf(self, group: int) -> int:
-        return next(leaf for leaf, g in self.facts._group_of_leaf.items() if g == group)
+        return self.facts.leaf_of[group]
 
     def _parent_apart(self, rows: Rows) -> int | None:
         """The parent of a group on this axis that stands on another axis of the tensor."""
-        here = {self.facts._group_of_leaf.get(leaf) for leaf in self.leaves.free_leaves(rows)}
+        here = {self.facts.group_of.get(leaf) for leaf in self.leaves.free_leaves(rows)}
         inner = [g for g in here if g is not None and g in self.kept and self.kept[g].ndim == 2]
         found = {self.facts.groups[g].parent for g in inner} - here
         assert len(found) <= 1, "blocks of two groups on one axis"

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
+from vfx.analyse.places import Index
 from vfx.analyse.rows import unique_rows
-from vfx.analyse.symmetry import Index, Symmetry
+from vfx.analyse.symmetry import Symmetry
 from vfx.operators import operator_of
 from vfx.program import Value
 

@@ -5,8 +5,12 @@ Where the kind is PERMUTATION or UNKNOWN, permutations pass and no more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vfx.analyse.action import contraction, moving, normalizing, pointwise
 from vfx.analyse.action.walk import Handler, Walk
+from vfx.analyse.program_terms import ProgramTerms
+from vfx.analyse.store import Rows
 
 HANDLERS: dict[str, Handler] = {
     # products
@@ -64,4 +68,12 @@ HANDLERS: dict[str, Handler] = {
     "real pairs": moving.real_pairs,
 }
 
-__all__ = ["HANDLERS", "Walk"]
+
+def walked(
+    terms: ProgramTerms, labels: Mapping[tuple[str, int], Rows], special: Mapping[str, Handler] | None = None
+) -> Walk:
+    """The slots of a network; ``special`` has handlers for single nodes, by name, that go before the kinds'."""
+    return Walk(terms, labels, HANDLERS, special).run()
+
+
+__all__ = ["HANDLERS", "Walk", "walked"]

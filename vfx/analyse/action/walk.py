@@ -15,8 +15,8 @@ from torch import fx
 
 from vfx.analyse.action.entries import ANY, Entries, Ids, Joint, Key, constant, shrunk
 from vfx.analyse.classes import Maps
-from vfx.analyse.infer import Inference
 from vfx.analyse.places import places
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.spaces import Spaces
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.store import Rows, Store
@@ -33,18 +33,19 @@ class Walk:
     """Slots of every parameter axis and activation of a finished inference.
 
     ``parameters[fqn, dim][leaf]`` is the slot of each copy of the leaf along that axis, in the order of
-    ``vfx.analyse.places``. ``special`` has handlers for single nodes, by name, that go before the registry's: what
+    ``vfx.analyse.places``. ``handlers`` act by kind; ``special`` ones for single nodes, by name, go before them: what
     would be if these nodes did something else.
     """
 
     def __init__(
         self,
-        inference: Inference,
+        terms: ProgramTerms,
         labels: Mapping[tuple[str, int], Rows],
+        handlers: Mapping[str, Handler],
         special: Mapping[str, Handler] | None = None,
     ):
-        self.t, self.labels, self.spaces = inference, labels, Spaces(inference)
-        self.special = special or {}
+        self.t, self.labels, self.spaces = terms, labels, Spaces(terms)
+        self.handlers, self.special = handlers, special or {}
         self.slots = Joint()
         self.parameters: dict[tuple[str, int], dict[int, Ids]] = {}
         self.values: dict[fx.Node, Any] = {}
@@ -136,13 +137,11 @@ class Walk:
         return any(value) if isinstance(value, list) else bool(value)
 
     def _handled(self, node: fx.Node) -> Result:
-        from vfx.analyse.action import HANDLERS
-
         value = node.meta["val"]
         first = value[0] if isinstance(value, list) and value else value
         if not isinstance(first, Value) or not first.dtype.is_floating_point:
             return None
-        handler = self.special.get(node.name, HANDLERS.get(operator_of(node).classes))
+        handler = self.special.get(node.name, self.handlers.get(operator_of(node).classes))
         return None if handler is None else handler(self, node, arguments(node))
 
     def _completed(self, node: fx.Node, result: Any) -> Any:

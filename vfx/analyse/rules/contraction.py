@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
-from vfx.program import Value
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
+from vfx.program import BATCH, Value
 
 SLIDES = "a kernel slides over these positions"
 
 
-def convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def convolution(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (N, G·i, …), weight (G·o, i, k…) -> (N, G·o, …)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])
     if a.get("transposed"):
@@ -36,7 +34,7 @@ def convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return _spatial(t, x, w, channel, out, a, t.sizes(node))
 
 
-def transposed_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def transposed_convolution(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (N, G·i, …), weight (G·i, o, k…) -> (N, G·o, …)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])
     groups = _groups(a["groups"])
@@ -60,26 +58,24 @@ def transposed_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Sh
 
 def _groups(value: Any) -> int:
     """The number of groups; the batch size where each sample has a kernel of its own."""
-    from vfx.analyse.infer import BATCH
-
     return Value((value.meta["val"],), torch.int64).sizes(BATCH)[0] if isinstance(value, fx.Node) else int(value)
 
 
-def _roles(t: Inference, weight: Any, out_dim: int, in_dim: int, outer: Axis, o: Axis) -> None:
+def _roles(t: ProgramTerms, weight: Any, out_dim: int, in_dim: int, outer: Axis, o: Axis) -> None:
     """Within a group of channels the weight maps in to out; across groups it is elementwise."""
     t.role(weight, in_dim, "in")
     t.role(weight, out_dim, "elementwise", outer)
     t.role(weight, out_dim, "out", o)
 
 
-def _bias(t: Inference, bias: Any, out: Axis) -> None:
+def _bias(t: ProgramTerms, bias: Any, out: Axis) -> None:
     if isinstance(bias, fx.Node):
         shape = t.shape(bias)
         t.tie(out, t.axis(shape, 0))
         t.role(bias, 0, "out")
 
 
-def _spatial(t: Inference, x: Shape, w: Shape, channel: int, out: Axis, a: dict[str, Any], sizes: Any) -> Shape:
+def _spatial(t: ProgramTerms, x: Shape, w: Shape, channel: int, out: Axis, a: dict[str, Any], sizes: Any) -> Shape:
     """Positions keep their axis under a kernel of one that neither strides nor pads, and are pinned otherwise."""
     axes = []
     steps, border = a.get("stride"), a.get("padding")
@@ -95,7 +91,7 @@ def _spatial(t: Inference, x: Shape, w: Shape, channel: int, out: Axis, a: dict[
     return Shape((*x.axes[:channel], out, *axes))
 
 
-def deformable_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def deformable_convolution(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """A convolution that samples at offsets (N, 2·k·k, …), which are the same for all channels (no groups)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])
     if a["groups"] != 1 or a["offset_groups"] != 1:
@@ -114,7 +110,7 @@ def deformable_convolution(t: Inference, node: fx.Node, a: dict[str, Any]) -> Sh
     return Shape((x.axes[0], out, *(t.opaque(size, SLIDES) for size in t.sizes(node)[2:])))
 
 
-def linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def linear(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x (…, i), weight (o, i) -> (…, o)."""
     x, w = t.shape(a["input"]), t.shape(a["weight"])
     t.tie(t.axis(w, 1), t.axis(x, len(x.axes) - 1))
@@ -125,7 +121,7 @@ def linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*x.axes[:-1], out))
 
 
-def matmul(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def matmul(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """(…, n, k) @ (…, k, m) -> (…, n, m), batch axes broadcast; either side may be a vector."""
     left, right = (v for v in a.values() if isinstance(v, fx.Node))
     x, y = t.shape(left), t.shape(right)
@@ -143,7 +139,7 @@ def matmul(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*outer.axes, *rows, *columns))
 
 
-def addmm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def addmm(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """bias + left @ right, batched or not."""
     bias, *factors = (v for v in a.values() if isinstance(v, fx.Node))
     product = matmul(t, node, {"left": factors[0], "right": factors[1]})
@@ -152,7 +148,7 @@ def addmm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return result
 
 
-def embedding(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def embedding(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """weight (tokens, c) read at indices (…) -> (…, c)."""
     w = t.shape(a["weight"])
     t.pin_dim(w, 0, "token ids")
@@ -160,7 +156,7 @@ def embedding(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*t.shape(a["indices"]).axes, t.axis(w, 1)))
 
 
-def attention(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def attention(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """q (…, h, L, e), k (…, h, S, e), v (…, h, S, d) -> (…, h, L, d)."""
     q, k, v = (t.shape(a[name]) for name in ("query", "key", "value"))
     rank = len(q.axes)
@@ -181,7 +177,7 @@ def attention(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((*heads.axes, rows, t.axis(v, normal(-1, rank))))
 
 
-def _repeated_heads(t: Inference, x: Shape, heads: int) -> Shape:
+def _repeated_heads(t: ProgramTerms, x: Shape, heads: int) -> Shape:
     """Each head of keys or values serves several in a row of queries."""
     d = len(x.axes) - 3
     own = t.axis(x, d)
@@ -189,7 +185,7 @@ def _repeated_heads(t: Inference, x: Shape, heads: int) -> Shape:
     return Shape((*x.axes[:d], Axis((*own.factors, *copies.factors)), *x.axes[d + 1 :]))
 
 
-def fused_attention(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def fused_attention(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """Backends' own forms of attention give statistics beside the result, which only training reads."""
     if any(user.args[1] != 0 and user.users for user in node.users):
         return None

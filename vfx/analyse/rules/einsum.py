@@ -7,21 +7,19 @@ no order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
 
 Letters = Sequence[Any]  # a character for each axis, an int (counted from the right) for those under an ellipsis
 
 
-def contract(t: Inference, operands: Sequence[tuple[Any, Letters]], result: Letters) -> Shape:
+def contract(t: ProgramTerms, operands: Sequence[tuple[Any, Letters]], result: Letters) -> Shape:
     """Axes of ``operands`` (nodes with their letters) tied by letter; the axes of ``result``."""
     found: dict[Any, Axis] = {}
     for node, letters in operands:
@@ -36,7 +34,7 @@ def contract(t: Inference, operands: Sequence[tuple[Any, Letters]], result: Lett
     return Shape(tuple(found[letter] for letter in result))
 
 
-def _roles(t: Inference, operands: Sequence[tuple[Any, Letters]], result: Letters) -> None:
+def _roles(t: ProgramTerms, operands: Sequence[tuple[Any, Letters]], result: Letters) -> None:
     for node, letters in operands:
         others = {letter for other, names in operands if other is not node for letter in names}
         for d, letter in enumerate(letters):
@@ -44,7 +42,7 @@ def _roles(t: Inference, operands: Sequence[tuple[Any, Letters]], result: Letter
             t.role(node, d, kept if letter in result else "in")
 
 
-def einsum(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def einsum(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     tensors = a["tensors"]
     terms, result = parse(a["equation"], [len(t.shape(x).axes) for x in tensors])
     return contract(t, list(zip(tensors, terms)), result)
@@ -67,7 +65,7 @@ def _letters(term: str, hidden: int) -> Letters:
     return [*before, *(range(hidden - 1, -1, -1) if dots else ()), *after]
 
 
-def bilinear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def bilinear(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """input1 (…, i), input2 (…, j), weight (o, i, j) -> (…, o)."""
     batch = list(range(len(t.shape(a["input1"]).axes) - 1))
     operands = [(a["input1"], [*batch, "i"]), (a["input2"], [*batch, "j"]), (a["weight"], "oij")]
@@ -78,7 +76,7 @@ def bilinear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return result
 
 
-def tensordot(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def tensordot(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     left, right = a["self"], a["other"]
     first = [f"a{d}" for d in range(len(t.shape(left).axes))]
     second = [f"b{d}" for d in range(len(t.shape(right).axes))]
@@ -91,7 +89,7 @@ def tensordot(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
 def _product(*letters: str) -> Any:
     """A rule for two vectors or matrices, the first two tensors of a call."""
 
-    def rule(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+    def rule(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
         tensors = [value for value in a.values() if isinstance(value, fx.Node)]
         return contract(t, list(zip(tensors, letters)), letters[-1])
 
@@ -102,7 +100,7 @@ dot = _product("i", "i", "")
 outer = _product("i", "j", "ij")
 
 
-def distances(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def distances(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """cdist: x1 (…, p, m), x2 (…, r, m) -> (…, p, r)."""
     left, right = a["x1"], a["x2"]
     if len(t.shape(left).axes) != len(t.shape(right).axes):
@@ -111,7 +109,7 @@ def distances(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return contract(t, [(left, [*batch, "p", "m"]), (right, [*batch, "r", "m"])], [*batch, "p", "r"])
 
 
-def products_sum(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def products_sum(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """addmv, addr and addbmm: a tensor plus a product of two others."""
     bias, left, right = (value for value in a.values() if isinstance(value, fx.Node))
     ranks = len(t.shape(left).axes), len(t.shape(right).axes)

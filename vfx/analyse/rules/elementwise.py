@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
 from vfx.operators import is_in_place, operator_of
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
+from vfx.program import BATCH
 
 
-def pointwise(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def pointwise(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Any number of operands, broadcast against each other."""
     nested = [item for value in a.values() for item in (value if isinstance(value, (list, tuple)) else [value])]
     if not operator_of(node).is_additive:
@@ -24,20 +23,20 @@ def pointwise(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.broadcast(t.operands(nested), t.sizes(node))
 
 
-def same(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def same(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """The first operand, position by position (copies, casts, dropout and its mask)."""
     x = t.operands(list(a.values()))[0]
     return [x] * len(node.meta["val"]) if isinstance(node.meta["val"], list) else x
 
 
-def fill(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def fill(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Uniform values tie nothing; written in place they stand in the axes of what they overwrite."""
     if is_in_place(node):
         return t.shape(a["self"])
     return Shape(tuple(t.fresh(size) for size in t.sizes(node)))
 
 
-def ordered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def ordered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Values that depend on the position (arange, random numbers) pin every axis."""
     if is_in_place(node):
         for dim in range(len(t.shape(a["self"]).axes)):
@@ -49,12 +48,12 @@ def ordered(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return ordered_like(t, node, a)
 
 
-def ordered_like(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def ordered_like(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Random numbers in the shape of an operand, which lends its shape alone."""
     return Shape(tuple(t.opaque(size, "values depend on the position") for size in t.sizes(node)))
 
 
-def reduction(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def reduction(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """Sums, means, extremes and norms over some axes."""
     x = t.operands(list(a.values()))[0]
     rank = len(x.axes)
@@ -81,7 +80,7 @@ def _reads_indices(node: fx.Node) -> bool:
     return any(user.args[1] == names.index("indices") for user in node.users if user.users)
 
 
-def compared(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def compared(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Losses and distances of tensors compared entry by entry: each entry, or the sum or mean of all."""
     shapes = t.operands(list(a.values()))
     rank = max(len(shape.axes) for shape in shapes)
@@ -91,14 +90,14 @@ def compared(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return whole if len(t.sizes(node)) == rank else Shape(())
 
 
-def scan(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def scan(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """Cumulative operators see the order of their axis."""
     x = t.shape(a["self"])
     t.pin_dim(x, dims_of(a["dim"], len(x.axes))[0], "cumulative operator")
     return [x, x] if isinstance(node.meta["val"], list) else x
 
 
-def gated_linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def gated_linear(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """glu: the first half of an axis times the sigmoid of the second."""
     x = t.shape(a["self"])
     d = normal(a["dim"], len(x.axes))
@@ -106,20 +105,14 @@ def gated_linear(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.broadcast([t.slice(x, d, slice(0, half)), t.slice(x, d, slice(half, None))], t.sizes(node))
 
 
-def cross_channel_window(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def cross_channel_window(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """Pools and interpolation: batch and channel axes pass, the windows' positions are pinned."""
     x = t.operands(list(a.values()))[0]
     value = node.meta["val"]
-    sizes = (value[0] if isinstance(value, list) else value).sizes(_batch())
+    sizes = (value[0] if isinstance(value, list) else value).sizes(BATCH)
     spatial = operator_of(node).spatial
     first = len(x.axes) - spatial
     for d in range(first, len(x.axes)):
         t.pin_dim(x, d, "a window over positions")
     axes = (*x.axes[:first], *(t.opaque(size, "a window over positions") for size in sizes[first:]))
     return [Shape(axes)] * len(value) if isinstance(value, list) else Shape(axes)
-
-
-def _batch() -> int:
-    from vfx.analyse.infer import BATCH
-
-    return BATCH

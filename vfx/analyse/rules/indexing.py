@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.operators import is_in_place
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
+from vfx.program import BATCH
 
 NUMBERED = "positions are looked up by number"
 
 
-def index(t: Inference, x: Shape, indices: Sequence[Any], sizes: Sequence[int] | None = None) -> Shape:
+def index(t: ProgramTerms, x: Shape, indices: Sequence[Any], sizes: Sequence[int] | None = None) -> Shape:
     """x[indices] by tensors of integers or booleans; ``sizes`` is the result's shape where it is known.
 
     The result has the axes of the (broadcast) indices where the indexed axes were, or in front if those are apart.
@@ -54,7 +53,7 @@ def _is_mask(node: fx.Node) -> bool:
     return node.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
-def _looked_up(t: Inference, nodes: list[fx.Node], sizes: Sequence[int] | None, first: int) -> list[Axis | Digit]:
+def _looked_up(t: ProgramTerms, nodes: list[fx.Node], sizes: Sequence[int] | None, first: int) -> list[Axis | Digit]:
     """Axes of the indices broadcast together; those of a mask count what is true."""
     if any(_is_mask(node) for node in nodes):
         for node in nodes:
@@ -69,7 +68,7 @@ def _looked_up(t: Inference, nodes: list[fx.Node], sizes: Sequence[int] | None, 
     return list(t.broadcast(shapes, [max(column) for column in zip(*grid)]).axes)
 
 
-def index_put(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def index_put(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """self[indices] = values."""
     x = t.shape(a["self"])
     if any(_is_mask(entry) for entry in a["indices"] if entry is not None):
@@ -79,7 +78,7 @@ def index_put(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return x
 
 
-def _written(t: Inference, x: Shape, indices: Sequence[Any]) -> Shape | None:
+def _written(t: ProgramTerms, x: Shape, indices: Sequence[Any]) -> Shape | None:
     """The part of x at different constant positions of one axis."""
     given = [(d, t.constant(entry)) for d, entry in enumerate(indices) if entry is not None]
     (d, places), *others = given
@@ -88,7 +87,7 @@ def _written(t: Inference, x: Shape, indices: Sequence[Any]) -> Shape | None:
     return t.slice(x, d, places.cpu().numpy())
 
 
-def _masked_put(t: Inference, x: Shape, a: dict[str, Any]) -> Shape | None:
+def _masked_put(t: ProgramTerms, x: Shape, a: dict[str, Any]) -> Shape | None:
     """A mask over all leading axes and one value for all it marks: where(mask, value, self)."""
     (mask, *others) = a["indices"]
     if others or t.shape(a["values"]).sizes not in ((), (1,)):
@@ -99,7 +98,7 @@ def _masked_put(t: Inference, x: Shape, a: dict[str, Any]) -> Shape | None:
     return x
 
 
-def select_at(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def select_at(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """index_select at computed positions of one axis."""
     x, numbers = t.shape(a["self"]), t.shape(a["index"])
     d = normal(a["dim"], len(x.axes))
@@ -108,7 +107,7 @@ def select_at(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*x.axes[:d], own, *x.axes[d + 1 :]))
 
 
-def gather(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def gather(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """out[…, p, …] = x[…, index[…, p, …], …]: all axes but the numbered one tie."""
     x, numbers = t.shape(a["self"]), t.shape(a.get("index") or a["indices"])
     if not numbers.axes:
@@ -121,7 +120,7 @@ def gather(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return numbers
 
 
-def tie_others(t: Inference, x: Shape, numbers: Shape, dim: int) -> None:
+def tie_others(t: ProgramTerms, x: Shape, numbers: Shape, dim: int) -> None:
     """Axes of the index against the leading part of x's."""
     for d, axis in enumerate(numbers.axes):
         if d != dim and x.axes[d].size >= axis.size:
@@ -129,7 +128,7 @@ def tie_others(t: Inference, x: Shape, numbers: Shape, dim: int) -> None:
             t.tie(t.axis(cut, d), t.axis(numbers, d))
 
 
-def scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """self[…, index[…, p, …], …] = src[…, p, …], or a reduction onto it."""
     x, numbers = t.shape(a["self"]), t.shape(a["index"])
     d = normal(a["dim"], len(x.axes))
@@ -143,7 +142,7 @@ def scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return x
 
 
-def write_at(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def write_at(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """index_add, index_copy, index_reduce, index_fill: whole slices of one axis at numbered positions."""
     x, numbers = t.shape(a["self"]), t.shape(a["index"])
     d = normal(a["dim"], len(x.axes))
@@ -158,7 +157,7 @@ def write_at(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return x
 
 
-def take(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def take(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """x flattened and looked up."""
     x = t.shape(a["self"])
     for d in range(len(x.axes)):
@@ -166,7 +165,7 @@ def take(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.shape(a["index"])
 
 
-def embedding_bag(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape | None]:
+def embedding_bag(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape | None]:
     """weight (tokens, c) read at indices and summed bag by bag -> (bags, c)."""
     w = t.shape(a["weight"])
     for name in ("indices", "offsets", "per_sample_weights"):
@@ -176,11 +175,11 @@ def embedding_bag(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape 
     t.pin_dim(w, 0, "token ids")
     t.role(a["weight"], 1, "out")
     value = node.meta["val"]
-    bags = t.opaque(value[0].sizes(_batch())[0], "bags of tokens")
+    bags = t.opaque(value[0].sizes(BATCH)[0], "bags of tokens")
     return [Shape((bags, t.axis(w, 1))), *(_pinned(t, other) for other in value[1:])]
 
 
-def data_dependent(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def data_dependent(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """nonzero, masked_select, unique…: the result's positions say where something was found."""
     for operand in t.operands(list(a.values())):
         for d in range(len(operand.axes)):
@@ -189,7 +188,7 @@ def data_dependent(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return [_pinned(t, one) for one in value] if isinstance(value, list) else _pinned(t, value)
 
 
-def masked_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def masked_scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Values of ``source`` in their order where a mask is true."""
     x = t.shape(a["self"])
     result = t.broadcast([x, t.shape(a["mask"])], t.sizes(node))
@@ -199,7 +198,7 @@ def masked_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return x if is_in_place(node) else result
 
 
-def buckets(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def buckets(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """bucketize and searchsorted: each value's number among sorted boundaries."""
     bounds: Any = a.get("boundaries") or a["sorted_sequence"]
     values = a["self"]
@@ -209,17 +208,11 @@ def buckets(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return t.shape(values)
 
 
-def one_hot(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def one_hot(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = t.shape(a["self"])
     return Shape((*x.axes, t.opaque(t.sizes(node)[-1], "one position for each number")))
 
 
-def _pinned(t: Inference, value: Any) -> Shape | None:
-    sizes = value.sizes(_batch()) if hasattr(value, "sizes") else None
+def _pinned(t: ProgramTerms, value: Any) -> Shape | None:
+    sizes = value.sizes(BATCH) if hasattr(value, "sizes") else None
     return None if sizes is None else Shape(tuple(t.opaque(size, NUMBERED) for size in sizes))
-
-
-def _batch() -> int:
-    from vfx.analyse.infer import BATCH
-
-    return BATCH

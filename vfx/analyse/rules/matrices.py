@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.einsum import contract
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
-from vfx.program import Value
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
+from vfx.program import BATCH, Value
 
 ENTRIES = "a function of a matrix's entries"
 SEEN = "the operator sees where values stand"
 
 
-def of_matrix(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def of_matrix(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """inverses, roots, determinants, decompositions of (…, n, m): rows and columns are pinned, batches pass."""
     (x,) = t.operands(list(a.values()))
     lead = len(x.axes) - 2
@@ -27,7 +25,7 @@ def of_matrix(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return _results(t, node, x.axes[:lead], ENTRIES)
 
 
-def pinned(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def pinned(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """What sees the positions of all its operands' axes."""
     for operand in t.operands(node.all_input_nodes):
         for d in range(len(operand.axes)):
@@ -35,9 +33,8 @@ def pinned(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return _results(t, node, (), SEEN)
 
 
-def _results(t: Inference, node: fx.Node, lead: tuple[Any, ...], reason: str) -> Any:
+def _results(t: ProgramTerms, node: fx.Node, lead: tuple[Any, ...], reason: str) -> Any:
     """Shapes of one or several results whose axes are opaque behind some that pass."""
-    from vfx.analyse.infer import BATCH
 
     def shape(value: Any) -> Any:
         if isinstance(value, list):
@@ -48,7 +45,7 @@ def _results(t: Inference, node: fx.Node, lead: tuple[Any, ...], reason: str) ->
     return shape(node.meta["val"])
 
 
-def inner(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def inner(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """x (…, k), y (…, k) -> the axes of both without the last."""
     first, second = ([f"{name}{d}" for d in range(len(t.shape(a[name]).axes))] for name in ("self", "other"))
     if not first or not second:
@@ -57,7 +54,7 @@ def inner(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return contract(t, [(a["self"], first), (a["other"], second)], [*first[:-1], *second[:-1]])
 
 
-def vector_products(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def vector_products(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """vecdot: x · y summed over one axis."""
     x, y = t.shape(a["x"]), t.shape(a["y"])
     if x.sizes != y.sizes:
@@ -67,7 +64,7 @@ def vector_products(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | N
     return contract(t, [(a["x"], letters), (a["y"], letters)], [k for k in letters if k != d])
 
 
-def chain(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def chain(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """multi_dot: matrices one behind the other; the first and the last may be vectors."""
     tensors = a["tensors"] if "tensors" in a else a["matrices"]
     ends = [f"m{k}" for k in range(len(tensors) + 1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,35 +10,34 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules import indexing
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
 from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.operators import operator_of
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
+from vfx.program import BATCH
 
 MAX_COUNTS = 4
 _LAST = 1 << 62  # torch's "to the end" in slices
 
 
-def _first(t: Inference, a: dict[str, Any]) -> Shape:
+def _first(t: ProgramTerms, a: dict[str, Any]) -> Shape:
     return t.operands(list(a.values()))[0]
 
 
-def view(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def view(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     if "dtype" in a:  # the bits read as another type
         return None
     return t.view(_first(t, a), t.sizes(node))
 
 
-def permute(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def permute(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     return t.permute(x, dims_of(a["dims"], len(x.axes)))
 
 
-def transpose(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def transpose(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     order = list(range(len(x.axes)))
     i, j = normal(a["dim0"], len(order)), normal(a["dim1"], len(order))
@@ -46,20 +45,20 @@ def transpose(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.permute(x, order)
 
 
-def reverse_axes(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def reverse_axes(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """t and T."""
     x = _first(t, a)
     return t.permute(x, list(reversed(range(len(x.axes)))))
 
 
-def transpose_matrices(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def transpose_matrices(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """mT and mH turn the last two axes round."""
     x = _first(t, a)
     rank = len(x.axes)
     return t.permute(x, (*range(rank - 2), rank - 1, rank - 2))
 
 
-def move_axis(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def move_axis(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     source, target = dims_of(a["source"], len(x.axes)), dims_of(a["destination"], len(x.axes))
     order = [d for d in range(len(x.axes)) if d not in source]
@@ -68,24 +67,24 @@ def move_axis(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.permute(x, order)
 
 
-def unsqueeze(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def unsqueeze(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     axes = list(x.axes)
     axes.insert(normal(a["dim"], len(axes) + 1), t.fresh(1))
     return Shape(tuple(axes))
 
 
-def squeeze(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def squeeze(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     dims = dims_of(a.get("dim"), len(x.axes))
     return Shape(tuple(axis for d, axis in enumerate(x.axes) if d not in dims or axis.size != 1))
 
 
-def expand(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def expand(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     return t.broadcast([_first(t, a)], t.sizes(node))
 
 
-def repeat(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def repeat(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     sizes = t.sizes(node)
     padded = Shape((*[t.fresh(1)] * (len(sizes) - len(x.axes)), *x.axes))
@@ -99,7 +98,7 @@ def repeat(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape(tuple(axes))
 
 
-def repeat_interleave(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def repeat_interleave(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """Each position several times in a row; copies of one are alike."""
     x = t.shape(a["self"])
     if not isinstance(a["repeats"], int):
@@ -111,7 +110,7 @@ def repeat_interleave(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape |
     return Shape((*x.axes[:d], longer, *x.axes[d + 1 :]))
 
 
-def slice_(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def slice_(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
     if t.is_opaque(x.axes[d]):
@@ -122,24 +121,22 @@ def slice_(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return t.part(a["self"], x, d, slice(a["start"], end, a["step"]))
 
 
-def narrow(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def narrow(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     if isinstance(a["start"], fx.Node):
         return None
     x = _first(t, a)
     return t.part(a["self"], x, normal(a["dim"], len(x.axes)), slice(a["start"], a["start"] + a["length"]))
 
 
-def select(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def select(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     x = _first(t, a)
     if isinstance(a["index"], fx.Node):
         return None
     return t.select(x, normal(a["dim"], len(x.axes)), a["index"])
 
 
-def split(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+def split(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     """split, split_with_sizes, chunk: the sizes are those of the results."""
-    from vfx.analyse.infer import BATCH
-
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
     ends = np.cumsum([value.sizes(BATCH)[d] for value in node.meta["val"]])
@@ -147,10 +144,8 @@ def split(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     return [t.part(a["self"], x, d, slice(int(end) - size, int(end))) for end, size in zip(ends, sizes)]
 
 
-def meshgrid(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+def meshgrid(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     """Each tensor varies along its own axis of all results."""
-    from vfx.analyse.infer import BATCH
-
     sizes = node.meta["val"][0].sizes(BATCH)
     turned = {0: 1, 1: 0} if a.get("indexing") == "xy" else {}
     results = []
@@ -161,43 +156,41 @@ def meshgrid(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     return results
 
 
-def broadcast_tensors(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
-    from vfx.analyse.infer import BATCH
-
+def broadcast_tensors(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     return [t.broadcast([x], value.sizes(BATCH)) for x, value in zip(t.operands(a["tensors"]), node.meta["val"])]
 
 
-def stack_columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def stack_columns(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """hstack: along the second axis, or the only one."""
     shapes = t.operands(a["tensors"])
     return _joined(t, shapes, 0 if len(shapes[0].axes) == 1 else 1, t.sizes(node))
 
 
-def stack_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def stack_rows(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """vstack: along the first axis of tensors that have at least two."""
     shapes = [Shape((t.fresh(1), *s.axes)) if len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
     return _joined(t, shapes, 0, t.sizes(node))
 
 
-def stack_depth(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def stack_depth(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """dstack: along the third axis of tensors that have at least three."""
     return _joined(t, [_padded(t, s, 3) for s in t.operands(a["tensors"])], 2, t.sizes(node))
 
 
-def stack_vectors(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def stack_vectors(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """column_stack: along the second axis, in which a vector is one column."""
     shapes = [Shape((*s.axes, t.fresh(1))) if len(s.axes) == 1 else s for s in t.operands(a["tensors"])]
     return _joined(t, shapes, 1, t.sizes(node))
 
 
-def at_least(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def at_least(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """atleast_1d, 2d, 3d: axes of one position where some are missing."""
     rank = operator_of(node).rank
     shapes = [_padded(t, s, rank) for s in t.operands(a["tensors"] if "tensors" in a else [a["self"]])]
     return shapes if isinstance(node.meta["val"], list) else shapes[0]
 
 
-def _padded(t: Inference, x: Shape, rank: int) -> Shape:
+def _padded(t: ProgramTerms, x: Shape, rank: int) -> Shape:
     """A tensor with at least so many axes: before the last of a vector, and behind them for the third."""
     axes = x.axes
     if len(axes) < 1:
@@ -207,39 +200,39 @@ def _padded(t: Inference, x: Shape, rank: int) -> Shape:
     return Shape((*axes, t.fresh(1)) if len(axes) < 3 <= rank else axes)
 
 
-def block_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def block_diagonal(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """block_diag: the rows of all matrices one behind the other, and their columns."""
     shapes = [_padded(t, s, 2) for s in t.operands(a["tensors"])]
     return Shape(tuple(t.concatenate([t.axis(s, d) for s in shapes]) for d in range(2)))
 
 
-def split_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+def split_rows(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     """vsplit: the first axis."""
     return split(t, node, a | {"dim": 0})
 
 
-def split_columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+def split_columns(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     """hsplit: the second axis, or the only one."""
     return split(t, node, a | {"dim": min(1, len(t.shape(a["self"]).axes) - 1)})
 
 
-def split_depth(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+def split_depth(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     """dsplit: the third axis."""
     return split(t, node, a | {"dim": 2})
 
 
-def unbind(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
+def unbind(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
     return [t.select(x, d, index) for index in range(x.axes[d].size)]
 
 
-def concatenate(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def concatenate(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     shapes = [s for s in t.operands(a["tensors"]) if len(s.axes) == len(t.sizes(node))]
     return _joined(t, shapes, normal(a["dim"], len(shapes[0].axes)), t.sizes(node))
 
 
-def _joined(t: Inference, shapes: list[Shape], d: int, sizes: tuple[int, ...]) -> Shape:
+def _joined(t: ProgramTerms, shapes: list[Shape], d: int, sizes: tuple[int, ...]) -> Shape:
     parts = [t.axis(s, d) for s in shapes]
     again = t.together(parts)
     for k, axis in ((k, axis) for s in shapes for k, axis in enumerate(s.axes) if isinstance(axis, Axis)):
@@ -256,7 +249,7 @@ def _joined(t: Inference, shapes: list[Shape], d: int, sizes: tuple[int, ...]) -
     return Shape((*others.axes[:d], joined, *others.axes[d:]))
 
 
-def stack(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def stack(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     shapes = t.operands(a["tensors"])
     sizes = t.sizes(node)
     d = normal(a["dim"], len(sizes))
@@ -264,7 +257,7 @@ def stack(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*others.axes[:d], t.opaque(sizes[d], "stacked tensors"), *others.axes[d:]))
 
 
-def pad(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def pad(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """Constant padding puts uniform positions around an axis; other modes read positions and pin it."""
     x = _first(t, a)
     axes = list(x.axes)
@@ -291,7 +284,7 @@ def pad(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape(tuple(axes))
 
 
-def roll(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def roll(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     if any(isinstance(shift, fx.Node) for shift in _listed(a["shifts"])):
         for d in dims_of(a["dims"], len(x.axes)):
@@ -303,7 +296,7 @@ def roll(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return _rolled(t, x, dims_of(a["dims"], len(x.axes)), a["shifts"])
 
 
-def _rolled(t: Inference, x: Shape, dims: list[int], shifts: Any) -> Shape:
+def _rolled(t: ProgramTerms, x: Shape, dims: list[int], shifts: Any) -> Shape:
     axes = list(x.axes)
     for d, shift in zip(dims, _listed(shifts)):
         if t.is_opaque(axes[d]):
@@ -320,7 +313,7 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def flip(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def flip(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     axes = list(x.axes)
     for d in dims_of(a["dims"], len(axes)):
@@ -328,17 +321,17 @@ def flip(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape(tuple(axes))
 
 
-def flip_columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def flip_columns(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """fliplr: the second axis."""
     return flip(t, node, a | {"dims": [1]})
 
 
-def flip_rows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def flip_rows(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """flipud: the first axis."""
     return flip(t, node, a | {"dims": [0]})
 
 
-def turn_quarters(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def turn_quarters(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """rot90: k quarter turns from the first of two axes towards the second."""
     x = _first(t, a)
     i, j = dims_of(a["dims"], len(x.axes))
@@ -348,7 +341,7 @@ def turn_quarters(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape(tuple(axes))
 
 
-def gather_constant(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def gather_constant(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """index and index_select: constant positions of one axis are taken, computed ones pin what they number."""
     x = _first(t, a)
     if "dim" in a:
@@ -383,7 +376,7 @@ def _places(index: Tensor | None) -> NDArray[np.int64] | None:
     return None if len(counts) > MAX_COUNTS else places
 
 
-def channel_shuffle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def channel_shuffle(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = _first(t, a)
     channel, groups = t.axis(x, 1), int(a["groups"])
     cut = t.view(Shape((channel,)), (groups, channel.size // groups))
@@ -391,7 +384,7 @@ def channel_shuffle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((x.axes[0], *turned.axes, *x.axes[2:]))
 
 
-def pixel_shuffle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def pixel_shuffle(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """(…, C·r², H, W) -> (…, C, H·r, W·r)."""
     x = _first(t, a)
     r, rank = int(a["upscale_factor"]), len(x.axes)
@@ -403,7 +396,7 @@ def pixel_shuffle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*x.axes[: rank - 3], channel, height, width))
 
 
-def pixel_unshuffle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def pixel_unshuffle(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """(…, C, H·r, W·r) -> (…, C·r², H, W)."""
     x = _first(t, a)
     r, rank = int(a["downscale_factor"]), len(x.axes)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
 
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
 
-
-def per_channel(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def per_channel(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """batch_norm and instance_norm: x (N, C, …) with scale, shift and running statistics of size C."""
     x = t.shape(a["input"])
     channel = t.axis(x, 1)
@@ -21,7 +19,7 @@ def per_channel(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return _result(node, x)
 
 
-def layer_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def layer_norm(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """layer_norm and rms_norm over the last axes: mean and variance do not see their order."""
     x = t.shape(a["input"])
     count = len(a["normalized_shape"])
@@ -29,7 +27,7 @@ def layer_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return _result(node, x)
 
 
-def group_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def group_norm(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """x (N, G·c, …): statistics of each group of channels; groups move whole."""
     x = t.shape(a["input"])
     channel = t.axis(x, 1)
@@ -39,7 +37,7 @@ def group_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return _result(node, x)
 
 
-def weight_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def weight_norm(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """v scaled to the norm g along ``dim``; norms over the other axes see no order. Roles go on to v."""
     v, g = t.shape(a["v"]), t.shape(a["g"])
     result = t.broadcast([Shape(tuple(t.axis(v, d) for d in range(len(v.axes)))), g], v.sizes)
@@ -49,7 +47,7 @@ def weight_norm(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return _result(node, Shape(result.axes, v.origin))
 
 
-def prelu(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def prelu(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """One slope for each channel, or one for all."""
     x = t.shape(a["self"])
     weight = t.shape(a["weight"])
@@ -59,14 +57,14 @@ def prelu(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return x
 
 
-def softmax(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def softmax(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Normalises along an axis without seeing its order."""
     x = t.shape(a["self"])
     t.axis(x, normal(int(a["dim"]), len(x.axes)))
     return x
 
 
-def _tie_parameters(t: Inference, a: dict[str, Any], names: tuple[str, ...], axes: list[Any]) -> None:
+def _tie_parameters(t: ProgramTerms, a: dict[str, Any], names: tuple[str, ...], axes: list[Any]) -> None:
     for name in names:
         if isinstance(a.get(name), fx.Node):
             shape = t.shape(a[name])

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Shape
 from vfx.operators import operator_of
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
+from vfx.program import BATCH
 
 TRANSFORMED = "a Fourier transform along these positions"
 
 
-def triangle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def triangle(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """tril and triu compare the positions of the last two axes."""
     x = t.shape(a["self"])
     for d in (len(x.axes) - 2, len(x.axes) - 1):
@@ -24,7 +23,7 @@ def triangle(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return x
 
 
-def diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def diagonal(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """The main diagonal of a square moves with both axes; any other pins them. The new axis is the last."""
     x = t.shape(a["self"])
     rank = len(x.axes)
@@ -37,7 +36,7 @@ def diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*kept, t.opaque(t.sizes(node)[-1], "a diagonal of positions")))
 
 
-def on_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def on_diagonal(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """diag_embed: x (…, n) -> (…, n, n), which moves on both axes as x does."""
     x = t.shape(a["self"])
     rank = len(x.axes) + 1
@@ -52,13 +51,13 @@ def on_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape(tuple(axes))
 
 
-def vector_or_diagonal(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def vector_or_diagonal(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """diag: a vector on the diagonal of a matrix, or a matrix's diagonal."""
     rank, offset = len(t.shape(a["self"]).axes), a.get("diagonal", a.get("offset", 0))
     return (on_diagonal if rank == 1 else diagonal)(t, node, a | {"offset": offset})
 
 
-def spectrum(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def spectrum(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Fourier transforms and their shifts: every position of the transformed axes depends on where the others stand."""
     x = t.shape(a["self"])
     rank = len(x.axes)
@@ -71,12 +70,12 @@ def spectrum(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape(tuple(axes))
 
 
-def sorted_values(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def sorted_values(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """sort, topk: values in order of size do not depend on where they stood; their indices do."""
     x = t.shape(a["self"])
     d = normal(a.get("dim", 0), len(x.axes))  # msort has no argument and sorts along the first
     axis = t.axis(x, d)
-    sizes = node.meta["val"][0].sizes(_batch()) if isinstance(node.meta["val"], list) else t.sizes(node)
+    sizes = node.meta["val"][0].sizes(BATCH) if isinstance(node.meta["val"], list) else t.sizes(node)
     values = Shape((*x.axes[:d], t.opaque(sizes[d], "ordered by size"), *x.axes[d + 1 :]))
     if isinstance(node.meta["val"], list):
         read = any(user.args[1] == 1 for user in node.users if user.users)
@@ -84,7 +83,7 @@ def sorted_values(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
     return t.numbers(values, axis) if operator_of(node).gives_positions else values
 
 
-def differences(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def differences(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """diff: each position against the one before, those of ``prepend`` and ``append`` among them."""
     x = t.shape(a["self"])
     d = normal(a["dim"], len(x.axes))
@@ -98,7 +97,7 @@ def differences(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((*others.axes[:d], t.opaque(sizes[d], "differences of neighbours"), *others.axes[d:]))
 
 
-def cross_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def cross_product(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Three coordinates, each with its own part."""
     result = t.broadcast(t.operands([a["self"], a["other"]]), t.sizes(node))
     if a.get("dim") is None:
@@ -109,7 +108,7 @@ def cross_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return result
 
 
-def similarity(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def similarity(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """cosine_similarity and pairwise_distance: two tensors compared along an axis, whose order is not seen."""
     x, y = t.operands([a["x1"], a["x2"]])
     rank = max(len(x.axes), len(y.axes))
@@ -123,19 +122,13 @@ def similarity(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*axes[:d], *axes[d + 1 :]))
 
 
-def complex_pairs(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def complex_pairs(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """view_as_complex: (…, 2) -> (…)."""
     x = t.shape(a["self"])
     t.pin_dim(x, len(x.axes) - 1, "real and imaginary parts")
     return Shape(tuple(t.axis(x, d) for d in range(len(x.axes) - 1)))
 
 
-def real_pairs(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def real_pairs(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """view_as_real: (…) -> (…, 2)."""
     return Shape((*t.shape(a["self"]).axes, t.opaque(2, "real and imaginary parts")))
-
-
-def _batch() -> int:
-    from vfx.analyse.infer import BATCH
-
-    return BATCH

@@ -7,21 +7,19 @@ pinned copies of H. Layers feed each other; the two directions of a layer stand 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.shapes import Shape
 from vfx.operators import is_in_place, operator_of
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
 
 RECURS = "a recurrence runs over these positions"
 
 
-def layers(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape] | None:
+def layers(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape] | None:
     """lstm, gru, rnn: x (N, T, I) -> every layer's last features (N, T, D·H), final states (layers·D, N, H)."""
     if "batch_sizes" in a or len(t.shape(a["input"]).axes) != 3:  # packed sequences
         return None
@@ -47,7 +45,7 @@ def layers(t: Inference, node: fx.Node, a: dict[str, Any]) -> list[Shape] | None
     return [result, *(_final(t, rows, x.axes[batch]) for rows in (outputs, memories)[: len(states)])]
 
 
-def _cell(t: Inference, parameters: Sequence[Any], gates: int, fed: Axis, biases: bool) -> tuple[Axis, Axis]:
+def _cell(t: ProgramTerms, parameters: Sequence[Any], gates: int, fed: Axis, biases: bool) -> tuple[Axis, Axis]:
     """One layer in one direction: its output's axis and its memory's (they differ where a projection follows)."""
     own, recurrent, *rest = parameters
     width = t.axis(t.shape(own), 0).size // gates
@@ -71,14 +69,14 @@ def _cell(t: Inference, parameters: Sequence[Any], gates: int, fed: Axis, biases
     return output, memory
 
 
-def _start(t: Inference, states: Sequence[Any], index: int, axes: tuple[Axis, Axis]) -> None:
+def _start(t: ProgramTerms, states: Sequence[Any], index: int, axes: tuple[Axis, Axis]) -> None:
     """Initial states (cells, N, H): a cell's own slice ties to its features; a uniform fill ties nothing."""
     for state, axis in zip(states, axes):
         if not _is_uniform(t, state):
             t.tie(axis, t.axis(t.select(t.shape(state), 0, index), 1))
 
 
-def _is_uniform(t: Inference, state: fx.Node) -> bool:
+def _is_uniform(t: ProgramTerms, state: fx.Node) -> bool:
     """Whether all features start alike: their axis must not tie one cell to the next."""
     if state.op != "get_attr" or state.target not in t.program.buffers:
         return operator_of(state).ties == "fill" and not is_in_place(state)
@@ -86,7 +84,7 @@ def _is_uniform(t: Inference, state: fx.Node) -> bool:
     return all(not v.is_meta and bool((v == v[..., :1]).all()) for v in values)
 
 
-def _final(t: Inference, cells: list[Axis], batch: Any) -> Shape:
+def _final(t: ProgramTerms, cells: list[Axis], batch: Any) -> Shape:
     """The states of all cells (cells, N, H): each row has its own action."""
     if len(cells) == 1:
         return Shape((t.fresh(1), batch, cells[0]))
@@ -94,7 +92,7 @@ def _final(t: Inference, cells: list[Axis], batch: Any) -> Shape:
     return Shape((rows.axes[0], batch, rows.axes[1]))
 
 
-def cell(t: Inference, node: fx.Node, a: dict[str, Any]) -> Any:
+def cell(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     """lstm_cell, gru_cell, rnn_cell: one step, x (N, I) -> (N, H)."""
     gates = operator_of(node).gates
     biases = [a[name] for name in ("b_ih", "b_hh") if isinstance(a.get(name), fx.Node)]

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.shapes import Shape
-
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
 
 BY_EXPERT = "rows stand expert by expert"
 
@@ -23,7 +21,7 @@ def factors(a: dict[str, Any]) -> tuple[Any, Any, Any]:
     return a.get("self") or a.get("input"), a.get("mat2") or a.get("weight"), a["offs"]
 
 
-def grouped_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def grouped_product(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """(rows, k) by (experts, k, n) -> (rows, n); other forms are not covered."""
     ends = factors(a)[2]
 
@@ -34,7 +32,7 @@ def grouped_product(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | N
     return product(t, a, by_place) if isinstance(ends, fx.Node) else None
 
 
-def product(t: Inference, a: dict[str, Any], experts: Callable[[], Any]) -> Shape | None:
+def product(t: ProgramTerms, a: dict[str, Any], experts: Callable[[], Any]) -> Shape | None:
     """The result of (rows, k) by (experts, k, n); ``experts`` says what holds of their axes."""
     rows, matrices, _ = factors(a)
     x, w = t.shape(rows), t.shape(matrices)
@@ -48,7 +46,7 @@ def product(t: Inference, a: dict[str, Any], experts: Callable[[], Any]) -> Shap
     return Shape((t.axis(x, 0), t.axis(w, 2)))
 
 
-def histogram(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def histogram(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """histc: how many values lie in each interval does not depend on where they stand."""
     x = t.shape(a["self"])
     for d in range(len(x.axes)):

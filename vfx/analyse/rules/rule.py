@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
-
+from vfx.analyse.program_terms import ProgramTerms
 
 # rule(inference, node, arguments) returns the result's Shape (a list for several), or None to refuse
-Rule = Callable[["Inference", fx.Node, dict[str, Any]], Any]
+Rule = Callable[["ProgramTerms", fx.Node, dict[str, Any]], Any]
 
 
 def normal(dim: int, rank: int) -> int:

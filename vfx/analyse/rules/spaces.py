@@ -14,7 +14,7 @@ import numpy as np
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
-from vfx.analyse.infer import Inference
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rows import distinct
 from vfx.analyse.rules import einsum, routing
 from vfx.analyse.rules.rule import dims_of, normal
@@ -38,7 +38,7 @@ class Dim(NamedTuple):
 class Spaces:
     """What the functions below need of a finished inference."""
 
-    def __init__(self, inference: Inference):
+    def __init__(self, inference: ProgramTerms):
         self.t = inference
         self._leaves: dict[Axis | Digit, frozenset[int]] = {}
 

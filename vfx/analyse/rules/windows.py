@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
 from vfx.operators import operator_of
 
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
-
 WINDOW = "a window over positions"
 
 
-def windows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def windows(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Tensor.unfold: one axis becomes the windows, their insides a new last axis."""
     x = t.shape(a["self"])
     d = normal(a["dimension"], len(x.axes))
@@ -26,7 +24,7 @@ def windows(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((*x.axes[:d], t.opaque(sizes[d], WINDOW), *x.axes[d + 1 :], t.opaque(sizes[-1], WINDOW)))
 
 
-def columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def columns(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """im2col: (N, C, H, W) -> (N, C·k·k, L)."""
     x = t.shape(a["self"])
     if len(x.axes) != 4:
@@ -39,7 +37,7 @@ def columns(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((x.axes[0], Axis((*channel.factors, *inside.factors)), t.opaque(count, WINDOW)))
 
 
-def image(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def image(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """col2im: (N, C·k·k, L) -> (N, C, H, W)."""
     x = t.shape(a["self"])
     if len(x.axes) != 3:
@@ -51,7 +49,7 @@ def image(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     return Shape((x.axes[0], channel, t.opaque(sizes[2], WINDOW), t.opaque(sizes[3], WINDOW)))
 
 
-def sampled(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def sampled(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """grid_sampler: x (N, C, …) read at grid (N, …, coordinates) -> (N, C, …)."""
     x, grid = t.shape(a["input"]), t.shape(a["grid"])
     for d in range(2, len(x.axes)):
@@ -61,7 +59,7 @@ def sampled(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
     return Shape((x.axes[0], x.axes[1], *(t.axis(grid, d) for d in range(1, len(grid.axes) - 1))))
 
 
-def unpooled(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def unpooled(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """max_unpool: values (…, positions) put where the indices of a pool say; other axes pass."""
     x, places = t.shape(a["self"]), t.shape(a["indices"])
     first = len(x.axes) - operator_of(node).spatial

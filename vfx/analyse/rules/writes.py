@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import fx
 
+from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules import elementwise
 from vfx.analyse.rules.rule import normal
 from vfx.analyse.shapes import Shape
 from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.operators import is_in_place
 
-if TYPE_CHECKING:
-    from vfx.analyse.infer import Inference
-
 _LAST = 1 << 62
 
 
-def copy(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape:
+def copy(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Written in place the source ties to what it overwrites; the functional form only takes its shape from there."""
     if is_in_place(node):
         return elementwise.pointwise(t, node, a)
     return t.broadcast([t.shape(a["src"])], t.sizes(node))
 
 
-def slice_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def slice_scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """self with the positions start:end:step of one axis taken from src."""
     x = t.shape(a["self"])
     d = normal(a.get("dim", 0), len(x.axes))
@@ -36,7 +34,7 @@ def slice_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | Non
     return _replaced(t, x, t.shape(a["src"]), d, slice(a["start"], end, a["step"]))
 
 
-def select_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+def select_scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """self with one position of one axis taken from src, which lacks that axis."""
     x, source = t.shape(a["self"]), t.shape(a["src"])
     d = normal(a["dim"], len(x.axes))
@@ -46,7 +44,7 @@ def select_scatter(t: Inference, node: fx.Node, a: dict[str, Any]) -> Shape | No
     return _replaced(t, x, Shape((*source.axes[:d], t.fresh(1), *source.axes[d:])), d, place)
 
 
-def _replaced(t: Inference, x: Shape, source: Shape, d: int, place: slice) -> Shape:
+def _replaced(t: ProgramTerms, x: Shape, source: Shape, d: int, place: slice) -> Shape:
     size = x.axes[d].size
     if t.is_opaque(x.axes[d]) or size > MAX_ENUMERATED:
         t.pin_dim(source, d, "written into a pinned axis")
@@ -65,7 +63,7 @@ def _replaced(t: Inference, x: Shape, source: Shape, d: int, place: slice) -> Sh
     return Shape((*others.axes[:d], t.take(joined, order), *others.axes[d:]))
 
 
-def _others(t: Inference, shapes: list[Shape], d: int) -> Shape:
+def _others(t: ProgramTerms, shapes: list[Shape], d: int) -> Shape:
     """The axes beside the one that is written to, tied."""
     left = [Shape((*shape.axes[:d], *shape.axes[d + 1 :])) for shape in shapes]
     return t.broadcast(left, left[0].sizes)
