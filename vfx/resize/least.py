@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -14,25 +14,25 @@ from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
 from vfx.analyse.symmetry import Symmetry
 from vfx.operators import arguments, operator_of
+from vfx.resize.bundle import Bundle
 from vfx.resize.layout import Layout
 
-if TYPE_CHECKING:
-    from vfx.resize.slots import Slots
+Multiplicity = Callable[[list[int]], Index]  # how often each slot stands, given the units of each bundle
 
 
-def least_units(slots: Slots) -> list[int]:
+def least_units(facts: Symmetry, bundles: Sequence[Bundle], multiplicity: Multiplicity) -> list[int]:
     """The smallest number of units of each bundle with which every operator is defined."""
-    least = [bundle.units if bundle.fixed else 1 for bundle in slots.bundles]
-    owner = np.full(slots.count + 1, -1)
-    for index, bundle in enumerate(slots.bundles):
+    least = [bundle.units if bundle.fixed else 1 for bundle in bundles]
+    owner = np.full(facts.leaves.count + 1, -1)
+    for index, bundle in enumerate(bundles):
         owner[bundle.slots] = index
-    for axes, needed in _needs(slots.facts):
-        standing = sorted(set().union(*(_standing(slots, owner, axis) for axis in axes)))
-        while _count(slots, least, axes) < needed:
-            grown = [k for k in standing if least[k] < slots.bundles[k].units]
+    for axes, needed in _needs(facts):
+        standing = sorted(set().union(*(_standing(facts, owner, axis) for axis in axes)))
+        while _count(Layout(facts, multiplicity(least)), axes) < needed:
+            grown = [k for k in standing if least[k] < bundles[k].units]
             if not grown:
                 break
-            least[max(grown, key=lambda k: slots.bundles[k].units - least[k])] += 1
+            least[max(grown, key=lambda k: bundles[k].units - least[k])] += 1
     return least
 
 
@@ -58,12 +58,11 @@ def _correction(node: fx.Node, a: dict[str, Any]) -> float:
     return float(a.get("unbiased", True))
 
 
-def _standing(slots: Slots, owner: Index, axis: Axis | Digit) -> set[int]:
+def _standing(facts: Symmetry, owner: Index, axis: Axis | Digit) -> set[int]:
     """The bundles on an axis."""
     rows = [axis.block.flat] if isinstance(axis, Digit) else [f for f in axis.factors if not isinstance(f, Opaque)]
-    return {k for labels in rows for k in np.unique(owner[slots.leaves.resolve(labels)[:, 1:]]).tolist() if k >= 0}
+    return {k for labels in rows for k in np.unique(owner[facts.leaves.resolve(labels)[:, 1:]]).tolist() if k >= 0}
 
 
-def _count(slots: Slots, units: list[int], axes: list[Axis | Digit]) -> int:
-    layout = Layout(slots.facts, slots.multiplicity(units))
+def _count(layout: Layout, axes: list[Axis | Digit]) -> int:
     return int(np.prod([layout.size(axis) for axis in axes], dtype=float))

@@ -11,7 +11,6 @@ removal. Components that hold as many slots of each group are alike; all that ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -25,26 +24,10 @@ from vfx.analyse.rows import count_rows, distinct
 from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import PassError
+from vfx.resize.bundle import Bundle
 from vfx.resize.implied import implied_blocks, whole_axes
 from vfx.resize.least import least_units
 from vfx.resize.roles import positions
-
-
-@dataclass(frozen=True, eq=False)
-class Bundle:
-    """Units of removal that are alike: each holds ``share[k]`` slots of group ``groups[k]``.
-
-    ``slots`` (units, slots of a unit) are element ids; ``fixed`` units stand beside positions that cannot go.
-    """
-
-    groups: tuple[int, ...]
-    share: tuple[int, ...]
-    slots: Index
-    fixed: bool
-
-    @property
-    def units(self) -> int:
-        return len(self.slots)
 
 
 class Slots:
@@ -63,7 +46,7 @@ class Slots:
     @cached_property
     def least(self) -> list[int]:
         """The fewest units of each bundle with which every operator is defined."""
-        return least_units(self)
+        return least_units(self.facts, self.bundles, self.multiplicity)
 
     @cached_property
     def positions(self) -> Mapping[int, str]:
