@@ -31,8 +31,8 @@ from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from benchmarks.pairs_report import grid
 from vfx.analyse.balance import Place, Scales
 from vfx.analyse.symmetry import symmetry
-from vfx.analyse.transform import rows_of
 from vfx.api import collect, merge, trace
+from vfx.elements.parts import rows_of
 from vfx.emit.module import emit
 from vfx.files import write_atomic
 from vfx.models.training import predict

@@ -30,9 +30,9 @@ from benchmarks.fashion import RESULTS
 from benchmarks.options import Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import HUGGING_FACE, VOCABULARY, Network
-from vfx.analyse.transform import apply, random_element
 from vfx.analyse.verify import in_double, randomise, relative_error, tensors
 from vfx.data import digits
+from vfx.elements import act, random_element
 from vfx.files import write_atomic
 from vfx.models import MODELS, vit_tiny
 from vfx.program import Program, run
@@ -86,7 +86,7 @@ def pair(name: str, form: str, seed: int) -> tuple[Program, list[Any]]:
     weights = randomise(program, found, torch.Generator().manual_seed(seed))
     program = FORMS[form](program.with_weights([weights]))
     facts = vfx.symmetry(program)
-    moved = apply(facts, program.weights[0], random_element(facts, np.random.default_rng(seed)))
+    moved = act(facts, random_element(facts, np.random.default_rng(seed)), program.weights[0])
     return program.with_weights([program.weights[0], moved]), found
 
 

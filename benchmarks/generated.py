@@ -38,8 +38,8 @@ from benchmarks.fashion import RESULTS
 from benchmarks.grammar import network
 from benchmarks.options import Fresh, Output
 from benchmarks.pairs_report import cell
-from vfx.analyse.transform import apply, random_element
 from vfx.analyse.verify import verify
+from vfx.elements import act, random_element
 from vfx.errors import VerificationError, VfxError
 from vfx.files import write_atomic
 from vfx.program import Program
@@ -154,7 +154,7 @@ def moved_copy(model: nn.Module, x: Tensor, seed: int, classes: str = "full") ->
     double = {
         name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in program.weights[0].items()
     }
-    moved = apply(facts, double, element)
+    moved = act(facts, element, double)
     copied = copy.deepcopy(model)
     state = copied.state_dict()
     for name, tensor in moved.items():

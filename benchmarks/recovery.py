@@ -39,12 +39,13 @@ from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Missi
 from benchmarks.memory import peak_memory
 from benchmarks.options import Checkpoints, DataFolder, Output
 from benchmarks.pairs_report import grid
-from vfx.analyse.elements import Permutations, moved
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import randomise
 from vfx.api import symmetry, trace
+from vfx.elements import Permutations, act, compose_permutations, inverse_permutations, permuted, random_permutations
+from vfx.elements.permutations import moved
 from vfx.files import write_atomic
 from vfx.match.activation import ActivationMatching
 from vfx.match.matcher import Matching
@@ -88,19 +89,19 @@ class Problem:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             first = dict(program.weights[0]) if trained else random_weights(program, data[:BATCH], generator)
-        truth = facts.random(np.random.default_rng(seed))
+        truth = random_permutations(facts.groups, np.random.default_rng(seed))
         second = {
             name: tensor if name in program.buffers else noisy(tensor, generator)
-            for name, tensor in facts.permute(first, truth).items()
+            for name, tensor in act(facts, permuted(truth), first).items()
         }
         return cls(program.with_weights([first, second]), facts, truth, data)
 
     def residual(self, matching: Matching) -> dict[int, Index]:
         """π∘p: the identity where a group is recovered."""
-        return self.facts.compose(self.truth, matching.permutations[1])
+        return compose_permutations(self.facts.groups, self.truth, matching.permutations[1])
 
     def inverse(self) -> dict[int, Index]:
-        return self.facts.inverse(self.truth)
+        return inverse_permutations(self.facts.groups, self.truth)
 
 
 def random_weights(program: Program, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -213,7 +214,7 @@ def weight_matching(problem: Problem) -> dict[str, Any]:
     matching = WeightMatching(classes="permutation")(MatchingProblem(problem.program, problem.facts))
     first, second = problem.program.weights
     scored = {m.fqn for g in problem.facts.groups for m in g.members} - problem.program.buffers
-    best = inner(first, problem.facts.permute(second, problem.inverse()), scored)
+    best = inner(first, act(problem.facts, permuted(problem.inverse()), second), scored)
     verdict = judge(problem, matching, lambda group, pairs: weight_identical(problem, group, pairs))
     return verdict | {"sweeps": matching.sweeps[0], "objective_of_truth": round(matching.objective[0] / best, 9)}
 

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, command, fashion_mnist
 from benchmarks.options import Cache, Checkpoints, DataFolder, Output, Samples
 from vfx.api import merge
+from vfx.elements import Element
 from vfx.files import write_atomic
 from vfx.match.activation import ActivationMatching
-from vfx.match.carry import AcrossWidths, Carried, Carrier, Crossing
+from vfx.match.carry import AcrossWidths, Carrier, Crossing
 from vfx.match.transport import OptimalTransport
 from vfx.match.weight import WeightMatching
 from vfx.models import MODELS, accuracy, fit
@@ -49,7 +50,7 @@ class Truncation(OptimalTransport):
         carrier = Carrier(crossing.pairing)
         for group, twin in carrier.pairing.twin.items():
             size, other = carrier.pairing.one.groups[group].size, carrier.pairing.other.groups[twin].size
-            carrier.found[group] = Carried(np.arange(size) % other, None, other)
+            carrier.found[group] = Element(np.arange(size) % other)
         return carrier, 0.0
 
 

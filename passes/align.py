@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
-from vfx.analyse.activation_maps import along
 from vfx.analyse.activations import statistics_channels
 from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.pins import pin_notes
@@ -23,10 +22,10 @@ from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.arguments import checked
 from vfx.duplication import read_only_in
+from vfx.elements import Elements, OnAxis, Pending, act_on, behind_exact, exact_part
 from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
-from vfx.match.maps import Transport
 from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.program import Goal, Program
 from vfx.rewrite import PRESERVED, Pass
@@ -103,14 +102,14 @@ class Align(Pass):
         note = f"Align({type(self.matcher).__name__})"
         result = program.with_weights(weights, note)
         result = replace(result, notes=(*result.notes, *pin_notes(facts), *self.matching.notes))
-        if any(self.matching.maps):
-            result = replace(result, transport=Transport(facts, self.matching.maps))
+        if not self.matching.is_exact:
+            result = replace(result, transport=Pending(facts, tuple(map(behind_exact, self.matching.elements))))
         return _with_goals(program, result, facts, statistics, self.matching)
 
     def _prove(self, program: Program, facts: Symmetry, matching: Matching) -> float:
         worst = 0.0
         for edge in range(1, program.edges):
-            error = preserved(facts, program.weights[edge], matching.element(edge), self.seed)
+            error = preserved(facts, program.weights[edge], exact_part(matching.elements[edge]), self.seed)
             if not error <= PRESERVED:
                 raise VerificationError(
                     f"what was found for edge {edge} changes its function (relative error {error:.1e} in "
@@ -136,18 +135,12 @@ def _with_goals(
     goals, unknown = {}, dict[str, None]()
     for name, known in before.items():
         node, rows = nodes[name], []
-        for edge, permutation in enumerate(matching.permutations):
-            order = torch.from_numpy(facts.gather(node, channels[name], permutation)).to(known.mean.device)
-            mean, std = known.mean[edge][order], known.std[edge][order]
-            maps = _maps(facts, result, matching, edge, node, channels[name])
-            covariance = covariances.get(name)
-            if maps is None or (covariance is None and any(own.ndim == 2 for own in maps)):
+        for edge, elements in enumerate(matching.elements):
+            on, spread = _on(facts, elements, node, channels[name]), covariances.get(name)
+            if on is None or (spread is None and on.behind is not None and on.behind.ndim == 2):
                 unknown[name] = None
                 continue
-            for own in maps:
-                spread = None if covariance is None else covariance[edge][order][:, order]
-                mean, std = _mapped(own.to(mean.device), mean, std, spread)
-            rows.append((mean, std))
+            rows.append(_through(on, known.mean[edge], known.std[edge], None if spread is None else spread[edge]))
         if name not in unknown:
             goals[name] = Goal(*(torch.stack(column) for column in zip(*rows)))
     return replace(result, goals=goals, notes=(*result.notes, *_unknown_notes(unknown)))
@@ -162,20 +155,22 @@ def _unknown_notes(names: Collection[str]) -> list[str]:
     ]
 
 
-def _maps(
-    facts: Symmetry, result: Program, matching: Matching, edge: int, node: fx.Node, dim: int
-) -> list[Tensor] | None:
-    """What an edge's layer goes through behind the permutations; None where that is not one map for all of it."""
+def _on(facts: Symmetry, elements: Elements, node: fx.Node, dim: int) -> OnAxis | None:
+    """What a layer's channels go through; None where that is not one map for all of them."""
     try:
-        behind = along(facts, node, dim, matching.elements[edge]) if matching.elements else None
+        return act_on(facts, elements, node, dim)
     except ArchitectureError:
         return None
-    linear = result.transport.axis(edge, node, dim) if result.transport is not None else None
-    assert behind is None or linear is None, "a matching is exact or linear"
-    return [own for own in (behind, linear) if own is not None]
 
 
-def _mapped(own: Tensor, mean: Tensor, std: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
-    if own.ndim == 1 or spread is None:
-        return own * mean, own.abs() * std
-    return own @ mean, torch.einsum("mc,cd,md->m", own, spread, own).clamp_min(0).sqrt()
+def _through(on: OnAxis, mean: Tensor, std: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means and deviations (C,) of channels that go through an element; ``spread`` (C, C) is their covariance."""
+    order = replace(on, behind=None)
+    mean, std = order(mean), order(std)
+    if on.behind is None:
+        return mean, std
+    behind = on.behind.to(mean.device)
+    if behind.ndim == 1 or spread is None:
+        return behind * mean, behind.abs() * std
+    spread = order(order(spread).T).T
+    return behind @ mean, torch.einsum("mc,cd,md->m", behind, spread, behind).clamp_min(0).sqrt()

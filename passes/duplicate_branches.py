@@ -122,7 +122,7 @@ class _Duplicator:
         """A branch's value in the common space, axis by axis."""
         rank = len(node.meta["val"].shape)
         for dim in range(rank) if self.transport is not None else ():
-            matrix = self.transport.axis(edge, node, dim)
+            matrix = self.transport.on(edge, node, dim)
             if matrix is None:
                 continue
             parameters = self._last_parameters(node)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -20,8 +21,8 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, number_layers
 from vfx.arguments import checked
 from vfx.duplication import call, own_weights, prefixes, product, weighted_sum
+from vfx.elements.parts import multiplied
 from vfx.errors import ArchitectureError, ArgumentError, PassError
-from vfx.match.maps import apply_along
 from vfx.operators import arguments, operator_of
 from vfx.program import Execution, Program, Value, copy_node
 from vfx.rewrite import Pass
@@ -115,8 +116,7 @@ class _Duplicator:
         result = dict(weights)
         for name, matrix in self.folded.items():
             size = matrix.shape[0]
-            where = torch.arange(size).reshape(1, size, 1).numpy()
-            result[name] = apply_along(weights[name], 1, where, matrix.T)
+            result[name] = multiplied(weights[name], 1, np.arange(size)[:, None], matrix.T.numpy())
         example = next(t for t in weights.values() if t.is_floating_point())
         return result | {name: matrix.to(example) for name, matrix in self.matrices.items()}
 
@@ -165,7 +165,7 @@ class _Duplicator:
         transport, value = self.program.transport, node.meta.get("val")
         if transport is None or not isinstance(value, Value) or not value.dtype.is_floating_point:
             return {}
-        found = {dim: transport.axis(edge, node, dim, back=True) for dim in range(len(value.shape))}
+        found = {dim: transport.on(edge, node, dim, back=True) for dim in range(len(value.shape))}
         return {dim: matrix for dim, matrix in found.items() if matrix is not None}
 
     # output ---------------------------------------------------------------------------------------------------------

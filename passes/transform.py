@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vfx.elements import act
 from vfx.program import Program
 from vfx.rewrite import Pass
 
@@ -23,6 +24,9 @@ class Transform(Pass):
         transport = program.transport
         if transport is None:
             return program
-        weights = [transport.weights(edge, own, program.private) for edge, own in enumerate(program.weights)]
-        count = len({group for maps in transport.maps for group in maps})
+        weights = []
+        for elements, own in zip(transport.elements, program.weights):
+            shared = {name: tensor for name, tensor in own.items() if name not in program.private}
+            weights.append({**own, **act(transport.symmetry, elements, shared)})
+        count = len({group for elements in transport.elements for group in elements})
         return replace(program.with_weights(weights, f"Transform({count} groups)"), transport=None)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import symmetry, trace
+from vfx.elements import Permutations, act, permuted, random_permutations
 from vfx.program import Program
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
@@ -59,8 +59,8 @@ def transported(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[nn.Module, 
     """π(model) in the model's class for a random group element π that moves every group."""
     program = trace(model, x[:2])
     facts = symmetry(program)
-    element = facts.random(np.random.default_rng(seed))
-    moved = facts.permute(program.weights[0], element)
+    element = random_permutations(facts.groups, np.random.default_rng(seed))
+    moved = act(facts, permuted(element), program.weights[0])
     twin = copy.deepcopy(model)
     state = {name: moved.get(program.aliases.get(name, name), value) for name, value in model.state_dict().items()}
     twin.load_state_dict(state)

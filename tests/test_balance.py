@@ -21,8 +21,8 @@ from vfx.analyse import balance as balancing
 from vfx.analyse.balance import Scales
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import symmetry
-from vfx.analyse.transform import Element, apply
 from vfx.api import merge, trace
+from vfx.elements import Element, act
 from vfx.errors import ArgumentError, VerificationError
 from vfx.models import vgg16
 from vfx.models.vit import vit_tiny
@@ -197,7 +197,7 @@ def test_a_scale_that_leaves_one_member_out_is_seen(build: Callable[[], nn.Modul
         moved = {(place.fqn, place.dim) for place in scales.places[index, x]}
         for left in (None, *(m for m in group.members if (m.fqn, m.dim) in moved)):
             without = () if left is None else (left,)
-            weights = apply(facts, program.weights[0], element, without, check=False)
+            weights = act(facts, element, program.weights[0], without)
             error = same_function(program, program.with_weights([weights]))
             assert error <= 1e-12 if left is None else error >= 1e-6
 
@@ -439,7 +439,7 @@ def _steps_a_feature(depth: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float
     facts, calls, step = symmetry(program), [0], balancing._step
     with monkeypatch.context() as patch:
         patch.setattr(balancing, "_step", lambda *given: calls.__setitem__(0, calls[0] + 1) or step(*given))
-        found = apply(facts, program.weights[0], balancing.balance(facts, program.weights[0]))
+        found = act(facts, balancing.balance(facts, program.weights[0]), program.weights[0])
     worst = 0.0
     for k in range(0, 2 * depth, 2):
         made = found[f"{k}.weight"].square().sum(1) + found[f"{k}.bias"].square()
@@ -475,7 +475,7 @@ def test_maps_that_one_tensor_takes_on_several_axes_settle() -> None:
     program = _program(build, VECTORS)
     facts = symmetry(program)
     assert {facts.classes[g.index].kind for g in facts.moving} == {Maps.LINEAR}
-    balanced = apply(facts, program.weights[0], balancing.balance(facts, program.weights[0]), check=False)
+    balanced = act(facts, balancing.balance(facts, program.weights[0]), program.weights[0])
     again = balancing.balance(facts, balanced)
     for element in again.values():
         assert element.matrix is not None

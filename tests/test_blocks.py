@@ -15,10 +15,17 @@ from micro_models import conv, net
 from test_matching import Attention, grouped, resnext_block
 from torch import Tensor, nn
 
-from vfx.analyse.elements import compose, draw, identity, inverse
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import verify
 from vfx.api import symmetry, trace
+from vfx.elements import (
+    act,
+    compose_permutations,
+    inverse_permutations,
+    permuted,
+    random_permutations,
+    still_permutations,
+)
 
 EXACT = 1e-10
 X = images(4, 8)
@@ -208,28 +215,37 @@ def test_leaving_out_a_member_changes_the_function(name: str) -> None:
 def test_elements_form_a_group(name: str) -> None:
     facts = _symmetry(name)
     generator = np.random.default_rng(0)
-    a, b, c = (facts.random(generator) for _ in range(3))
+    a, b, c = (random_permutations(facts.groups, generator) for _ in range(3))
     weights = facts.program.weights[0]
-    both = facts.permute(facts.permute(weights, a), b)
-    for key, tensor in facts.permute(weights, facts.compose(a, b)).items():
+    both = act(facts, permuted(b), act(facts, permuted(a), weights))
+    for key, tensor in act(facts, permuted(compose_permutations(facts.groups, a, b)), weights).items():
         assert torch.equal(tensor, both[key]), key
-    neutral = facts.identity()
-    for other in (facts.compose(a, facts.inverse(a)), facts.compose(facts.inverse(a), a)):
+    neutral = still_permutations(facts.groups)
+    for other in (
+        compose_permutations(facts.groups, a, inverse_permutations(facts.groups, a)),
+        compose_permutations(facts.groups, inverse_permutations(facts.groups, a), a),
+    ):
         assert all((other[g] == neutral[g]).all() for g in neutral)
-    left, right = facts.compose(facts.compose(a, b), c), facts.compose(a, facts.compose(b, c))
+    left, right = (
+        compose_permutations(facts.groups, compose_permutations(facts.groups, a, b), c),
+        compose_permutations(facts.groups, a, compose_permutations(facts.groups, b, c)),
+    )
     assert all((left[g] == right[g]).all() for g in neutral)
-    assert any((facts.compose(a, b)[g] != facts.compose(b, a)[g]).any() for g in neutral)
+    assert any(
+        (compose_permutations(facts.groups, a, b)[g] != compose_permutations(facts.groups, b, a)[g]).any()
+        for g in neutral
+    )
 
 
 def test_one_order_for_all_blocks_is_that_order_in_each() -> None:
     facts = _symmetry("packed qkv")
-    element = draw(facts.groups, np.random.default_rng(3))
+    element = random_permutations(facts.groups, np.random.default_rng(3))
     short = {g.index: element[g.index][0] if g.parent is not None else element[g.index] for g in facts.groups}
-    long = compose(facts.groups, short, identity(facts.groups))
-    one, other = (facts.permute(facts.program.weights[0], e) for e in (short, long))
+    long = compose_permutations(facts.groups, short, still_permutations(facts.groups))
+    one, other = (act(facts, permuted(e), facts.program.weights[0]) for e in (short, long))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    undone = compose(facts.groups, short, inverse(facts.groups, short))
-    assert all((undone[g] == p).all() for g, p in identity(facts.groups).items())
+    undone = compose_permutations(facts.groups, short, inverse_permutations(facts.groups, short))
+    assert all((undone[g] == p).all() for g, p in still_permutations(facts.groups).items())
 
 
 @pytest.mark.parametrize(

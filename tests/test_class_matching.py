@@ -15,10 +15,9 @@ import vfx
 from tests.conftest import close
 from vfx.analyse.balance import _balanced_where_used, balance
 from vfx.analyse.classes import Maps, draw
-from vfx.analyse.composition import compose, inverse
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import apply, random_element
 from vfx.analyse.verify import in_double, randomise
+from vfx.elements import act, compose, inverse, random_element
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.class_descent import ClassDescent, beyond_permutations
@@ -141,7 +140,7 @@ def _pair(name: str) -> tuple[Program, Symmetry, Tensor]:
         weights = randomise(program, [x], torch.Generator().manual_seed(0))
         program = form(program.with_weights([weights]))
         facts = vfx.symmetry(program)
-        moved = apply(facts, program.weights[0], random_element(facts, np.random.default_rng(3)))
+        moved = act(facts, random_element(facts, np.random.default_rng(3)), program.weights[0])
         pair = program.with_weights([program.weights[0], moved])
         _known[name] = pair, vfx.symmetry(pair), x
     return _known[name]
@@ -237,13 +236,13 @@ def test_elements_compose_and_undo(name: str) -> None:
     program, facts, _ = _pair(name)
     one, two = (random_element(facts, np.random.default_rng(seed)) for seed in (1, 2))
     weights = program.weights[0]
-    there = apply(facts, apply(facts, weights, one), two)
-    at_once = apply(facts, weights, compose(facts, one, two), check=False)
-    back = apply(facts, apply(facts, weights, one), inverse(facts, one), check=False)
+    there = act(facts, two, act(facts, one, weights))
+    at_once = act(facts, compose(facts, one, two), weights)
+    back = act(facts, inverse(facts, one), act(facts, one, weights))
     for fqn, tensor in weights.items():
         close(at_once[fqn], there[fqn], 1e-11)
         close(back[fqn], tensor, 1e-11)
-    swapped = apply(facts, weights, compose(facts, two, one), check=False)
+    swapped = act(facts, compose(facts, two, one), weights)
     assert max(float((swapped[n] - there[n]).abs().max()) for n in weights) > 1e-3  # the order matters
 
 
@@ -251,7 +250,7 @@ def test_elements_compose_and_undo(name: str) -> None:
 def test_balanced_forms_differ_by_compact_maps(name: str) -> None:
     """Norms of balanced weights are those of the orbit, and the function stays."""
     program, facts, x = _pair(name)
-    forms = [apply(facts, own, balance(facts, own), check=False) for own in program.weights]
+    forms = [act(facts, balance(facts, own), own) for own in program.weights]
     for fqn, tensor in forms[0].items():
         if tensor.is_floating_point():
             assert float(tensor.norm()) == pytest.approx(float(forms[1][fqn].norm()), rel=1e-6, abs=1e-9), fqn
@@ -295,7 +294,7 @@ def test_each_step_raises_the_objective(monkeypatch: pytest.MonkeyPatch) -> None
     program, facts, _ = _pair("vit_lifted")
     rng = np.random.default_rng(0)
     other = {n: t + 0.3 * t.std() * torch.randn(t.shape, dtype=DOUBLE) for n, t in program.weights[1].items()}
-    forms = [apply(facts, own, balance(facts, own), check=False) for own in (program.weights[0], other)]
+    forms = [act(facts, balance(facts, own), own) for own in (program.weights[0], other)]
     descent, values = ClassDescent(facts, *forms), []
     improve = ClassDescent._improve
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from micro_models import conv, linear, net, parameter
 from torch import Tensor, nn
 
-from vfx.analyse import transform
 from vfx.analyse.classes import Maps, contains, contragredient, draw, meet
 from vfx.analyse.drawing import to_networkx
 from vfx.analyse.groups import Group
 from vfx.analyse.slots import Slots, nullspace
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.analyse.transform import Element, apply, random_element
 from vfx.analyse.verify import _random_input, function_error, in_double, randomise, verify
 from vfx.capture import capture
+from vfx.elements import Element, act, check_elements, permuted, random_element, random_permutations
+from vfx.elements.parts import mapped, parts
 from vfx.errors import ArgumentError
 
 EXACT, BROKEN = 1e-11, 1e-5
@@ -284,17 +284,17 @@ def _error(facts: Symmetry, move: Callable[[dict[str, Tensor]], dict[str, Tensor
 def _forced(facts: Symmetry, group: Group, maps: Maps, seed: int = 0) -> float:
     """The error of one map of a class on all sides that make or read a group's feature; gains are only permuted."""
     generator = np.random.default_rng(seed)
-    permutation = facts.random(generator)[group.index]
+    permutation = random_permutations(facts.groups, generator)[group.index]
     matrix = np.stack([_behind(maps, group.size, generator) for _ in range(group.blocks[0])])
     own = facts.classes[group.index]
 
     def move(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        result = facts.permute(weights, {group.index: permutation})
+        result = act(facts, permuted({group.index: permutation}), weights)
         element, dual = Element(matrix=matrix), contragredient(matrix)
         for member in group.members:
-            for part in transform.parts(facts, group, member):
+            for part in parts(facts, group, member):
                 if part.side in own.features:
-                    result[member.fqn] = transform.mapped(result[member.fqn], member.dim, part, element, dual)
+                    result[member.fqn] = mapped(result[member.fqn], member.dim, part, element, dual)
         return result
 
     return _error(facts, move, seed)
@@ -395,7 +395,7 @@ def test_a_transformed_weight_set_is_a_literal_product(name: str) -> None:
                         part[where] = np.tensordot(matrix, part[where], 1)
                     else:
                         array[rows] = np.tensordot(matrix, array[rows], 1)
-    moved = apply(facts, weights, chosen)
+    moved = act(facts, chosen, weights)
     assert any(not torch.equal(moved[name], weights[name]) for name in weights)
     for name, tensor in moved.items():
         np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-12, atol=1e-12)
@@ -405,9 +405,9 @@ def test_a_map_and_the_wrong_dual_change_the_function() -> None:
     facts = _named("linear")
     matrix = draw(L, 7, np.random.default_rng(0))
     good = {0: Element(matrix=matrix)}
-    assert _error(facts, lambda weights: apply(facts, weights, good)) <= EXACT
+    assert _error(facts, lambda weights: act(facts, good, weights)) <= EXACT
     (member,) = (m for m in facts.groups[0].members if m.role == "in")
-    assert _error(facts, lambda weights: transform.apply(facts, weights, good, (member,))) >= BROKEN
+    assert _error(facts, lambda weights: act(facts, good, weights, (member,))) >= BROKEN
 
 
 def test_maps_outside_their_class_are_refused() -> None:
@@ -415,13 +415,13 @@ def test_maps_outside_their_class_are_refused() -> None:
     for name, message in (("relu", "positive monomial"), ("rms_norm_without_gain", "not orthogonal")):
         facts = _named(name)
         with pytest.raises(ArgumentError, match=message):
-            apply(facts, facts.program.weights[0], {0: Element(matrix=linear_map)})
+            check_elements(facts, {0: Element(matrix=linear_map)})
     facts = _named("relu")
     side = facts.groups[0].sides[0].index
     with pytest.raises(ArgumentError, match="equations of its sides"):
-        apply(facts, facts.program.weights[0], {0: Element(scales={side: -np.ones(7)})})
+        check_elements(facts, {0: Element(scales={side: -np.ones(7)})})
     with pytest.raises(ArgumentError, match="no such sides"):
-        apply(facts, facts.program.weights[0], {0: Element(scales={-5: np.ones(7)})})
+        check_elements(facts, {0: Element(scales={-5: np.ones(7)})})
     with pytest.raises(ArgumentError, match="full, permutation"):
         verify(facts, classes="orthogonal")
 
@@ -431,7 +431,7 @@ def test_permutations_alone_move_nothing_else() -> None:
     chosen = random_element(facts, np.random.default_rng(0), "permutation")
     assert all(element.matrix is None and not element.scales for element in chosen.values())
     weights = facts.program.weights[0]
-    moved = apply(facts, weights, chosen)
+    moved = act(facts, chosen, weights)
     assert all(torch.equal(moved[name].sort().values, weights[name].sort().values) for name in ("a.bias", "b.weight"))
 
 

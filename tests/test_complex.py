@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vfx
 from vfx.analyse.verify import verify
 from vfx.complex_numbers import parts_of
+from vfx.elements import act, permuted, random_permutations
 from vfx.errors import ArgumentError
 
 
@@ -83,7 +84,7 @@ def test_a_permuted_copy_is_found_again(kind: Callable[[], nn.Module]) -> None:
     (model,) = built(kind)
     program = vfx.trace(model, inputs())
     facts = vfx.symmetry(program)
-    copy = facts.permute(program.weights[0], facts.random(np.random.default_rng(1)))
+    copy = act(facts, permuted(random_permutations(facts.groups, np.random.default_rng(1))), program.weights[0])
     pair = program.with_weights([program.weights[0], copy])
     x = inputs(16)
     for match, limit in (("weight", 1e-10), ("activation", 1e-10)):

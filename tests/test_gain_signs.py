@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import edges, images
 
-from vfx.analyse.transform import apply, random_element
 from vfx.api import collect, symmetry, trace
+from vfx.elements import act, random_element
 from vfx.match.activation import ActivationMatching
 from vfx.match.matcher import Matching, Problem
 from vfx.models import vit_tiny
@@ -19,7 +19,7 @@ def _matched(program: Program) -> tuple[Matching, dict[str, torch.Tensor]]:
     statistics = collect(program, data=X, progress=False)
     facts = symmetry(program)
     found = ActivationMatching()(Problem(program, facts, statistics))
-    return found, apply(facts, program.weights[1], found.element(1))
+    return found, act(facts, found.elements[1], program.weights[1])
 
 
 def _program() -> Program:
@@ -42,7 +42,7 @@ def test_gains_of_one_sign_keep_it() -> None:
 def test_a_network_whose_gains_were_negated_is_given_back() -> None:
     program, generator = _program(), np.random.default_rng(0)
     facts = symmetry(program)
-    moved = apply(facts, program.weights[0], random_element(facts, generator))
+    moved = act(facts, random_element(facts, generator), program.weights[0])
     assert any((moved[name] < 0).any() for name in _gains(program))
     _, aligned = _matched(program.with_weights([program.weights[0], moved], "moved"))
     for name, tensor in program.weights[0].items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vfx.analyse.verify import verify
 from vfx.api import collect, merge, prune_structured, symmetry, trace
+from vfx.elements import act, permuted
 from vfx.match.activation import ActivationMatching
 from vfx.match.matcher import Problem
 
@@ -88,10 +89,10 @@ def test_orders_that_no_norm_allows_are_noticed() -> None:
     """Control: the same orders in a stream whose norm has other groups are another function."""
     _, facts, element = transported(network(lambda: Stream([4]), X), X)
     other = network(lambda: Stream([8]), X)
-    moved = facts.permute(trace(other, X[:2]).weights[0], element)
-    permuted = Stream([8]).eval()
-    permuted.load_state_dict(dict(moved))
-    assert float((permuted(X) - other(X)).abs().max()) > 1e-2
+    moved = act(facts, permuted(element), trace(other, X[:2]).weights[0])
+    twin = Stream([8]).eval()
+    twin.load_state_dict(dict(moved))
+    assert float((twin(X) - other(X)).abs().max()) > 1e-2
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

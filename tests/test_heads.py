@@ -111,8 +111,8 @@ def test_a_wrong_map_in_front_of_a_head_is_seen() -> None:
     """Negative control."""
     program = trace(edges(chain, X), X[:2])
     aligned = Align(Random(), seed=1)(program)
-    broken = {g: replace(own, unmerge=own.merge) for g, own in aligned.transport.maps[0].items()}
-    wrong = replace(aligned, transport=replace(aligned.transport, maps=(broken, aligned.transport.maps[1])))
+    broken = {g: replace(own, dual=own.matrix.mT) for g, own in aligned.transport.elements[0].items()}
+    wrong = replace(aligned, transport=replace(aligned.transport, elements=(broken, aligned.transport.elements[1])))
     for one in (DuplicateHeads(1, [1.0, 0.0]), Transform(), Interpolate([1.0, 0.0])):
         wrong = one(wrong)
     assert (wrong(X)[0] - program(X)).abs().max() > 1e-3

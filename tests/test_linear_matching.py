@@ -22,10 +22,10 @@ from vfx.passes.transform import Transform
 
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import collect, merge, trace
+from vfx.elements import act, behind_exact, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.match.cca import CCAMerging
 from vfx.match.linear import Features, LinearMatching, Solution
-from vfx.match.maps import Map
 from vfx.match.zipit import ZipIt
 from vfx.program import Program
 from vfx.statistics.moments import CrossMoments
@@ -70,8 +70,8 @@ def _merged(program: Program, method: LinearMatching, x: Tensor, cut: int = 0) -
 def test_a_network_and_its_permutations_give_it_back(case: Case, method: str) -> None:
     program, facts, x = _subject(case)
     first = program.weights[0]
-    element = facts.random(np.random.default_rng(1))
-    found = Align(METHODS[method](), x, progress=False)(_chosen(program, first, facts.permute(first, element)))
+    element = random_permutations(facts.groups, np.random.default_rng(1))
+    found = Align(METHODS[method](), x, progress=False)(_chosen(program, first, act(facts, permuted(element), first)))
     merged = Interpolate()(Transform()(found))
     close(merged(x), program(x), 1e-6)
 
@@ -80,11 +80,11 @@ def test_a_network_and_its_permutations_give_it_back(case: Case, method: str) ->
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_the_order_of_an_edges_channels_does_not_matter(case: Case, method: str) -> None:
     program, facts, x = _subject(case)
-    element = facts.random(np.random.default_rng(2))
+    element = random_permutations(facts.groups, np.random.default_rng(2))
     for count in (2, 3) if case is SMALL[0] else (2,):
         own = program.weights[:count]
         expected = _merged(_chosen(program, *own), METHODS[method](), x)(x)
-        moved = _chosen(program, *own[:-1], facts.permute(own[-1], element))
+        moved = _chosen(program, *own[:-1], act(facts, permuted(element), own[-1]))
         close(_merged(moved, METHODS[method](), x)(x), expected, 1e-5)
         assert (program(x) - expected).abs().max() > 1e-3 * expected.abs().max(), "merging must change something"
 
@@ -105,14 +105,14 @@ def test_preserved_layers_are_joined_in_the_common_space(method: str) -> None:
     features, weights, bias = [], [], []
     for edge in range(2):
         own = aligned.weights[edge]
-        maps, axis = align.matching.maps[edge], dict(facts.axes_of("fc.weight"))[1]
+        maps, axis = behind_exact(align.matching.elements[edge]), dict(facts.axes_of("fc.weight"))[1]
         merge, unmerge = torch.eye(18, dtype=torch.float64), torch.eye(18, dtype=torch.float64)
         for group, (matrix) in ((facts.groups[g], m) for g, m in maps.items()):
             member = next((m for m in group.members if m.fqn == "fc.weight"), None)
             if member is not None:
                 where = torch.from_numpy(member.position[:, 0])
-                merge[where[:, None], where] = matrix.merge
-                unmerge[where[:, None], where] = matrix.unmerge
+                merge[where[:, None], where] = torch.from_numpy(matrix.matrix)
+                unmerge[where[:, None], where] = torch.from_numpy(matrix.dual.mT)
         assert len(axis) == 18
         features.append(0.5 * _penultimate(own, x) @ merge.T)
         weights.append(0.5 * own["fc.weight"] @ unmerge)
@@ -140,12 +140,12 @@ def test_maps_of_heads_stand_in_matched_blocks() -> None:
     align = Align(CCAMerging(), x, progress=False)
     align(_chosen(program, *program.weights[:2]))
     assert align.matching is not None
-    maps = align.matching.maps[1]
+    maps = behind_exact(align.matching.elements[1])
     inner = [group for group in facts.groups if group.parent is not None]
     mapped = [group for group in inner if group.index in maps]
     assert len(inner) == 2
     assert len(mapped) == 1
-    assert maps[mapped[0].index].merge.shape == (3, 4, 4)
+    assert maps[mapped[0].index].matrix.shape == (3, 4, 4)
     assert all(facts.groups[group.parent].index not in maps for group in mapped if group.parent is not None)
 
 
@@ -154,8 +154,8 @@ def test_a_wrong_map_is_seen() -> None:
     program, _, x = _subject(SMALL[1])
     aligned = Align(CCAMerging(), x, progress=False)(_chosen(program, *program.weights[:2]))
     right = Interpolate()(Transform()(aligned))(x)
-    index, own = next(iter(aligned.transport.maps[1].items()))
-    aligned.transport.maps[1][index] = Map(own.merge, own.unmerge.flip(0))
+    index, own = next(iter(aligned.transport.elements[1].items()))
+    aligned.transport.elements[1][index] = replace(own, dual=own.dual[:, ::-1])
     assert (Interpolate()(Transform()(aligned))(x) - right).abs().max() > 1e-3 * right.abs().max()
 
 

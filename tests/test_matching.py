@@ -18,9 +18,10 @@ from micro_models import conv, net
 from torch import Tensor, nn
 
 import vfx.match.weight as weight_module
-from vfx.analyse.elements import moved
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, compile, merge, symmetry, trace
+from vfx.elements import act, identity, inverse_permutations, permuted, random_permutations
+from vfx.elements.permutations import moved
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.catalogue import MATCHERS, matcher
@@ -223,7 +224,7 @@ def _pair(case: Case) -> Pair:
         own = _noisy(moved).state_dict()
         first = facts.program.weights[0]
         program = facts.program.with_weights([first, {name: own.get(name, first[name]) for name in first}])
-        _pairs[case.name] = Pair(program, x, symmetry(program), facts.inverse(element))
+        _pairs[case.name] = Pair(program, x, symmetry(program), inverse_permutations(facts.groups, element))
     return _pairs[case.name]
 
 
@@ -302,9 +303,9 @@ def test_permuting_and_permuting_back_is_the_identity(case: Case) -> None:
     x = images(4, case.size)
     program = trace(network(case.build, x), x[:2])
     facts = symmetry(program)
-    element = facts.random(np.random.default_rng(0))
-    there = facts.permute(program.weights[0], element)
-    back = facts.permute(there, facts.inverse(element))
+    element = random_permutations(facts.groups, np.random.default_rng(0))
+    there = act(facts, permuted(element), program.weights[0])
+    back = act(facts, permuted(inverse_permutations(facts.groups, element)), there)
     for name, tensor in program.weights[0].items():
         assert torch.equal(back[name], tensor)
         assert name not in {m.fqn for g in facts.groups for m in g.members} or not torch.equal(there[name], tensor)
@@ -341,7 +342,7 @@ def test_the_objective_is_the_inner_product_of_the_aligned_weights() -> None:
     program = trace(edges(residual, x), x[:2])
     facts = symmetry(program)
     found = WeightMatching(classes="permutation")(Problem(program, facts))
-    moved = facts.permute(program.weights[1], found.permutations[1])
+    moved = act(facts, permuted(found.permutations[1]), program.weights[1])
     members = {m.fqn for g in facts.groups for m in g.members} - program.buffers
     expected = sum(float((program.weights[0][n].double() * moved[n].double()).sum()) for n in members)
     assert found.objective[0] == pytest.approx(expected, rel=1e-12)
@@ -385,7 +386,7 @@ def test_each_of_three_edges_is_aligned_to_the_first(match: str) -> None:
     assert len(found.permutations) == 3
     assert len(found.objective) == len(found.sweeps) == 2
     for edge, (_, own, element) in enumerate(moved, start=1):
-        expected = own.inverse(element)
+        expected = inverse_permutations(own.groups, element)
         silent = _free(statistics, facts, expected, edge)
         for group in own.groups:
             wrong = found.permutations[edge][group.index] != expected[group.index]
@@ -424,7 +425,12 @@ class Reversing:
 
     def __call__(self, problem: Problem) -> Matching:
         swap = {group.index: np.arange(group.size)[::-1].copy() for group in problem.symmetry.groups}
-        return Matching((({g: np.arange(len(p)) for g, p in swap.items()}), swap), (0.0,))
+        return Matching((identity(problem.symmetry), permuted(swap)), objective=(0.0,))
+
+
+def test_a_matching_holds_elements() -> None:
+    with pytest.raises(ArgumentError, match="Element"):
+        Matching(({}, {0: np.arange(3)}))  # type: ignore[dict-item]
 
 
 def test_a_matcher_of_the_users_own_is_used() -> None:
@@ -466,17 +472,17 @@ def test_gpt2_gives_its_permutation_back() -> None:
     program = trace(model, {"input_ids": ids[:2]})
     facts = symmetry(program)
     assert sorted(g.blocks for g in facts.groups if g.parent is not None) == [(4, 8)] * 4
-    element = facts.random(np.random.default_rng(0))
+    element = random_permutations(facts.groups, np.random.default_rng(0))
     generator = torch.Generator().manual_seed(1)
     moved = {
         name: tensor
         if name in program.buffers
         else tensor + NOISE * tensor.std() * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in facts.permute(program.weights[0], element).items()
+        for name, tensor in act(facts, permuted(element), program.weights[0]).items()
     }
     pair = program.with_weights([program.weights[0], moved])
     statistics = collect(pair, data=[{"input_ids": ids}], progress=False)
-    expected = facts.inverse(element)
+    expected = inverse_permutations(facts.groups, element)
     for finder in (WeightMatching(classes="permutation"), ActivationMatching(classes="permutation")):
         found = finder(Problem(pair, facts, statistics)).permutations[1]
         assert all((found[group] == expected[group]).all() for group in expected), type(finder).__name__

@@ -19,6 +19,7 @@ from vfx import cli
 from vfx.analyse.verify import verify
 from vfx.api import compare, compile, merge, prune, prune_structured, repair, symmetry, trace
 from vfx.diagnosis.diagnose import diagnose
+from vfx.elements import act, permuted, random_permutations
 from vfx.emit.files import export, load
 from vfx.errors import ArgumentError
 from vfx.outputs import named_tensors, selected
@@ -94,7 +95,9 @@ def small(form: str, seed: int = 0) -> nn.Module:
 def _moved(model: nn.Module, outputs: list[Any], seed: int = 0) -> nn.Module:
     """A copy whose free groups are permuted at random."""
     facts = symmetry(model, X[:2], outputs=outputs)
-    weights = facts.permute(facts.program.weights[0], facts.random(np.random.default_rng(seed)))
+    weights = act(
+        facts, permuted(random_permutations(facts.groups, np.random.default_rng(seed))), facts.program.weights[0]
+    )
     twin = copy.deepcopy(model)
     twin.load_state_dict({name: weights[name] for name in model.state_dict()})
     return twin

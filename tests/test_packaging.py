@@ -91,7 +91,7 @@ assert vfx.from_pretrained("small", model=make)(torch.randn(3, 4)).shape == (3, 
 from vfx.models.named import build
 tries = {
     "onnx": lambda: merged.save("merged.onnx"),
-    "plots": lambda: vfx.symmetry(make(), torch.randn(2, 4)).draw("ties.png"),
+    "plots": lambda: vfx.draw(vfx.symmetry(make(), torch.randn(2, 4)), "ties.png"),
     "zoo": lambda: build("torchvision:resnet18"),
 }
 assert set(tries) == set(EXTRAS)

@@ -30,6 +30,7 @@ from vfx.passes.untie_weights import UntieWeights
 
 from vfx.analyse.symmetry import symmetry
 from vfx.api import trace
+from vfx.elements import act, permuted, random_permutations
 from vfx.errors import PassError
 from vfx.program import Program
 from vfx.rewrite import Pass, outputs_error
@@ -171,8 +172,8 @@ def test_a_merged_network_gives_stale_statistics_up_with_a_note() -> None:
 def test_statistics_of_an_earlier_alignment_follow_a_later_one() -> None:
     program, data = _twins("convolutional")
     facts = symmetry(program)
-    element = facts.random(np.random.default_rng(0))
-    moved = program.with_weights([program.weights[0], facts.permute(program.weights[0], element)])
+    element = random_permutations(facts.groups, np.random.default_rng(0))
+    moved = program.with_weights([program.weights[0], act(facts, permuted(element), program.weights[0])])
     aligned = Align("weight", progress=False)(Align(None, data, progress=False)(moved))
     expected = Align("weight", data, progress=False)(moved)
     for name, goal in expected.goals.items():

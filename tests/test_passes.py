@@ -33,6 +33,7 @@ from vfx.passes.use_batch_statistics import UseBatchStatistics
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
+from vfx.elements import act
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.models import resnet20_bn, resnet20_ln, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
 from vfx.normalization import affines
@@ -288,12 +289,11 @@ def test_a_permutation_that_changes_the_function_is_refused(monkeypatch: pytest.
     program = _program(residual)
     facts = symmetry(program)
     member = facts.groups[0].members[0]
-    permute = Symmetry.permute
 
-    def broken(self: Symmetry, weights: Any, permutations: Any, without: Any = ()) -> dict[str, Tensor]:
-        return permute(self, weights, permutations, (member,))
+    def broken(facts: Symmetry, elements: Any, weights: Any) -> dict[str, Tensor]:
+        return act(facts, elements, weights, (member,))
 
-    monkeypatch.setattr(Symmetry, "permute", broken)
+    monkeypatch.setattr("vfx.analyse.verify.act", broken)
     with pytest.raises(VerificationError, match="what was found for edge 1 changes its function"):
         Align("weight", facts=facts)(program)
 

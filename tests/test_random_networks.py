@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import relative_error, verify
 from vfx.api import symmetry, trace
+from vfx.elements import act, permuted
 from vfx.program import run
 
 EXACT = 1e-10
@@ -191,7 +192,7 @@ def _found(facts: Symmetry, axes: list[tuple[str, int, int]]) -> set[tuple[tuple
         choices.append([np.stack(row) if group.parent is not None else row[0] for row in rows])
     found = set()
     for combination in product(*choices):
-        moved = facts.permute(numbers, dict(enumerate(combination)))
+        moved = act(facts, permuted(dict(enumerate(combination))), numbers)
         found.add(tuple(tuple(moved[name].reshape(-1).tolist()) for name in sorted(numbers)))
     return found
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import merge, symmetry, trace
+from vfx.elements import act, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.carry import AcrossWidths, Crossing, Pairing
@@ -269,7 +270,7 @@ def test_a_widened_and_permuted_copy_comes_back(name: str) -> None:
     """A network embedded in a wide one, all of whose groups are permuted then."""
     programs, facts, outputs, x = _programs(name)
     embedded = to_first_width(programs, facts, WeightMatching(), progress=False).program.weights[1]
-    moved = facts[0].permute(embedded, facts[0].random(np.random.default_rng(0)))
+    moved = act(facts[0], permuted(random_permutations(facts[0].groups, np.random.default_rng(0))), embedded)
     for matcher in (WeightMatching(), ActivationMatching()):
         for start, back in ((moved, True), (programs[0].weights[0], False)):
             edges = [programs[1], programs[0].with_weights([start])]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import vfx
 from vfx.analyse.classes import Maps, contains, contragredient, draw, turning, turns
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, apply, random_element
 from vfx.analyse.verify import verify
+from vfx.elements import Element, act, check_elements, random_element
 from vfx.errors import ArgumentError
 from vfx.match.solve import procrustes
 
@@ -241,14 +241,14 @@ def test_a_map_one_step_larger_fails() -> None:
 
     def after(matrix: np.ndarray) -> Tensor:
         wide = np.stack([np.kron(np.eye(SIZE // 2), matrix)] * HEADS)
-        weights = vfx.analyse.transform.apply(facts, program.weights[0], {group.index: Element(matrix=wide)}, (), False)
+        weights = act(facts, {group.index: Element(matrix=wide)}, program.weights[0])
         return program.with_weights([weights])(x)
 
     assert (after(turning(np.array([0.3 - 1.7j]))) - before).abs().max() < 1e-12
     for larger in (np.diag([1.0, -1.0]), np.diag([1.0, 2.0]), np.array([[1.0, 0.5], [0.0, 1.0]])):
         assert (after(larger) - before).abs().max() > 1e-4
     with pytest.raises(ArgumentError, match="rotations of planes"):
-        apply(facts, program.weights[0], {group.index: Element(matrix=np.stack([np.eye(SIZE)[::-1]] * HEADS))})
+        check_elements(facts, {group.index: Element(matrix=np.stack([np.eye(SIZE)[::-1]] * HEADS))})
 
 
 @pytest.mark.parametrize("kind", [Attention, Shared, Packed, Partly, Fixed])
@@ -256,7 +256,7 @@ def test_a_map_one_step_larger_fails() -> None:
 def test_matching_brings_a_turned_network_back(kind: type[Attention], match: str) -> None:
     facts = _facts(kind)
     program = facts.program.to("cpu", torch.float64)
-    moved = apply(facts, program.weights[0], random_element(facts, np.random.default_rng(1)))
+    moved = act(facts, random_element(facts, np.random.default_rng(1)), program.weights[0])
     both, data = (
         program.with_weights([program.weights[0], moved]),
         [torch.randn(64, TOKENS, INPUTS, dtype=torch.float64)],
@@ -277,7 +277,7 @@ def test_statistics_of_turned_queries_are_known() -> None:
     program = facts.program.to("cpu", torch.float64)
     (group,) = facts.rotations
     chosen = {group.index: random_element(facts, np.random.default_rng(2))[group.index]}
-    moved = apply(facts, program.weights[0], chosen)
+    moved = act(facts, chosen, program.weights[0])
     both, data = (
         program.with_weights([program.weights[0], moved]),
         [torch.randn(64, TOKENS, INPUTS, dtype=torch.float64)],

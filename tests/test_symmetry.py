@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vfx.analyse.drawing import draw, to_networkx
 from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.analyse.transform import Element
 from vfx.analyse.verify import preserved, relative_error, verify
 from vfx.capture import capture as trace
+from vfx.elements import Element, act, inverse_permutations, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.models import MODELS
 
@@ -110,14 +110,14 @@ def test_positions_are_a_table_of_channels_by_copies(micro: Micro) -> None:
 def test_moving_there_and_back_is_the_identity() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "grouped"))
     weights = groups.program.weights[0]
-    there = groups.random(np.random.default_rng(0))
-    moved = groups.permute(groups.permute(weights, there), groups.inverse(there))
+    there = random_permutations(groups.groups, np.random.default_rng(0))
+    moved = act(groups, permuted(inverse_permutations(groups.groups, there)), act(groups, permuted(there), weights))
     assert all(torch.equal(moved[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_permutation_of_trained_weights_is_checked_by_preserved() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "residual"))
-    there = {index: Element(own) for index, own in groups.random(np.random.default_rng(1)).items()}
+    there = {index: Element(own) for index, own in random_permutations(groups.groups, np.random.default_rng(1)).items()}
     assert preserved(groups, groups.program.weights[0], there) <= EXACT
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,9 @@ from vfx.passes.transform import Transform
 
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.api import trace
+from vfx.elements import Element, Permutations, permuted, random_permutations, still_permutations
 from vfx.errors import PassError
-from vfx.match.maps import Map, Maps, mappable
+from vfx.match.maps import mappable
 from vfx.match.matcher import Matching, Problem
 from vfx.program import Program
 
@@ -33,17 +36,20 @@ class Random:
     def __call__(self, problem: Problem) -> Matching:
         rng = np.random.default_rng(problem.seed)
         facts = problem.symmetry
-        permutations = (facts.identity(), *(facts.random(rng) for _ in range(problem.program.edges - 1)))
-        return Matching(permutations, tuple(_maps(facts, rng) for _ in range(problem.program.edges)))
+        moved = [still_permutations(facts.groups)]
+        moved += [random_permutations(facts.groups, rng) for _ in range(problem.program.edges - 1)]
+        return Matching(tuple(_elements(facts, own, rng) for own in moved))
 
 
-def _maps(facts: Symmetry, rng: np.random.Generator) -> Maps:
-    found = {}
+def _elements(facts: Symmetry, permutations: Permutations, rng: np.random.Generator) -> dict[int, Element]:
+    """Permutations and, behind those of groups that can be mapped, T and T⁻¹."""
+    found = permuted(permutations)
     for group in facts.groups:
         if mappable(facts, group):
             shape = (group.size,) * 2 if group.parent is None else (group.outer, group.size, group.size)
-            merge = torch.from_numpy(np.eye(group.size) + 0.3 * rng.standard_normal(shape) / group.size**0.5)
-            found[group.index] = Map(merge, torch.linalg.inv(merge))
+            behind = np.eye(group.size) + 0.3 * rng.standard_normal(shape) / group.size**0.5
+            matrix = behind @ np.eye(group.size)[permutations[group.index]]
+            found[group.index] = Element(permutations[group.index], matrix, dual=np.linalg.inv(matrix).mT)
     return found
 
 
@@ -123,8 +129,8 @@ def test_maps_must_be_put_in_before_interpolation() -> None:
 def test_a_wrong_inverse_is_seen() -> None:
     """Negative control."""
     program = Align(Random(), seed=5)(_program("chain"))
-    index, own = next(iter(program.transport.maps[1].items()))
-    program.transport.maps[1][index] = Map(own.merge, own.merge)
+    index, own = next(iter(program.transport.elements[1].items()))
+    program.transport.elements[1][index] = replace(own, dual=own.matrix.mT)
     assert (Transform()(program)(X, edge=1) - program(X, edge=1)).abs().max() > 1e-3
 
 

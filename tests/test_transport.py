@@ -17,9 +17,10 @@ from test_matching import Attention, concatenated, depthwise, grouped, residual
 from torch import Tensor, nn
 
 from vfx.api import collect, merge, symmetry, trace
+from vfx.elements import Element, behind_exact
 from vfx.errors import ArchitectureError, ArgumentError
 from vfx.match import coupling
-from vfx.match.carry import Carried, Crossing, Pairing
+from vfx.match.carry import Crossing, Pairing
 from vfx.match.coupling import exact, sinkhorn
 from vfx.match.transport import OptimalTransport, distances
 from vfx.models import resnet20_bn
@@ -154,15 +155,15 @@ def test_soft_maps_stand_behind_the_nearest_permutation() -> None:
     found = method(Problem(program, facts, statistics))
     readings = [(tap, tap, statistics.features[tap.key]) for tap in statistics.taps]
     carrier, _ = method.carry(Crossing(Pairing(facts, facts), 1, *program.weights, readings))
-    assert {index for index, own in carrier.found.items() if own.coupling is not None} == set(found.maps[1])
-    assert any(own.merge.ndim == 3 for own in found.maps[1].values())
-    for index, own in found.maps[1].items():
-        permutation = torch.from_numpy(np.eye(facts.groups[index].size)[found.permutations[1][index]])
-        coupled = carrier.found[index].coupling
-        assert coupled is not None
-        close(own.merge @ permutation, coupled * facts.groups[index].size, 1e-12)
-        close(own.unmerge.mT, own.merge, 1e-12)
-        close(own.merge.sum(-1), torch.ones(own.merge.shape[:-1], dtype=torch.float64), 1e-12)
+    behind = behind_exact(found.elements[1])
+    assert {index for index, own in carrier.found.items() if own.matrix is not None} == set(behind)
+    assert any(own.matrix.ndim == 3 for own in behind.values())
+    for index, own in behind.items():
+        permutation = np.eye(facts.groups[index].size)[found.permutations[1][index]]
+        assert not np.allclose(own.matrix, own.matrix @ permutation)
+        close(own.matrix @ permutation, carrier.found[index].matrix, 1e-12)
+        close(own.dual, own.matrix, 1e-12)
+        close(own.matrix.sum(-1), np.ones(own.matrix.shape[:-1]), 1e-12)
 
 
 def test_goals_behind_soft_maps_need_covariances() -> None:
@@ -322,6 +323,6 @@ def test_other_matchers_and_other_networks_are_refused() -> None:
 
 def test_selection_without_a_coupling() -> None:
     """A channel that stands twice is read back as the mean of its copies."""
-    own = Carried(np.array([1, 0, 1]), None, 3)
-    close(own.matrix("out"), np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0]], float), 0)
-    close(own.matrix("in"), np.array([[0, 0.5, 0], [1, 0, 0], [0, 0.5, 0]], float), 0)
+    own = Element(np.array([1, 0, 1]))
+    close(own.table("out", 3), np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0]], float), 0)
+    close(own.table("in", 3), np.array([[0, 0.5, 0], [1, 0, 0], [0, 0.5, 0]], float), 0)

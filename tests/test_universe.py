@@ -25,6 +25,7 @@ from vfx.passes.align import Align
 import vfx
 from vfx.analyse.symmetry import Symmetry
 from vfx.api import collect, merge, symmetry, trace
+from vfx.elements import act, compose_permutations, identity, permuted, random_permutations, still_permutations
 from vfx.errors import ArgumentError, DataError
 from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3, JointObjective, best_step, frank_wolfe
@@ -62,8 +63,10 @@ def random_points(objective: JointObjective, rng: np.random.Generator) -> list[A
     """Mixtures of random elements and the centre, one for each edge."""
     points = []
     for _ in objective.weights:
-        point = objective.vertex(objective.symmetry.random(rng))
-        point = blend(point, objective.vertex(objective.symmetry.random(rng)), float(rng.uniform(0.2, 0.8)))
+        point = objective.vertex(random_permutations(objective.symmetry.groups, rng))
+        point = blend(
+            point, objective.vertex(random_permutations(objective.symmetry.groups, rng)), float(rng.uniform(0.2, 0.8))
+        )
         points.append(blend(point, objective.centre(), 0.3))
     return points
 
@@ -76,15 +79,14 @@ def test_matrices_of_a_permutation_move_weights_as_the_permutation_does(case: Ca
     program, facts = problem(case.build, 2)
     objective = JointObjective(facts, program.weights)
     assert objective.left_out == []
-    element = facts.random(np.random.default_rng(0))
-    point, moved = objective.vertex(element), facts.permute(program.weights[0], element)
-    assert {piece.fqn for piece in objective.pieces} == {
+    element = random_permutations(facts.groups, np.random.default_rng(0))
+    point, moved = objective.vertex(element), act(facts, permuted(element), program.weights[0])
+    assert {relaxed.piece.fqn for relaxed in objective.pieces} == {
         m.fqn for g in facts.groups for m in g.members
     } - program.buffers
-    for piece in objective.pieces:
-        before = piece.read(program.weights[0][piece.fqn], DOUBLE)
-        after = piece.read(moved[piece.fqn], DOUBLE)
-        torch.testing.assert_close(piece.move(before, point), after, rtol=0, atol=1e-12)
+    for relaxed in objective.pieces:
+        before, after = (relaxed.piece.read(w[relaxed.piece.fqn].double()) for w in (program.weights[0], moved))
+        torch.testing.assert_close(relaxed.move(before, point), after, rtol=0, atol=1e-12)
     found = best_vertex(facts, point)
     assert all((found[g] == element[g]).all() for g in element)
 
@@ -211,7 +213,7 @@ def test_c2m3_finds_the_best_of_all_permutations_of_a_tiny_network(count: int, d
         for own in itertools.product(itertools.permutations(range(3)), repeat=len(facts.groups))
     ]
     best = max(
-        pair_objective(facts, program.weights, [facts.identity(), *others])
+        pair_objective(facts, program.weights, [still_permutations(facts.groups), *others])
         for others in itertools.product(choices, repeat=count - 1)
     )
     found = C2M3(iterations=20, restarts=4)(Problem(program, facts))
@@ -226,11 +228,11 @@ def test_cycles_close_exactly(build: Callable[[], nn.Module], count: int) -> Non
     program, facts = problem(build, count)
     found = C2M3(iterations=1)(Problem(program, facts))
     assert cycle_error(facts, found.permutations) == 0
-    assert all((found.permutations[0][g] == p).all() for g, p in facts.identity().items())
+    assert all((found.permutations[0][g] == p).all() for g, p in still_permutations(facts.groups).items())
     for i, j, k in itertools.product(range(count), repeat=3):
-        there = facts.permute(program.weights[k], pairwise(facts, found.permutations, j, k))
-        around = facts.permute(there, pairwise(facts, found.permutations, i, j))
-        straight = facts.permute(program.weights[k], pairwise(facts, found.permutations, i, k))
+        there = act(facts, permuted(pairwise(facts, found.permutations, j, k)), program.weights[k])
+        around = act(facts, permuted(pairwise(facts, found.permutations, i, j)), there)
+        straight = act(facts, permuted(pairwise(facts, found.permutations, i, k)), program.weights[k])
         assert all(torch.equal(around[name], straight[name]) for name in straight)
 
 
@@ -242,18 +244,20 @@ def test_independent_pairwise_matchings_do_not_close() -> None:
         pair = program.with_weights([program.weights[i], program.weights[j]])
         return WeightMatching(classes="permutation")(Problem(pair, facts)).permutations[1]
 
-    around = facts.compose(facts.compose(between(1, 0), between(2, 1)), between(0, 2))
-    assert any((around[g] != p).any() for g, p in facts.identity().items())
+    around = compose_permutations(
+        facts.groups, compose_permutations(facts.groups, between(1, 0), between(2, 1)), between(0, 2)
+    )
+    assert any((around[g] != p).any() for g, p in still_permutations(facts.groups).items())
 
 
 def test_averaging_in_the_universe_is_the_same_function() -> None:
     program, facts = problem(residual, 3)
     rng = np.random.default_rng(0)
-    elements = [facts.random(rng) for _ in range(3)]
+    elements = [random_permutations(facts.groups, rng) for _ in range(3)]
     x = images(4, 8, dtype=DOUBLE)
     outputs = []
     for frame in (elements, to_first(facts, elements)):
-        moved = [facts.permute(w, e) for w, e in zip(program.weights, frame)]
+        moved = [act(facts, permuted(e), w) for w, e in zip(program.weights, frame)]
         outputs.append(run(program.graph, mean_weights(moved, [1 / 3] * 3), [x]))
     close(outputs[1], outputs[0], 1e-12)
 
@@ -261,8 +265,8 @@ def test_averaging_in_the_universe_is_the_same_function() -> None:
 def test_the_pair_objective_counts_every_pair_of_aligned_weights_once() -> None:
     program, facts = problem(concatenated, 3)
     rng = np.random.default_rng(0)
-    elements = [facts.random(rng) for _ in range(3)]
-    moved = [facts.permute(w, e) for w, e in zip(program.weights, elements)]
+    elements = [random_permutations(facts.groups, rng) for _ in range(3)]
+    moved = [act(facts, permuted(e), w) for w, e in zip(program.weights, elements)]
     names = {m.fqn for g in facts.groups for m in g.members} - program.buffers
     expected = sum(
         float((moved[p][n] * moved[q][n]).sum()) for p, q in itertools.combinations(range(3), 2) for n in names
@@ -309,7 +313,9 @@ def test_copies_that_were_permuted_come_back(build: Callable[[], nn.Module], met
     x = images(32, 8, dtype=DOUBLE)
     program, facts = problem(build)
     first, rng = program.weights[0], np.random.default_rng(1)
-    copies = program.with_weights([first, *(facts.permute(first, facts.random(rng)) for _ in range(2))])
+    copies = program.with_weights(
+        [first, *(act(facts, permuted(random_permutations(facts.groups, rng)), first) for _ in range(2))]
+    )
     assert not all(torch.equal(copies.weights[1][n], t) for n, t in first.items())
     aligned = Align(METHODS[method](), data_of(x), facts=facts, verify=False, progress=False)(copies)
     for edge in (1, 2):
@@ -332,7 +338,9 @@ def test_the_order_of_an_edges_channels_is_no_matter(build: Callable[[], nn.Modu
     program, facts = problem(build)
     first, *others = program.weights
     rng = np.random.default_rng(5)
-    other = program.with_weights([first, *(facts.permute(w, facts.random(rng)) for w in others)])
+    other = program.with_weights(
+        [first, *(act(facts, permuted(random_permutations(facts.groups, rng)), w) for w in others)]
+    )
     found = [merged_function(p, facts, METHODS[method](), x) for p in (program, other)]
     close(found[1], found[0], 1e-5)
     unmatched = [merged_function(p, facts, None, x) for p in (program, other)]
@@ -456,8 +464,8 @@ def test_distillation_is_the_divergence_from_the_mean_of_the_edges_outputs() -> 
     x = images(16, 8, dtype=DOUBLE)
     program, facts = problem(residual)
     task = Midpoint(program, facts, Batches(program, x), "auto", [1 / 3] * 3)
-    elements = [facts.random(np.random.default_rng(k)) for k in range(2)]
-    moved = [program.weights[0], *(facts.permute(w, e) for w, e in zip(program.weights[1:], elements))]
+    elements = [random_permutations(facts.groups, np.random.default_rng(k)) for k in range(2)]
+    moved = [program.weights[0], *(act(facts, permuted(e), w) for w, e in zip(program.weights[1:], elements))]
     with torch.no_grad():
         teacher = (sum(program(x, edge=k) for k in range(3)) / 3).softmax(1)
         student = run(batch_statistics(program.graph), mean_weights(moved, [1 / 3] * 3), [x]).log_softmax(1)
@@ -515,7 +523,7 @@ def correlation_sum(program: Program, facts: Symmetry, merged: Any, elements: Se
 
     total, ours = 0.0, features(merged)
     for weights, element in zip(program.weights, elements):
-        own = features(facts.permute(weights, element))
+        own = features(act(facts, permuted(element), weights))
         for name, rows in ours.items():
             for a, b in zip(rows, own[name]):
                 if a.std() > 0 and b.std() > 0:
@@ -557,7 +565,7 @@ def test_iterated_matching_is_the_literal_iteration(build: Callable[[], nn.Modul
     ).permutations
     values, kept = [], elements
     for _ in range(7):
-        merged = mean_weights([facts.permute(w, e) for w, e in zip(program.weights, elements)], [1 / 3] * 3)
+        merged = mean_weights([act(facts, permuted(e), w) for w, e in zip(program.weights, elements)], [1 / 3] * 3)
         values.append(correlation_sum(program, facts, merged, elements, x))
         if len(values) > 1 and values[-1] <= max(values[:-1]) * (1 + 1e-9):
             break
@@ -612,7 +620,7 @@ class Reading:
 
     def __call__(self, problem: Problem) -> Matching:
         self.seen = list(Batches(problem.program, problem.data).labelled())
-        return Matching((problem.symmetry.identity(),) * problem.program.edges)
+        return Matching((identity(problem.symmetry),) * problem.program.edges)
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
@@ -645,7 +653,7 @@ def test_a_network_without_symmetry_is_merged_as_it_is(method: str) -> None:
 def test_frank_wolfe_may_start_at_the_identity_as_in_the_paper() -> None:
     program, facts = problem(residual)
     found = C2M3(initial="identity", iterations=3)(Problem(program, facts))
-    assert found.objective[0] > pair_objective(facts, program.weights, [facts.identity()] * 3)
+    assert found.objective[0] > pair_objective(facts, program.weights, [still_permutations(facts.groups)] * 3)
     assert found.objective[0] == pytest.approx(pair_objective(facts, program.weights, found.permutations), rel=1e-9), (
         "the first edge's frame changes nothing"
     )

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a type checker sees; the same names as below
+    from vfx.analyse.drawing import draw as draw
+    from vfx.analyse.verify import verify as verify
     from vfx.api import Result as Result
     from vfx.api import collect as collect
     from vfx.api import compare as compare

@@ -83,8 +83,8 @@ class Program:
     ``private`` names tensors that belong to one edge's branch and are never interpolated. ``goals`` holds the edges'
     statistics of each layer's output, in the channel order of their weights. ``notes`` is what passes refused, and why.
     ``layers`` keeps the numbering of a network whose branches were duplicated. ``transport`` holds linear maps that are
-    still to be put into the edges' weights (``vfx.match.maps``). ``outputs`` names those of the model's outputs
-    that the graph returns, () all.
+    still to be put into the edges' weights (``vfx.elements.action.Pending``). ``outputs`` names those of the model's
+    outputs that the graph returns, () all.
     """
 
     graph: fx.Graph

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import identity
 from vfx.errors import ArchitectureError, ArgumentError
 from vfx.match.carry import AcrossWidths, Carriage, Crossing, Pairing
 from vfx.match.counted import counts_channels
@@ -113,7 +114,7 @@ def to_first_width(
     statistics, unknown = reader.statistics(program, carriages) if layers else (None, ())
     program = replace(program, notes=(*program.notes, *notes, *unknown))
     matching = Matching(
-        permutations=(facts[0].identity(),) * len(programs),
+        elements=(identity(facts[0]),) * len(programs),
         objective=tuple(objective),
         seconds=time.perf_counter() - start,
     )

@@ -38,11 +38,11 @@ from scipy.sparse import linalg
 from torch import Tensor
 
 from vfx.analyse.classes import Maps, Matrix, contragredient, turning
-from vfx.analyse.composition import compose
 from vfx.analyse.groups import Group
 from vfx.analyse.slots import Vector, nullspace
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements, Part, apply, parts, stacked
+from vfx.elements import Element, Elements, act, compose
+from vfx.elements.parts import Part, parts, stacked
 from vfx.program import Weights
 
 TOLERANCE = 1e-10  # of λ, in one sweep over all channels
@@ -77,7 +77,7 @@ def in_turn(
     current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items()}
     for _ in range(ROUNDS):
         step = scales(current, IN_TURN) if scales is not None else {}
-        current = apply(symmetry, current, step, check=False)
+        current = act(symmetry, step, current)
         maps, current = _paired(symmetry, pairs, current)
         total = compose(symmetry, compose(symmetry, total, step), maps)
         if _settled([*step.values(), *maps.values()]):
@@ -89,7 +89,7 @@ def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], El
     """A weight set moved by the element that ``find`` gives for it, in float64 and rounded once; the rest is shared."""
     moved = {m.fqn for g in symmetry.moving for m in g.members}
     exact = {n: t.double().cpu() for n, t in weights.items() if n in moved and t.is_floating_point()}
-    found = apply(symmetry, exact, find(exact), check=False)
+    found = act(symmetry, find(exact), exact)
     return {n: t if n not in exact or found[n] is exact[n] else found[n].to(t) for n, t in weights.items()}
 
 
@@ -121,7 +121,7 @@ def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> tu
             matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
             matrix = _shortened(matrix, _axes_at_most(group))
             maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
-            weights = apply(symmetry, weights, {group.index: maps[group.index]}, check=False)
+            weights = act(symmetry, {group.index: maps[group.index]}, weights)
     return maps, weights
 
 

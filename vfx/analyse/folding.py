@@ -30,7 +30,7 @@ from vfx.analyse.places import Index
 from vfx.analyse.shapes import Shape
 from vfx.analyse.slots import Vector
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Part, parts
+from vfx.elements.parts import Part, parts
 
 Direction = Mapping[int, int | Fraction]  # the power of each side
 

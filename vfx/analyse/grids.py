@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vfx.analyse.elements import Index
+from vfx.analyse.places import Index
 
 
 def grid(groups: Sequence[int], digits: Index, position: Index, chosen: Sequence[int], sizes: Sequence[int]) -> Index:

@@ -98,7 +98,7 @@ def _grid(where: Index, element: Index, rest: Rows, size: int) -> Index | None:
 def find(labels: Rows, wanted: Rows) -> Index:
     """Position of each wanted label."""
     key = row_ids(np.concatenate([labels, wanted]))
-    position = np.full(int(key.max()) + 1, -1, np.int64)
+    position = np.full(int(key.max(initial=0)) + 1, -1, np.int64)
     position[key[: len(labels)]] = np.arange(len(labels))
     found = position[key[len(labels) :]]
     assert (found >= 0).all(), "a label has no image: the axis is not closed under its group"

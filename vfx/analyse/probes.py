@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.elements import Index
+from vfx.analyse.places import Index
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.regions import Region, region, sizes
 from vfx.operators import arguments, is_product, layer_arguments, operator_of

@@ -7,25 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-import torch
-from torch import Tensor, fx
-
-from vfx.analyse import elements
 from vfx.analyse.axes import Leaves
 from vfx.analyse.blocks import parents
-from vfx.analyse.elements import Index, Permutations
 from vfx.analyse.groups import Class, Group, Member, Pinned
 from vfx.analyse.infer import infer
 from vfx.analyse.kinds import Classes
 from vfx.analyse.labelling import Labelling
 from vfx.analyse.listing import groups_table, listing
-from vfx.analyse.places import find, places
+from vfx.analyse.places import places
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rotary import rotations
 from vfx.analyse.store import Pin, Rows, Store
 from vfx.garbage import collection_paused
-from vfx.program import BATCH, Program, Weights
+from vfx.program import Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,112 +68,6 @@ class Symmetry(Labelling):
     def __str__(self) -> str:
         title = f"{len(self.groups)} symmetry groups, {self.channels:,} channels"
         return listing(groups_table(title, self.moving), self.pinned, self.unknown_ops)
-
-    # the action ---------------------------------------------------------------------------------------------------
-
-    def random(self, generator: np.random.Generator) -> dict[int, Index]:
-        """A random group element that moves every group, in each of its blocks."""
-        return elements.draw(self.groups, generator)
-
-    def identity(self) -> dict[int, Index]:
-        """The group element that moves nothing."""
-        return elements.identity(self.groups)
-
-    def inverse(self, element: Permutations) -> dict[int, Index]:
-        """The group element that undoes another."""
-        return elements.inverse(self.groups, element)
-
-    def compose(self, first: Permutations, then: Permutations) -> dict[int, Index]:
-        """The group element that does ``first``, and ``then`` to its result."""
-        return elements.compose(self.groups, first, then)
-
-    def permute(
-        self, weights: Weights, permutations: Permutations, without: tuple[Member, ...] = ()
-    ) -> dict[str, Tensor]:
-        """The weight set moved by a group element; tensors that do not move are shared."""
-        skipped = [(m.fqn, m.dim, group.index) for group in self.groups for m in group.members if m in without]
-        axes: dict[str, dict[int, tuple[Rows, Permutations]]] = {}
-        for (fqn, dim), labels in self.rows.items():
-            if fqn in weights and labels.shape[1] > 1:
-                left = {group for *axis, group in skipped if axis == [fqn, dim]}
-                chosen = {group: p for group, p in permutations.items() if group not in left} if left else permutations
-                axes.setdefault(fqn, {})[dim] = labels, chosen
-        return dict(weights) | {fqn: self._moved(weights[fqn], own) for fqn, own in axes.items()}
-
-    def _moved(self, tensor: Tensor, axes: dict[int, tuple[Rows, Permutations]]) -> Tensor:
-        """A tensor whose axes are permuted; where the blocks stand on another axis, block by block."""
-        found = {dim: self._parent_apart(labels, chosen) for dim, (labels, chosen) in axes.items()}
-        apart = {dim: parent for dim, parent in found.items() if parent is not None}
-        for dim, (labels, chosen) in axes.items():
-            if dim not in apart:
-                index = self._gather(labels, chosen)
-                if index is not None:
-                    tensor = tensor.index_select(dim, torch.from_numpy(index).to(tensor.device))
-        for dim, parent in apart.items():
-            tensor = self._moved_in_blocks(tensor, dim, *axes[dim], self._blocks_on(axes, dim, parent))
-        return tensor
-
-    def _parent_apart(self, labels: Rows, permutations: Permutations) -> int | None:
-        """The parent of a group on this axis whose channels stand on another axis of the tensor."""
-        here = {group for _, group, _ in self.digits(labels)}
-        outside = {
-            self.groups[g].parent for g in here if (p := permutations.get(g)) is not None and p.ndim == 2
-        } - here  # fmt: skip
-        assert len(outside) <= 1, "blocks of two groups on one axis"
-        return next(iter(outside), None)
-
-    def _blocks_on(self, axes: dict[int, tuple[Rows, Permutations]], dim: int, parent: int) -> tuple[int, Index]:
-        """The axis on which the parent stands, and the block of each position there."""
-        for other, (labels, _) in axes.items():
-            for leaf, group, mask in self.digits(labels) if other != dim else ():
-                if group == parent:
-                    return other, self.channels_at(labels, leaf, mask)
-        raise AssertionError(f"group {parent} stands on no other axis")
-
-    def _moved_in_blocks(
-        self, tensor: Tensor, dim: int, labels: Rows, permutations: Permutations, blocks: tuple[int, Index]
-    ) -> Tensor:
-        other, block = blocks
-        result = tensor.clone()
-        for value in np.unique(block).tolist():
-            where = torch.from_numpy(np.flatnonzero(block == value)).to(tensor.device)
-            index = self._gather(labels, permutations, value)
-            if index is not None:
-                part = tensor.index_select(other, where).index_select(dim, torch.from_numpy(index).to(tensor.device))
-                result.index_copy_(other, where, part)
-        return result
-
-    def gather(self, node: fx.Node, dim: int, permutations: Permutations) -> Index:
-        """Old position of each new position along one axis of an activation."""
-        labels = self.labels(node, dim)
-        size = node.meta["val"].sizes(BATCH)[dim]
-        index = self._gather(labels, permutations) if labels is not None else None
-        return np.arange(size) if index is None else index
-
-    def _gather(self, labels: Rows, permutations: Permutations, block: int | None = None) -> Index | None:
-        """new[p] = old[gather[p]]: the label of position p with every digit sent to its old channel.
-
-        ``block`` is the parent's channel where that stands on another axis.
-        """
-        old = labels.copy()
-        digits = self.digits(labels)
-        for leaf, group, mask in digits:
-            permutation = permutations.get(group)
-            if permutation is None:
-                continue
-            start = self.leaves.starts[leaf]
-            channel = labels[:, 1:][mask] - start
-            if permutation.ndim == 2:
-                parent = self.groups[group].parent
-                own = next(((x, m) for x, g, m in digits if g == parent), None)
-                outer = block if own is None else self.channels_at(labels, *own)[np.nonzero(mask)[0]]
-                channel = permutation[outer, channel]
-            else:
-                channel = permutation[channel]
-            old[:, 1:][mask] = start + channel
-        if (old == labels).all():
-            return None
-        return find(labels, old)
 
 
 def symmetry(program: Program) -> Symmetry:

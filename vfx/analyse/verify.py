@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Elements, apply, random_element
+from vfx.elements import Elements, act, random_element
 from vfx.operators import is_layer, operator_of, weight_name
 from vfx.program import Execution, Program, Weights, run
 
@@ -46,11 +46,11 @@ def verify(symmetry: Symmetry, seed: int = 0, without: tuple[Member, ...] = (), 
     inputs = [_random_input(x, generator) for x in program.example_inputs]
     chosen = random_element(symmetry, np.random.default_rng(seed), classes)
     weights = randomise(program, inputs, generator)
-    error = function_error(program, weights, apply(symmetry, weights, chosen, without), inputs)
+    error = function_error(program, weights, act(symmetry, chosen, weights, without), inputs)
     inputs = [x * _LARGE if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     weights = randomise(program, inputs, generator, _LARGE)
     if _resolves(program, weights, inputs):
-        error = max(error, function_error(program, weights, apply(symmetry, weights, chosen, without), inputs))
+        error = max(error, function_error(program, weights, act(symmetry, chosen, weights, without), inputs))
     return error
 
 
@@ -59,7 +59,7 @@ def preserved(symmetry: Symmetry, weights: Weights, element: Elements, seed: int
     """Relative output error of one given element on the given weights, in float64 on random inputs."""
     program = in_double(symmetry.program.with_weights([weights]))
     inputs, before = trial(program, seed)
-    moved = apply(symmetry, program.weights[0], element, check=False)
+    moved = act(symmetry, element, program.weights[0])
     return output_error(program, program.weights[0], inputs, before, run(program.graph, moved, inputs))
 
 

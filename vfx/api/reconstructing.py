@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from vfx.analyse.layers import number_layers
 from vfx.choice import Candidate, Judging, Trial, scored
+from vfx.elements import Pending
 from vfx.errors import ArgumentError
 from vfx.judge import Score
 from vfx.match.growth import Growth
-from vfx.match.maps import Transport
 from vfx.normalize.catalogue import Normalization
 from vfx.options import MergeOptions
 from vfx.passes.reconstruct import Reconstruct
@@ -102,14 +102,14 @@ def carried(
 
 
 def references_of(
-    aligned: Program, shares: Sequence[float], transport: Transport | None, growth: Growth | None
+    aligned: Program, shares: Sequence[float], transport: Pending | None, growth: Growth | None
 ) -> list[Reference]:
     """The aligned edges as references of their merge."""
     if growth is not None:
         return carried(aligned, shares, growth.output)
     if transport is not None:
         nodes: dict[str, fx.Node] = {node.name: node for node in transport.symmetry.program.graph.nodes}
-        return carried(aligned, shares, lambda node, dim, edge: transport.axis(edge, nodes[node], dim))
+        return carried(aligned, shares, lambda node, dim, edge: transport.on(edge, nodes[node], dim))
     return [Reference(aligned.select(edge), share) for edge, share in enumerate(shares)]
 
 

@@ -15,6 +15,7 @@ from vfx.diagnosis.compare import compare
 from vfx.diagnosis.diagnosis import Diagnosis, Logits
 from vfx.diagnosis.rows import LayerRow, overall
 from vfx.diagnosis.verdict import judge
+from vfx.elements import exact_part
 from vfx.errors import ArchitectureError, ArgumentError, VerificationError
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher, Matching, Problem
@@ -124,7 +125,7 @@ def _align(
         if found is None:
             return edges, True
         # linear maps act on folded networks, whose groups may have other numbers
-        if len(found.permutations) != edges.edges or (any(found.maps) and _batch_norm(edges)):
+        if len(found.elements) != edges.edges or (not found.is_exact and _batch_norm(edges)):
             return edges, False
         return _aligned(edges, found, seed), True
     finder = matcher(match)
@@ -143,7 +144,7 @@ def _align(
 def _aligned(edges: Program, matching: Matching, seed: int) -> Program:
     facts = symmetry(edges)
     for edge, weights in enumerate(edges.weights):
-        element = matching.element(edge)
+        element = exact_part(matching.elements[edge])
         error = preserved(facts, weights, element, seed) if element else 0.0
         if not error <= PRESERVED:
             raise VerificationError(f"what reference {edge} was aligned by changes its function ({error:.1e})")

@@ -11,15 +11,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, check_classes
 from vfx.arguments import checked
+from vfx.elements import Element, Permutations, check_classes, identity, random_permutations
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
 from vfx.match.carry import Carriage, Crossing
 from vfx.match.class_ascent import ClassAscent, Classed, Run, with_turns
-from vfx.match.class_descent import beyond_permutations, split
+from vfx.match.class_descent import beyond_permutations, settled
 from vfx.match.matcher import Matching, Problem
 from vfx.match.rectangular import Bridge
 
@@ -51,10 +50,9 @@ class ActivationMatching:
             runs = classed.match(edge, starts) if classed else _permuted(Ascent(symmetry, statistics, edge), starts)
             attempts.append(tuple(objective for _, objective, _ in runs))
             best.append(max(runs, key=lambda run: run[1]))
-        found = [split(symmetry, element) for element, _, _ in best]
+        found = [settled(symmetry, element) for element, _, _ in best]
         return Matching(
-            permutations=(symmetry.identity(), *(permutations for permutations, _ in found)),
-            elements=({}, *(behind for _, behind in found)) if full else (),
+            elements=(identity(symmetry), *found),
             objective=tuple(objective for _, objective, _ in best),
             sweeps=tuple(sweeps for _, _, sweeps in best),
             seconds=time.perf_counter() - begin,
@@ -62,7 +60,7 @@ class ActivationMatching:
         )
 
     def _starts(self, symmetry: Symmetry, generator: np.random.Generator) -> list[Permutations | None]:
-        return [None, *(symmetry.random(generator) for _ in range(self.restarts))]
+        return [None, *(random_permutations(symmetry.groups, generator) for _ in range(self.restarts))]
 
     def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
         """The best of all runs between networks of two widths (``vfx.match.rectangular``), and its objective."""

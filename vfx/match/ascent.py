@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from vfx.analyse.elements import Permutations, moved
 from vfx.analyse.grids import grid
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import Permutations, still_permutations
+from vfx.elements.permutations import moved
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.units import PairOrders, Unit, assign_pairs, assign_unit, units
 from vfx.statistics.collect import Statistics
@@ -60,7 +61,7 @@ class Ascent:
 
         Without ``start`` groups that have no order yet count at their best in the first sweep.
         """
-        self.found = self.symmetry.identity() | dict(start or {})
+        self.found = still_permutations(self.symmetry.groups) | dict(start or {})
         unmatched = {group for unit in self.units for group in unit.groups} if start is None else set()
         total, sweeps = -np.inf, 0
         while sweeps < (MAX_SWEEPS if self.coupled else 1):

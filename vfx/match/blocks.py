@@ -2,62 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
 
 import numpy as np
-import torch
 
-from vfx.analyse.grids import grid
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements.pieces import Piece, combinations, entries, piece
 from vfx.match.matcher import Gain, best_over_blocks
 from vfx.match.units import PairOrders, Unit
 from vfx.program import Weights
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a weight that a unit moves.
+class BlockPiece:
+    """A piece of a weight that a unit moves, ``outer`` being its group of blocks.
 
-    ``places`` are (dim, positions), positions having an axis for each of the unit's groups there and one for all else;
-    ``groups`` are those groups in that order, the outer one among them. In a ``quadratic`` part the unit moves further
-    axes, which are left as they are.
+    In a ``quadratic`` piece the unit moves further dimensions, which are left as they are.
     """
 
-    fqn: str
-    places: tuple[tuple[int, Index], ...]
-    groups: tuple[int, ...]
+    piece: Piece
     outer: int
     quadratic: bool = False
 
     def array(self, weights: Weights) -> Gain:
         """(outer, inner groups…, everything else)."""
-        tensor = weights[self.fqn]
-        for dim, positions in self.places:
-            tensor = tensor.index_select(dim, torch.from_numpy(positions.reshape(-1)).to(tensor.device))
-        sizes: list[int] = []
-        front: list[int] = []
-        at = dict(self.places)
-        for dim, size in enumerate(tensor.shape):
-            own = at[dim].shape if dim in at else (size,)
-            front += [len(sizes) + k for k in range(len(own) - 1)]
-            sizes += own
-        array = tensor.reshape(sizes).permute(*front, *(d for d in range(len(sizes)) if d not in front))
-        order = sorted(range(len(self.groups)), key=lambda k: (self.groups[k] != self.outer, self.groups[k]))
-        shape = [array.shape[k] for k in order]
-        return array.permute(*order, *range(len(order), array.ndim)).reshape(*shape, -1).cpu().numpy()
+        array = self.piece.read(weights[self.piece.fqn])
+        order = sorted(self.piece.stands, key=lambda own: (own.group != self.outer, own.group))
+        front = [own.axis for own in order]
+        rest = [axis for axis in range(array.ndim) if axis not in front]
+        shape = [array.shape[axis] for axis in front]
+        return array.permute(*front, *rest).reshape(*shape, -1).cpu().numpy()
 
     @property
     def inner(self) -> tuple[int, ...]:
         """Inner groups in the order of ``array``'s axes."""
-        return tuple(sorted(g for g in self.groups if g != self.outer))
+        return tuple(sorted(own.group for own in self.piece.stands if own.group != self.outer))
 
 
-Arrays = Sequence[tuple[Part, Gain, Gain]]  # a part in the first edge and in the other
+Arrays = Sequence[tuple[BlockPiece, Gain, Gain]]  # a part in the first edge and in the other
 
 
 class BlockGains:
@@ -65,39 +50,26 @@ class BlockGains:
 
     def __init__(self, symmetry: Symmetry):
         self.symmetry = symmetry
-        self._parts: dict[tuple[int, str], list[Part]] = {}
+        self._parts: dict[tuple[int, str], list[BlockPiece]] = {}
 
-    def parts(self, unit: Unit, fqn: str) -> list[Part]:
+    def parts(self, unit: Unit, fqn: str) -> list[BlockPiece]:
         """The parts of one weight that hold the unit's outer group."""
         key = unit.outer.index, fqn
         if key not in self._parts:
             self._parts[key] = list(self._find(unit, fqn))
         return self._parts[key]
 
-    def _find(self, unit: Unit, fqn: str) -> Any:
-        choices = []
-        for dim, labels in self.symmetry.axes_of(fqn):
-            entries = []
-            left = np.ones(len(labels), bool)
-            for groups, digits, position in self.symmetry.features(labels):
-                chosen = [g for g in groups if g in unit.groups]
-                if chosen:
-                    sizes = [self.symmetry.groups[g].size for g in chosen]
-                    entries.append((dim, grid(groups, digits, position, chosen, sizes), tuple(chosen)))
-                    left[position] = False
-            if entries and left.any():
-                entries.append((dim, np.flatnonzero(left), ()))
-            if entries:
-                choices.append(entries)
-        for combination in product(*choices):
-            groups = tuple(g for _, _, own in combination for g in own)
-            if groups.count(unit.outer.index) == 1 and len(set(groups)) == len(groups):
-                places = tuple((dim, positions) for dim, positions, _ in combination)
-                yield Part(fqn, places, groups, unit.outer.index)
-        standing = [entry for entries in choices for entry in entries if unit.outer.index in entry[2]]
-        if len({dim for dim, _, _ in standing}) > 1:
-            for dim, positions, own in standing:
-                yield Part(fqn, ((dim, positions),), own, unit.outer.index, quadratic=True)
+    def _find(self, unit: Unit, fqn: str) -> Iterator[BlockPiece]:
+        outer = unit.outer.index
+        axes = [entries(self.symmetry, dim, labels, unit.groups) or [] for dim, labels in self.symmetry.axes_of(fqn)]
+        for chosen in combinations(axes):
+            groups = [group for entry in chosen for group in entry.groups]
+            if groups.count(outer) == 1 and len(set(groups)) == len(groups):
+                yield BlockPiece(piece(self.symmetry, fqn, chosen), outer)
+        standing = [entry for found in axes for entry in found if outer in entry.groups]
+        if len({entry.dim for entry in standing}) > 1:
+            for entry in standing:
+                yield BlockPiece(piece(self.symmetry, fqn, [entry]), outer, quadratic=True)
 
     @staticmethod
     def outer(unit: Unit, arrays: Arrays) -> Gain:

@@ -28,13 +28,13 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
+from vfx.elements import Permutations, act, permuted, random_permutations, still_permutations
 from vfx.errors import ArgumentError
 from vfx.match.descent import CHUNK, Descent, inner_product
 from vfx.match.matcher import Gain, Matching, Problem
-from vfx.match.relaxation import Piece, Point, barycentre, best_vertex, blend, pieces, vertex
+from vfx.match.relaxation import Point, RelaxedPiece, barycentre, best_vertex, blend, pieces, vertex
 from vfx.match.universe import cycle_error, pair_objective, scored_names, to_first
 from vfx.program import Weights
 from vfx.progress import track
@@ -74,7 +74,7 @@ class C2M3:
         best = max(runs, key=lambda run: run.value)
         assert cycle_error(symmetry, best.elements) == 0
         return Matching(
-            permutations=to_first(symmetry, best.elements),
+            elements=tuple(map(permuted, to_first(symmetry, best.elements))),
             objective=(best.value,),
             sweeps=(best.steps,),
             seconds=time.perf_counter() - begin,
@@ -94,12 +94,12 @@ class C2M3:
     def _start(self, objective: JointObjective, attempt: int, generator: np.random.Generator) -> list[Point]:
         symmetry, edges = objective.symmetry, len(objective.weights)
         if attempt:
-            elements: Elements = [symmetry.random(generator) for _ in range(edges)]
+            elements: Elements = [random_permutations(symmetry.groups, generator) for _ in range(edges)]
         elif self.initial == "identity":
-            elements = [symmetry.identity()] * edges
+            elements = [still_permutations(symmetry.groups)] * edges
         else:
             first = objective.weights[0]
-            elements = [symmetry.identity()]
+            elements = [still_permutations(symmetry.groups)]
             elements += [Descent(symmetry, first, other).run(generator)[0] for other in objective.weights[1:]]
         points = [objective.vertex(element) for element in elements]
         if attempt or self.initial == "identity":
@@ -166,12 +166,12 @@ class JointObjective:
                 coefficients[a + b] += own[a, b]
         return Polynomial(coefficients)
 
-    def _read(self, piece: Piece) -> list[Tensor]:
-        return [piece.read(w[piece.fqn], self.dtype) for w in self.weights]
+    def _read(self, relaxed: RelaxedPiece) -> list[Tensor]:
+        return [relaxed.piece.read(w[relaxed.piece.fqn]) for w in self.weights]
 
 
 def _pair_coefficients(
-    piece: Piece, values: Sequence[Tensor], points: Sequence[Point], vertices: Sequence[Point]
+    piece: RelaxedPiece, values: Sequence[Tensor], points: Sequence[Point], vertices: Sequence[Point]
 ) -> Gain:
     """Σ_{p<q} ⟨a-th coefficient of edge p's moved piece, b-th of edge q's⟩ (degree + 1, degree + 1), symmetrised.
 
@@ -228,7 +228,7 @@ def descend(objective: JointObjective, elements: Elements, generator: np.random.
     """Coordinate descent over edges: each is matched to the sum of the others, from where it stands, until F stays."""
     symmetry, weights = objective.symmetry, objective.weights
     if len(weights) == 2:  # the first edge's move would undo the second's
-        target = symmetry.permute(weights[0], elements[0])
+        target = act(symmetry, permuted(elements[0]), weights[0])
         return [elements[0], Descent(symmetry, target, weights[1]).run(generator, elements[1])[0]]
     value = objective.discrete(elements)
     while True:
@@ -246,6 +246,6 @@ def _sum_of_others(symmetry: Symmetry, weights: Sequence[Weights], elements: Ele
     total: dict[str, Tensor] = {}
     for other, (w, element) in enumerate(zip(weights, elements)):
         if other != edge:
-            moved = symmetry.permute(w, element)
+            moved = act(symmetry, permuted(element), w)
             total = {name: total[name] + moved[name] for name in moved} if total else moved
     return total

@@ -11,10 +11,9 @@ as the mean of its copies. What acts channel by channel (depthwise kernels, norm
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +23,8 @@ from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import Element
+from vfx.elements.axes import acted
 from vfx.errors import ArchitectureError
 from vfx.match.matcher import Gain
 from vfx.program import Weights
@@ -71,31 +72,6 @@ class AcrossWidths(Protocol):
 
     def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
         """What carries the edge, and the matching's objective: the larger the better."""
-
-
-@dataclass(frozen=True, eq=False)
-class Carried:
-    """How a group's channels come to the first edge's.
-
-    ``nearest`` (C₀,) and ``coupling`` (C₀, Cᵢ); inside blocks (blocks, …), row b for the first edge's block b and for
-    the block of the other edge that the parent's ``nearest`` names.
-    """
-
-    nearest: Index
-    coupling: Gain | None = None
-    size: int = 0  # Cᵢ
-
-    def matrix(self, role: str) -> Gain:
-        if role == "elementwise" or role == "tied" or (self.coupling is None and role != "in"):
-            return self._selection
-        if self.coupling is None:
-            chosen = self._selection.sum(-2, keepdims=True)
-            return self._selection / np.maximum(chosen, 1)
-        return self.coupling * self.coupling.shape[-2 if role == "out" else -1]
-
-    @cached_property
-    def _selection(self) -> Gain:
-        return np.asarray(self.nearest[..., None] == np.arange(self.size), float)
 
 
 class Pairing:
@@ -150,12 +126,13 @@ def _place(group: Group) -> tuple[object, ...]:
 class Carrier:
     """Carries weights of the other network to the first one's shapes.
 
-    ``found`` holds a ``Carried`` by group (or what has a ``matrix`` like it); a matching fills it.
+    ``found`` holds an element by group, whose maps lead from the other network's channels to the first's; a matching
+    fills it.
     """
 
     def __init__(self, pairing: Pairing):
         self.pairing = pairing
-        self.found: dict[int, Any] = {}
+        self.found: dict[int, Element] = {}
 
     def weights(self, first: Weights, other: Weights) -> dict[str, Tensor]:
         """A whole weight set. Raises ArchitectureError where an axis that cannot move differs in size."""
@@ -163,19 +140,9 @@ class Carrier:
 
     def tensor(self, fqn: str, tensor: Tensor, without: Collection[int] = ()) -> Tensor:
         """A parameter, all of its axes carried but those ``without``."""
-        ours, theirs = dict(self.pairing.one.axes_of(fqn)), dict(self.pairing.other.axes_of(fqn))
-        apart = {}
-        for dim in ours:
-            if dim in without:
-                continue
-            parent = self._parent_apart(ours[dim])
-            if parent is not None:
-                apart[dim] = parent
-            else:
-                tensor = self._axis(tensor, dim, fqn, ours[dim], theirs[dim])
-        for dim, parent in apart.items():
-            tensor = self._in_blocks(tensor, dim, fqn, parent, ours, theirs)
-        return tensor
+        theirs = dict(self.pairing.other.axes_of(fqn))
+        axes = {dim: CarriedAxis(self, ours, theirs[dim], fqn) for dim, ours in self.pairing.one.axes_of(fqn)}
+        return acted(tensor, {dim: axis for dim, axis in axes.items() if dim not in without}, axes)
 
     def comparable(self, fqn: str, first: Tensor, other: Tensor, free: int) -> tuple[Tensor, Tensor]:
         """A parameter of both edges whose axes agree but the axis ``free``.
@@ -183,7 +150,9 @@ class Carrier:
         Channels whose blocks stand on the free axis have no order yet: they are sorted by value.
         """
         axes = self.pairing.one.axes_of(fqn)
-        unordered = [dim for dim, rows in axes if dim != free and self._parent_apart(rows) is not None]
+        unordered = [
+            dim for dim, rows in axes if dim != free and CarriedAxis(self, rows, rows).parent_apart is not None
+        ]
         other = self.tensor(fqn, other, (free, *unordered))
         for dim in unordered:
             first, other = first.sort(dim).values, other.sort(dim).values
@@ -195,52 +164,33 @@ class Carrier:
         if labels[0] is None or labels[1] is None:
             return None
         eye = torch.eye(len(labels[1]), dtype=torch.float64)
-        return self._axis(eye, 0, None, labels[0], labels[1])
+        return CarriedAxis(self, labels[0], labels[1]).apply(eye, 0)
 
     def between(self, one: Tap, other: Tap) -> Gain:
         """(n₀, nᵢ): what brings the features of a tap to those of its twin in the first edge."""
         columns = [other.groups.index(self.pairing.twin[g]) for g in one.groups]
-        return self._matrix(one.groups, (one.digits, other.digits[:, columns]), None, one.dim, None)
+        return self.between_features(one.groups, (one.digits, other.digits[:, columns]))
 
     def settled(self, fqn: str, without: int) -> bool:
         """Whether all groups on a parameter's axes but one have been found already."""
         axes = [rows for dim, rows in self.pairing.one.axes_of(fqn) if dim != without]
         return all(g in self.found for rows in axes for groups, _, _ in self.pairing.one.features(rows) for g in groups)
 
-    def _axis(
-        self, tensor: Tensor, dim: int, fqn: str | None, ours: Rows, theirs: Rows, block: int | None = None
-    ) -> Tensor:
-        """One axis carried; ``block`` is the first edge's block where the parent stands on another axis."""
-        entries = list(self.pairing.entries(ours, theirs))
-        if not entries:
-            return tensor
-        moving = [np.concatenate([at[side].reshape(-1) for _, _, at in entries]) for side in (0, 1)]
-        still = [np.setdiff1d(np.arange(len(rows)), own) for rows, own in zip((ours, theirs), moving)]
-        if len(still[0]) != len(still[1]):
-            raise ArchitectureError(
-                f"axis {dim} of {fqn or 'a value'} has {len(still[1])} fixed positions in {self.pairing.name} and "
-                f"{len(still[0])} in edge 0"
-            )
-        shape = list(tensor.shape)
-        shape[dim] = len(ours)
-        result = tensor.new_empty(shape)
-        result.index_copy_(dim, _index(still[0], tensor), tensor.index_select(dim, _index(still[1], tensor)))
-        for groups, digits, position in entries:
-            matrix = torch.from_numpy(self._matrix(groups, digits, fqn, dim, block)).to(tensor.device)
-            rows = tensor.index_select(dim, _index(position[1].reshape(-1), tensor)).movedim(dim, 0)
-            mixed = matrix @ rows.reshape(len(position[1]), -1).double()
-            mixed = mixed.reshape(-1, *rows.shape[1:]).movedim(0, dim).to(tensor.dtype)
-            result.index_copy_(dim, _index(position[0].reshape(-1), tensor), mixed)
-        return result
-
-    def _matrix(
-        self, groups: tuple[int, ...], digits: tuple[Index, Index], fqn: str | None, dim: int, block: int | None
+    def between_features(
+        self,
+        groups: tuple[int, ...],
+        digits: tuple[Index, Index],
+        place: tuple[str, int] | None = None,
+        block: int | None = None,
     ) -> Gain:
-        """(n₀, nᵢ) between features: the product of their groups' maps."""
+        """(n₀, nᵢ) between features: the product of their groups' maps, as a parameter axis carries them.
+
+        ``block`` is the first edge's block where the parent stands on another axis.
+        """
         total = np.ones((len(digits[0]), len(digits[1])))
         for column, index in enumerate(groups):
-            role = "out" if fqn is None else self.pairing.roles.get((fqn, dim, index), "elementwise")
-            own = self.found[index].matrix(role)
+            role = "out" if place is None else self.pairing.roles.get((*place, index), "elementwise")
+            own = self.found[index].table(role, self.pairing.other.groups[self.pairing.twin[index]].size)
             one, other = digits[0][:, column], digits[1][:, column]
             if own.ndim == 2:
                 total *= own[one][:, other]
@@ -250,37 +200,58 @@ class Carrier:
             total *= own[at[:, None], one[:, None], other[None]]
         return total
 
-    # blocks on another axis -------------------------------------------------------------------------------------------
 
-    def _parent_apart(self, rows: Rows) -> int | None:
-        """The parent of a group on this axis that stands on another one."""
-        facts = self.pairing.one
-        for groups, _, _ in facts.features(rows):
+@dataclass(frozen=True, eq=False)
+class CarriedAxis:
+    """One axis, with the labels of both networks, carried from the other to the first; ``fqn`` of a parameter."""
+
+    carrier: Carrier
+    ours: Rows
+    theirs: Rows
+    fqn: str | None = None
+
+    @property
+    def parent_apart(self) -> int | None:
+        facts = self.carrier.pairing.one
+        for groups, _, _ in facts.features(self.ours):
             for index in groups:
                 parent = facts.groups[index].parent
                 if parent is not None and parent not in groups:
                     return parent
         return None
 
-    def _in_blocks(
-        self, tensor: Tensor, dim: int, fqn: str, parent: int, ours: Mapping[int, Rows], theirs: Mapping[int, Rows]
-    ) -> Tensor:
-        """Block by block of the first edge: the other axis is carried already and says which block is where."""
-        for other, rows in ours.items():
-            for groups, digits, position in self.pairing.one.features(rows) if other != dim else ():
-                if parent not in groups:
-                    continue
-                block = digits[:, groups.index(parent)].repeat(position.shape[1])
-                parts, places = [], []
-                for value in np.unique(block).tolist():
-                    where = _index(position.reshape(-1)[block == value], tensor)
-                    part = tensor.index_select(other, where)
-                    parts.append(self._axis(part, dim, fqn, ours[dim], theirs[dim], value))
-                    places.append(where)
-                shape = list(tensor.shape)
-                shape[dim] = parts[0].shape[dim]
-                return tensor.new_empty(shape).index_copy_(other, torch.cat(places), torch.cat(parts, other))
-        raise AssertionError(f"group {parent} stands on no other axis of {fqn}")
+    def blocks(self, parent: int) -> Index | None:
+        for groups, digits, position in self.carrier.pairing.one.features(self.ours):
+            if parent in groups:
+                found = np.zeros(len(self.ours), np.int64)
+                found[position] = digits[:, groups.index(parent)][:, None]
+                return found
+        return None
+
+    def apply(self, tensor: Tensor, dim: int, block: int | None = None) -> Tensor:
+        pairing = self.carrier.pairing
+        entries = list(pairing.entries(self.ours, self.theirs))
+        if not entries:
+            return tensor
+        moving = [np.concatenate([at[side].reshape(-1) for _, _, at in entries]) for side in (0, 1)]
+        still = [np.setdiff1d(np.arange(len(rows)), own) for rows, own in zip((self.ours, self.theirs), moving)]
+        if len(still[0]) != len(still[1]):
+            raise ArchitectureError(
+                f"axis {dim} of {self.fqn or 'a value'} has {len(still[1])} fixed positions in {pairing.name} and "
+                f"{len(still[0])} in edge 0"
+            )
+        shape = list(tensor.shape)
+        shape[dim] = len(self.ours)
+        result = tensor.new_empty(shape)
+        result.index_copy_(dim, _index(still[0], tensor), tensor.index_select(dim, _index(still[1], tensor)))
+        place = None if self.fqn is None else (self.fqn, dim)
+        for groups, digits, position in entries:
+            matrix = torch.from_numpy(self.carrier.between_features(groups, digits, place, block)).to(tensor.device)
+            rows = tensor.index_select(dim, _index(position[1].reshape(-1), tensor)).movedim(dim, 0)
+            mixed = matrix @ rows.reshape(len(position[1]), -1).double()
+            mixed = mixed.reshape(-1, *rows.shape[1:]).movedim(0, dim).to(tensor.dtype)
+            result.index_copy_(dim, _index(position[0].reshape(-1), tensor), mixed)
+        return result
 
 
 def fitted(pairing: Pairing, first: Weights, other: Weights, carried: Weights) -> dict[str, Tensor]:

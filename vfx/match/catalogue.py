@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import check_classes
+from vfx.elements import check_classes
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3

@@ -24,13 +24,12 @@ import numpy as np
 
 from vfx.analyse.balance import balance
 from vfx.analyse.classes import Maps, Matrix, contragredient
-from vfx.analyse.composition import compose, inverse
-from vfx.analyse.elements import Permutations
 from vfx.analyse.grids import grid
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
+from vfx.elements import Element, Elements, Permutations, act, compose, inverse
+from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
 from vfx.match.ascent import Ascent
 from vfx.match.class_descent import compact, inside, sign_vectors, solved
@@ -72,7 +71,7 @@ def with_turns(symmetry: Symmetry, found: dict[int, Element], weights: tuple[Wei
     """An element and, behind it, the turns of rotary planes that bring the second weight set to the first."""
     if not symmetry.rotations:
         return found
-    moved = apply(symmetry, weights[1], found, check=False)
+    moved = act(symmetry, found, weights[1])
     return compose(symmetry, found, planes.turns(symmetry, weights[0], moved))
 
 
@@ -89,10 +88,6 @@ def basis(symmetry: Symmetry, tap: Tap, frame: Elements) -> Matrix:
         for block, rows in enumerate(_table(tap, group, symmetry)):
             result[rows[:, None], rows] = matrix if matrix.ndim == 2 else matrix[block % len(matrix)]
     return result
-
-
-def _parts(element: Element | None) -> tuple[Matrix | None, Mapping[int, Matrix]]:
-    return (None, {}) if element is None else (element.matrix, element.scales)
 
 
 class ClassAscent(Ascent):
@@ -126,7 +121,7 @@ class ClassAscent(Ascent):
         if start is not None:
             start = {index: own for index, own in start.items() if not self.kinds[index].mixes}
         permutations, objective, sweeps = self.run(start)
-        found = {index: Element(own, *_parts(self.behind.get(index))) for index, own in permutations.items()}
+        found = {index: replace(self.behind.get(index, Element()), index=own) for index, own in permutations.items()}
         return found, objective, sweeps
 
     def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
@@ -199,9 +194,9 @@ class ClassAscent(Ascent):
         for group in unit.inner:
             element = inside(self.symmetry, group, found[group.index], self.kinds[group.index])
             if self.kinds[group.index] is not Maps.PERMUTATION:
-                self.behind[group.index] = replace(element, permutation=None)
+                self.behind[group.index] = replace(element, index=None)
             still = np.repeat(np.arange(group.size)[None], group.outer, axis=0)
-            found[group.index] = still if element.permutation is None else element.permutation
+            found[group.index] = still if element.index is None else element.index
         return found, value
 
 

@@ -20,12 +20,11 @@ import torch
 
 from vfx.analyse.balance import restrained
 from vfx.analyse.classes import Maps, Matrix
-from vfx.analyse.composition import compose, inverse, permutations_of
-from vfx.analyse.elements import Permutations
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements, apply, parts, rows_of
+from vfx.elements import Element, Elements, Permutations, act, compose, identity, inverse
+from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
 from vfx.match.descent import Descent
 from vfx.match.matcher import Gain
@@ -97,13 +96,16 @@ def between(symmetry: Symmetry, first: Elements, other: Elements, found: Element
     return compose(symmetry, compose(symmetry, other, found), inverse(symmetry, first))
 
 
-def split(symmetry: Symmetry, element: Elements) -> tuple[Permutations, Elements]:
-    """An element's permutations, of every group, and what stands behind them."""
-    element = {index: snapped(own) for index, own in element.items()}
-    moved = permutations_of(element)
-    permutations = {index: moved.get(index, own) for index, own in symmetry.identity().items()}
-    behind = {index: replace(own, permutation=None) for index, own in element.items()}
-    return permutations, {index: own for index, own in behind.items() if own.matrix is not None or own.scales}
+def settled(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
+    """An element of every group, without what rounding has left in it."""
+    found = {index: snapped(own) for index, own in element.items()}
+    still = identity(symmetry)
+    for index, own in found.items():
+        if own.index is not None or index not in still:
+            still[index] = own
+        else:
+            still[index] = replace(own, index=still[index].index)
+    return still
 
 
 def snapped(element: Element) -> Element:
@@ -111,7 +113,7 @@ def snapped(element: Element) -> Element:
     neutral = all(np.abs(own - 1).max() <= ROUNDED for own in element.scales.values())
     scales = {} if neutral else element.scales
     matrix = element.matrix
-    if matrix is None or (element.permutation is not None and not _in_order(element.permutation)):
+    if matrix is None or (element.index is not None and not _in_order(element.index)):
         return replace(element, scales=scales)
     permutation = np.abs(matrix).argmax(-1)
     nearest = np.eye(matrix.shape[-1])[permutation]
@@ -222,14 +224,14 @@ class ClassDescent(Descent):
         return self._moved(self._moved(self.original, dict(self.frame)), element)
 
     def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
-        return apply(self.symmetry, weights, relative, check=False)
+        return act(self.symmetry, relative, weights)
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = compose(self.symmetry, self.element, relative)
 
 
 def _is_identity(element: Element) -> bool:
-    if element.permutation is not None and not _in_order(element.permutation):
+    if element.index is not None and not _in_order(element.index):
         return False
     if element.matrix is not None and np.abs(element.matrix - np.eye(element.matrix.shape[-1])).max() > STILL:
         return False

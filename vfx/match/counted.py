@@ -18,9 +18,9 @@ from torch import fx
 
 from vfx.analyse.groups import Group
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements
+from vfx.elements import Element, Elements
 from vfx.match.carry import Carrier, Pairing
-from vfx.match.frame import Embedding
+from vfx.match.frame import embedding
 from vfx.operators import arguments, operator_of
 from vfx.program import BATCH, Value
 
@@ -40,7 +40,7 @@ def attention_factors(own: Symmetry, there: Symmetry) -> Carrier | None:
         return None
     carrier = Carrier(Pairing(own, own))
     for group in own.groups:
-        carrier.found[group.index] = Embedding(found.get(group.index, 1.0) * np.eye(group.size))
+        carrier.found[group.index] = embedding(found.get(group.index, 1.0) * np.eye(group.size))
     return carrier
 
 

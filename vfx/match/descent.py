@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vfx.analyse.groups import Group, Member
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import act, compose_permutations, permuted, still_permutations
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.units import Unit, assign_pairs, assign_unit, units
@@ -105,7 +106,7 @@ class Descent:
     # elements: here permutations -------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[int, Any]:
-        return self.symmetry.identity()
+        return still_permutations(self.symmetry.groups)
 
     def _still(self, relative: dict[int, Any]) -> bool:
         return all((p == np.arange(p.shape[-1])).all() for p in relative.values())
@@ -115,10 +116,10 @@ class Descent:
         return self._moved(self.original, element)
 
     def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
-        return self.symmetry.permute(weights, relative)
+        return act(self.symmetry, permuted(relative), weights)
 
     def _compose(self, relative: dict[int, Any]) -> None:
-        self.element = self.symmetry.compose(self.element, relative)
+        self.element = compose_permutations(self.symmetry.groups, self.element, relative)
 
     def _in_blocks(self, unit: Unit) -> bool:
         """Whether anything stands inside the unit's blocks."""

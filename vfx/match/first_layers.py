@@ -1,6 +1,6 @@
 """FirstLayers: align only what the first l layers produce (*Vanishing Feature*, Figure 4 left).
 
-A matcher runs as always; the permutations of groups whose channels first appear in a later layer are then replaced by
+A matcher runs as always; the elements of groups whose channels first appear in a later layer are then replaced by
 the identity. A residual stream belongs to the layer that starts it. The result is a symmetry like any other.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 from vfx.analyse.groups import Group
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
+from vfx.elements import identity
 from vfx.errors import ArgumentError
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.matcher import Matcher, Matching, Problem
@@ -34,16 +35,15 @@ class FirstLayers:
 
     def __call__(self, problem: Problem) -> Matching:
         matching = self.matcher(problem)
-        identity = problem.symmetry.identity()
-        groups = problem.symmetry.moving if matching.elements else problem.symmetry.groups
-        first = first_layer_of_groups(problem.program, groups)
+        symmetry = problem.symmetry
+        moved = {index for own in matching.elements for index in own}
+        first = first_layer_of_groups(problem.program, [symmetry.group(index) for index in sorted(moved)])
+        still = identity(symmetry)
         kept = tuple(
-            {g: p if first[g] <= self.count else identity[g] for g, p in permutations.items()}
-            for permutations in matching.permutations
+            still | {index: element for index, element in own.items() if first[index] <= self.count}
+            for own in matching.elements
         )
-        maps = tuple({g: m for g, m in own.items() if first[g] <= self.count} for own in matching.maps)
-        elements = tuple({g: e for g, e in own.items() if first[g] <= self.count} for own in matching.elements)
-        return replace(matching, permutations=kept, maps=maps, elements=elements)
+        return replace(matching, elements=kept)
 
 
 def first_layer_of_groups(program: Program, groups: Sequence[Group]) -> dict[int, int]:

@@ -16,7 +16,6 @@ A frame is the wider network's own; where each is the wider one in some groups, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.elements import Element
 from vfx.errors import ArchitectureError, PassError
 from vfx.match.carry import Carrier, Pairing, Reading
 from vfx.match.class_descent import compact
@@ -37,21 +37,6 @@ from vfx.statistics.taps import Tap, feature_taps
 Bases = Callable[[Tap], Matrix | None]
 
 
-class Embedding:
-    """One matrix for all that a group stands on."""
-
-    def __init__(self, table: Gain):
-        self.table = table
-
-    def matrix(self, role: str) -> Gain:
-        return self.table
-
-    @cached_property
-    def still(self) -> bool:
-        """Whether nothing changes."""
-        return np.array_equal(self.table, np.eye(*self.table.shape)) and len(self.table) == self.table.shape[1]
-
-
 class Frame:
     """The frame's symmetries ``facts``, what puts each edge ``into`` it, and what leads ``back`` to the first."""
 
@@ -60,12 +45,12 @@ class Frame:
         self.into = tuple(self._into(own, pairing.name) for own in (pairing.one, pairing.other))
         self.back = Carrier(Pairing(pairing.one, self.facts, pairing.name))
         for group, twin in self.back.pairing.twin.items():
-            self.back.found[group] = Embedding(self._table(twin, pairing.one.groups[group].size).T)
+            self.back.found[group] = embedding(self._table(twin, pairing.one.groups[group].size).T)
 
     def _into(self, own: Symmetry, name: str) -> Carrier:
         carrier = Carrier(Pairing(self.facts, own, name))
         for group, twin in carrier.pairing.twin.items():
-            carrier.found[group] = Embedding(self._table(group, own.groups[twin].size))
+            carrier.found[group] = embedding(self._table(group, own.groups[twin].size))
         return carrier
 
     def _table(self, group: int, size: int) -> Gain:
@@ -90,6 +75,11 @@ class Frame:
         return Statistics(0, tuple(taps), found, {}, (), frozenset({"features"}))
 
 
+def embedding(table: Matrix) -> Element:
+    """One matrix for all that a group stands on."""
+    return Element(matrix=table, dual=table)
+
+
 def isometry(size: int, own: int, ones: bool = False) -> Matrix:
     """E (size, own) with EᵀE = 1: the first channels, or one that sends the mean direction to the mean direction."""
     first = np.eye(size, own)
@@ -106,9 +96,15 @@ def _to_mean(size: int) -> Matrix:
 
 def moved_into(carrier: Carrier, weights: Weights) -> dict[str, Tensor]:
     """Every tensor of a weight set, those that hold channels carried."""
-    if carrier.pairing.one is carrier.pairing.other and all(own.still for own in carrier.found.values()):
+    if carrier.pairing.one is carrier.pairing.other and all(map(_still, carrier.found.values())):
         return dict(weights)
     return {name: carrier.tensor(name, tensor) for name, tensor in weights.items()}
+
+
+def _still(element: Element) -> bool:
+    """Whether nothing changes."""
+    table = element.matrix
+    return table is not None and len(table) == table.shape[1] and np.array_equal(table, np.eye(len(table)))
 
 
 def _widest(pairing: Pairing) -> Symmetry:

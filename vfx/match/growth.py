@@ -17,27 +17,11 @@ from torch import Tensor
 from vfx.analyse.layers import number_layers
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.elements import Element
 from vfx.errors import ArgumentError, PassError
 from vfx.match.carry import Carrier, Pairing
-from vfx.match.matcher import Gain
 from vfx.program import Goal, Program
 from vfx.resize import resize
-
-
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """Where an edge's C channels stand among M: ``index`` (M,), ``own`` (M,) which of them the edge has at all, and the
-    ``scale`` (M,) of what makes them."""
-
-    index: Index
-    own: Gain
-    scale: Gain
-    size: int
-
-    def matrix(self, role: str) -> Gain:
-        """(M, C)"""
-        chosen = np.asarray(self.index[:, None] == np.arange(self.size), float)
-        return chosen * (self.own if role == "in" else self.own * self.scale)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +59,7 @@ def grow(program: Program, facts: Symmetry, apart: Mapping[int, Index], shares: 
             if new.groups[group].parent is None:
                 placed = _placed(size, apart.get(twin), edge, shares)
             else:
-                placed = Placed(np.arange(size), np.ones(size), np.ones(size), size)
+                placed = Element(np.arange(size))
             carrier.found[group] = placed
         carriers.append(carrier)
     weights = [c.weights(grown.weights[e], program.weights[e]) for e, c in enumerate(carriers)]
@@ -83,15 +67,16 @@ def grow(program: Program, facts: Symmetry, apart: Mapping[int, Index], shares: 
     return Growth(replace(grown, weights=tuple(weights), goals=goals), new, tuple(carriers))
 
 
-def _placed(size: int, apart: Index | None, edge: int, shares: Sequence[float]) -> Placed:
+def _placed(size: int, apart: Index | None, edge: int, shares: Sequence[float]) -> Element:
     """The first edge's channels apart stand where they stood, the others' behind all channels, edge after edge."""
     if apart is None:
         apart = np.zeros(0, np.int64)
     index = np.concatenate([np.arange(size), *[apart] * (len(shares) - 1)])
     owner = np.concatenate([np.full(size, -1), *(np.full(len(apart), e) for e in range(1, len(shares)))])
     owner[apart] = 0
-    own = np.asarray((owner < 0) | (owner == edge), float)
-    return Placed(index, own, np.where(owner < 0, 1.0, 1 / shares[edge]), size)
+    own = np.asarray((owner < 0) | (owner == edge), float)[:, None] * (index[:, None] == np.arange(size))
+    scale = np.where(owner < 0, 1.0, 1 / shares[edge])[:, None]
+    return Element(matrix=own * scale, dual=own)
 
 
 def _goals(program: Program, grown: Program, carriers: Sequence[Carrier]) -> dict[str, Goal]:

@@ -23,9 +23,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
+from vfx.elements import OnAxis, Permutations, act, order_on, permuted
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.ascent import Ascent
@@ -76,7 +76,7 @@ class IteratedMatching:
             best, kept = values[-1], elements
             elements = [ascent.run()[0] for ascent in ascents]
         return Matching(
-            permutations=to_first(problem.symmetry, kept),
+            elements=tuple(map(permuted, to_first(problem.symmetry, kept))),
             objective=(best,),
             sweeps=(len(values) - 1,),
             seconds=time.perf_counter() - begin,
@@ -93,7 +93,7 @@ class IteratedMatching:
         return [Ascent(problem.symmetry, found, edge) for edge in range(1, both.edges)]
 
     def _merged(self, problem: Problem, elements: Sequence[Permutations]) -> Program:
-        aligned = [problem.symmetry.permute(w, own) for w, own in zip(problem.program.weights, elements)]
+        aligned = [act(problem.symmetry, permuted(own), w) for w, own in zip(problem.program.weights, elements)]
         merged = problem.program.with_weights([mean_weights(aligned, problem.shares)])
         if self.normalize is None:
             return merged
@@ -112,8 +112,8 @@ def _goals(problem: Problem, elements: Sequence[Permutations]) -> dict[str, Goal
     shares = torch.tensor(problem.shares, dtype=torch.float64)
     found = {}
     for layer in number_layers(problem.program) if known else ():
-        order = [torch.from_numpy(problem.symmetry.gather(nodes[layer.node], layer.channel, e)) for e in elements]
-        rows = [torch.stack([row[o.to(row.device)] for row, o in zip(x, order)])
+        moves = [OnAxis(order_on(problem.symmetry, e, nodes[layer.node], layer.channel), None) for e in elements]
+        rows = [torch.stack([move(row) for row, move in zip(x, moves)])
                 for x in (known[layer.node].mean, known[layer.node].std)]  # fmt: skip
         found[layer.node] = Goal(*((shares.to(x.device)[:, None] * x).sum(0, keepdim=True) for x in rows))
     return found

@@ -2,8 +2,8 @@
 
 A method sees the second moments of one group's features in all edges and gives, for each edge, a map T into common
 channels and one U back. The driver runs it for every group that a dense map can go through and brings the result to
-one form: common channels in the order of the first edge's nearest permutation, the permutation nearest to each T apart
-(``Matching.permutations``), the rest behind it (``Matching.maps``). Groups that no dense map can go through (attention
+one form: common channels in the order of the first edge's nearest permutation, with the permutation nearest to each T
+as the element's index. Groups that no dense map can go through (attention
 heads, queries and keys, tied weights), and those that share features with another group, take activation matching's
 permutations. Channels inside blocks (heads × dim) are solved for each matched pair of blocks.
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from vfx.analyse.grids import grid
 from vfx.analyse.groups import Group
-from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import Element, Elements, identity, permuted
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
-from vfx.match.maps import Map, mappable
+from vfx.match.maps import mappable
 from vfx.match.matcher import Matching, Problem, assign
 from vfx.progress import track
 from vfx.statistics.collect import Statistics
@@ -167,8 +167,7 @@ class LinearMatching(ABC):
         for group in track(chosen, self.title, len(chosen), problem.progress):
             run.add(group)
         return Matching(
-            permutations=tuple(run.permutations),
-            maps=tuple(run.maps),
+            elements=tuple(run.elements),
             objective=tuple(float(np.mean(kept)) if kept else 1.0 for kept in run.kept[1:]),
             seconds=time.perf_counter() - start,
             details=run.details,
@@ -190,31 +189,32 @@ def linear_taps(symmetry: Symmetry, statistics: Statistics) -> dict[int, list[Ta
     return found
 
 
+def _stacked(blocks: Sequence[Element]) -> Element:
+    """The elements of blocks as one."""
+    index, matrix, dual = (np.stack([getattr(own, x) for own in blocks]) for x in ("index", "matrix", "dual"))
+    return Element(index, matrix, dual=dual)
+
+
 class _Run:
-    """One matching: permutations and maps of every edge, filled group after group."""
+    """One matching: the elements of every edge, filled group after group."""
 
     def __init__(self, method: LinearMatching, problem: Problem, statistics: Statistics, taps: Mapping[int, list[Tap]]):
         self.method, self.statistics, self.taps = method, statistics, taps
         self.symmetry, self.shares = problem.symmetry, problem.shares
         self.edges = problem.program.edges
         hard = {group.index for group in self.symmetry.groups} - set(taps)
-        self.permutations = [self.symmetry.identity()]
-        self.permutations += [Ascent(self.symmetry, statistics, edge, hard).run()[0] for edge in range(1, self.edges)]
-        self.maps: list[dict[int, Map]] = [{} for _ in range(self.edges)]
+        self.elements = [identity(self.symmetry)]
+        for edge in range(1, self.edges):
+            self.elements.append(permuted(Ascent(self.symmetry, statistics, edge, hard).run()[0]))
         self.kept: list[list[float]] = [[] for _ in range(self.edges)]
         self.details: dict[str, float] = {}
 
     def add(self, group: Group) -> None:
         blocks = 1 if group.parent is None else group.outer
         found = [self._solve(self._features(group, block)) for block in range(blocks)]
-        for edge in range(self.edges):
-            permutations = np.stack([own[edge][0] for own in found])
-            merge = torch.stack([own[edge][1].merge for own in found])
-            unmerge = torch.stack([own[edge][1].unmerge for own in found])
-            if group.parent is None:
-                permutations, merge, unmerge = permutations[0], merge[0], unmerge[0]
-            self.permutations[edge][group.index] = permutations
-            self.maps[edge][group.index] = Map(merge, unmerge)
+        for edge, elements in enumerate(self.elements):
+            own = [block[edge] for block in found]
+            elements[group.index] = own[0] if group.parent is None else _stacked(own)
 
     def _features(self, group: Group, block: int) -> Features:
         """What is known of a group; inside blocks, of the block that each edge's heads were matched to."""
@@ -223,11 +223,19 @@ class _Run:
             chosen = [group.index] if group.parent is None else [group.parent, group.index]
             sizes = [self.symmetry.groups[index].size for index in chosen]
             table = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], chosen, sizes).reshape(-1, group.size)
-            old = [block if group.parent is None else int(p[group.parent][block]) for p in self.permutations]
+            old = [
+                block if group.parent is None else self._old_block(own, group.parent, block) for own in self.elements
+            ]
             found.append((self.statistics.features[tap.key], tuple(torch.from_numpy(table[b]) for b in old)))
         return Features(group, self.shares, tuple(found))
 
-    def _solve(self, features: Features) -> list[tuple[Index, Map]]:
+    @staticmethod
+    def _old_block(elements: Elements, outer: int, block: int) -> int:
+        index = elements[outer].index
+        assert index is not None, "blocks are permuted"
+        return int(index[block])
+
+    def _solve(self, features: Features) -> list[Element]:
         solution = self.method.solve(features)
         for name, value in solution.details.items():
             self.details[name] = max(value, self.details.get(name, -np.inf))
@@ -245,8 +253,8 @@ def common(features: Features, solution: Solution) -> tuple[list[Tensor], Tensor
     return between, sum((between[i] @ scaled[i].T for i in edges), torch.zeros(()))
 
 
-def ordered(features: Features, solution: Solution, between: list[Tensor], spread: Tensor) -> list[tuple[Index, Map]]:
-    """The nearest permutation and the map behind it for each edge, the first edge's permutation being the identity.
+def ordered(features: Features, solution: Solution, between: list[Tensor], spread: Tensor) -> list[Element]:
+    """The element of each edge: T and U, and the permutation nearest to T, the first edge's being the identity.
 
     Where T does not decide (channels left over by a merge), the correlation with the common channels does.
     """
@@ -261,7 +269,7 @@ def ordered(features: Features, solution: Solution, between: list[Tensor], sprea
     found = []
     for gain, merge, unmerge in zip(gains, solution.merge, solution.unmerge):
         nearest = assign(gain[place])[0]
-        found.append((nearest, Map(merge[place][:, nearest].contiguous(), unmerge[nearest][:, place].contiguous())))
+        found.append(Element(nearest, merge[place].numpy(), dual=unmerge[:, place].T.numpy()))
     return found
 
 

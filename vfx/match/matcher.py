@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements, apply
-from vfx.match.maps import Maps
+from vfx.elements import Element, Elements, Permutations, act, exact_part, permutations_of
+from vfx.errors import ArgumentError
 from vfx.program import Program, Weights
 from vfx.statistics.collect import Statistics
 
@@ -49,19 +48,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Matching:
-    """One permutation per group for each edge (the first edge's is the identity), and the objective reached.
+    """What each edge goes through, an element for every group (the first edge's is the identity), and the objective.
 
-    ``elements`` holds what stands behind the permutations where the groups' full classes were matched: for each
-    edge scales, signs and matrices by group, which keep its function. ``maps`` holds what is left to do behind them
-    where a method finds linear maps that do not: for each edge one by group, close to the identity. ``objective``
-    is one figure for each edge but the first, or one for all where they are matched together; ``attempts`` holds
-    the same for each start (``restarts``) or iteration, of which the best was kept. ``apart`` names, by group,
-    aligned channels that are not to be merged; where ``ridge`` is given, the merged layers are solved by least
-    squares with it (PLeaS). ``notes`` says what was not done, and why.
+    Elements of the groups' classes keep an edge's function; linear maps that do not have a ``dual`` of their own, and
+    the permutation nearest to them as ``index``. ``objective`` is one figure for each edge but the first, or one
+    for all where they are matched together; ``attempts`` holds the same for each start (``restarts``) or iteration, of
+    which the best was kept. ``apart`` names, by group, aligned channels that are not to be merged; where ``ridge`` is
+    given, the merged layers are solved by least squares with it (PLeaS). ``notes`` says what was not done, and why.
     """
 
-    permutations: tuple[Permutations, ...]
-    maps: tuple[Maps, ...] = ()
+    elements: tuple[Elements, ...]
     apart: Mapping[int, Index] = field(default_factory=dict)
     ridge: float | None = None
     objective: tuple[float, ...] = ()
@@ -70,19 +66,28 @@ class Matching:
     details: Mapping[str, float] = field(default_factory=dict)
     attempts: tuple[tuple[float, ...], ...] = ()
     notes: tuple[str, ...] = ()
-    elements: tuple[Elements, ...] = ()
 
-    def element(self, edge: int) -> Elements:
-        """What an edge goes through: its permutations, and what stands behind them."""
-        behind = self.elements[edge] if self.elements else {}
-        return dict(behind) | {
-            index: replace(behind.get(index, Element()), permutation=own)
-            for index, own in self.permutations[edge].items()
-        }
+    def __post_init__(self) -> None:
+        wrong = next((e for own in self.elements for e in own.values() if not isinstance(e, Element)), None)
+        if wrong is not None:
+            raise ArgumentError(
+                f"a Matching holds an Element for each group and edge, not {type(wrong).__name__}: give a permutation "
+                "as vfx.elements.Element(index)"
+            )
+
+    @property
+    def permutations(self) -> tuple[Permutations, ...]:
+        """How the elements order the channels."""
+        return tuple(permutations_of(own) for own in self.elements)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every edge keeps its function."""
+        return all(element.is_exact for own in self.elements for element in own.values())
 
     def aligned(self, symmetry: Symmetry, weights: Weights, edge: int) -> dict[str, Tensor]:
-        """An edge's weights in the first edge's channels."""
-        return apply(symmetry, weights, self.element(edge), check=False)
+        """An edge's weights in the first edge's channels, as far as it keeps its function."""
+        return act(symmetry, exact_part(self.elements[edge]), weights)
 
 
 @dataclass(frozen=True)

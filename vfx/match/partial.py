@@ -107,6 +107,6 @@ def worst(problem: Problem, found: Matching, group: Group, count: int) -> Index:
         for edge in range(1, problem.program.edges):
             correlation = statistics.features[tap.key].correlation(0, edge).cpu().numpy()
             row = np.argsort(channel)
-            partner = row[found.permutations[edge][group.index]]
+            partner = row[found.elements[edge][group.index].index]
             quality += correlation[row, partner]
     return np.sort(np.argsort(quality, kind="stable")[:count])

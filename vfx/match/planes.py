@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from vfx.analyse.classes import turning
 from vfx.analyse.groups import Group
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, stacked
+from vfx.elements import Element
+from vfx.elements.parts import stacked
 from vfx.match.matcher import Gain
 from vfx.program import Weights
 

@@ -18,12 +18,10 @@ from itertools import chain, combinations
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.activation_maps import along
 from vfx.analyse.balance import balance
-from vfx.analyse.composition import inverse, permutations_of
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Elements, apply
 from vfx.analyse.verify import in_double, output_error, trial
+from vfx.elements import Elements, act, act_on, inverse
 from vfx.match.carry import Carriage, Carrier, Crossing, Pairing, fitted
 from vfx.match.class_ascent import basis
 from vfx.match.class_descent import beyond_permutations
@@ -52,7 +50,7 @@ class Bridge:
     def weights(self) -> tuple[Weights, Weights]:
         """Both balanced weight sets in the frame."""
         given = zip(self.own, self.given, self.balances, self.frame.into)
-        first, other = (moved_into(into, apply(f, w, s, check=False)) for f, w, s, into in given)
+        first, other = (moved_into(into, act(f, s, w)) for f, w, s, into in given)
         return first, other
 
     def statistics(self) -> Statistics:
@@ -104,15 +102,10 @@ class _Moved:
         self.nodes = {node.name: node for node in facts.program.graph.nodes}
 
     def weights(self, weights: Weights) -> Weights:
-        return apply(self.facts, weights, self.element, check=False)
+        return act(self.facts, self.element, weights)
 
     def along(self, node: str, dim: int, total: Tensor) -> Tensor:
-        order = self.facts.gather(self.nodes[node], dim, permutations_of(self.element))
-        total = total[torch.from_numpy(order)]
-        behind = along(self.facts, self.nodes[node], dim, self.element)
-        if behind is None:
-            return total
-        return behind @ total if behind.ndim == 2 else behind[:, None] * total
+        return act_on(self.facts, self.element, self.nodes[node], dim)(total)
 
 
 class _Resized:

@@ -4,23 +4,23 @@ A group of n channels has a matrix P (n, n), P[i, j] = 1 where new channel i is 
 of another, whose matrix is O (n, n), has Y (n, n, s, s): Y[i, j] is O[i, j] times a doubly stochastic matrix, which is
 the convex hull of the wreath product. Each matrix acts on the axes (or the digits of an axis) where its group stands;
 of several inner groups on one weight each acts with its own Y, all on the same pair of blocks. On permutations this is
-``Symmetry.permute``; in between it is a polynomial in the matrices, of as many factors as a weight has groups.
+``vfx.elements.action.act``; in between it is a polynomial in the matrices, of as many factors as a weight has groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import Permutations
+from vfx.elements.pieces import Piece, Standing, combinations, entries, piece
 from vfx.match.matcher import Gain
 from vfx.match.units import Unit, assign_unit, units
 from vfx.match.universe import scored_names
@@ -40,33 +40,17 @@ class Action(NamedTuple):
         return max(len(self.inner), 1)
 
 
-class _Entry(NamedTuple):
-    """Positions along one axis of a weight that the same groups move: (channels of each group…, copies)."""
-
-    dim: int
-    position: Index
-    groups: tuple[int, ...]
-
-
 @dataclass(frozen=True)
-class Piece:
-    """A part of a weight on whose every position the same groups act."""
+class RelaxedPiece:
+    """A piece of a weight and how relaxed elements act on it."""
 
-    fqn: str
-    places: tuple[tuple[int, Tensor], ...]
-    shape: tuple[int, ...]
+    piece: Piece
     actions: tuple[Action, ...]
 
     @property
     def degree(self) -> int:
         """Degree of the moved piece as a polynomial in the matrices."""
         return sum(action.factors for action in self.actions)
-
-    def read(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The piece of a weight, one axis for each digit of each axis."""
-        for dim, index in self.places:
-            tensor = tensor.index_select(dim, index.to(tensor.device))
-        return tensor.reshape(self.shape).to(dtype)
 
     def move(self, x: Tensor, point: Point) -> Tensor:
         """The piece moved by a relaxed element; differentiable in its matrices."""
@@ -98,9 +82,9 @@ def _blocks(x: Tensor, action: Action, point: Point) -> Tensor:
 # pieces of weights ----------------------------------------------------------------------------------------------------
 
 
-def pieces(symmetry: Symmetry) -> tuple[list[Piece], list[str]]:
+def pieces(symmetry: Symmetry) -> tuple[list[RelaxedPiece], list[str]]:
     """The pieces of every parameter that groups move, and the parameters whose action is not a product of matrices."""
-    found: list[Piece] = []
+    found: list[RelaxedPiece] = []
     left: list[str] = []
     for fqn in scored_names(symmetry):
         own = _pieces_of(symmetry, fqn)
@@ -111,52 +95,25 @@ def pieces(symmetry: Symmetry) -> tuple[list[Piece], list[str]]:
     return found, left
 
 
-def _pieces_of(symmetry: Symmetry, fqn: str) -> list[Piece] | None:
-    shape = symmetry.program.weights[0][fqn].shape
-    axes = [_entries(symmetry, dim, labels) for dim, labels in symmetry.axes_of(fqn)]
-    if any(entries is None for entries in axes):
-        return None
+def _pieces_of(symmetry: Symmetry, fqn: str) -> list[RelaxedPiece] | None:
+    axes = []
+    for dim, labels in symmetry.axes_of(fqn):
+        own = entries(symmetry, dim, labels)
+        if own is None:
+            return None
+        axes.append(own)
     found = []
-    for combination in product(*(entries for entries in axes if entries)):
-        if not any(entry.groups for entry in combination):
-            continue
-        piece = _piece(symmetry, fqn, shape, combination)
-        if piece is None:
-            return None
-        found.append(piece)
+    for chosen in combinations(axes):
+        if any(entry.groups for entry in chosen):
+            whole = piece(symmetry, fqn, chosen)
+            actions = _actions(symmetry, whole.stands)
+            if actions is None:
+                return None
+            found.append(RelaxedPiece(whole, actions))
     return found
 
 
-def _entries(symmetry: Symmetry, dim: int, labels: Index) -> list[_Entry] | None:
-    """An axis by the groups that move its positions; empty where nothing moves, None where it is not a full grid."""
-    found, left = [], np.ones(len(labels), bool)
-    for groups, digits, position in symmetry.features(labels):
-        sizes = [symmetry.groups[g].size for g in groups]
-        if len(digits) != np.prod(sizes):
-            return None
-        rank = np.lexsort(digits.T[::-1])
-        found.append(_Entry(dim, position[rank].reshape(*sizes, -1), groups))
-        left[position] = False
-    if found and left.any():
-        found.append(_Entry(dim, np.flatnonzero(left), ()))
-    return found
-
-
-def _piece(symmetry: Symmetry, fqn: str, shape: Sequence[int], entries: Sequence[_Entry]) -> Piece | None:
-    at = {entry.dim: entry for entry in entries}
-    sizes: list[int] = []
-    stands: list[tuple[int, int, int]] = []  # group, dimension of the weight, axis of the piece
-    for dim, size in enumerate(shape):
-        stands += [(g, dim, len(sizes) + k) for k, g in enumerate(at[dim].groups)] if dim in at else []
-        sizes += at[dim].position.shape if dim in at else (size,)
-    actions = _actions(symmetry, stands)
-    order = {entry.dim: entry.position.reshape(-1) for entry in entries}
-    moved = {dim: own for dim, own in order.items() if len(own) != shape[dim] or (own != np.arange(len(own))).any()}
-    places = tuple((dim, torch.from_numpy(own)) for dim, own in moved.items())
-    return None if actions is None else Piece(fqn, places, tuple(sizes), actions)
-
-
-def _actions(symmetry: Symmetry, stands: Sequence[tuple[int, int, int]]) -> tuple[Action, ...] | None:
+def _actions(symmetry: Symmetry, stands: Sequence[Standing]) -> tuple[Action, ...] | None:
     """Each inner group acts with the outer one on its own dimension, or else with the one on another."""
     outer = {(g, axis): (dim, []) for g, dim, axis in stands if symmetry.groups[g].parent is None}  # type: ignore[var-annotated]
     for group, dim, axis in stands:

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
+from vfx.elements import Permutations, act, identity, permuted, random_permutations
 from vfx.errors import ArgumentError, DataError
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
@@ -82,13 +82,15 @@ class StraightThrough:
         runs = []
         for attempt in range(1 + self.restarts):
             start = [
-                Descent(symmetry, program.weights[0], w).run(generator, symmetry.random(generator) if attempt else None)
+                Descent(symmetry, program.weights[0], w).run(
+                    generator, random_permutations(symmetry.groups, generator) if attempt else None
+                )
                 for w in program.weights[1:]
             ]
             runs.append(self._run(task, [element for element, _, _ in start], generator, problem.progress))
         best, unread = min(runs, key=lambda run: run.loss), task.batches.unread if self.loss == "auto" else ""
         return Matching(
-            permutations=(symmetry.identity(), *best.elements),
+            elements=(identity(symmetry), *map(permuted, best.elements)),
             objective=(-best.loss,),
             sweeps=(best.steps,),
             seconds=time.perf_counter() - begin,
@@ -158,7 +160,7 @@ class Midpoint:
 
     def merged(self, elements: Sequence[Permutations]) -> dict[str, Tensor]:
         """Σ α_i π_i(θ_i), fresh tensors."""
-        aligned = [self.first, *(self.symmetry.permute(w, e) for w, e in zip(self.others, elements))]
+        aligned = [self.first, *(act(self.symmetry, permuted(e), w) for w, e in zip(self.others, elements))]
         return mean_weights(aligned, self.alphas)
 
     def loss_of(self, elements: Sequence[Permutations]) -> float:

@@ -28,10 +28,11 @@ from vfx.analyse.grids import grid
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.arguments import checked
+from vfx.elements import Element, identity
 from vfx.errors import ArgumentError
 from vfx.match import coupling
-from vfx.match.carry import Carried, Carrier, Crossing, Pairing, Reading
-from vfx.match.maps import Map, Maps, mappable, places
+from vfx.match.carry import Carrier, Crossing, Pairing, Reading
+from vfx.match.maps import mappable, places
 from vfx.match.matcher import Gain, Matching, Problem
 from vfx.match.units import Unit, units
 from vfx.program import Weights
@@ -73,8 +74,7 @@ class OptimalTransport:
         facts, weights = problem.symmetry, problem.program.weights
         if self.needs and (problem.statistics is None or "features" not in problem.statistics.reads):
             raise ArgumentError("transport on activations needs data, or statistics collected with features")
-        permutations, objective = [facts.identity()], []
-        maps: list[Maps] = [{}]
+        elements, objective = [identity(facts)], []
         for edge in range(1, problem.program.edges):
             readings = []
             if problem.statistics is not None and self.needs:
@@ -83,11 +83,9 @@ class OptimalTransport:
             crossing = Crossing(Pairing(facts, facts), edge, weights[0], weights[edge], readings)
             carrier, value = self.carry(crossing)
             objective.append(value)
-            permutations.append({index: own.nearest for index, own in carrier.found.items()})
-            maps.append({} if self.exact else _behind(carrier))
+            elements.append(carrier.found)
         return Matching(
-            permutations=tuple(permutations),
-            maps=tuple(maps),
+            elements=tuple(elements),
             objective=tuple(objective),
             seconds=time.perf_counter() - start,
         )
@@ -103,17 +101,6 @@ class OptimalTransport:
     def solve(self, cost: Gain) -> Gain:
         """The coupling (C₀, Cᵢ) of one cost matrix."""
         return coupling.exact(cost) if self.method == "exact" else coupling.sinkhorn(cost, self.regularization)
-
-
-def _behind(carrier: Carrier) -> Maps:
-    """The maps that are left to do behind the nearest permutations."""
-    found = {}
-    for index, own in carrier.found.items():
-        if own.coupling is not None:
-            nearest = np.broadcast_to(own.nearest[..., None, :], own.coupling.shape)
-            moved = torch.from_numpy(np.take_along_axis(own.coupling, nearest, -1) * own.size)
-            found[index] = Map(moved, moved.mT.contiguous())
-    return found
 
 
 # costs ----------------------------------------------------------------------------------------------------------------
@@ -262,17 +249,18 @@ class _Fusion:
         sizes = self._size(group)
         cost = self.costs.single(group)
         if cost is None:
-            self.carrier.found[group.index] = Carried(_spread(*sizes), None, sizes[1])
+            self.carrier.found[group.index] = Element(_spread(*sizes))
             return
         found = self.method.solve(cost)
         spent.append(float((found * cost).sum()))
         soft = mappable(self.pairing.one, group)
-        self.carrier.found[group.index] = self._carried(_nearest(found, cost), found if soft else None, sizes)
+        self.carrier.found[group.index] = self._element(_nearest(found, cost), found if soft else None, sizes)
 
-    def _carried(self, nearest: Index, found: Gain | None, sizes: tuple[int, int]) -> Carried:
-        """A coupling that is a permutation is no more than that."""
-        whole = self.method.method == "exact" and sizes[0] == sizes[1]
-        return Carried(nearest, None if whole else found, sizes[1])
+    def _element(self, nearest: Index, found: Gain | None, sizes: tuple[int, int]) -> Element:
+        """C₀ Π for what makes the feature, Cᵢ Π for what reads it; a coupling that is a permutation is no more."""
+        if found is None or (self.method.method == "exact" and sizes[0] == sizes[1]):
+            return Element(nearest)
+        return Element(nearest, found * sizes[0], dual=found * sizes[1])
 
     def _blocks(self, unit: Unit, spent: list[float]) -> None:
         """Blocks are assigned one to one, on what the transport of their channels costs."""
@@ -293,16 +281,16 @@ class _Fusion:
         rows = np.arange(len(blocks))
         if known:
             spent.append(float(total[rows, blocks].mean()))
-        self.carrier.found[unit.outer.index] = Carried(blocks, None, counts[1])
+        self.carrier.found[unit.outer.index] = Element(blocks)
         for group in unit.inner:
             sizes = self._size(group)
             if group.index not in solved:
-                self.carrier.found[group.index] = Carried(_all(_spread(*sizes), len(blocks)), None, sizes[1])
+                self.carrier.found[group.index] = Element(_all(_spread(*sizes), len(blocks)))
                 continue
             own, cost = (x[rows, blocks] for x in solved[group.index])
             soft = own if mappable(self.pairing.one, group) else None
             nearest = np.stack([_nearest(*one) for one in zip(own, cost)])
-            self.carrier.found[group.index] = self._carried(nearest, soft, sizes)
+            self.carrier.found[group.index] = self._element(nearest, soft, sizes)
 
 
 def _nearest(found: Gain, cost: Gain) -> Index:

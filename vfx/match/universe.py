@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vfx.analyse.elements import Permutations
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
+from vfx.elements import Permutations, act, compose_permutations, inverse_permutations, permuted
 from vfx.program import Weights
 
 
 def pairwise(symmetry: Symmetry, elements: Sequence[Permutations], i: int, j: int) -> dict[int, Index]:
     """The group element that takes edge j to edge i, both being taken to the universe by their ``elements``."""
-    return symmetry.compose(elements[j], symmetry.inverse(elements[i]))
+    return compose_permutations(symmetry.groups, elements[j], inverse_permutations(symmetry.groups, elements[i]))
 
 
 def to_first(symmetry: Symmetry, elements: Sequence[Permutations]) -> tuple[dict[int, Index], ...]:
@@ -37,7 +37,7 @@ def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
                           for pairs in ([(0, k) for k in edges], [(i, 0) for i in edges]))  # fmt: skip
     for i in edges:
         for k in edges:
-            around = symmetry.compose(to_zero[k], from_zero[i])
+            around = compose_permutations(symmetry.groups, to_zero[k], from_zero[i])
             straight = pairwise(symmetry, elements, i, k)
             count += sum(int((around[g] != own).sum()) for g, own in straight.items())
     return count
@@ -63,7 +63,7 @@ def pair_objective(symmetry: Symmetry, weights: Sequence[Weights], elements: Seq
     """Σ_{p<q} Σ ⟨P_p W_p, P_q W_q⟩ over the parameters that groups move, in float64."""
     total = 0.0
     for name in scored_names(symmetry):
-        moved = [symmetry.permute({name: w[name]}, e)[name].double() for w, e in zip(weights, elements)]
+        moved = [act(symmetry, permuted(e), {name: w[name]})[name].double() for w, e in zip(weights, elements)]
         whole = torch.stack(moved).sum(0)
         total += 0.5 * sum(float((m * (whole - m)).sum()) for m in moved)
     return total

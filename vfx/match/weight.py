@@ -15,10 +15,10 @@ import torch
 
 from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements, apply, check_classes
 from vfx.arguments import checked
+from vfx.elements import Element, Elements, act, check_classes, identity, random_permutations
 from vfx.match.carry import Carriage, Crossing
-from vfx.match.class_descent import ClassDescent, between, beyond_permutations, split
+from vfx.match.class_descent import ClassDescent, between, beyond_permutations, settled
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.rectangular import Bridge
@@ -49,14 +49,16 @@ class WeightMatching:
         match = (_in_classes if full else _permuted)(problem, problem.program.weights[0])
         best, attempts = [], []
         for weights in problem.program.weights[1:]:
-            starts = (None if attempt == 0 else symmetry.random(generator) for attempt in range(1 + self.restarts))
+            starts = (
+                None if attempt == 0 else random_permutations(symmetry.groups, generator)
+                for attempt in range(1 + self.restarts)
+            )
             runs = match(weights, starts, generator)
             attempts.append(tuple(objective for _, objective, _ in runs))
             best.append(max(runs, key=lambda run: run[1]))
-        found = [split(symmetry, element) for element, _, _ in best]
+        found = [settled(symmetry, element) for element, _, _ in best]
         return Matching(
-            permutations=(symmetry.identity(), *(permutations for permutations, _ in found)),
-            elements=({}, *(behind for _, behind in found)) if full else (),
+            elements=(identity(symmetry), *found),
             objective=tuple(objective for _, objective, _ in best),
             sweeps=tuple(sweeps for _, _, sweeps in best),
             seconds=time.perf_counter() - begin,
@@ -68,7 +70,10 @@ class WeightMatching:
         """The best of all runs between networks of two widths (``vfx.match.rectangular``), and its objective."""
         bridge = Bridge(crossing, self.classes == "full")
         generator = np.random.default_rng(crossing.seed)
-        starts = (None if attempt == 0 else bridge.facts.random(generator) for attempt in range(1 + self.restarts))
+        starts = (
+            None if attempt == 0 else random_permutations(bridge.facts.groups, generator)
+            for attempt in range(1 + self.restarts)
+        )
         runs = _runs(bridge.facts, *bridge.weights, starts, generator, {} if bridge.full else None)
         element, objective, _ = max(runs, key=lambda run: run[1])
         return bridge.carriage(element), objective
@@ -82,7 +87,7 @@ def _permuted(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
 def _in_classes(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
     symmetry = problem.symmetry
     target = balance(symmetry, first, problem.apart)
-    balanced = apply(symmetry, first, target, check=False)
+    balanced = act(symmetry, target, first)
 
     def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
         frame = balance(symmetry, other, problem.apart)

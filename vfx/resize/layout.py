@@ -8,7 +8,7 @@ whole heads. ``line`` gives old positions and, for each digit, the rank of the c
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sympy
@@ -21,15 +21,9 @@ from vfx.analyse.shapes import Block, Digit, Shape
 from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.terms import MAX_ENUMERATED
+from vfx.elements.axes import Line
 from vfx.errors import PassError
 from vfx.program import BATCH, Value
-
-
-class Line(NamedTuple):
-    """New positions of one axis: the old position (n,) of each, and the new rank (n, digits) of each of its digits."""
-
-    position: Index
-    rank: Index
 
 
 class Layout:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import in_double, is_defined, random_inputs
+from vfx.elements import act, permuted
 from vfx.errors import PassError, VerificationError
 from vfx.operators import arguments, operator_of
 from vfx.program import BATCH, Program, Value
@@ -51,7 +52,7 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
     Where these lead to NaN in the masked network, on the example's inputs; infinite where those do, too. Inputs are
     small where that proves as much (``vfx.resize.extent``).
     """
-    moved = facts.permute(program.weights[0], to_slots(facts, small.layout, kept))
+    moved = act(facts, permuted(to_slots(facts, small.layout, kept)), program.weights[0])
     full = in_double(fewer_samples(program).with_weights([moved]))
     exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]))
     masked = Masked(full, small.layout, facts)

@@ -1,4 +1,4 @@
-"""Elements of a symmetry group: drawn, composed, undone, applied to channels.
+"""Permutations of the channels of groups: drawn, composed, undone, applied to channels.
 
 A group has one permutation p of shape (size,): new channel j is old channel p[j]. A group inside the blocks of another,
 its ``parent``, has one for each block (wreath product), shape (blocks, size): channel j of new block b is channel
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Index = NDArray[np.int64]
+from vfx.analyse.places import Index
+
 Permutations = Mapping[int, Index]  # by group index
 
 
@@ -30,12 +30,12 @@ class Permutable(Protocol):
     def blocks(self) -> tuple[int, int]: ...
 
 
-def identity(groups: Sequence[Permutable]) -> dict[int, Index]:
+def still_permutations(groups: Sequence[Permutable]) -> dict[int, Index]:
     """The element that moves nothing."""
     return {g.index: np.arange(g.size) if g.parent is None else _rows(np.arange(g.size), g) for g in groups}
 
 
-def draw(groups: Sequence[Permutable], generator: np.random.Generator) -> dict[int, Index]:
+def random_permutations(groups: Sequence[Permutable], generator: np.random.Generator) -> dict[int, Index]:
     """A random element that moves every group, in every block."""
     return {
         g.index: _moving(g.size, generator)
@@ -53,7 +53,7 @@ def _moving(size: int, generator: np.random.Generator) -> Index:
             return permutation
 
 
-def inverse(groups: Sequence[Permutable], element: Permutations) -> dict[int, Index]:
+def inverse_permutations(groups: Sequence[Permutable], element: Permutations) -> dict[int, Index]:
     """The element that undoes another."""
     found: dict[int, Index] = {}
     for group in groups:
@@ -68,7 +68,7 @@ def inverse(groups: Sequence[Permutable], element: Permutations) -> dict[int, In
     return found
 
 
-def compose(groups: Sequence[Permutable], first: Permutations, then: Permutations) -> dict[int, Index]:
+def compose_permutations(groups: Sequence[Permutable], first: Permutations, then: Permutations) -> dict[int, Index]:
     """The element that does ``first``, and ``then`` to its result."""
     found = dict(first)
     for group in groups:

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from vfx.analyse import elements
 from vfx.analyse.classes import Matrix
-from vfx.analyse.elements import Index
 from vfx.analyse.groups import Group
+from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.transform import Element, Elements
-
-
-def permutations_of(element: Elements) -> dict[int, Index]:
-    """What an element permutes."""
-    return {index: own.permutation for index, own in element.items() if own.permutation is not None}
+from vfx.elements.element import Element, Elements, permutations_of, permuted
+from vfx.elements.permutations import compose_permutations, inverse_permutations
 
 
 def compose(symmetry: Symmetry, first: Elements, then: Elements) -> dict[int, Element]:
     """The element that does ``first``, and ``then`` to its result."""
-    moved = elements.compose(symmetry.groups, permutations_of(first), permutations_of(then))
+    moved = compose_permutations(symmetry.groups, permutations_of(first), permutations_of(then))
     found = {}
     for group in symmetry.moving:
         one, two = _carried(group, first.get(group.index, Element()), then), then.get(group.index, Element())
@@ -35,8 +30,7 @@ def compose(symmetry: Symmetry, first: Elements, then: Elements) -> dict[int, El
 
 def inverse(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
     """The element that undoes another: (D P)⁻¹ = (P⁻¹ D⁻¹ P) P⁻¹."""
-    back = elements.inverse(symmetry.groups, permutations_of(element))
-    permuted = {index: Element(permutation) for index, permutation in back.items()}
+    back = inverse_permutations(symmetry.groups, permutations_of(element))
     undone = {
         index: Element(
             None,
@@ -45,13 +39,13 @@ def inverse(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
         )
         for index, own in element.items()
     }
-    return compose(symmetry, undone, permuted)
+    return compose(symmetry, undone, permuted(back))
 
 
 def _carried(group: Group, element: Element, by: Elements) -> Element:
     """P D P⁻¹ for the maps D of one group and the permutations P of an element."""
-    own = by.get(group.index, Element()).permutation
-    blocks = None if group.parent is None else by.get(group.parent, Element()).permutation
+    own = by.get(group.index, Element()).index
+    blocks = None if group.parent is None else by.get(group.parent, Element()).index
     matrix, scales = element.matrix, dict(element.scales)
     if blocks is not None:
         matrix = matrix[blocks] if matrix is not None and matrix.ndim > 2 else matrix
