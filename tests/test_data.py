@@ -21,7 +21,7 @@ from vfx.data.pickles import read_arrays
 from vfx.errors import ArgumentError, DataError
 from vfx.signature import Call
 
-IMAGE = Call((torch.zeros(2, 3, 16, 16),))
+IMAGE = torch.zeros(2, 3, 16, 16)
 
 
 def _idx(path: Path, array: np.ndarray) -> None:
@@ -245,7 +245,7 @@ def test_text_by_characters_and_by_a_tokenizer(tmp_path: Path) -> None:
     assert tokens.shape[1] == 8
     assert torch.equal(tokens[0, 1:], following[0, :-1])
     assert int(tokens[0, 0]) == 1 + ord("h") - 32
-    call = Call((), {"input_ids": torch.zeros(2, 6, dtype=torch.long), "attention_mask": torch.ones(2, 6)})
+    call = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "attention_mask": torch.ones(2, 6)}
     (batch, *_) = read(f"text:{file}", part="test", example_inputs=call)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape

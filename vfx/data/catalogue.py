@@ -20,7 +20,7 @@ from vfx.data.preprocessing import preprocessing
 from vfx.data.text import text_file
 from vfx.errors import ArgumentError, DataError
 from vfx.imports import is_code, load_object
-from vfx.signature import Call
+from vfx.signature import Call, as_call
 
 
 @dataclass(frozen=True)
@@ -106,27 +106,27 @@ SOURCES: Mapping[str, Source] = {
 }
 
 
-def read(source: str, *, part: str = "train", example_inputs: Call | None = None, model: str = "") -> Any:
+def read(source: str, *, part: str = "train", example_inputs: Any = None, model: str = "") -> Any:
     """Batches of what ``source`` names: a name of ``SOURCES``, a file of arrays, or ``file.py:loader``.
 
     ``part``: "train" for what calibrates, "test" for what measures, where a source has both. ``example_inputs``: the
-    call of the network, whose shapes say how large images are and whose keyword arguments name what a batch holds.
+    network's, as for ``vfx.merge``: shapes say how large images are, keyword arguments name what a batch holds.
     ``model``: as on the command line, for its own preprocessing of images. Labels stand behind the inputs.
     Raises ArgumentError, DataError, CheckpointError.
 
     >>> batches = read("fashion-mnist?samples=1000", part="test")
     """
-    place = address(source)
+    place, call = address(source), None if example_inputs is None else as_call(example_inputs)
     if place.name in SOURCES:
         chosen = SOURCES[place.name].read
         check_options(chosen, place.options, f"data {place.name!r}")
-        return _by_name(chosen(Request(place, part, example_inputs, model), **place.options), example_inputs)
+        return _by_name(chosen(Request(place, part, call, model), **place.options), call)
     if is_code(source):
         return _own(source, place)
     if not Path(source).exists() and not Path(source).suffix:
         raise DataError(f"no data {source!r}: a file of arrays, file.py:loader, or one of {', '.join(SOURCES)}")
-    if example_inputs is not None and example_inputs.kwargs:
-        return read_batches(Path(source), list(example_inputs.kwargs))
+    if call is not None and call.kwargs:
+        return read_batches(Path(source), list(call.kwargs))
     return read_labelled(Path(source))
 
 
