@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from torch import fx
 
@@ -29,6 +28,7 @@ from vfx.operators import (
     weight_name,
 )
 from vfx.program import Program, Value
+from vfx.terminal import rendered
 
 Join = Literal["preactivation", "activation"]
 Choice = int | str | Collection[int | str] | None  # of layers: numbers, names of modules, globs
@@ -118,10 +118,7 @@ class Layers:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return rendered(self.table())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from vfx.progress import track
 from vfx.statistics.collect import Statistics
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import PADDING, check_classes, in_order
+from vfx.terminal import rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,10 +127,7 @@ class Barrier:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return rendered(self.table())
 
 
 _TARGETS = {"labels": "the labels", "ensemble": "the edges' ensemble"}

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vfx.files import write_atomic
+from vfx.terminal import rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,7 +149,4 @@ class Comparison:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=80, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return rendered(self.table())

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
@@ -34,6 +33,7 @@ from vfx.progress import track
 from vfx.signature import as_call
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import PADDING
+from vfx.terminal import rendered
 from vfx.wrappers import plain_model
 
 RUNS = 5  # of a batch, whose median time counts
@@ -98,12 +98,7 @@ class Evaluation:
             latency = "" if row.latency is None else f"{1000 * row.latency:.1f}"
             loss = "" if row.loss is None else f"{row.loss:.4f}"
             table.add_row(row.name, _percent(row.accuracy), loss, _percent(row.agreement), *sizes, latency)
-        console = Console(width=80, force_terminal=False)
-        with console.capture() as capture_:
-            console.print(table)
-            for note in self.notes:
-                console.print(note, markup=False, highlight=False)
-        return capture_.get()
+        return rendered(table, *self.notes)
 
 
 @checked
