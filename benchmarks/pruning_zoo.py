@@ -64,12 +64,12 @@ def measure(network: Network, onnx: bool, threads: int, limit: int) -> dict[str,
     line: dict[str, Any] = {"groups": len(facts.groups), "channels": facts.channels, "params": whole.params}
     for sparsity in SPARSITIES:
         start = time.process_time()
-        one = RemoveChannels(sparsity, units="both", facts=facts)
-        small = one(program)
+        removed = RemoveChannels(sparsity, units="both").run(program)
+        small = removed.program
         line[str(sparsity)] = {
-            "error": one.error,
+            "error": removed.record.error,
             "seconds": round(time.process_time() - start, 2),
-            "groups_cut": sum(one.sizes[g.index] < g.size for g in facts.groups),
+            "groups_cut": sum(removed.record.sizes[g.index] < g.size for g in facts.groups),
             "params_ratio": round(cost(small).params / max(whole.params, 1), 4),
             "flops_ratio": round(cost(small).flops / max(whole.flops, 1), 4),
             "batches": [_runs(small, batch) for batch in (1, 5)],

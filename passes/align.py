@@ -26,13 +26,13 @@ from vfx.elements import Elements, OnAxis, Pending, act_on, behind_exact, exact_
 from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
-from vfx.match.matcher import Matcher, Matching, Problem
+from vfx.match.matcher import Alignment, Matcher, Matching, Problem
 from vfx.program import Goal, Program
-from vfx.rewrite import PRESERVED, Pass
+from vfx.rewrite import PRESERVED, Pass, PassResult
 from vfx.statistics.collect import Statistics, collect
 
 
-class Align(Pass):
+class Align(Pass[Alignment]):
     """Bring edges 1…N−1 to edge 0 with ``match``: a matcher, its name, or None to leave them as they are.
 
     ``data`` (a loader) or ``statistics`` are needed by matchers that read activations; ``classes`` is for "weight" and
@@ -41,6 +41,7 @@ class Align(Pass):
     """
 
     weight_sets = "several"
+    needs = (symmetry, number_layers)
 
     @checked
     def __init__(
@@ -51,7 +52,6 @@ class Align(Pass):
         classes: str = "full",
         statistics: Statistics | None = None,
         weights: float | Sequence[float] | None = None,
-        facts: Symmetry | None = None,
         preserve: int | str = 0,
         join: Join = "preactivation",
         heads: int | str = 0,
@@ -61,17 +61,30 @@ class Align(Pass):
     ):
         self.preserve, self.join, self.heads = preserve, join, heads
         self.matcher = find_matcher(match, classes=classes)
-        self.data, self.statistics, self.weights, self.facts = data, statistics, weights, facts
+        self.data, self.statistics, self.weights = data, statistics, weights
         self.seed, self.verify, self.progress = seed, verify, progress
-        self.matching: Matching | None = None
-        self.error = 0.0
 
     def requires(self, program: Program) -> None:
         if program.private:
             raise PassError("Align acts on the edges' own architecture; run it before DuplicateBranches")
 
-    def apply(self, program: Program) -> Program:
-        facts = self.facts or symmetry(program)
+    def apply(self, program: Program) -> PassResult[Alignment]:
+        facts = symmetry(program)
+        statistics = self._statistics(program, facts)
+        if self.matcher is None:
+            known = _with_goals(program, program, facts, statistics, Matching(({},) * program.edges))
+            return PassResult(known, Alignment(None, 0.0))
+        matching = self.matcher(self._problem(program, facts, statistics))
+        error = self._prove(program, facts, matching) if self.verify else None
+        weights = [matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
+        result = program.with_weights(weights, f"Align({type(self.matcher).__name__})")
+        result = replace(result, notes=(*result.notes, *pin_notes(facts), *matching.notes))
+        if not matching.is_exact:
+            result = replace(result, transport=Pending(facts, tuple(map(behind_exact, matching.elements))))
+        return PassResult(_with_goals(program, result, facts, statistics, matching), Alignment(matching, error))
+
+    def _statistics(self, program: Program, facts: Symmetry) -> Statistics | None:
+        """Those that were given, or what the matcher reads of the data."""
         statistics = self.statistics
         if statistics is None and self.data is not None:
             needs = self.matcher.needs if self.matcher is not None else {"features"}
@@ -86,25 +99,15 @@ class Align(Pass):
             )
         if statistics is not None:
             statistics.check(program)
-        if self.matcher is None:
-            return _with_goals(program, program, facts, statistics, Matching(({},) * program.edges))
+        return statistics
+
+    def _problem(self, program: Program, facts: Symmetry, statistics: Statistics | None) -> Problem:
+        """What there is to match, and what each edge is going to keep for itself."""
         shares = tuple(edge_weights(self.weights, program.edges))
         layers = number_layers(program)
         heads = read_only_in(program, layers.heads(self.heads).branch if self.heads else ())
         branches = read_only_in(program, layers.cut(self.preserve, self.join).branch if self.preserve else ())
-        apart = heads | branches
-        self.matching = self.matcher(
-            Problem(program, facts, statistics, shares, self.data, self.seed, self.progress, apart, heads)
-        )
-        if self.verify:
-            self.error = self._prove(program, facts, self.matching)
-        weights = [self.matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
-        note = f"Align({type(self.matcher).__name__})"
-        result = program.with_weights(weights, note)
-        result = replace(result, notes=(*result.notes, *pin_notes(facts), *self.matching.notes))
-        if not self.matching.is_exact:
-            result = replace(result, transport=Pending(facts, tuple(map(behind_exact, self.matching.elements))))
-        return _with_goals(program, result, facts, statistics, self.matching)
+        return Problem(program, facts, statistics, shares, self.data, self.seed, self.progress, heads | branches, heads)
 
     def _prove(self, program: Program, facts: Symmetry, matching: Matching) -> float:
         worst = 0.0

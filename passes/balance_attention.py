@@ -24,12 +24,13 @@ from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
 from vfx.operators import arguments, operator_of
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class BalanceAttention(Pass):
+class BalanceAttention(Pass[None]):
     """Balance q–k and v–o pairs of every head, in every weight set."""
 
+    needs = (symmetry,)
     preserves_function = True
     changes_values = True
 
@@ -37,7 +38,7 @@ class BalanceAttention(Pass):
     def __init__(self, verify: bool = True):
         self.verify = verify
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         facts = symmetry(program)
         pairs, notes = _pairs(facts)
         left = [[deficient(facts, group, weights) for group in pairs] for weights in program.weights]
@@ -46,7 +47,7 @@ class BalanceAttention(Pass):
         pairs = [group for group, *own in zip(pairs, *left) if any(len(heads) < group.outer for heads in own)]
         sets = [rewritten(facts, weights, lambda own: in_turn(facts, own, None, pairs)) for weights in program.weights]
         result = program.with_weights(sets, f"BalanceAttention({len(pairs)} pairs)")
-        return replace(result, notes=(*program.notes, *notes))
+        return PassResult(replace(result, notes=(*program.notes, *notes)))
 
 
 def _pairs(facts: Symmetry) -> tuple[list[Group], list[str]]:

@@ -21,14 +21,15 @@ from vfx.analyse.groups import Group, Side
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 NAMED = 3  # features without a free scale that a note names
 
 
-class BalanceScales(Pass):
+class BalanceScales(Pass[None]):
     """Rescale channels so that what writes them weighs as much as what reads them, in every weight set."""
 
+    needs = (symmetry,)
     preserves_function = True
     changes_values = True
 
@@ -36,12 +37,12 @@ class BalanceScales(Pass):
     def __init__(self, verify: bool = True):
         self.verify = verify
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         facts = symmetry(program)
         scales = Scales(facts, mixed=True)
         sets = [rewritten(facts, weights, scales) for weights in program.weights]
         result = program.with_weights(sets, f"BalanceScales({len(scales.places)} features)")
-        return replace(result, notes=(*program.notes, *_notes(facts, scales)))
+        return PassResult(replace(result, notes=(*program.notes, *_notes(facts, scales))))
 
 
 def _notes(facts: Symmetry, scales: Scales) -> list[str]:

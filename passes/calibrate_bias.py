@@ -14,12 +14,13 @@ from vfx.analyse.layers import Layers, number_layers
 from vfx.arguments import checked
 from vfx.operators import weight_name
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class CalibrateBias(Pass):
+class CalibrateBias(Pass[None]):
     """Scale the edges' biases for a merge with ``weights``."""
 
+    needs = (number_layers,)
     weight_sets = "several"
     carries_maps = True
 
@@ -27,7 +28,7 @@ class CalibrateBias(Pass):
     def __init__(self, weights: float | Sequence[float] | None = None):
         self.weights = weights
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         alphas = edge_weights(self.weights, program.edges)
         depths = bias_depths(program, number_layers(program))
         ambiguous = [name for name, numbers in depths.items() if len(numbers) > 1]
@@ -38,7 +39,7 @@ class CalibrateBias(Pass):
                 continue
             for alpha, weights in zip(alphas, sets):
                 weights[name] = weights[name] * alpha ** (min(numbers) - 1)
-        return replace(program.with_weights(sets, "CalibrateBias"), notes=(*program.notes, *notes))
+        return PassResult(replace(program.with_weights(sets, "CalibrateBias"), notes=(*program.notes, *notes)))
 
 
 def bias_depths(program: Program, layers: Layers) -> dict[str, set[int]]:

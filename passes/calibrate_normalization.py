@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from vfx.analyse.activations import statistics_channels
+from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
 from vfx.normalization import Affine, affines, reset_readers
 from vfx.program import Goal, Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
 from vfx.statistics.frontier import Observed, Reader, Sweep, sweep
 
@@ -33,13 +34,14 @@ Kind = Literal["repair", "rescale", "rescale_average", "reshift"]
 CONSTANT = 1e-7  # a channel whose std is below this share of its layer's largest only varies by float32 rounding
 
 
-class CalibrateNormalization(Pass):
+class CalibrateNormalization(Pass[None]):
     """Calibrate every inserted affine with ``kind`` on ``data``; goals come from the edges' statistics.
 
     ``sweep``: "exact", "train" or "uncorrected". ``memory_limit``: bytes of activations kept in memory by the exact
     sweep, the rest waits on disk.
     """
 
+    needs = (number_layers,)
     weight_sets = "one"
 
     @checked
@@ -61,7 +63,7 @@ class CalibrateNormalization(Pass):
         if not program.goals and any(True for _ in affines(program)):
             raise PassError("no goal statistics: give Align data or statistics of the edges' layers")
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         weights, notes = dict(program.weights[0]), list(program.notes)
         channels = statistics_channels(program)
         readers = reset_readers(program, notes)
@@ -73,7 +75,7 @@ class CalibrateNormalization(Pass):
         notes += sweep(program, weights, batches, readers, kind=self.sweep, **options)
         how = "" if self.sweep == "exact" else f", {self.sweep}"
         result = program.with_weights([weights], f"CalibrateNormalization({self.kind}{how})")
-        return replace(result, notes=tuple(notes))
+        return PassResult(replace(result, notes=tuple(notes)))
 
     def _reader(self, affine: Affine, goal: Goal, channel: int) -> Reader:
         def write(observed: Observed, weights: dict[str, Tensor]) -> str:

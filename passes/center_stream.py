@@ -23,15 +23,16 @@ from vfx.analyse.symmetry import symmetry
 from vfx.arguments import checked
 from vfx.operators import arguments
 from vfx.program import Program, copy_graph
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class CenterStream(Pass):
+class CenterStream(Pass[None]):
     """Centre what LayerNorms read and make them RMSNorms, in every weight set.
 
     ``readers``: centre the columns of the layers that read those norms, too.
     """
 
+    needs = (symmetry,)
     preserves_function = True
     changes_values = True
 
@@ -39,7 +40,7 @@ class CenterStream(Pass):
     def __init__(self, readers: bool = True, verify: bool = True):
         self.readers, self.verify = readers, verify
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         streams = Streams(symmetry(program))
         graph, mapping = copy_graph(program.graph)
         for node in streams.centred:
@@ -51,7 +52,7 @@ class CenterStream(Pass):
                 weights[place.fqn] = _centred(weights[place.fqn], place)
         graph.lint()
         note = f"CenterStream({len(streams.centred)} norms)"
-        return replace(program.with_graph(graph, sets, note), notes=(*program.notes, *_notes(streams.left)))
+        return PassResult(replace(program.with_graph(graph, sets, note), notes=(*program.notes, *_notes(streams.left))))
 
 
 def _notes(left: Mapping[fx.Node, str]) -> list[str]:

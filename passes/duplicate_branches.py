@@ -22,15 +22,16 @@ from vfx.duplication import own_weights, prefixes, product, weighted_sum
 from vfx.errors import PassError
 from vfx.operators import arguments, operator_of
 from vfx.program import Program, Value, copy_node
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class DuplicateBranches(Pass):
+class DuplicateBranches(Pass[None]):
     """Keep the first ``preserve`` layers (a number, or up to and including a module) of each edge.
 
     ``join="preactivation"`` averages conv and linear outputs before norm and activation, ``"activation"`` after them.
     """
 
+    needs = (number_layers,)
     weight_sets = "several"
     carries_maps = True
 
@@ -44,12 +45,12 @@ class DuplicateBranches(Pass):
         if program.private:
             raise PassError("DuplicateBranches acts once, on edges that share one graph; run it before DuplicateHeads")
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         alphas = edge_weights(self.weights, program.edges)
         layers = number_layers(program)
         cut = layers.cut(self.preserve, self.join)
         if not cut.branch:
-            return program
+            return PassResult(program)
         names = prefixes(program, "branches")
         duplicator = _Duplicator(program.graph, cut, alphas, names, program.transport)
         graph = duplicator.build()
@@ -58,8 +59,8 @@ class DuplicateBranches(Pass):
         private |= dict.fromkeys(duplicator.matrices, "")
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
         note = f"DuplicateBranches({layers.number(self.preserve)}/{len(layers)}, {self.join})"
-        return program.with_graph(
-            graph, weights, note, private=frozenset(private), buffers=buffers, layers=layers.layers
+        return PassResult(
+            program.with_graph(graph, weights, note, private=frozenset(private), buffers=buffers, layers=layers.layers)
         )
 
 

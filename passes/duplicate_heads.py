@@ -25,18 +25,19 @@ from vfx.elements.parts import multiplied
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.operators import arguments, operator_of
 from vfx.program import Execution, Program, Value, copy_node
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 HeadOutput = Literal["list", "cat", "mean"]
 
 
-class DuplicateHeads(Pass):
+class DuplicateHeads(Pass[None]):
     """Keep the last ``heads`` layers (a number, or from a module on) of each edge.
 
     ``output`` is "list" (the edges' outputs in a list), "cat" (each output tensor of the edges side by side along its
     channel axis) or "mean" (their average with ``weights``).
     """
 
+    needs = (number_layers,)
     weight_sets = "several"
     carries_maps = True
 
@@ -48,11 +49,11 @@ class DuplicateHeads(Pass):
         if any(done.startswith(self.name) for done in program.history):
             raise PassError("DuplicateHeads acts once; give all heads= in one call")
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         layers = number_layers(program)
         cut = layers.heads(self.heads)
         if not cut.branch:
-            return program
+            return PassResult(program)
         names = prefixes(program, "heads")
         duplicator = _Duplicator(program, cut, edge_weights(self.weights, program.edges), names, self.output)
         graph = duplicator.build()
@@ -61,20 +62,22 @@ class DuplicateHeads(Pass):
         private |= dict.fromkeys(duplicator.matrices, "")
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
         count = sum(program.node(layer.node) in cut.branch and not layer.shortcut for layer in layers)
-        return program.with_graph(
-            graph,
-            weights,
-            f"DuplicateHeads({count} layers, {self.output})",
-            private=program.private | frozenset(private),
-            buffers=buffers,
-            layers=program.layers or layers.layers,
+        return PassResult(
+            program.with_graph(
+                graph,
+                weights,
+                f"DuplicateHeads({count} layers, {self.output})",
+                private=program.private | frozenset(private),
+                buffers=buffers,
+                layers=program.layers or layers.layers,
+            )
         )
 
-    def ensures(self, program: Program, result: Program) -> None:
+    def ensures(self, program: Program, result: PassResult[None]) -> None:
         """What is merged must have one shape in all edges."""
-        for name in result.names():
-            shapes = [tuple(weights[name].shape) for weights in result.weights]
-            if name not in result.private and len(set(shapes)) > 1:
+        for name in result.program.names():
+            shapes = [tuple(weights[name].shape) for weights in result.program.weights]
+            if name not in result.program.private and len(set(shapes)) > 1:
                 raise ArchitectureError(
                     f"{name!r} has shapes {', '.join(map(str, shapes))} in the edges and stands in front of the heads; "
                     "keep more layers as heads"

@@ -11,30 +11,30 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.analyse.layers import number_layers
+from vfx.analyse.symmetry import symmetry
 from vfx.arguments import checked
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
-from vfx.pruning.clusters import Clusters, channel_vectors, cluster, merged, merged_goals, pairs, scaled_rows
+from vfx.pruning.clusters import channel_vectors, cluster, merged, merged_goals, pairs, scaled_rows
 from vfx.pruning.groups import channel_scores
+from vfx.pruning.removed import Removed
 from vfx.pruning.widths import Widths, strongest
-from vfx.reconstruct.references import Carry, unchanged
 from vfx.resize import Slots, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import prove
-from vfx.resize.weights import Kept
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class FoldChannels(Pass):
+class FoldChannels(Pass[Removed]):
     """Merge the channels of each group into ``1 - sparsity`` as many; options as for ``RemoveChannels``.
 
-    ``variance`` approximates the variances of merged channels without data. After it ran, ``sizes``, ``kept``,
-    ``clusters`` by group index, ``carry`` (of dense
-    values to the folded network's) and ``error`` (of the proof) say what was done.
+    ``variance`` approximates the variances of merged channels without data. The record of ``run`` is a
+    ``Removed``.
     """
 
     weight_sets = "one"
+    needs = (symmetry, number_layers)
 
     @checked
     def __init__(
@@ -47,40 +47,34 @@ class FoldChannels(Pass):
         units: str = "auto",
         protect: Collection[str] = (),
         variance: bool = True,
-        facts: Symmetry | None = None,
         verify: bool = True,
         seed: int = 0,
     ):
         self.widths = Widths(allocation, round_to, tuple(protect), units)
-        self.sparsity, self.budget, self.variance, self.facts = sparsity, budget, variance, facts
+        self.sparsity, self.budget, self.variance = sparsity, budget, variance
         self.verify, self.seed = verify, seed
-        self.sizes: dict[int, int] = {}
-        self.kept: Kept = {}
-        self.carry: Carry = unchanged
-        self.clusters: dict[int, Clusters] = {}
-        self.error = 0.0
 
-    def apply(self, program: Program) -> Program:
-        facts = self.facts or symmetry(program)
+    def apply(self, program: Program) -> PassResult[Removed]:
+        facts = symmetry(program)
         slots = Slots(facts)
         scores = channel_scores(program, facts)
-        self.sizes, left = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
+        sizes, left = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
         found = pairs(program)
         weights = scaled_rows(program.weights[0], found)
         outer = {group.parent for group in facts.groups}
-        plain = [g for g in facts.groups if g.parent is None and g.index not in outer and self.sizes[g.index] < g.size]
-        self.clusters = {
-            g.index: cluster(channel_vectors(g, program, weights, found), self.sizes[g.index], self.seed) for g in plain
+        plain = [g for g in facts.groups if g.parent is None and g.index not in outer and sizes[g.index] < g.size]
+        clusters = {
+            g.index: cluster(channel_vectors(g, program, weights, found), sizes[g.index], self.seed) for g in plain
         }
-        self.kept = strongest(facts, scores, self.sizes) | {g: c.kept for g, c in self.clusters.items()}
+        kept = strongest(facts, scores, sizes) | {g: c.kept for g, c in clusters.items()}
         folded = replace(
-            program.with_weights([merged(facts, weights, found, self.clusters, self.variance)]),
-            goals=merged_goals(program, facts, self.clusters),
+            program.with_weights([merged(facts, weights, found, clusters, self.variance)]),
+            goals=merged_goals(program, facts, clusters),
         )
-        rest = [g.name for g in facts.groups if g not in plain and self.sizes[g.index] < g.size]
+        rest = [g.name for g in facts.groups if g not in plain and sizes[g.index] < g.size]
         notes = (f"folding: of {len(rest)} groups with blocks channels are removed: {', '.join(rest)}",) if rest else ()
-        small = resize(folded, facts, self.kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
-        self.carry = KeptChannels(small, facts, {g: own.average for g, own in self.clusters.items()})
-        if self.verify:
-            self.error = prove(folded, facts, small, self.kept, self.seed)
-        return replace(small.program, notes=(*program.notes, *left, *notes))
+        small = resize(folded, facts, kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
+        error = prove(folded, facts, small, kept, self.seed) if self.verify else None
+        carry = KeptChannels(small, facts, {g: own.average for g, own in clusters.items()})
+        result = replace(small.program, notes=(*program.notes, *left, *notes))
+        return PassResult(result, Removed(sizes, kept, carry, error, clusters))

@@ -27,17 +27,18 @@ from vfx.arguments import checked
 from vfx.normalization import add_bias
 from vfx.operators import arguments, layer_arguments, weight_name
 from vfx.program import Program, Value, copy_graph
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 Sets = list[dict[str, Tensor]]
 
 
-class FoldGain(Pass):
+class FoldGain(Pass[None]):
     """Fold the gains and shifts of LayerNorms and RMSNorms, and layer scales, in every weight set.
 
     ``biases``: give a bias to layers that need one for a shift; without it such a norm stays as it is.
     """
 
+    needs = (symmetry,)
     preserves_function = True
     changes_values = True
 
@@ -45,7 +46,7 @@ class FoldGain(Pass):
     def __init__(self, biases: bool = True, verify: bool = True):
         self.biases, self.verify = biases, verify
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         run = _Run(program, self.biases)
         count = run.count
         while run.waiting:
@@ -53,7 +54,7 @@ class FoldGain(Pass):
             count += run.count
         result = run.program()
         folded = program.with_graph(result.graph, result.weights, f"FoldGain({count} gains)")
-        return replace(folded, notes=(*program.notes, *run.notes))
+        return PassResult(replace(folded, notes=(*program.notes, *run.notes)))
 
 
 class _Run:

@@ -26,7 +26,7 @@ from vfx.operators import (
     weight_name,
 )
 from vfx.program import Program, Weights, copy_graph
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Foldable:
     affine: Callable[[Weights], tuple[Tensor, Tensor]] | None
 
 
-class FoldNormalization(Pass):
+class FoldNormalization(Pass[None]):
     """Fold inserted affines, and with ``batch_norm`` every BatchNorm too, into their layers, in every weight set."""
 
     preserves_function = True
@@ -50,7 +50,7 @@ class FoldNormalization(Pass):
         # what a layer gives is then what its BatchNorm gave; an inserted affine brings it to its goal
         self.weight_sets, self.changes_values = ("any", True) if batch_norm else ("one", False)
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         graph, _ = copy_graph(program.graph)
         sets = [dict(weights) for weights in program.weights]
         working = replace(program, graph=graph)
@@ -67,7 +67,9 @@ class FoldNormalization(Pass):
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         gone = set(program.names()) - read
         sets = [{name: tensor for name, tensor in weights.items() if name not in gone} for weights in sets]
-        return replace(program.with_graph(graph, sets, f"FoldNormalization({count} layers)"), notes=tuple(notes))
+        return PassResult(
+            replace(program.with_graph(graph, sets, f"FoldNormalization({count} layers)"), notes=tuple(notes))
+        )
 
 
 def _inserted(program: Program) -> Iterator[_Foldable]:

@@ -21,15 +21,16 @@ from vfx.arguments import checked
 from vfx.complex_numbers import is_complex
 from vfx.normalization import SCALE, SHIFT, name
 from vfx.program import Program, copy_graph
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class InsertNormalization(Pass):
+class InsertNormalization(Pass[None]):
     """Insert x · 1 + 0 behind ``layers``: numbers, names or globs; default: all but shortcuts and heads.
 
     Only layers with goal statistics qualify: preserved branches keep their own.
     """
 
+    needs = (number_layers,)
     weight_sets = "one"
     preserves_function = True
 
@@ -37,7 +38,7 @@ class InsertNormalization(Pass):
     def __init__(self, layers: Choice = None, verify: bool = True, site: Join = "preactivation"):
         self.layers, self.verify, self.site = layers, verify, site
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         notes: list[str] = []
         chosen = [site for site in self._sites(program, notes) if site.node.name in program.goals]
         graph, _ = copy_graph(program.graph)
@@ -46,7 +47,7 @@ class InsertNormalization(Pass):
         for site in chosen:
             weights |= _insert(graph, nodes[site.node.name], site.channel, weights)
         note = f"InsertNormalization({len(chosen)} {'layers' if self.site == 'preactivation' else 'activations'})"
-        return replace(program.with_graph(graph, [weights], note), notes=(*program.notes, *notes))
+        return PassResult(replace(program.with_graph(graph, [weights], note), notes=(*program.notes, *notes)))
 
     def _sites(self, program: Program, notes: list[str]) -> Iterator[Activation]:
         """Where affines belong: a layer's own output, or its activation's."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from vfx.alphas import edge_weights
 from vfx.arguments import checked
 from vfx.program import Goal, Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class Interpolate(Pass):
+class Interpolate(Pass[None]):
     """Average the weight sets; ``weights`` sum to 1, or one number α: the second of two edges' weight."""
 
     weight_sets = "several"
@@ -28,7 +28,7 @@ class Interpolate(Pass):
     def __init__(self, weights: float | Sequence[float] | None = None):
         self.weights = weights
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         alphas = edge_weights(self.weights, program.edges)
         names = set(program.names()) - program.private
         merged = {
@@ -42,7 +42,7 @@ class Interpolate(Pass):
         if unused:
             notes = (*notes, f"taken from the first edge, since the graph never reads them: {_some(unused)}")
         result = program.with_weights([merged], f"Interpolate({', '.join(f'{a:g}' for a in alphas)})")
-        return replace(result, goals=goals, notes=notes)
+        return PassResult(replace(result, goals=goals, notes=notes))
 
 
 def average(tensors: list[Tensor], alphas: list[float]) -> Tensor:

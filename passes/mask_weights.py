@@ -8,7 +8,7 @@ schedule, the scores are taken anew on what is left, and what went stays away. T
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,22 @@ from vfx.pruning.scores.catalogue import score_named
 from vfx.pruning.scores.score import Pruned, Score, Subject, Values
 from vfx.pruning.selection import Schedule, Sparsity, selection
 from vfx.pruning.targets import Target, find_targets, unprotected
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import reusable
 
 Budgets = list[tuple[tuple[Target, ...], float]]
 
 
-class MaskWeights(Pass):
-    """Set the weights that ``score`` needs least to zero; ``masks`` (True: stays, by FQN) holds the last result's.
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """``masks`` (True: stays, by FQN), and the ``budgets`` of the layers that they were chosen in."""
+
+    masks: dict[str, Tensor]
+    budgets: Budgets
+
+
+class MaskWeights(Pass[Masked]):
+    """Set the weights that ``score`` needs least to zero; the record of ``run`` holds the masks.
 
     ``scope``: "global", "layer", "row", "N:M", or "auto" (the score's own). ``sparsity``: a share in [0, 1), or a dict
     of globs of layers; what no glob matches is kept. ``allocation``: how the share is spread over layers, "scope" (the
@@ -71,8 +79,6 @@ class MaskWeights(Pass):
         self.protect = self.score.protect if protect == "auto" else (protect,) if isinstance(protect, str) else protect
         self.data, self.max_samples, self.seed = reusable(data), max_samples, seed
         self.device, self.progress = device, progress
-        self.masks: dict[str, Tensor] = {}
-        self.budgets: Budgets = []
 
     def _checked_allocation(self, allocation: str | Allocation, scope: str, data: Any) -> Allocation | None:
         found = allocation_named(allocation)
@@ -90,62 +96,61 @@ class MaskWeights(Pass):
     def requires(self, program: Program) -> None:
         check_finite(program.weights[0], "the network", program.masks)
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[Masked]:
         found, notes = find_targets(program)
-        self.masks = {}
-        self.budgets = self._budgets(program, unprotected(found, self.protect))
-        targets = tuple(target for own, _ in self.budgets for target in own)
-        working = program
+        budgets = self._budgets(program, unprotected(found, self.protect))
+        working, masked = program, Masked({}, budgets)
         for share in self.schedule.shares():
-            pruned = self._step(working, targets, share)
-            self.masks = pruned.masks
+            pruned = self._step(working, masked, share)
+            masked = replace(masked, masks=pruned.masks)
             working = working.with_weights([{**working.weights[0], **pruned.weights}])
-        result = program.with_weights(working.weights, self._history())
-        return replace(result, notes=(*program.notes, *notes))
+        result = program.with_weights(working.weights, self._history(budgets))
+        return PassResult(replace(result, notes=(*program.notes, *notes)), masked)
 
     def _budgets(self, program: Program, targets: tuple[Target, ...]) -> Budgets:
         """The targets that share one sparsity, with it."""
         if self.allocation is None:
             return self.selection.budgets(targets)
         assert isinstance(self.selection.sparsity, float)
-        shares = self.allocation.shares(self._subject(program, targets), self.selection.sparsity)
+        shares = self.allocation.shares(self._subject(program, targets, {}), self.selection.sparsity)
         return [((target,), shares[target.name]) for target in targets]
 
-    def ensures(self, program: Program, result: Program) -> None:
+    def ensures(self, program: Program, result: PassResult[Masked]) -> None:
         """Raise unless exactly what was asked for is zero and nothing else than the targets changed."""
         super().ensures(program, result)
-        before, after = program.weights[0], result.weights[0]
-        gone = sum(int((~mask).sum()) for mask in self.masks.values())
-        if gone != (asked := self.selection.expected(self.budgets)):
+        before, after, masks = program.weights[0], result.program.weights[0], result.record.masks
+        gone = sum(int((~mask).sum()) for mask in masks.values())
+        if gone != (asked := self.selection.expected(result.record.budgets)):
             raise PassError(f"{self.name} removed {gone} weights, {asked} were asked for")
         for name, tensor in after.items():
-            if name not in self.masks and tensor is not before[name]:
+            if name not in masks and tensor is not before[name]:
                 raise PassError(f"{self.name} changed {name}, which it does not prune")
-            if name in self.masks and tensor[~self.masks[name]].any():
+            if name in masks and tensor[~masks[name]].any():
                 raise PassError(f"{self.name} left weights of {name} that its mask removes")
-        check_finite({name: after[name] for name in self.masks}, "the pruned network")
+        check_finite({name: after[name] for name in masks}, "the pruned network")
 
     @torch.no_grad()
-    def _step(self, program: Program, targets: tuple[Target, ...], share: float) -> Pruned:
-        return self.score.prune(self._subject(program, targets), lambda scores: self._select(scores, share))
+    def _step(self, program: Program, masked: Masked, share: float) -> Pruned:
+        targets = tuple(target for own, _ in masked.budgets for target in own)
+        subject = self._subject(program, targets, masked.masks)
+        return self.score.prune(subject, lambda scores: self._select(scores, masked, share))
 
-    def _subject(self, program: Program, targets: tuple[Target, ...]) -> Subject:
+    def _subject(self, program: Program, targets: tuple[Target, ...], kept: Values) -> Subject:
         return Subject(
-            program, targets, self.data, self.max_samples, self.seed, self.device, self.progress, self.masks,
-            self.selection,
-        )  # fmt: skip
+            program, targets, self.data, self.max_samples, self.seed, self.device, self.progress, kept, self.selection
+        )
 
-    def _select(self, scores: Values, share: float) -> dict[str, Tensor]:
+    def _select(self, scores: Values, masked: Masked, share: float) -> dict[str, Tensor]:
         """Masks for the scored weights; what an earlier step removed goes first."""
         ranked = {
-            name: values.masked_fill(~self.masks[name], -torch.inf) if name in self.masks else values
+            name: values.masked_fill(~masked.masks[name], -torch.inf) if name in masked.masks else values
             for name, values in scores.items()
         }
-        return self.selection.masks(self.budgets, ranked, share)
+        return self.selection.masks(masked.budgets, ranked, share)
 
-    def _history(self) -> str:
-        total = sum(target.numel for targets, _ in self.budgets for target in targets)
-        share = self.selection.expected(self.budgets) / max(total, 1)
+    def _history(self, budgets: Budgets) -> str:
+        total = sum(target.numel for targets, _ in budgets for target in targets)
+        share = self.selection.expected(budgets) / max(total, 1)
         steps = f", {self.schedule.steps} steps" if self.schedule.steps > 1 else ""
         spread = f", {self.allocation.name}" if self.allocation else ""
         return f"MaskWeights({self.score.name}, {self.selection.scope}{spread}, {share:.2%}{steps})"

@@ -31,14 +31,14 @@ from vfx.reconstruct.plan import units_of
 from vfx.reconstruct.references import Reference, References, unchanged
 from vfx.reconstruct.sweep import Options, Solved, Sweep
 from vfx.reconstruct.units import MatrixUnit, Unit
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
 
 Goals = Literal["sum", "output"]
 Centre = Literal["references", "own"]
 
 
-class Reconstruct(Pass):
+class Reconstruct(Pass[tuple[Solved, ...]]):
     """Solve every layer of a network of one weight set for the mean of the ``references``' outputs.
 
     ``references``: the Program of the aligned edges (with ``weights``, their shares), or a list of ``Reference``.
@@ -50,12 +50,14 @@ class Reconstruct(Pass):
     ``centre``: W₀, the mean of the "references"' weights or the network's "own". ``masks``: by FQN, the entries that
     may differ from zero (True). ``rounds``: how often all layers are solved, each time from the last result.
     ``max_rows``: random rows of a batch and layer to read instead of all. ``memory_limit``: bytes of activations kept
-    in memory; the rest waits on disk. ``solved`` then lists the layers. Raises ArgumentError, DataError, PassError.
+    in memory; the rest waits on disk. The record of ``run`` lists the layers.
+    Raises ArgumentError, DataError, PassError.
 
     Example: ``Reconstruct(aligned, loader)(Interpolate()(aligned))``.
     """
 
     weight_sets = "one"
+    needs = (number_layers,)
 
     @checked
     def __init__(
@@ -85,10 +87,9 @@ class Reconstruct(Pass):
         self.masks, self.rounds = dict(masks or {}), rounds
         self.max_samples, self.device = max_samples, device
         self.options = Options(ridge, max_rows, memory_limit, progress)
-        self.solved: list[Solved] = []
 
     @torch.no_grad()
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[tuple[Solved, ...]]:
         layers = number_layers(program)
         followed = layers.first(self.follow) if self.follow else frozenset()
         references = References(self.references, followed, self.follow_edge)
@@ -105,16 +106,17 @@ class Reconstruct(Pass):
         stages = self._with_logits(program, references, units)
         sweep = Sweep(program, weights, references, stages, self.options)
         batches = Batches(program, self.data, self.max_samples, self.device)
+        solved: list[Solved] = []
         for _ in range(self.rounds if units else 0):
             centres = [
                 None if isinstance(unit, LogitUnit) else self._centre(unit, references, weights) for unit in stages
             ]
-            self.solved = sweep.run(batches, centres, self.masks)
+            solved = sweep.run(batches, centres, self.masks)
         if self.options.max_rows is not None:
             notes.append(f"reconstruction: at most {self.options.max_rows:,} random rows of each batch were read")
         follows = f", following edge {self.follow_edge} up to layer {layers.number(self.follow)}" if followed else ""
         result = program.with_weights([weights], f"Reconstruct({len(units)} units{follows})")
-        return replace(result, notes=(*result.notes, *notes))
+        return PassResult(replace(result, notes=(*result.notes, *notes)), tuple(solved))
 
     def _copied(self, program: Program, followed: frozenset[str]) -> dict[str, Tensor]:
         """The followed edge's tensors of all that followed calls alone read."""

@@ -8,20 +8,23 @@ its biases did.
 
 from __future__ import annotations
 
+from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
 from vfx.normalization import Direction, removed_biases, without
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 DEFAULT_LAYERS = 5
 
 
-class RemoveBias(Pass):
+class RemoveBias(Pass[None]):
     """Zero the biases of ``count`` conv and linear layers from one end, None: of all; private (branch) biases stay.
 
     Several weight sets are taken as edges that are still to be matched, so only before branches are duplicated.
     """
+
+    needs = (number_layers,)
 
     @checked
     def __init__(self, count: int | None = DEFAULT_LAYERS, direction: Direction = "backward"):
@@ -31,9 +34,9 @@ class RemoveBias(Pass):
         if program.edges > 1 and (program.private or program.goals):
             raise PassError("RemoveBias acts on edges before they are aligned, or on the merged network")
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         names = removed_biases(program, self.count, self.direction)
         sets = [without(weights, names) for weights in program.weights]
-        return program.with_weights(
-            sets, f"RemoveBias({self.direction}, {'all' if self.count is None else self.count})"
+        return PassResult(
+            program.with_weights(sets, f"RemoveBias({self.direction}, {'all' if self.count is None else self.count})")
         )

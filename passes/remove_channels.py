@@ -9,37 +9,37 @@ reconstruction (``vfx.passes.reconstruct``) solves for.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
 from vfx.pruning.groups import Loss, Scores, channel_scores
+from vfx.pruning.removed import Removed
 from vfx.pruning.second_moments import SecondMoments, second_moments
 from vfx.pruning.widths import Widths, strongest
-from vfx.reconstruct.references import Carry, unchanged
 from vfx.resize import Slots, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import prove
-from vfx.resize.weights import Kept
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class RemoveChannels(Pass):
+class RemoveChannels(Pass[Removed]):
     """Remove ``sparsity`` of the channels of each group (or of the ``budget``), those with the lowest ``score``.
 
     ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index. ``allocation``:
     "uniform" or "global". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency".
     ``units``: inside heads and groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do
-    not allow the share). ``protect``: FQNs of modules or parameters. ``data`` feeds the scores that need it. After it
-    ran, ``sizes``, ``kept``, ``carry`` and
-    ``error`` (of the proof) say what was done.
+    not allow the share). ``protect``: FQNs of modules or parameters. ``data`` feeds the scores that need it. The
+    record of ``run`` is a ``Removed``.
     """
 
     weight_sets = "one"
+    needs = (symmetry, number_layers)
 
     @checked
     def __init__(
@@ -54,7 +54,6 @@ class RemoveChannels(Pass):
         protect: Collection[str] = (),
         data: Any = None,
         loss: Loss | None = None,
-        facts: Symmetry | None = None,
         max_samples: int | None = None,
         device: Any = None,
         verify: bool = True,
@@ -63,28 +62,23 @@ class RemoveChannels(Pass):
     ):
         self.widths = Widths(allocation, round_to, tuple(protect), units)
         self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
-        self.loss, self.facts, self.max_samples = loss, facts, max_samples
+        self.loss, self.max_samples = loss, max_samples
         self.device, self.verify, self.seed, self.progress = device, verify, seed, progress
-        self.sizes: dict[int, int] = {}
-        self.kept: Kept = {}
-        self.carry: Carry = unchanged
-        self.error = 0.0
 
-    def apply(self, program: Program) -> Program:
-        facts = self.facts or symmetry(program)
+    def apply(self, program: Program) -> PassResult[Removed]:
+        facts = symmetry(program)
         slots = Slots(facts)
         moments = self._moments(program, facts)
         scores = self.score if not isinstance(self.score, str) else self._scores(program, facts, moments)
         comparable = self.score == "taylor"
-        self.sizes, notes = choose_sizes(
+        sizes, notes = choose_sizes(
             program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=comparable
         )
-        self.kept = strongest(facts, scores, self.sizes)
-        found = resize(program, facts, self.kept, slots=slots, note=self._note(facts))
-        self.carry = KeptChannels(found, facts)
-        if self.verify:
-            self.error = prove(program, facts, found, self.kept, self.seed)
-        return replace(found.program, notes=(*found.program.notes, *notes))
+        kept = strongest(facts, scores, sizes)
+        small = resize(program, facts, kept, slots=slots, note=_note(facts, sizes))
+        error = prove(program, facts, small, kept, self.seed) if self.verify else None
+        result = replace(small.program, notes=(*small.program.notes, *notes))
+        return PassResult(result, Removed(sizes, kept, KeptChannels(small, facts), error))
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
         if self.data is None or self.score != "activation":
@@ -104,10 +98,9 @@ class RemoveChannels(Pass):
             seed=self.seed,
         )
 
-    def _note(self, facts: Symmetry) -> str:
-        groups = {g.index: g for g in facts.groups}
-        before = sum(g.outer * g.size for g in groups.values())
-        after = sum(
-            (self.sizes[g.parent] if g.parent is not None else 1) * self.sizes[g.index] for g in groups.values()
-        )
-        return f"RemoveChannels({before - after:,} of {before:,})"
+
+def _note(facts: Symmetry, sizes: Mapping[int, int]) -> str:
+    groups = {g.index: g for g in facts.groups}
+    before = sum(g.outer * g.size for g in groups.values())
+    after = sum((sizes[g.parent] if g.parent is not None else 1) * sizes[g.index] for g in groups.values())
+    return f"RemoveChannels({before - after:,} of {before:,})"

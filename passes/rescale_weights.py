@@ -16,12 +16,13 @@ from vfx.analyse.layers import Choice, number_layers
 from vfx.arguments import checked
 from vfx.operators import weight_name
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class RescaleWeights(Pass):
+class RescaleWeights(Pass[None]):
     """Scale the edges' weights of ``layers`` (default: all but shortcuts and heads) for a merge with ``weights``."""
 
+    needs = (number_layers,)
     weight_sets = "several"
     carries_maps = True
 
@@ -29,7 +30,7 @@ class RescaleWeights(Pass):
     def __init__(self, weights: float | Sequence[float] | None = None, layers: Choice = None):
         self.weights, self.layers = weights, layers
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         alphas = edge_weights(self.weights, program.edges)
         nodes = {node.name: node for node in program.graph.nodes}
         chosen = [weight_name(nodes[layer.node]) for layer in number_layers(program).select(self.layers)]
@@ -45,4 +46,4 @@ class RescaleWeights(Pass):
             for weights in sets:
                 weights[name] = weights[name] * (wanted / found)
         result = program.with_weights(sets, f"RescaleWeights({len(names)} layers)")
-        return replace(result, notes=(*program.notes, *silent))
+        return PassResult(replace(result, notes=(*program.notes, *silent)))

@@ -16,12 +16,12 @@ from vfx.errors import PassError
 from vfx.normalization import reset_readers
 from vfx.operators import operator_of
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
 from vfx.statistics.frontier import Sweep, sweep
 
 
-class ResetBatchNorm(Pass):
+class ResetBatchNorm(Pass[None]):
     """Recompute the running mean and variance of every merged BatchNorm on ``data``, or of those behind ``layers``."""
 
     weight_sets = "one"
@@ -45,7 +45,7 @@ class ResetBatchNorm(Pass):
         if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
             raise PassError("RESET needs BatchNorm layers and this network has none; use 'rescale' or 'repair'")
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         weights, notes = dict(program.weights[0]), list(program.notes)
         chosen = None
         if self.layers is not None:
@@ -55,6 +55,6 @@ class ResetBatchNorm(Pass):
         options: dict[str, Any] = {"memory_limit": self.memory_limit, "progress": self.progress}
         notes += sweep(program, weights, batches, readers, kind=self.sweep, **options)
         how = "" if self.sweep == "exact" else f", {self.sweep}"
-        return replace(
-            program.with_weights([weights], f"ResetBatchNorm({len(readers)} layers{how})"), notes=tuple(notes)
+        return PassResult(
+            replace(program.with_weights([weights], f"ResetBatchNorm({len(readers)} layers{how})"), notes=tuple(notes))
         )

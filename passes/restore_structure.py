@@ -17,12 +17,12 @@ from vfx.analyse.gains import gains
 from vfx.arguments import checked
 from vfx.errors import PassError, VerificationError
 from vfx.program import Program, Weights
-from vfx.rewrite import PRESERVED, Pass, same_function
+from vfx.rewrite import PRESERVED, Pass, PassResult, same_function
 
 ROUNDINGS = 100  # of one weight, to which those of a whole network may add up
 
 
-class RestoreStructure(Pass):
+class RestoreStructure(Pass[None]):
     """Put the weights of a rewritten Program into the structure of ``like``, the Program it was made from."""
 
     preserves_function = True
@@ -43,17 +43,17 @@ class RestoreStructure(Pass):
         if absent:
             raise PassError(f"{sorted(absent)[0]} was taken out of the network and is no gain or shift of a norm")
 
-    def ensures(self, program: Program, result: Program) -> None:
+    def ensures(self, program: Program, result: PassResult[None]) -> None:
         """Rounded weights are centred up to rounding, so the limit is that of their precision."""
         for edge in range(program.edges) if self.verify else ():
-            error = same_function(program.select(edge), result.select(edge))
+            error = same_function(program.select(edge), result.program.select(edge))
             if not error <= _limit(program):
                 raise VerificationError(
                     f"the network of before computes something else with these weights (relative error {error:.1e}): "
                     "a centred stream was moved by maps that do not keep it centred"
                 )
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         neutral = _neutral(self.like)
         reference = self.like.weights[0]
         sets: list[dict[str, Tensor]] = []
@@ -65,7 +65,7 @@ class RestoreStructure(Pass):
             }
             sets.append({name: (dict(weights) | added)[name] for name in reference if name in {**weights, **added}})
         result = program.with_graph(self.like.graph, sets, "RestoreStructure", origin=self.like.origin)
-        return replace(result, module=self.like.module, aliases=self.like.aliases)
+        return PassResult(replace(result, module=self.like.module, aliases=self.like.aliases))
 
 
 def _neutral(program: Program) -> dict[str, float]:

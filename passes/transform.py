@@ -11,22 +11,22 @@ from dataclasses import replace
 
 from vfx.elements import act
 from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class Transform(Pass):
+class Transform(Pass[None]):
     """Put the maps of ``program.transport`` into each edge's weights; nothing to do where there are none."""
 
     weight_sets = "several"
     carries_maps = True
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         transport = program.transport
         if transport is None:
-            return program
+            return PassResult(program)
         weights = []
         for elements, own in zip(transport.elements, program.weights):
             shared = {name: tensor for name, tensor in own.items() if name not in program.private}
             weights.append({**own, **act(transport.symmetry, elements, shared)})
         count = len({group for elements in transport.elements for group in elements})
-        return replace(program.with_weights(weights, f"Transform({count} groups)"), transport=None)
+        return PassResult(replace(program.with_weights(weights, f"Transform({count} groups)"), transport=None))

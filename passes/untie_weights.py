@@ -12,10 +12,10 @@ from torch import fx
 from vfx.arguments import checked
 from vfx.operators import is_layer, layer_arguments, operator_of, weight_name
 from vfx.program import Program, copy_graph
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 
-class UntieWeights(Pass):
+class UntieWeights(Pass[None]):
     """Give every layer weights that no other layer reads; calls of one layer go on sharing theirs."""
 
     preserves_function = True
@@ -24,7 +24,7 @@ class UntieWeights(Pass):
     def __init__(self, verify: bool = True):
         self.verify = verify
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         graph, _ = copy_graph(program.graph)
         sets = [dict(weights) for weights in program.weights]
         owners: dict[str, str] = {}
@@ -46,7 +46,7 @@ class UntieWeights(Pass):
                 _redirect(graph, node, value, new)
         graph.eliminate_dead_code()
         graph.lint()
-        return program.with_graph(graph, sets, f"UntieWeights({len(copies)} tensors)")
+        return PassResult(program.with_graph(graph, sets, f"UntieWeights({len(copies)} tensors)"))
 
 
 def _name(program: Program, fqn: str, layer: str, parameter: str, taken: set[str]) -> str:

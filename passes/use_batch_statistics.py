@@ -26,14 +26,14 @@ from vfx.errors import PassError
 from vfx.normalization import merged_norms, name
 from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 
 EPSILON = 1e-5
 Kind = Literal["repair", "rescale", "rescale_average", "reset"]
 _aten = torch.ops.aten
 
 
-class UseBatchStatistics(Pass):
+class UseBatchStatistics(Pass[None]):
     """Normalise ``layers`` (default: all but shortcuts and heads) and every merged BatchNorm by each batch."""
 
     weight_sets = "one"
@@ -46,7 +46,7 @@ class UseBatchStatistics(Pass):
         if self.kind != "reset" and not program.goals and list(_plain_layers(program, self.layers)):
             raise PassError("no goal statistics: record them in training (vfx.record), or give Align data")
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         graph, _ = copy_graph(program.graph)
         working = replace(program, graph=graph)
         nodes = {node.name: node for node in graph.nodes}
@@ -67,7 +67,7 @@ class UseBatchStatistics(Pass):
         note = f"UseBatchStatistics({self.kind}, {count + len(norms)} layers)"
         warning = f"{self.kind}: the network normalises by the statistics of each batch; one sample alone has none"
         result = program.with_graph(graph, [weights], note)
-        return replace(result, notes=(*program.notes, warning))
+        return PassResult(replace(result, notes=(*program.notes, warning)))
 
 
 def _plain_layers(program: Program, layers: Choice) -> list[Layer]:

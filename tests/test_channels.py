@@ -163,11 +163,11 @@ def test_global_widths_take_the_lowest_scores_first() -> None:
 def test_budgets_are_met_and_not_overdone(budget: str, allocation: str) -> None:
     program = trace(_convolutional(), images(2, 8, dtype=torch.float64))
     facts = symmetry(program)
-    one = RemoveChannels(0.4, allocation=allocation, budget=budget, facts=facts)
-    saved = getattr(cost(one(program)), budget)
+    small = RemoveChannels(0.4, allocation=allocation, budget=budget).run(program)
+    saved = getattr(cost(small.program), budget)
     whole = getattr(cost(program), budget)
     assert saved <= 0.6 * whole
-    grown = {g.index: min(one.sizes[g.index] + 1, g.size) for g in facts.groups}
+    grown = {g.index: min(small.record.sizes[g.index] + 1, g.size) for g in facts.groups}
     larger = resize(program, facts, {g: np.arange(size) for g, size in grown.items()}).program
     assert getattr(cost(larger), budget) > 0.6 * whole
 
@@ -176,12 +176,11 @@ def test_budgets_are_met_and_not_overdone(budget: str, allocation: str) -> None:
 def test_heads_and_their_insides(units: str, heads: int, inner: int) -> None:
     torch.manual_seed(0)
     program = trace(vit(), images(2, 32))
-    one = RemoveChannels(0.5, units=units)
-    one(program)
-    assert one.error <= EXACT
+    removed = RemoveChannels(0.5, units=units).run(program).record
+    assert removed.error <= EXACT
     for group in symmetry(program).groups:
         if group.parent is not None:
-            assert (one.sizes[group.parent], one.sizes[group.index]) == (heads, inner)
+            assert (removed.sizes[group.parent], removed.sizes[group.index]) == (heads, inner)
 
 
 # removal --------------------------------------------------------------------------------------------------------------
@@ -190,22 +189,21 @@ def test_heads_and_their_insides(units: str, heads: int, inner: int) -> None:
 def test_the_weakest_go_and_the_rest_stay_in_order() -> None:
     model = _mlp()
     program = trace(model, _vectors())
-    one = RemoveChannels(0.5)
-    small = one(program)
+    small = RemoveChannels(0.5).run(program)
     scores = channel_scores(program, symmetry(program))[0]
     strongest = np.sort(np.argsort(scores)[4:])
-    assert one.kept[0].tolist() == strongest.tolist()
-    close(small.weights[0]["0.weight"], model[0].weight.detach()[strongest], 0.0)
+    assert small.record.kept[0].tolist() == strongest.tolist()
+    close(small.program.weights[0]["0.weight"], model[0].weight.detach()[strongest], 0.0)
 
 
 def test_reconstruction_is_the_least_squares_fit() -> None:
     model, x = _mlp(), _vectors(200)
     program = trace(model, x[:2])
-    one = RemoveChannels(0.5, protect=("4.weight",), progress=False)
-    removed = one(program)
-    small = Reconstruct([Reference(program, 1.0, one.carry)], x, ridge=0.0, progress=False)(removed)
+    removed = RemoveChannels(0.5, protect=("4.weight",), progress=False).run(program)
+    references = [Reference(program, 1.0, removed.record.carry)]
+    small = Reconstruct(references, x, ridge=0.0, progress=False)(removed.program)
     with torch.no_grad():
-        features, kept = model[:2](x), torch.from_numpy(one.kept[0])
+        features, kept = model[:2](x), torch.from_numpy(removed.record.kept[0])
         target = model[:3](x)
         rows = torch.cat([features[:, kept], torch.ones_like(x[:, :1])], 1)
         exact = torch.linalg.lstsq(rows, target).solution.T
@@ -243,9 +241,7 @@ def test_the_statistics_of_kept_channels_are_repaired(normed: bool, name: str) -
 
 
 def _kept(model: nn.Module, x: Tensor) -> Any:
-    one = RemoveChannels(0.5)
-    one(trace(model, x[:2]))
-    return one.kept[0]
+    return RemoveChannels(0.5).run(trace(model, x[:2])).record.kept[0]
 
 
 # folding --------------------------------------------------------------------------------------------------------------
@@ -268,9 +264,9 @@ def test_folding_copies_gives_the_network_back(normed: bool) -> None:
     program = trace(_convolutional(normed), x)
     double = _doubled(program)
     close(double(x), program(x), EXACT)
-    one = FoldChannels(0.5)
-    small = one(double)
-    assert one.error <= EXACT
+    folded = FoldChannels(0.5).run(double)
+    small = folded.program
+    assert folded.record.error <= EXACT
     assert cost(small).params == cost(program).params
     close(small(x), program(x), 1e-6)
     removed = RemoveChannels(0.5, "random")(double)
@@ -308,9 +304,8 @@ def test_goals_of_merged_channels_are_the_means_of_their_clusters() -> None:
     program = trace(_convolutional(False), images(2, 8, dtype=torch.float64))
     node = next(n.name for n in program.graph.nodes if n.name.startswith("conv"))
     goal = Goal(torch.arange(8.0)[None].double(), 1 + torch.arange(8.0)[None].double())
-    one = FoldChannels(0.5)
-    found = one(replace(program, goals={node: goal})).goals[node]
-    clusters = one.clusters[0]
+    folded = FoldChannels(0.5).run(replace(program, goals={node: goal}))
+    found, clusters = folded.program.goals[node], folded.record.clusters[0]
     wanted = [np.flatnonzero(clusters.label == clusters.label[c]).mean() for c in clusters.kept]
     close(found.mean[0], torch.tensor(wanted, dtype=torch.float64), EXACT)
     close(found.std[0], 1 + torch.tensor(wanted, dtype=torch.float64), EXACT)

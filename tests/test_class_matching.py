@@ -192,21 +192,21 @@ def test_goals_go_through_the_maps(normalize: str) -> None:
 
 
 def test_statistics_without_covariances_leave_mixed_layers_alone() -> None:
-    program, facts, x = _pair("rms")
+    program, _, x = _pair("rms")
     statistics = vfx.collect(program, data=x, progress=False)
-    align = vfx.Align("activation", statistics=statistics, facts=facts, progress=False)
+    align = vfx.Align("activation", statistics=statistics, progress=False)
     result = align(program)
     assert "linear" not in result.goals  # its channels are the stream's
     assert any("within=True" in note for note in result.notes)
     known = vfx.collect(program, data=x, within=True, progress=False)
-    assert "linear" in vfx.Align("activation", statistics=known, facts=facts, progress=False)(program).goals
+    assert "linear" in vfx.Align("activation", statistics=known, progress=False)(program).goals
 
 
 def test_layers_behind_several_maps_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose output does not go through one map is noted, and the merge goes on."""
-    program, facts, x = _pair("tanh")
+    program, _, x = _pair("tanh")
     statistics = vfx.collect(program, data=x, progress=False)
-    aligned = vfx.Align("activation", statistics=statistics, facts=facts, progress=False)
+    aligned = vfx.Align("activation", statistics=statistics, progress=False)
     assert {"linear", "linear_1", "linear_2"} <= set(aligned(program).goals)
     monkeypatch.setattr("vfx.analyse.kinds.Classes.slots", lambda *_: None)
     result = aligned(program)

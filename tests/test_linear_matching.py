@@ -95,17 +95,16 @@ def test_preserved_layers_are_joined_in_the_common_space(method: str) -> None:
     case = SMALL[1]
     program, facts, x = _subject(case)
     program = _chosen(program, *program.weights[:2])
-    align = Align(METHODS[method](), x, progress=False)
-    aligned = align(program)
-    assert align.matching is not None
-    merged = aligned
+    result = Align(METHODS[method](), x, progress=False).run(program)
+    aligned = merged = result.program
+    assert result.record.matching is not None
     for one in (DuplicateBranches(3, join="activation"), Transform(), Interpolate()):
         merged = one(merged)
     expected = torch.zeros(())
     features, weights, bias = [], [], []
     for edge in range(2):
         own = aligned.weights[edge]
-        maps, axis = behind_exact(align.matching.elements[edge]), dict(facts.axes_of("fc.weight"))[1]
+        maps, axis = behind_exact(result.record.matching.elements[edge]), dict(facts.axes_of("fc.weight"))[1]
         merge, unmerge = torch.eye(18, dtype=torch.float64), torch.eye(18, dtype=torch.float64)
         for group, (matrix) in ((facts.groups[g], m) for g, m in maps.items()):
             member = next((m for m in group.members if m.fqn == "fc.weight"), None)
@@ -137,10 +136,9 @@ def test_maps_of_heads_stand_in_matched_blocks() -> None:
     """Values and outputs of attention are mapped inside each pair of matched heads; queries and keys are permuted."""
     case = next(case for case in SMALL if case.name == "attention")
     program, facts, x = _subject(case)
-    align = Align(CCAMerging(), x, progress=False)
-    align(_chosen(program, *program.weights[:2]))
-    assert align.matching is not None
-    maps = behind_exact(align.matching.elements[1])
+    matching = Align(CCAMerging(), x, progress=False).run(_chosen(program, *program.weights[:2])).record.matching
+    assert matching is not None
+    maps = behind_exact(matching.elements[1])
     inner = [group for group in facts.groups if group.parent is not None]
     mapped = [group for group in inner if group.index in maps]
     assert len(inner) == 2

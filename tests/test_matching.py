@@ -399,9 +399,9 @@ def test_the_first_edge_never_moves_and_every_edge_keeps_its_function() -> None:
     x = images(16, 8, dtype=torch.float64)
     models = edges(residual, x, count=3)
     program = trace(models, x[:2])
-    align = Align("activation", x, progress=False)
-    aligned = align(program)
-    assert align.error < 1e-10
+    result = Align("activation", x, progress=False).run(program)
+    aligned = result.program
+    assert result.record.error < 1e-10
     assert all(aligned.weights[0][name] is tensor for name, tensor in program.weights[0].items())
     with torch.no_grad():
         for edge, model in enumerate(models):

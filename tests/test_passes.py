@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,24 +23,33 @@ from vfx.passes.calibrate_bias import CalibrateBias
 from vfx.passes.calibrate_normalization import CalibrateNormalization
 from vfx.passes.center_stream import CenterStream
 from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.duplicate_heads import DuplicateHeads
+from vfx.passes.fold_channels import FoldChannels
 from vfx.passes.fold_gain import FoldGain
 from vfx.passes.fold_normalization import FoldNormalization
 from vfx.passes.insert_normalization import InsertNormalization
 from vfx.passes.interpolate import Interpolate
+from vfx.passes.mask_weights import MaskWeights
+from vfx.passes.reconstruct import Reconstruct
 from vfx.passes.remove_bias import RemoveBias
+from vfx.passes.remove_channels import RemoveChannels
 from vfx.passes.rescale_weights import RescaleWeights
 from vfx.passes.reset_batchnorm import ResetBatchNorm
 from vfx.passes.restore_structure import RestoreStructure
+from vfx.passes.transform import Transform
+from vfx.passes.untie_weights import UntieWeights
 from vfx.passes.use_batch_statistics import UseBatchStatistics
 
+from vfx.analyse.layers import _numbered, number_layers
 from vfx.analyse.symmetry import Symmetry
+from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
 from vfx.elements import act
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.models import resnet20_bn, resnet20_ln, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
 from vfx.normalization import affines
-from vfx.program import Program
-from vfx.rewrite import Pass
+from vfx.program import Facts, Program
+from vfx.rewrite import Pass, PassResult
 
 DATA = images(24, 8, dtype=torch.float64)
 PICTURES = images(16, 32, dtype=torch.float64)
@@ -63,6 +74,13 @@ def _attention() -> nn.Module:
     layers = {name: nn.Linear(6, 6) for name in ("embed", "q", "k", "v", "out")}
     norms = {name: nn.LayerNorm(6) for name in ("norm", "last")}
     return net(forward, head=nn.Linear(6, 3), **layers, **norms)
+
+
+def _tied() -> nn.Module:
+    """Two layers of one weight."""
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(24, 3))
 
 
 def _normed() -> nn.Module:
@@ -133,15 +151,28 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
     "UseBatchStatistics reset": (lambda: UseBatchStatistics("reset"), lambda: Interpolate()(_program(_normed))),
     "RemoveBias": (lambda: RemoveBias(2), lambda: Interpolate()(_program())),
     "ResetBatchNorm": (lambda: ResetBatchNorm(DATA, progress=False), lambda: Interpolate()(_program(_normed))),
+    "DuplicateHeads": (lambda: DuplicateHeads(1, ALPHAS), lambda: _program(residual)),
+    "Transform": (lambda: Transform(), lambda: Align("zipit", DATA, progress=False)(_program())),
+    "UntieWeights": (lambda: UntieWeights(), lambda: _program(_tied, TOKENS)),
+    "MaskWeights": (lambda: MaskWeights("magnitude", 0.5, progress=False), lambda: Interpolate()(_program())),
+    "RemoveChannels": (lambda: RemoveChannels(0.5, progress=False), lambda: Interpolate()(_program(_normed))),
+    "FoldChannels": (lambda: FoldChannels(0.5), lambda: Interpolate()(_program(_normed))),
+    "Reconstruct": (lambda: Reconstruct(_program(), DATA, progress=False), lambda: Interpolate()(_program())),
 }
-WANTS_ONE = [name for name in TABLE if name.split()[0] not in ("Align", "CalibrateBias", "DuplicateBranches",
-                                                              "Interpolate", "RescaleWeights")]  # fmt: skip
-REWRITES = ["FoldGain", "CenterStream", "BalanceScales", "BalanceAttention", "RestoreStructure"]
-ANY = [
-    "FoldNormalization batch_norm",
-    "RemoveBias",
-    *REWRITES,
-]  # of edges before they are matched, or of the merged network
+ANALYSES = {"symmetry": infer_symmetry, "layers": number_layers}  # by what ``Facts`` calls them
+
+
+def _classes() -> set[type[Pass[Any]]]:
+    """Every pass there is."""
+    files = Path(__file__).parents[1].joinpath("passes").glob("*.py")
+    modules = [import_module(f"vfx.passes.{file.stem}") for file in files]
+    found = {one for module in modules for one in vars(module).values() if isinstance(one, type)}
+    return {one for one in found if issubclass(one, Pass) and one is not Pass}
+
+
+def test_every_pass_is_in_the_table() -> None:
+    assert {type(build()) for build, _ in TABLE.values()} == _classes()
+    assert all(type(build()).__name__ == name.split()[0] for name, (build, _) in TABLE.items())
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -170,6 +201,50 @@ def test_a_pass_leaves_its_input_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
+def test_a_pass_is_the_same_after_it_ran(name: str) -> None:
+    build, source = TABLE[name]
+    one = build()
+    before = dict(vars(one))
+    one(source())
+    assert vars(one).keys() == before.keys()
+    assert all(vars(one)[key] is value for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_pass_reads_the_analyses_that_it_declares(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, source = TABLE[name]
+    one, program = build(), source()
+    read, once = set(), Facts.once
+
+    def recorded(self: Facts, name: str, make: Callable[[], Any], *key: Any) -> Any:
+        if self is program.facts and name in ANALYSES:
+            read.add(ANALYSES[name])
+        return once(self, name, make, *key)
+
+    monkeypatch.setattr(Facts, "once", recorded)
+    one.apply(program)
+    assert read == set(one.needs)
+
+
+def test_a_graph_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, runs = _program(residual), []
+    numbered = _numbered
+
+    def counted(asked: Program) -> Any:
+        runs.append(asked.graph)
+        return numbered(asked)
+
+    monkeypatch.setattr("vfx.analyse.layers._numbered", counted)
+    halves = Interpolate(ALPHAS)(Align("weight", verify=False)(program))
+    assert [layer.node for layer in number_layers(halves)] == [layer.node for layer in number_layers(program)]
+    assert runs == [program.graph]
+    DuplicateBranches(1)(program)
+    assert len(runs) == 1
+    number_layers(copy.deepcopy(program))
+    assert len(runs) == 2, "a copy has a graph of its own"
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_a_pass_says_what_it_did(name: str) -> None:
     build, source = TABLE[name]
     program = source()
@@ -179,12 +254,15 @@ def test_a_pass_says_what_it_did(name: str) -> None:
         assert result.history[-1].startswith(name.split()[0])
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in ANY])
+@pytest.mark.parametrize("name", TABLE)
 def test_a_pass_refuses_the_wrong_number_of_weight_sets(name: str) -> None:
-    build, _ = TABLE[name]
-    program = _program(_normed)
-    wrong = program if name in WANTS_ONE else program.select(0)
-    message = "holds 2; run Interpolate first" if name in WANTS_ONE else "holds one; run it before Interpolate"
+    build, source = TABLE[name]
+    if build().weight_sets == "any":  # of edges before they are matched, or of the merged network
+        build()(source().select(0))
+        return
+    program, one = _program(_normed), build().weight_sets == "one"
+    wrong = program if one else program.select(0)
+    message = "holds 2; run Interpolate first" if one else "holds one; run it before Interpolate"
     with pytest.raises(PassError, match=message):
         build()(wrong)
 
@@ -223,7 +301,7 @@ def test_calibration_needs_goals_and_reset_needs_batchnorm() -> None:
         RemoveBias(-1)
 
 
-class Scales(Pass):
+class Scales(Pass[None]):
     """A broken pass: it says that it preserves the function and scales one weight."""
 
     preserves_function = True
@@ -231,27 +309,27 @@ class Scales(Pass):
     def __init__(self, factor: float, verify: bool = True):
         self.factor, self.verify = factor, verify
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         sets = [dict(weights) for weights in program.weights]
         sets[-1]["2.weight"] = sets[-1]["2.weight"] * self.factor
-        return program.with_weights(sets, "Scales")
+        return PassResult(program.with_weights(sets, "Scales"))
 
 
-class DropsAnOutput(Pass):
+class DropsAnOutput(Pass[None]):
     """A broken pass that returns a network without output."""
 
     preserves_function = True
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         graph = fx.Graph()
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 graph.placeholder(node.name)
         graph.output(())
-        return program.with_graph(graph, program.weights, "DropsAnOutput")
+        return PassResult(program.with_graph(graph, program.weights, "DropsAnOutput"))
 
 
-class Once(Pass):
+class Once(Pass[None]):
     """A broken pass whose second run, the one on float64, is right."""
 
     preserves_function = True
@@ -259,9 +337,9 @@ class Once(Pass):
     def __init__(self) -> None:
         self.runs = 0
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[None]:
         self.runs += 1
-        return Scales(1.5 if self.runs == 1 else 1.0, verify=False)(program)
+        return Scales(1.5 if self.runs == 1 else 1.0, verify=False).run(program)
 
 
 def test_a_pass_that_breaks_its_promise_is_caught() -> None:
@@ -295,7 +373,7 @@ def test_a_permutation_that_changes_the_function_is_refused(monkeypatch: pytest.
 
     monkeypatch.setattr("vfx.analyse.verify.act", broken)
     with pytest.raises(VerificationError, match="what was found for edge 1 changes its function"):
-        Align("weight", facts=facts)(program)
+        Align("weight")(program)
 
 
 # interpolation --------------------------------------------------------------------------------------------------------

@@ -746,12 +746,12 @@ def test_the_ridge_is_chosen_layer_by_layer_on_held_samples() -> None:
     """Every fifth sample is held out; the solution then comes from all."""
     x = images(60, 6, seed=4, dtype=torch.float64)
     aligned = trace(edges(chain, x, 2, 40), x[:2])
-    one = Reconstruct(aligned, x, progress=False)
     start = Interpolate()(aligned)
-    result = one(start)
+    done = Reconstruct(aligned, x, progress=False).run(start)
+    result = done.program
     values, held = node_values(result, x), torch.arange(60) % 5 == 4
-    assert [solved.node for solved in one.solved] == ["conv2d", "conv2d_1", "linear", "linear_1"]
-    for solved in one.solved[1:]:
+    assert [solved.node for solved in done.record] == ["conv2d", "conv2d_1", "linear", "linear_1"]
+    for solved in done.record[1:]:
         form, source, centre, bias = _map(start, solved.node)
         goal = _goal(aligned, solved.node, x)
         parts = [(form.rows(values[source][chosen]), form.goals(goal[chosen])) for chosen in (~held, held)]
@@ -761,22 +761,22 @@ def test_the_ridge_is_chosen_layer_by_layer_on_held_samples() -> None:
         assert errors[least:] == sorted(errors[least:])
         assert solved.ridge == RIDGES[least]
         _check(result, start, solved.node, goal, x=x, ridge=solved.ridge)
-    assert len({solved.ridge for solved in one.solved}) > 1
+    assert len({solved.ridge for solved in done.record}) > 1
 
 
 def test_with_too_few_samples_to_hold_any_out_the_ridge_is_fixed() -> None:
     aligned = trace(edges(chain, X), X[:2])
-    one = Reconstruct(aligned, X[:4], progress=False)
-    result = one(Interpolate()(aligned))
-    assert {solved.ridge for solved in one.solved} == {RIDGES[START]}
-    equal_weights(result, _solved(aligned, X[:4], ridge=RIDGES[START]))
+    done = Reconstruct(aligned, X[:4], progress=False).run(Interpolate()(aligned))
+    assert {solved.ridge for solved in done.record} == {RIDGES[START]}
+    equal_weights(done.program, _solved(aligned, X[:4], ridge=RIDGES[START]))
 
 
 def test_what_is_said_of_each_layer() -> None:
     aligned = trace(edges(chain, X), X[:2])
-    start, one = Interpolate()(aligned), Reconstruct(aligned, X, ridge=RIDGE, progress=False)
-    values = node_values(one(start), X)
-    for solved in one.solved:
+    start = Interpolate()(aligned)
+    done = Reconstruct(aligned, X, ridge=RIDGE, progress=False).run(start)
+    values = node_values(done.program, X)
+    for solved in done.record:
         form, source, matrix, bias = _map(start, solved.node)
         rows, goals = form.rows(values[source]), form.goals(_goal(aligned, solved.node))
         assert bias is not None
@@ -786,7 +786,7 @@ def test_what_is_said_of_each_layer() -> None:
         assert solved.ridge == RIDGE
         assert abs(solved.before - before) < EXACT
         assert abs(solved.after - after) < EXACT
-    assert one.solved[1].after < one.solved[1].before
+    assert done.record[1].after < done.record[1].before
 
 
 @pytest.mark.parametrize("centre", ["own", "references"])

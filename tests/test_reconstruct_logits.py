@@ -14,6 +14,7 @@ from vfx.passes.remove_channels import RemoveChannels
 
 from vfx.api import trace
 from vfx.program import Execution, Program, schedule
+from vfx.pruning.removed import Removed
 from vfx.reconstruct.logits import visible
 from vfx.reconstruct.references import Reference
 
@@ -35,11 +36,11 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-def _networks(masked: bool = False) -> tuple[Program, Program, RemoveChannels]:
+def _networks(masked: bool = False) -> tuple[Program, Program, Removed]:
     torch.manual_seed(0)
     dense = trace(lively(Attention(masked).double(), X), X[:2])
-    remove = RemoveChannels(0.34)
-    return dense, remove(dense), remove
+    removed = RemoveChannels(0.34).run(dense)
+    return dense, removed.program, removed.record
 
 
 def _operands(program: Program) -> tuple[Tensor, Tensor, float]:
@@ -62,8 +63,8 @@ def _error(small: Program, dense: Program, tokens: int = TOKENS) -> float:
 
 @torch.no_grad()
 def test_queries_are_turned_as_least_squares_on_all_logits_says() -> None:
-    dense, small, remove = _networks()
-    result = Reconstruct([Reference(dense, 1.0, remove.carry)], X, ridge=1e-9, progress=False)(small)
+    dense, small, removed = _networks()
+    result = Reconstruct([Reference(dense, 1.0, removed.carry)], X, ridge=1e-9, progress=False)(small)
     q, k, scale = _operands(result)
     dense_q, dense_k, dense_scale = _operands(dense)
     assert q.shape[-1] < SIZE
@@ -76,8 +77,8 @@ def test_queries_are_turned_as_least_squares_on_all_logits_says() -> None:
 
 @torch.no_grad()
 def test_logits_come_nearer_to_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, small, remove = _networks()
-    references = [Reference(dense, 1.0, remove.carry)]
+    dense, small, removed = _networks()
+    references = [Reference(dense, 1.0, removed.carry)]
     fitted = Reconstruct(references, X, progress=False)(small)
     monkeypatch.setattr("vfx.passes.reconstruct.logit_units", lambda *arguments: [])
     plain = Reconstruct(references, X, progress=False)(small)
@@ -86,8 +87,8 @@ def test_logits_come_nearer_to_the_dense_network(monkeypatch: pytest.MonkeyPatch
 
 @torch.no_grad()
 def test_hidden_keys_do_not_count() -> None:
-    dense, small, remove = _networks(masked=True)
-    fitted = Reconstruct([Reference(dense, 1.0, remove.carry)], X, progress=False)(small)
+    dense, small, removed = _networks(masked=True)
+    fitted = Reconstruct([Reference(dense, 1.0, removed.carry)], X, progress=False)(small)
     assert _error(fitted, dense, TOKENS - 1) < 0.9 * _error(small, dense, TOKENS - 1)
     seen = torch.tensor([[True, True, False], [True, False, False]])
     wanted = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)

@@ -31,10 +31,10 @@ def _edges(micro: Micro) -> tuple[Program, list[tuple[Tensor, ...]]]:
 def test_networks_with_hazards_are_solved(micro: Micro) -> None:
     program, data = _edges(micro)
     average = Interpolate()(program)
-    solve = Reconstruct(program, data, progress=False)
-    result = solve(average)
+    done = Reconstruct(program, data, progress=False).run(average)
+    result = done.program
     assert all(t.isfinite().all() for t in result.weights[0].values() if t.is_floating_point())
-    for layer in solve.solved:
+    for layer in done.record:
         assert layer.after <= 1.01 * layer.before + 1e-5, layer
     count = len(layers(program))
     if count:

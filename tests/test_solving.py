@@ -119,10 +119,9 @@ def test_layers_behind_what_cannot_follow_are_solved_for_the_edge() -> None:
         models.append(_Tied().double().eval())
     program = trace(models, tokens[:2])
     average = vfx.Interpolate()(program)
-    solve = vfx.Reconstruct(program, [(tokens,)], follow=1, progress=False)
-    result = solve(average)
-    assert any(layer.after < 0.9 * layer.before for layer in solve.solved)
-    weights, edge = (p.weights[0]["body.weight"] for p in (result, program))
+    solved = vfx.Reconstruct(program, [(tokens,)], follow=1, progress=False).run(average)
+    assert any(layer.after < 0.9 * layer.before for layer in solved.record)
+    weights, edge = (p.weights[0]["body.weight"] for p in (solved.program, program))
     assert (weights - edge).abs().max() > 1e-3, "a copy would read what it was not trained on"
 
 

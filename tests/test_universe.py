@@ -317,16 +317,16 @@ def test_copies_that_were_permuted_come_back(build: Callable[[], nn.Module], met
         [first, *(act(facts, permuted(random_permutations(facts.groups, rng)), first) for _ in range(2))]
     )
     assert not all(torch.equal(copies.weights[1][n], t) for n, t in first.items())
-    aligned = Align(METHODS[method](), data_of(x), facts=facts, verify=False, progress=False)(copies)
+    aligned = Align(METHODS[method](), data_of(x), verify=False, progress=False)(copies)
     for edge in (1, 2):
         for name, tensor in aligned.weights[edge].items():
             assert torch.equal(tensor, first[name]), (edge, name)
 
 
 def merged_function(program: Program, facts: Symmetry, matcher: Any, x: Tensor) -> Tensor:
-    align = Align(matcher, data_of(x), facts=facts, progress=False)
-    merged = vfx.Interpolate()(align(program))
-    assert align.error < 1e-9
+    aligned = Align(matcher, data_of(x), progress=False).run(program)
+    merged = vfx.Interpolate()(aligned.program)
+    assert aligned.record.error < 1e-9
     return merged(x)
 
 

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import sympy
 import torch
@@ -25,6 +25,7 @@ from vfx.outputs import plain, selected
 from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
+T = TypeVar("T")
 RESIZED = "resized"  # the origin of a graph whose layers have other sizes
 BATCH = 1_000_000_007  # a prime: no view can confuse the batch with a product of other sizes
 
@@ -72,6 +73,24 @@ class Goal:
     std: Tensor
 
 
+class Facts:
+    """What analyses found in one graph, for all Programs that hold it; copies and pickles start anew."""
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+        self._found: dict[str, tuple[tuple[Any, ...], Any]] = {}
+
+    def once(self, name: str, make: Callable[[], T], *read: Any) -> T:
+        """``make()``, or what it gave last for the same name and the same objects ``read`` beside the graph."""
+        known = self._found.get(name)
+        if known is None or len(known[0]) != len(read) or any(a is not b for a, b in zip(known[0], read)):
+            known = self._found[name] = (read, make())
+        return known[1]
+
+    def __reduce__(self) -> tuple[type[Facts], tuple[fx.Graph]]:
+        return Facts, (self.graph,)
+
+
 @dataclass(frozen=True)
 class Program:
     """A captured network: graph, weight sets by FQN, example inputs and the passes it went through.
@@ -84,7 +103,7 @@ class Program:
     statistics of each layer's output, in the channel order of their weights. ``notes`` is what passes refused, and why.
     ``layers`` keeps the numbering of a network whose branches were duplicated. ``transport`` holds linear maps that are
     still to be put into the edges' weights (``vfx.elements.action.Pending``). ``outputs`` names those of the model's
-    outputs that the graph returns, () all.
+    outputs that the graph returns, () all. ``facts`` holds what analyses found in the graph.
     """
 
     graph: fx.Graph
@@ -102,11 +121,21 @@ class Program:
     history: tuple[str, ...] = ()
     origin: str = ""
     outputs: tuple[int | str, ...] = ()
+    facts: Facts = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
 
-    @cached_property
+    def __post_init__(self) -> None:
+        if self.facts is None or self.facts.graph is not self.graph:
+            object.__setattr__(self, "facts", Facts(self.graph))
+
+    @property
     def structural(self) -> bool:
         """Whether the graph differs from the one that was captured from the user's class."""
-        return digest(self.graph) != self.origin
+        return self.facts.once("digest", lambda: digest(self.graph)) != self.origin
+
+    @property
+    def plan(self) -> list[Step]:
+        """The nodes that compute something, in order; see ``schedule``."""
+        return self.facts.once("schedule", lambda: schedule(self.graph))
 
     @property
     def resized(self) -> bool:
@@ -115,7 +144,7 @@ class Program:
 
     def __call__(self, *inputs: Any, edge: int = 0, **named: Any) -> Any:
         """Run the network of one edge; inputs as for the user's ``forward``, or one tensor for each placeholder."""
-        return run(self.graph, self.weights[edge], self.flatten(inputs, named))
+        return Execution(self.graph, self.weights[edge], self.flatten(inputs, named), self.plan).finish()
 
     def flatten(self, inputs: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> list[Any]:
         """One tensor for each placeholder. Raises ArgumentError if the inputs are not those of the capture."""

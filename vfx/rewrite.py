@@ -3,41 +3,75 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 import torch
 
 from vfx.analyse.verify import relative_error, trial
 from vfx.errors import PassError, VerificationError
 from vfx.outputs import named_tensors
-from vfx.program import Program, in_precision
+from vfx.program import Facts, Program, in_precision
 
 STALE = "the statistics known of the layers are those of before; run Align with data behind it to normalize"
 PRESERVED = 1e-9  # relative output error in float64 up to which two networks count as the same function
 ROUNDED = 1e-2  # relative difference between a tensor in the network's own precision (bfloat16 at least) and in float64
 
 
-class Pass(ABC):
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class PassResult(Generic[R_co]):
+    """What a pass gives back: the rewritten ``program``, and a ``record`` where there is more to say of it."""
+
+    program: Program
+    record: R_co = None  # type: ignore[assignment]
+
+
+class Pass(ABC, Generic[R_co]):
     """One rewrite: what is declared here is checked on the input and promised of the result; neither Program changes.
 
     ``weight_sets``: how many it acts on, "one" (a merged network), "several" (its edges) or "any". ``changes_values``:
     the function stays and values between layers do not, so statistics that were known of them no longer hold.
-    ``carries_maps``: it may run while linear maps wait for ``Transform``.
+    ``carries_maps``: it may run while linear maps wait for ``Transform``. ``needs``: the analyses of its input that it
+    reads; they run first, and once for all Programs of a graph (``vfx.program.Facts``).
+
+    A pass is the same after it ran: what it found stands in the result of ``run``. Calling it gives the Program alone,
+    so that passes compose:
+
+    >>> merged = Interpolate(0.5)(Align("weight")(edges))
+    >>> Align("weight").run(edges).record.error < 1e-9
+    True
     """
 
     weight_sets: Literal["one", "several", "any"] = "any"
     preserves_function: bool = False
     changes_values: bool = False
     carries_maps: bool = False
+    needs: ClassVar[tuple[Callable[[Program], Any], ...]] = ()
     verify: bool = True
 
+    @final
     def __call__(self, program: Program) -> Program:
+        """The rewritten Program; see ``run``."""
+        return self.run(program).program
+
+    @final
+    def run(self, program: Program) -> PassResult[R_co]:
+        """Rewrite, with the declarations checked on the input and the promises on the result.
+
+        Raises PassError, VerificationError.
+        """
         self._check(program)
         self.requires(program)
+        for analysis in self.needs:
+            analysis(program)
         result = self.apply(program)
-        if self.changes_values and result.goals:
-            result = replace(result, goals={}, notes=(*result.notes, f"{self.name}: {STALE}"))
+        if self.changes_values and result.program.goals:
+            notes = (*result.program.notes, f"{self.name}: {STALE}")
+            result = replace(result, program=replace(result.program, goals={}, notes=notes))
         self.ensures(program, result)
         return result
 
@@ -62,10 +96,10 @@ class Pass(ABC):
         return
 
     @abstractmethod
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult[R_co]:
         """The rewrite itself."""
 
-    def ensures(self, program: Program, result: Program) -> None:
+    def ensures(self, program: Program, result: PassResult[Any]) -> None:
         """Raise if the pass breaks what it promises; by default, that it preserves the function.
 
         The algebra is checked, not the rounding: the pass runs once more on float64 weights, and the result must be
@@ -74,12 +108,13 @@ class Pass(ABC):
         if not (self.preserves_function and self.verify):
             return
         exact = program.to("cpu", torch.float64)
-        rewritten = self.apply(exact)
+        exact = replace(exact, facts=Facts(exact.graph))  # the second run takes nothing over from the first
+        rewritten = self.apply(exact).program
         for edge in range(program.edges):
             error = same_function(exact.select(edge), rewritten.select(edge))
             if not error <= PRESERVED:
                 raise VerificationError(f"{self.name} changed the function of edge {edge}: relative error {error:.1e}")
-        different = _first_difference(result, rewritten)
+        different = _first_difference(result.program, rewritten)
         if different:
             raise VerificationError(
                 f"{self.name} changed the function: its result differs in {different} when run again"

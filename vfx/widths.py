@@ -25,7 +25,7 @@ from vfx.match.counted import counts_channels
 from vfx.match.matcher import Matching
 from vfx.match.rectangular import deviation
 from vfx.operators import operator
-from vfx.program import Execution, Program, schedule
+from vfx.program import Execution, Program
 from vfx.progress import track
 from vfx.reconstruct.references import Reference
 from vfx.rewrite import PRESERVED
@@ -201,7 +201,7 @@ class _Reader:
     def read(self, data: Any, max_samples: int | None, device: Any, progress: bool) -> None:
         if data is None:
             raise ArgumentError("matching on activations, REPAIR and RESCALE need data=")
-        plans = [schedule(program.graph) for program in self.programs]
+        plans = [program.plan for program in self.programs]
         taps_at: dict[str, list[int]] = {}
         for index, taps in enumerate(self.taps):
             taps_at.setdefault(taps[0].node, []).append(index)

@@ -131,9 +131,13 @@ class Cut:
 
 def number_layers(program: Program) -> Layers:
     """Number the conv and linear calls of a Program in execution order, as before any branch was duplicated."""
+    return Layers(program, program.facts.once("layers", lambda: _numbered(program), program.layers))
+
+
+def _numbered(program: Program) -> tuple[Layer, ...]:
     if program.layers:
         names = {node.name for node in program.graph.nodes if is_layer(node)}
-        return Layers(program, tuple(layer for layer in program.layers if layer.node in names))
+        return tuple(layer for layer in program.layers if layer.node in names)
     nodes = [node for node in program.graph.nodes if is_layer(node) and not _is_constant(program, node)]
     meets = {node: _meeting(node) for node in nodes}
     shortcuts = {node for node, other in meets.items() if other is not None}
@@ -143,7 +147,7 @@ def number_layers(program: Program) -> Layers:
             numbers[node] = len(numbers) + 1
     for node in shortcuts:
         numbers[node] = _last_layer(meets[node], numbers)
-    return Layers(program, tuple(_layer(node, numbers[node], node in shortcuts) for node in nodes))
+    return tuple(_layer(node, numbers[node], node in shortcuts) for node in nodes)
 
 
 def _is_constant(program: Program, node: fx.Node) -> bool:

@@ -71,7 +71,11 @@ class Symmetry(Labelling):
 
 
 def symmetry(program: Program) -> Symmetry:
-    """Infer the symmetries of a Program."""
+    """The symmetries of a Program, inferred once for its graph and weight sets."""
+    return program.facts.once("symmetry", lambda: _inferred(program), *program.weights)
+
+
+def _inferred(program: Program) -> Symmetry:
     with collection_paused():
         return _groups(program, infer(program))
 

@@ -12,7 +12,7 @@ from vfx.api.capturing import Captured, check_weights
 from vfx.api.normalizing import check_statistics, reads_for, reference_goals
 from vfx.api.preparing import Ready
 from vfx.api.reconstructing import references_of
-from vfx.api.results import run_passes
+from vfx.api.results import run_pass
 from vfx.api.tracing import symmetry
 from vfx.errors import ArgumentError
 from vfx.match.carry import AcrossWidths
@@ -82,19 +82,16 @@ def align(ready: Ready, options: MergeOptions, watch: Stopwatch) -> Aligned:
     start = _start(ready, options, carried)
     with watch("statistics"):
         statistics = gathered(start, ready.asked, ready.captured.data, options.reading)
-    aligner = _aligner(start, statistics, ready.captured, options)
-    edges = run_passes(start.program, [aligner], watch)
-    edges = _towards_references(edges, start, ready, options)
+    aligned = run_pass(start.program, _aligner(start, statistics, ready.captured, options), watch)
+    edges = _towards_references(aligned.program, start, ready, options)
     alphas = ready.captured.alphas
-    growth = _grown(aligner.matching, edges, start.facts, alphas, options)
-    if carried is None:
-        error = aligner.error if start.finder is not None or aligner.matching is None else None
-        alignment = Alignment(aligner.matching, error)
-        references = references_of(edges, alphas, edges.transport, growth)
-    else:
-        alignment, references = Alignment(carried.matching, None), carried.references(alphas)
-    alike = growth is None and edges.transport is None and carried is None
-    return Aligned(ready, start, edges, statistics, alignment, references, growth, alike)
+    growth = _grown(aligned.record.matching, edges, start.facts, alphas, options)
+    if carried is not None:
+        references = carried.references(alphas)
+        return Aligned(ready, start, edges, statistics, Alignment(carried.matching), references, growth, alike=False)
+    references = references_of(edges, alphas, edges.transport, growth)
+    alike = growth is None and edges.transport is None
+    return Aligned(ready, start, edges, statistics, aligned.record, references, growth, alike)
 
 
 def _start(ready: Ready, options: MergeOptions, carried: Carried | None) -> Start:
@@ -122,7 +119,7 @@ def _aligner(start: Start, statistics: Statistics | None, captured: Captured, op
     reader = Batches(start.program, captured.data, options.max_samples, options.device) if runs else None
     own: dict[str, Any] = {"seed": options.seed, "verify": options.verify, "progress": options.progress}
     return Align(
-        start.finder, reader, statistics=statistics, facts=start.facts, weights=captured.alphas, **options.keeping,
+        start.finder, reader, statistics=statistics, weights=captured.alphas, **options.keeping,
         **own,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vfx.analyse.cost import cost
 from vfx.api.dense import Dense
 from vfx.api.restoring import Decision, Restored, Restoring
-from vfx.api.results import Result, run_passes
+from vfx.api.results import Result, run_pass
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions
@@ -43,8 +43,8 @@ def masking(options: PruneOptions) -> MaskWeights:
 
 def masked(dense: Dense, mask: MaskWeights, options: PruneOptions, watch: Stopwatch) -> Restoring:
     """The network without the weights that go, and what can be done for it."""
-    pruned = replace(run_passes(dense.program, [mask], watch), goals=dense.program.goals)
-    return dense.restoring(pruned, options, masks=mask.masks)
+    masked = run_pass(dense.program, mask, watch)
+    return dense.restoring(replace(masked.program, goals=dense.program.goals), options, masks=masked.record.masks)
 
 
 def masked_result(
@@ -58,9 +58,9 @@ def masked_result(
     with watch("emit"):
         module, reason = emit(result)
     report = PruneReport(
-        layers=layer_rows(dense, result, mask.masks, before, after),
+        layers=layer_rows(dense, result, restoring.masks, before, after),
         passes=result.history,
-        notes=(*result.notes, *restoring.notes, *decision.notes, *_kept(module, mask.masks, options.masks)),
+        notes=(*result.notes, *restoring.notes, *decision.notes, *_kept(module, restoring.masks, options.masks)),
         profile=cost(dense),
         own_class=not reason,
         class_reason=reason,

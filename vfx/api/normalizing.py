@@ -96,7 +96,7 @@ def reference_goals(
     if data is None:
         raise ArgumentError("references= are run on data; give data=")
     statistics = collect_statistics(joint, facts, data, activations=asked.behind, **options)
-    found = Align(finder, data, statistics=statistics, facts=facts, **own)(joint).goals
+    found = Align(finder, data, statistics=statistics, **own)(joint).goals
     rows = {name: (goal.mean[1:].mean(0), goal.std[1:].mean(0)) for name, goal in found.items()}
     return {name: Goal(*(x.expand(program.edges, -1) for x in pair)) for name, pair in rows.items()}
 

@@ -10,7 +10,7 @@ from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import Dense
 from vfx.api.restoring import Decision, Restored, Restoring
-from vfx.api.results import Result, run_passes
+from vfx.api.results import Result, run_pass
 from vfx.api.tracing import symmetry
 from vfx.arguments import check_names
 from vfx.emit.module import emit
@@ -19,6 +19,7 @@ from vfx.options import PruneOptions, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
 from vfx.passes.remove_channels import RemoveChannels
 from vfx.pruning.channel_report import ChannelReport, widths
+from vfx.pruning.removed import Removed
 from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
 
@@ -35,9 +36,10 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """A pass that removed channels of a network with these symmetries, and what can be done for what is left."""
+    """A pass, what it removed of a network with these symmetries, and what can be done for what is left."""
 
-    removal: RemoveChannels | FoldChannels
+    done_by: RemoveChannels | FoldChannels
+    record: Removed
     facts: Symmetry
     restoring: Restoring
 
@@ -67,16 +69,16 @@ def removed(dense: Dense, share: Share, options: StructuredOptions, watch: Stopw
     with watch("symmetry"):
         facts = symmetry(dense.program)
     found = {}
-    for name, one in _passes(facts, share, options).items():
-        pruned = run_passes(dense.program, [one], watch)
-        found[name] = Removal(one, facts, dense.restoring(pruned, options, carry=one.carry))
+    for name, one in _passes(share, options).items():
+        done = run_pass(dense.program, one, watch)
+        found[name] = Removal(one, done.record, facts, dense.restoring(done.program, options, carry=done.record.carry))
     return found
 
 
-def _passes(facts: Symmetry, share: Share, options: StructuredOptions) -> dict[str, RemoveChannels | FoldChannels]:
+def _passes(share: Share, options: StructuredOptions) -> dict[str, RemoveChannels | FoldChannels]:
     """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
     own: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
-    own |= {"units": options.units, "protect": options.protect, "facts": facts}
+    own |= {"units": options.units, "protect": options.protect}
     own |= {"verify": options.verify, "seed": options.seed}
     if options.method == "fold":
         return {"": FoldChannels(share.part, variance=options.variance, **own)}
@@ -96,14 +98,14 @@ def removed_result(
     with watch("emit"):
         module, reason = emit(result)
     report = ChannelReport(
-        widths=widths(removal.facts, removal.removal.sizes),
+        widths=widths(removal.facts, removal.record.sizes),
         passes=result.history,
         notes=(*result.notes, *restoring.notes, *decision.notes),
         profile=cost(result),
         dense_profile=cost(restoring.dense),
         own_class=not reason,
         class_reason=reason,
-        error=removal.removal.error if options.verify else None,
+        error=removal.record.error,
         seconds=watch.seconds,
         choices=_choices(removal, share, restored, options),
         scores=decision.scores,
@@ -114,7 +116,7 @@ def removed_result(
 def _choices(removal: Removal, share: Share, restored: Restored, options: StructuredOptions) -> dict[str, Any]:
     """What was chosen, for the report."""
     chosen: dict[str, Any] = {"method": options.method, "sparsity": share.part, "budget": dict(options.budget or {})}
-    chosen |= {"allocation": options.allocation, "score": _score_name(removal.removal)}
+    chosen |= {"allocation": options.allocation, "score": _score_name(removal.done_by)}
     return chosen | {"solve": restored.solve, "normalize": restored.normalize}
 
 

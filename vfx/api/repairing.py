@@ -11,7 +11,7 @@ from torch import nn
 from vfx.alphas import edge_weights
 from vfx.api.normalizing import check_exact, given_goals, usual
 from vfx.api.reconstructing import SOLVES
-from vfx.api.results import Result, result_of, run_passes
+from vfx.api.results import Result, result_of, run_pass, run_passes
 from vfx.api.tracing import symmetry, trace
 from vfx.arguments import checked
 from vfx.choice import Candidate, label_notes, scored, trials
@@ -137,11 +137,10 @@ def _aligned(program: Program, asked: Normalization, options: RepairOptions, wat
         program, facts, options.data, activations=asked.behind, within=within, **options.reading
     )
     reader = Batches(program, options.data, options.max_samples)
-    align = Align(finder, reader, statistics=statistics, facts=facts, seed=options.seed, verify=options.verify)
-    edges = run_passes(program, [align], watch)
-    network = replace(edges.select(0), goals=Interpolate(shares)(edges).goals)
-    error = align.error if finder is not None or align.matching is None else None
-    return _Aligned(program, network, edges, shares, Alignment(align.matching, error))
+    align = Align(finder, reader, statistics=statistics, seed=options.seed, verify=options.verify)
+    aligned = run_pass(program, align, watch)
+    network = replace(aligned.program.select(0), goals=Interpolate(shares)(aligned.program).goals)
+    return _Aligned(program, network, aligned.program, shares, aligned.record)
 
 
 def _towards_goals(program: Program, options: RepairOptions) -> _Aligned:

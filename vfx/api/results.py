@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,8 +15,10 @@ from vfx.emit.module import emit
 from vfx.match.matcher import Alignment
 from vfx.program import Program
 from vfx.report import Report, Stopwatch
-from vfx.rewrite import Pass
+from vfx.rewrite import Pass, PassResult
 from vfx.statistics.collect import Statistics
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +73,17 @@ class Result:
 _REPR_LINES = 10
 
 
-def run_passes(program: Program, passes: Iterable[Pass], watch: Stopwatch) -> Program:
+def run_passes(program: Program, passes: Iterable[Pass[Any]], watch: Stopwatch) -> Program:
+    """Run passes one behind another."""
     for one in passes:
-        with watch(one.name):
-            program = one(program)
+        program = run_pass(program, one, watch).program
     return program
+
+
+def run_pass(program: Program, one: Pass[R], watch: Stopwatch) -> PassResult[R]:
+    """Run a pass whose record counts."""
+    with watch(one.name):
+        return one.run(program)
 
 
 def result_of(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from vfx.analyse.cost import Profile, cost
 from vfx.analyse.layers import Layers, number_layers
@@ -75,9 +74,6 @@ def weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: own.get(name, tensor) for name, tensor in program.weights[0].items()}
 
 
-_symmetries: WeakKeyDictionary[fx.Graph, Symmetry] = WeakKeyDictionary()
-
-
 @checked
 def symmetry(
     model: nn.Module | Program, example_inputs: Any = None, *, outputs: Sequence[int | str] | None = None
@@ -86,11 +82,7 @@ def symmetry(
 
     ``outputs``: those that count, as for ``vfx.trace``.
     """
-    program = program_of(model, example_inputs, outputs=outputs)
-    found = _symmetries.get(program.graph)
-    if found is None or found.program.weights[0] is not program.weights[0]:
-        found = _symmetries[program.graph] = infer_symmetry(program)
-    return found
+    return infer_symmetry(program_of(model, example_inputs, outputs=outputs))
 
 
 @checked

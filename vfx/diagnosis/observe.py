@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from vfx.complex_numbers import real_parts
 from vfx.diagnosis.taps import Key, Tap
 from vfx.outputs import named_tensors
-from vfx.program import Execution, Program, schedule
+from vfx.program import Execution, Program
 from vfx.statistics.moments import Moments, batch_moments
 
 
@@ -75,7 +75,7 @@ class Observer:
     def __init__(self, program: Program, edge: int, taps: Mapping[Key, Tap], reference: list[Tensor] | None = None):
         self.graph, self.weights = program.graph, program.weights[edge]
         self.placeholders, self.taps = program.placeholders, taps
-        self.plan = schedule(program.graph)
+        self.plan = program.plan
         self.layers = {key: Observed() for key in taps}
         self.outputs: Moments | None = None
         self._events: dict[fx.Node, list[Key]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vfx.judge import Judge, Score
 from vfx.normalization import Direction, removed_biases, without
-from vfx.program import Execution, Program, Step, Weights, schedule
+from vfx.program import Execution, Program, Step, Weights
 
 FEW = 256  # held-out samples on which "auto" finds the layers of bias removal, one candidate among others
 
@@ -33,7 +33,7 @@ def removals(program: Program, judge: Judge, directions: Sequence[Direction], co
     layer. From the end, the copies go on without the biases; from the start, the leading execution has none, and the
     copies go on with theirs.
     """
-    plan = [step._replace(in_place=None) for step in schedule(program.graph)]  # copies share their values
+    plan = [step._replace(in_place=None) for step in program.plan]  # copies share their values
     found = []
     for direction in directions:
         sets = {count: removed_biases(program, count, direction) for count in counts}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
-from vfx.program import Execution, Program, Step, schedule
+from vfx.program import Execution, Program, Step
 
 # (node, axis) -> what brings an axis of a reference's value to the network's: an index (new,), a matrix (new, old), or
 # None where nothing changes.
@@ -55,7 +55,7 @@ class References:
         if not 0 <= edge < len(references):
             raise ArgumentError(f"follow_edge={edge} is no edge; there are 0 … {len(references) - 1}")
         self.all, self.followed, self.edge = tuple(references), followed, edge
-        self.plans: list[list[Step]] = [schedule(r.program.graph) for r in self.all]
+        self.plans: list[list[Step]] = [r.program.plan for r in self.all]
         names = [{node.name for node in r.program.graph.nodes if node.op == "call_function"} for r in self.all]
         self.names = frozenset.intersection(*map(frozenset, names))
 

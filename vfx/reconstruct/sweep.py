@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from vfx.program import Execution, Program, schedule
+from vfx.program import Execution, Program
 from vfx.progress import track
 from vfx.reconstruct.logits import RIDGE as LOGITS
 from vfx.reconstruct.logits import LogitUnit
@@ -74,7 +74,7 @@ class Sweep:
     ):  # fmt: skip
         self.program, self.weights, self.references, self.units = program, weights, references, units
         self.options = options
-        self.plan = schedule(program.graph)
+        self.plan = program.plan
         self.position = {step.node: index for index, step in enumerate(self.plan)}
         self._bundles: list[_Bundle] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from vfx.analyse.activations import statistics_channels
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import DataError
-from vfx.program import Execution, Goal, Program, Weights, digest, schedule
+from vfx.program import Execution, Goal, Program, Weights, digest
 from vfx.progress import track
 from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, Workspace, batch_moments, channel_rows
@@ -100,7 +100,7 @@ class _Collector:
 
     def __init__(self, program: Program, taps: list[Tap], channels: Mapping[str, int], within: bool):
         self.program, self.taps, self.samples, self.within = program, taps, 0, within
-        self.plan = schedule(program.graph)
+        self.plan = program.plan
         self.features: dict[str, CrossMoments] = {}
         self.layers: dict[str, list[Moments]] = {}
         self._spread: dict[str, CrossMoments] = {}  # the layers' moments with their covariances

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from vfx.errors import ArgumentError
-from vfx.program import Execution, Program, Step, schedule
+from vfx.program import Execution, Program, Step
 from vfx.progress import track
 from vfx.statistics.data import Batch, Batches
 from vfx.statistics.moments import ROUNDING, Moments, batch_moments
@@ -86,7 +86,7 @@ def sweep(
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     if limit < 0:
         raise ArgumentError(f"memory_limit is a number of bytes and must not be negative, got {limit}")
-    plan = schedule(program.graph)
+    plan = program.plan
     stops = [index for index, step in enumerate(plan) if readers.get(step.node)]
     if not stops:
         return []
@@ -186,7 +186,7 @@ def advance_together(
     progress: bool = True,
 ) -> None:
     """Run every batch up to the last reader; each reader gets its node's values as soon as they exist."""
-    plan = schedule(program.graph)
+    plan = program.plan
     runs = [Execution(program.graph, weights, batch, plan) for batch in batches]
     last = max((index for index, step in enumerate(plan) if step.node in readers), default=-1)
     for step in track(plan[: last + 1], "calibration", last + 1, progress):
