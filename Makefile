@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench install clean
+.PHONY: demo test acceptance lint format bench install clean
 
 install: .venv/installed
 
@@ -16,6 +16,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest -n 2 --dist worksteal
+
+acceptance:
+	$(PYTHON) -m tests.acceptance $(ACCEPTANCE)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
