@@ -3,9 +3,9 @@
 A method sees the second moments of one group's features in all edges and gives, for each edge, a map T into common
 channels and one U back. The driver runs it for every group that a dense map can go through and brings the result to
 one form: common channels in the order of the first edge's nearest permutation, with the permutation nearest to each T
-as the element's index. Groups that no dense map can go through (attention
-heads, queries and keys, tied weights), and those that share features with another group, take activation matching's
-permutations. Channels inside blocks (heads × dim) are solved for each matched pair of blocks.
+as the element's index. Groups that no dense map can go through (attention heads, queries and keys, tied weights), and
+those that share features with another group, take activation matching's permutations. Channels inside blocks (heads ×
+dim) are solved for each matched pair of blocks.
 """
 
 from __future__ import annotations

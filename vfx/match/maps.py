@@ -8,16 +8,12 @@ permutation. Behind a map the function is kept only as far as activation functio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from vfx.analyse.grids import grid
 from vfx.analyse.places import Index
 from vfx.analyse.store import Rows
-
-if TYPE_CHECKING:
-    from vfx.analyse.symmetry import Group, Member, Symmetry
+from vfx.analyse.symmetry import Group, Member, Symmetry
 
 
 def mappable(symmetry: Symmetry, group: Group) -> bool:
