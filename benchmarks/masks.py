@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
@@ -24,6 +28,7 @@ from benchmarks.pairs_report import grid
 from vfx.api import prune, trace
 from vfx.files import write_atomic
 from vfx.models.training import predict
+from vfx.program import Program
 
 CALIBRATION = 2000
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
@@ -36,18 +41,65 @@ METHODS: dict[str, dict[str, Any] | None] = {
 console = Console(stderr=True)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    lines = ["# Masks, solved", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), ""]
-    head = ["network", "method", *(f"{100 * s:g} %" for s in SPARSITIES), "seconds"]
-    rows = []
-    for name, found in results.items():
-        for method in METHODS:
-            cells = [found["cells"].get(f"{method}/{s}") for s in SPARSITIES]
-            seconds = [cell["seconds"] for cell in cells if cell]
-            span = f"{min(seconds):.0f}–{max(seconds):.0f}" if seconds else ""
-            title = f"{name} ({found['dense']:.2f})" if method == "none" else ""
-            rows.append([title, method, *(f"{cell['accuracy']:.2f}" if cell else "" for cell in cells), span])
-    return "\n".join([*lines, *grid(head, rows), ""])
+@dataclass(frozen=True)
+class Sweep:
+    """A table of ways to prune networks: ``methods`` name keywords of ``vfx.prune``, None for no data at all."""
+
+    name: str
+    title: str
+    preface: str
+    methods: Mapping[str, Mapping[str, Any] | None]
+    sparsities: Sequence[float]
+
+    def markdown(self, results: dict[str, Any]) -> str:
+        head = ["network", "method", *(f"{100 * s:g} %" for s in self.sparsities), "seconds"]
+        rows = []
+        for name, found in results.items():
+            for number, method in enumerate(self.methods):
+                cells = [found["cells"].get(f"{method}/{s}") for s in self.sparsities]
+                seconds = [cell["seconds"] for cell in cells if cell]
+                span = f"{min(seconds):.0f}–{max(seconds):.0f}" if seconds else ""
+                title = f"{name} ({found['dense']:.2f})" if not number else ""
+                rows.append([title, method, *(f"{cell['accuracy']:.2f}" if cell else "" for cell in cells), span])
+        return "\n".join([f"# {self.title}", "", self.preface, "", *grid(head, rows), ""])
+
+    def __call__(
+        self, pairs: Sequence[str], checkpoints: Path, data: Path, output: Path, samples: int | None, fresh: bool
+    ) -> None:
+        """Measure the cells that the results do not hold, and write them one by one."""
+        output.mkdir(parents=True, exist_ok=True)
+        file = output / f"{self.name}.json"
+        results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
+        train, _ = fashion_mnist(data, "train", CALIBRATION)
+        images, labels = fashion_mnist(data, "test", samples)
+        for name in pairs:
+            model = PAIRS[name].edges(checkpoints)[0]
+            program = trace(model, train[:2])
+
+            def accuracy(module: Any) -> float:
+                return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
+
+            found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
+            for key, method, sparsity in [(f"{m}/{s}", m, s) for s in self.sparsities for m in self.methods]:
+                if key in found["cells"]:
+                    continue
+                found["cells"][key] = self._cell(program, method, sparsity, train, accuracy)
+                console.print(name, key, found["cells"][key])
+                write_atomic(file, json.dumps(results, indent=1) + "\n")
+                write_atomic(file.with_suffix(".md"), self.markdown(results))
+
+    def _cell(
+        self, program: Program, method: str, sparsity: float, train: Tensor, accuracy: Callable[[Any], float]
+    ) -> dict[str, Any]:
+        options, start = self.methods[method], time.process_time()
+        given = {} if options is None else {"data": train, **options}
+        result = prune(program, sparsity=sparsity, progress=False, **given)
+        seconds = round(time.process_time() - start, 1)
+        choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
+        return {"accuracy": accuracy(result.module), "seconds": seconds} | choices
+
+
+SWEEP = Sweep("masks", "Masks, solved", (__doc__ or "").split("\n\n")[1].replace("\n", " "), METHODS, SPARSITIES)
 
 
 def main(
@@ -62,31 +114,7 @@ def main(
     """Prune every network by every method and write masks.json and masks.md."""
     if threads:
         torch.set_num_threads(threads)
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "masks.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
-    train, _ = fashion_mnist(data, "train", CALIBRATION)
-    images, labels = fashion_mnist(data, "test", samples)
-    for name in pair or list(PAIRS):
-        model = PAIRS[name].edges(checkpoints)[0]
-        program = trace(model, train[:2])
-
-        def accuracy(module: Any) -> float:
-            return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
-
-        found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
-        for key, method, sparsity in [(f"{m}/{s}", m, s) for s in SPARSITIES for m in METHODS]:
-            if key in found["cells"]:
-                continue
-            options, start = METHODS[method], time.process_time()
-            given = {} if options is None else {"data": train} | options
-            result = prune(program, sparsity=sparsity, progress=False, **given)
-            seconds = round(time.process_time() - start, 1)
-            choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
-            found["cells"][key] = {"accuracy": accuracy(result.module), "seconds": seconds} | choices
-            console.print(name, key, found["cells"][key])
-            write_atomic(file, json.dumps(results, indent=1) + "\n")
-            write_atomic(file.with_suffix(".md"), markdown(results))
+    SWEEP(pair or list(PAIRS), checkpoints, data, output, samples, fresh)
 
 
 if __name__ == "__main__":

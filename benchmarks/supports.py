@@ -1,0 +1,68 @@
+"""Which weights go: scores and allocations over layers, all of them solved alike within their masks.
+
+The first networks of two Fashion-MNIST pairs, calibrated on the first 2,000 training images without labels, accuracy
+over the test images; nothing is trained. "x, y, z" is a score, its scope, and an allocation of the sparsity over
+layers; where none is named the scope alone decides. The last layer keeps all weights but for magnitude, where it is
+pruned with the others; "head kept" is the control. Behind every mask all layers are solved for the dense network's
+outputs.
+
+Results go to ``benchmarks/results``: supports.json and supports.md, written after each cell; a run that was stopped
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, command
+from benchmarks.masks import Sweep
+from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
+
+NETWORKS = ("vgg16_bn_w025", "resnet20_bn_w05")
+SPARSITIES = (0.9, 0.95, 0.98)
+
+
+def _way(score: str, scope: str, allocation: str = "scope", protect: str = "head") -> dict[str, Any]:
+    return {"score": score, "scope": scope, "allocation": allocation, "protect": protect, "solve": "least_squares"}
+
+
+METHODS = {
+    "magnitude, global": _way("magnitude", "global", protect="auto"),
+    "magnitude, global, head kept": _way("magnitude", "global"),
+    "magnitude, layer": _way("magnitude", "layer"),
+    "magnitude, layer, erk": _way("magnitude", "layer", "erk"),
+    "magnitude, layer, error": _way("magnitude", "layer", "error"),
+    "wanda, row": _way("wanda", "row"),
+    "wanda, row, owl": _way("wanda", "row", "owl"),
+    "wanda, layer, error": _way("wanda", "layer", "error"),
+    "sparsegpt, layer": _way("sparsegpt", "layer"),
+    "sparsegpt, layer, error": _way("sparsegpt", "layer", "error"),
+    "alps, layer": _way("alps", "layer"),
+    "alps, layer, progressive": _way("alps", "layer", "progressive"),
+    "alps, layer, erk": _way("alps", "layer", "erk"),
+    "alps, layer, error": _way("alps", "layer", "error"),
+}
+PREFACE = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
+SWEEP = Sweep("supports", "Supports and allocations", PREFACE, METHODS, SPARSITIES)
+
+
+def main(
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
+    pair: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
+    samples: Samples = None,
+    fresh: Fresh = False,
+    threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
+) -> None:
+    """Prune both networks by every score and allocation and write supports.json and supports.md."""
+    if threads:
+        torch.set_num_threads(threads)
+    SWEEP(pair or NETWORKS, checkpoints, data, output, samples, fresh)
+
+
+if __name__ == "__main__":
+    command(main)
