@@ -15,7 +15,7 @@ from vfx.api.tracing import symmetry
 from vfx.arguments import check_names
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
-from vfx.options import PruneOptions, StructuredOptions
+from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
 from vfx.passes.remove_channels import RemoveChannels
 from vfx.pruning.channel_report import ChannelReport, widths
@@ -136,8 +136,8 @@ def whole_channels(options: PruneOptions, function: Callable[..., Any]) -> dict[
         raise ArgumentError("scope='group' removes channels for good in one step: masks and steps are for weights")
     if not isinstance(options.sparsity, float):
         raise ArgumentError(f"scope='group' takes one sparsity in [0, 1), got {options.sparsity!r}")
-    common = {one.name for one in fields(StructuredOptions)} & {one.name for one in fields(PruneOptions)}
     protect = options.protect
     names = () if protect == "auto" else (protect,) if isinstance(protect, str) else tuple(protect)
-    shared = {name: getattr(options, name) for name in common - {"protect"}}
+    alike = (*(one.name for one in fields(Rewriting)), "sparsity", "score", "repair_samples")
+    shared = {name: getattr(options, name) for name in alike}
     return {"protect": names} | dict(options.structured or {}) | shared
