@@ -13,12 +13,15 @@ two networks of one orbit have balanced forms that differ by signed permutations
   factors Xᵀ = Q₁R₁, Yᵀ = Q₂R₂ is decomposed; T = S^−½ Vᵀ R₂. Channels stand by falling singular value, each with the
   sign that makes the largest entry of its first side positive: what the basis was does not matter.
 
-Sides on which a running statistic stands keep their scale: statistics that are measured anew are those of the layer as
-it is. A scale that only makes or only reads has no minimum and stays; where the other side is there but stays apart
-(the heads of each edge), what is left gets rows of norm one, or orthonormal ones. Directions in which a product all but
-vanishes (many trained heads have them) are left unequal: raising them would cost the weights their precision. A head
-with fewer inputs or outputs than its size, or whose second side has a lower rank, stays as it is: no invertible map
-balances it.
+Sides on which a running statistic stands keep their scale, unless asked for: statistics that are measured anew are
+those of the layer as it is. A scale that only makes or only reads has no minimum and stays; where the other side is
+there but stays apart (the heads of each edge), what is left gets rows of norm one, or orthonormal ones. Directions in
+which a product all but vanishes (many trained heads have them) are left unequal: raising them would cost the weights
+their precision. Where one side has a lower rank than the other no invertible map balances them: the directions that it
+lacks could be made ever smaller. For matching (``leaning``) a pair with one side X of full rank gets the T of least
+‖T X‖² + ‖T⁻ᵀ Y‖² − c log |det T|². It is convex along the same lines, and what an element adds to it is a constant, so
+its minimum is as unique: moved copies differ by a rotation. Where neither side has full rank, no longer convex, that is
+done in the span of one; where it does not settle, pairs stay as they are.
 """
 
 from __future__ import annotations
@@ -57,32 +60,42 @@ DEFICIENT = 1e-7  # singular values of a map below this share of the largest
 Variable = tuple[int, int]  # group, free scale
 
 
-def balance(symmetry: Symmetry, weights: Weights, apart: Collection[str] = ()) -> dict[int, Element]:
+def balance(
+    symmetry: Symmetry, weights: Weights, apart: Collection[str] = (), leaning: bool = False, running: bool = False
+) -> dict[int, Element]:
     """The element that brings a weight set to its balanced form, by positive scales, invertible maps and planes.
 
-    Parameters that stay ``apart`` (heads of one edge alone) do not count.
+    Parameters that stay ``apart`` (heads of one edge alone) do not count. ``leaning`` as in ``in_turn``; ``running``:
+    sides on which a running statistic stands are balanced, too.
     """
-    scales, paired = Scales(symmetry, apart=apart), (Maps.LINEAR, Maps.ROTATIONS)
+    scales, paired = Scales(symmetry, apart=apart, running=running), (Maps.LINEAR, Maps.ROTATIONS)
     pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired]
     moved = {m.fqn for g in symmetry.moving for m in g.members}.difference(apart)
+    moved -= symmetry.program.buffers if running else set()
     own = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
-    return in_turn(symmetry, own, scales, pairs) if pairs else scales(own)
+    return in_turn(symmetry, own, scales, pairs, leaning) if pairs else scales(own)
 
 
 def in_turn(
-    symmetry: Symmetry, weights: Weights, scales: Scales | None, pairs: Collection[Group]
+    symmetry: Symmetry, weights: Weights, scales: Scales | None, pairs: Collection[Group], leaning: bool = False
 ) -> dict[int, Element]:
-    """The same by some scales, and the maps of some groups of class LINEAR or rotations."""
+    """The same by some scales, and the maps of some groups of class LINEAR or rotations.
+
+    With ``leaning`` pairs without a balanced form get the one of ``_leaning`` in its place, where that settles.
+    """
     total: dict[int, Element] = {}
     current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items()}
+    changes, tolerance = [math.inf], _tolerance(weights)
     for _ in range(ROUNDS):
         step = scales(current, IN_TURN) if scales is not None else {}
         current = act(symmetry, step, current)
-        maps, current = _paired(symmetry, pairs, current)
+        maps, current = _paired(symmetry, pairs, current, leaning, relaxation(changes))
         total = compose(symmetry, compose(symmetry, total, step), maps)
-        if _settled([*step.values(), *maps.values()]):
-            break
-    return total
+        changes.append(_change([*step.values(), *maps.values()]))
+        if changes[-1] <= tolerance:
+            return total
+    unsettled = leaning and changes[-1] > NEAR
+    return in_turn(symmetry, weights, scales, pairs) if unsettled else total
 
 
 def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], Elements]) -> dict[str, Tensor]:
@@ -93,33 +106,33 @@ def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], El
     return {n: t if n not in exact or found[n] is exact[n] else found[n].to(t) for n, t in weights.items()}
 
 
-def _settled(steps: Iterable[Element]) -> bool:
-    """Whether scales stay and maps are orthogonal: the sum of squares does not fall any more."""
+def _change(steps: Iterable[Element]) -> float:
+    """How far scales are from one and maps from orthogonal ones: 0 where the sum of squares does not fall any more."""
+    found = [0.0]
     for step in steps:
-        if any(np.abs(np.log(scale)).max() > TOLERANCE for scale in step.scales.values()):
-            return False
-        matrix = step.matrix
-        if matrix is not None:
-            excess = matrix @ matrix.swapaxes(-1, -2) - np.eye(matrix.shape[-1])
-            if np.abs(excess).max() > TOLERANCE:
-                return False
-    return True
+        found += [float(np.abs(np.log(scale)).max()) for scale in step.scales.values()]
+        if step.matrix is not None:
+            found.append(float(np.abs(np.log(np.linalg.svd(step.matrix, compute_uv=False))).max()))
+    return max(found)
 
 
 # invertible maps ------------------------------------------------------------------------------------------------------
 
 
-def _paired(symmetry: Symmetry, groups: Iterable[Group], weights: Weights) -> tuple[dict[int, Element], Weights]:
+def _paired(
+    symmetry: Symmetry, groups: Iterable[Group], weights: Weights, leaning: bool, over: float
+) -> tuple[dict[int, Element], Weights]:
     """The map of each group, found behind those of the groups before it, and the weights behind all of them.
 
-    Found side by side, maps of groups that share tensors can grow without end.
+    Found side by side, maps of groups that share tensors can grow without end. Steps are ``over`` times as long as to
+    the minimum over one map.
     """
     maps: dict[int, Element] = {}
     for group in groups:
-        found = _maps(symmetry, group, weights)
+        found = _maps(symmetry, group, weights, leaning)
         if any(one is not None for one in found):
             matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
-            matrix = _shortened(matrix, _axes_at_most(group))
+            matrix = _powered(matrix, over / _axes_at_most(group))
             maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
             weights = act(symmetry, {group.index: maps[group.index]}, weights)
     return maps, weights
@@ -130,12 +143,12 @@ def _axes_at_most(group: Group) -> int:
     return max(collections.Counter(member.fqn for member in group.members).values())
 
 
-def _shortened(maps: Matrix, axes: int) -> Matrix:
-    """U P^(1/axes) for maps U P, with U orthogonal: a tensor that carries a map on several axes takes it as often."""
-    if axes == 1:
+def _powered(maps: Matrix, power: float) -> Matrix:
+    """U P^power for maps U P, with U orthogonal: a tensor that carries a map on several axes takes a root of it."""
+    if power == 1:
         return maps
     u, s, vt = np.linalg.svd(maps)
-    return np.asarray(u @ (s[..., None] ** (1 / axes) * vt))
+    return np.asarray(u @ (s[..., None] ** power * vt))
 
 
 def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
@@ -143,11 +156,55 @@ def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
     return [block for block, one in enumerate(_maps(symmetry, group, weights)) if one is None]
 
 
-def _maps(symmetry: Symmetry, group: Group, weights: Weights) -> list[Matrix | None]:
+def _maps(symmetry: Symmetry, group: Group, weights: Weights, leaning: bool = False) -> list[Matrix | None]:
     """What balances each block of a group."""
     sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
-    one = _paired_form if symmetry.classes[group.index].kind is Maps.LINEAR else _equal_planes
-    return [one(x, y) for x, y in zip(*sides)]
+    if symmetry.classes[group.index].kind is not Maps.LINEAR:
+        return [_equal_planes(x, y) for x, y in zip(*sides)]
+    found = [_paired_form(x, y) for x, y in zip(*sides)]
+    return [_leaning(x, y) if one is None and leaning else one for one, x, y in zip(found, *sides)]
+
+
+def _leaning(first: Tensor, second: Tensor) -> Matrix | None:
+    """T (d, d) for (d, n) and (d, m) of different ranks; None where one is zero.
+
+    Where neither has rank d, X = A x stands in a span A, and Y's rows on its complement C lose what they share with
+    those on A (T may shear A along C, which X does not see); then x and Aᵀ Y are a pair, and what is left of Cᵀ Y
+    stands alone.
+    """
+    spans = [_used(side).shape[1] for side in (first, second)]
+    if not all(spans):
+        return None
+    if spans[0] == len(first):
+        return _leaning_on(first, second)
+    if spans[1] == len(second):
+        return contragredient(_leaning_on(second, first))
+    basis = torch.linalg.svd(first).U
+    a, c = basis[:, : spans[0]], basis[:, spans[0] :]
+    shared = c.T @ second @ torch.linalg.pinv(a.T @ second)
+    left = c.T @ second - shared @ (a.T @ second)
+    alone = _orthonormal(left) if bool(left.norm() > DEFICIENT * second.norm()) else None
+    lowered = torch.eye(len(left), dtype=c.dtype)
+    if alone is not None:
+        lowered = math.sqrt(len(first)) * torch.linalg.inv(torch.from_numpy(alone))
+    sheared = torch.eye(len(first), dtype=c.dtype) + a @ shared.T @ c.T
+    held = _balanced(a.T @ first, a.T @ second)
+    held = _leaning_on(a.T @ first, a.T @ second) if held is None else held
+    return torch.cat([torch.from_numpy(held) @ a.T, lowered @ c.T]).matmul(sheared).numpy()
+
+
+def _leaning_on(first: Tensor, second: Tensor) -> Matrix:
+    """The T of least ‖T X‖² + ‖T⁻ᵀ Y‖² − c log |det T|² for X (d, n) of rank d, with c = 1/d.
+
+    With X = U a Vᵀ and a Uᵀ Y = E k Fᵀ it is √q Eᵀ a⁻¹ Uᵀ, q = c/2 + √(c²/4 + k²): then T X Xᵀ Tᵀ = q, which for
+    c = 0 is the balanced form. Directions that nothing reads get rows of length √c in place of ever smaller ones.
+    """
+    u, a, _ = torch.linalg.svd(first, full_matrices=False)
+    e, k, _ = torch.linalg.svd(a[:, None] * (u.T @ second))
+    k = torch.nn.functional.pad(k, (0, len(first) - len(k)))
+    half = 0.5 / len(first)
+    q = half + (half**2 + k.square()).sqrt()
+    return np.asarray(q.sqrt()[:, None] * (e.T / a) @ u.T)
 
 
 def _paired_form(first: Tensor, second: Tensor) -> Matrix | None:
@@ -244,13 +301,14 @@ class Place:
 class Scales:
     """The positive scales of every group that has them; called with weights it gives those that balance them.
 
-    With ``mixed`` those of groups of class LINEAR too, whose invertible maps hold them. Parameters that stay ``apart``
+    With ``mixed`` those of groups of class LINEAR too, whose invertible maps hold them, with ``running`` those of sides
+    on which a running statistic stands. Parameters that stay ``apart``
     do not count: a feature that they alone read (or make) gets a given sum of squares from what is left.
     """
 
-    def __init__(self, symmetry: Symmetry, mixed: bool = False, apart: Collection[str] = ()):
+    def __init__(self, symmetry: Symmetry, mixed: bool = False, apart: Collection[str] = (), running: bool = False):
         self.symmetry = symmetry
-        self.vectors = {g.index: _vectors(symmetry, g, mixed) for g in symmetry.groups}
+        self.vectors = {g.index: _vectors(symmetry, g, mixed, running) for g in symmetry.groups}
         self.places: dict[Variable, list[Place]] = {}
         for group in symmetry.groups:
             for variable, place in _places(symmetry, group, self.vectors[group.index]):
@@ -273,12 +331,12 @@ class Scales:
         return elements
 
 
-def _vectors(symmetry: Symmetry, group: Group, mixed: bool) -> dict[int, Vector]:
+def _vectors(symmetry: Symmetry, group: Group, mixed: bool, running: bool) -> dict[int, Vector]:
     """The log-scale of each side in terms of free ones."""
     own = symmetry.classes[group.index]
     if own.scales is None:
         return {side.index: {side.index: 1} for side in own.sides} if mixed and own.kind is Maps.LINEAR else {}
-    found = restrained(own.scales.magnitudes, own.running)
+    found = restrained(own.scales.magnitudes, () if running else own.running)
     return {side: vector for side, vector in found.items() if vector}
 
 

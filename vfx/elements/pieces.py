@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from vfx.analyse.grids import grid
 from vfx.analyse.labelling import Labelling
 from vfx.analyse.places import Index
 from vfx.analyse.store import Rows
+
+Found = TypeVar("Found")  # an entry, alone or with what is known of it
 
 
 class Entry(NamedTuple):
@@ -72,7 +74,7 @@ def entries(labelling: Labelling, dim: int, labels: Rows, wanted: Collection[int
     return found
 
 
-def combinations(axes: Sequence[Sequence[Entry]]) -> Iterator[tuple[Entry, ...]]:
+def combinations(axes: Sequence[Sequence[Found]]) -> Iterator[tuple[Found, ...]]:
     """One entry of each dimension that has any: those of one piece."""
     return product(*(found for found in axes if found))
 

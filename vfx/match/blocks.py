@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements.pieces import Piece, combinations, entries, piece
+from vfx.elements.pieces import Entry, Piece, combinations, entries, piece
 from vfx.match.matcher import Gain, best_over_blocks
+from vfx.match.solve import SignedOrders, Signs
 from vfx.match.units import PairOrders, Unit
 from vfx.program import Weights
 
@@ -20,12 +21,14 @@ from vfx.program import Weights
 class BlockPiece:
     """A piece of a weight that a unit moves, ``outer`` being its group of blocks.
 
-    In a ``quadratic`` piece the unit moves further dimensions, which are left as they are.
+    In a ``quadratic`` piece the unit moves further dimensions, which are left as they are. ``signs`` are the free signs
+    whose product an inner group has here.
     """
 
     piece: Piece
     outer: int
     quadratic: bool = False
+    signs: Mapping[int, Signs] = field(default_factory=dict)
 
     def array(self, weights: Weights) -> Gain:
         """(outer, inner groups…, everything else)."""
@@ -46,10 +49,13 @@ Arrays = Sequence[tuple[BlockPiece, Gain, Gain]]  # a part in the first edge and
 
 
 class BlockGains:
-    """Parts of weights by unit, and the gains they add up to."""
+    """Parts of weights by unit, and the gains they add up to.
 
-    def __init__(self, symmetry: Symmetry):
-        self.symmetry = symmetry
+    ``signs`` gives for groups inside blocks the free signs whose product each side has.
+    """
+
+    def __init__(self, symmetry: Symmetry, signs: Mapping[int, Mapping[int, Signs]] | None = None):
+        self.symmetry, self.signs = symmetry, signs or {}
         self._parts: dict[tuple[int, str], list[BlockPiece]] = {}
 
     def parts(self, unit: Unit, fqn: str) -> list[BlockPiece]:
@@ -61,15 +67,37 @@ class BlockGains:
 
     def _find(self, unit: Unit, fqn: str) -> Iterator[BlockPiece]:
         outer = unit.outer.index
-        axes = [entries(self.symmetry, dim, labels, unit.groups) or [] for dim, labels in self.symmetry.axes_of(fqn)]
+        whole = [entries(self.symmetry, dim, labels, unit.groups) or [] for dim, labels in self.symmetry.axes_of(fqn)]
+        axes = [[own for entry in found for own in self._by_signs(fqn, entry)] for found in whole]
         for chosen in combinations(axes):
-            groups = [group for entry in chosen for group in entry.groups]
+            groups = [group for entry, _ in chosen for group in entry.groups]
             if groups.count(outer) == 1 and len(set(groups)) == len(groups):
-                yield BlockPiece(piece(self.symmetry, fqn, chosen), outer)
-        standing = [entry for found in axes for entry in found if outer in entry.groups]
-        if len({entry.dim for entry in standing}) > 1:
-            for entry in standing:
-                yield BlockPiece(piece(self.symmetry, fqn, [entry]), outer, quadratic=True)
+                signs = {group: own for _, signed in chosen for group, own in signed.items()}
+                yield BlockPiece(piece(self.symmetry, fqn, [entry for entry, _ in chosen]), outer, signs=signs)
+        standing = [own for found in axes for own in found if outer in own[0].groups]
+        if len({entry.dim for entry, _ in standing}) > 1:
+            for entry, signed in standing:
+                yield BlockPiece(piece(self.symmetry, fqn, [entry]), outer, quadratic=True, signs=signed)
+
+    def _by_signs(self, fqn: str, entry: Entry) -> Iterator[tuple[Entry, Mapping[int, Signs]]]:
+        """The copies of an entry's channels apart where they carry different signs, with these."""
+        signed = [group for group in entry.groups if group in self.signs]
+        if not signed:
+            yield entry, {}
+            return
+        first = entry.position.reshape(-1, entry.position.shape[-1])[0]
+        keys = np.stack([self._sides_along(group, fqn, entry.dim)[first] for group in signed])
+        for key in np.unique(keys, axis=1).T:
+            copies = np.flatnonzero((keys == key[:, None]).all(0))
+            own = {group: self.signs[group].get(side, frozenset()) for group, side in zip(signed, key.tolist())}
+            yield entry._replace(position=entry.position[..., copies]), own
+
+    def _sides_along(self, group: int, fqn: str, dim: int) -> Index:
+        """The side of a group at each position of a dimension."""
+        (member,) = (m for m in self.symmetry.groups[group].members if (m.fqn, m.dim) == (fqn, dim))
+        found = np.full(int(member.position.max()) + 1, -1)
+        found[member.position] = self.symmetry.classes[group].slots[fqn, dim][0]
+        return found
 
     @staticmethod
     def outer(unit: Unit, arrays: Arrays) -> Gain:
@@ -81,15 +109,17 @@ class BlockGains:
         return total
 
     @staticmethod
-    def inner(unit: Unit, group: Group, orders: PairOrders, arrays: Arrays) -> Gain:
-        """(n, n, size, size) for one inner group; those in ``orders`` stand in their order for each pair already.
+    def inner(unit: Unit, group: Group, orders: PairOrders, arrays: Arrays) -> dict[Signs, Gain]:
+        """(n, n, size, size) for one inner group by its signs; those in ``orders`` stand in their order for each pair.
 
         Where each of its parts has others, too, these count at their best order.
         """
         known = [a for a in arrays if group.index in a[0].inner and set(a[0].inner) <= {group.index, *orders}]
         chosen = known or [a for a in arrays if group.index in a[0].inner]
-        total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
+        shape = (unit.outer.size,) * 2 + (group.size,) * 2
+        found: dict[Signs, Gain] = {}
         for part, one, other in chosen:
+            total = found.setdefault(part.signs.get(group.index, frozenset()), np.zeros(shape))
             axis = 1 + part.inner.index(group.index)
             first = np.moveaxis(one, axis, 1)
             rest = [g for g in part.inner if g != group.index]
@@ -101,10 +131,10 @@ class BlockGains:
                 moved = np.moveaxis(other[j], axis - 1, 0)
                 for k, g in enumerate(rest, start=1):
                     if g in orders:
-                        moved = _reordered(moved, orders[g][i, j], k)
+                        moved = _reordered(moved, orders[g][i, j], k, part.signs.get(g, frozenset()))
                 ordered = [k for k, g in enumerate(rest, start=1) if g in orders]
                 total[i, j] += _at_best(*(_last(x, ordered, len(rest)) for x in (first[i], moved)))
-        return total
+        return found or {frozenset(): np.zeros(shape)}
 
 
 def _last(array: Gain, ordered: Sequence[int], inner: int) -> Gain:
@@ -121,8 +151,10 @@ def _at_best(one: Gain, other: Gain) -> Gain:
     return best_over_blocks(np.einsum("amx,bnx->abmn", one, other, optimize=True))
 
 
-def _reordered(array: Gain, order: Gain | Index, axis: int) -> Gain:
-    """An axis in a new order (size,), or through a map (size, size)."""
+def _reordered(array: Gain, order: Gain | Index | SignedOrders, axis: int, signs: Signs) -> Gain:
+    """An axis in a new order (size,), with signs or without, or through a map (size, size)."""
+    if isinstance(order, SignedOrders):
+        order = order.matrix(signs)
     if order.ndim == 1:
         return np.take(array, order.astype(np.int64), axis=axis)
     return np.moveaxis(np.tensordot(order, array, (1, axis)), 0, axis)

@@ -97,8 +97,8 @@ class ClassAscent(Ascent):
         self, symmetry: Symmetry, statistics: Statistics, edge: int, frames: tuple[Elements, Elements],
         weights: tuple[Weights, Weights],
     ):  # fmt: skip
-        self.kinds = {group.index: compact(symmetry, group) for group in symmetry.groups}
-        self.signs = {group.index: sign_vectors(symmetry, group) for group in symmetry.groups}
+        self.kinds = {group.index: compact(symmetry, group, common=True) for group in symmetry.groups}
+        self.signs = {group.index: sign_vectors(symmetry, group, common=True) for group in symmetry.groups}
         self.frames, self.weights = frames, weights
         self.behind: dict[int, Element] = {}
         super().__init__(symmetry, statistics, edge)
@@ -192,7 +192,7 @@ class ClassAscent(Ascent):
     def _blocks(self, unit: Unit) -> tuple[dict[int, Any], float]:
         found, value = super()._blocks(unit)
         for group in unit.inner:
-            element = inside(self.symmetry, group, found[group.index], self.kinds[group.index])
+            element = inside(group, found[group.index], self.kinds[group.index], self.signs[group.index])
             if self.kinds[group.index] is not Maps.PERMUTATION:
                 self.behind[group.index] = replace(element, index=None)
             still = np.repeat(np.arange(group.size)[None], group.outer, axis=0)

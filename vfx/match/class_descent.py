@@ -6,13 +6,14 @@ every step. The descent is that of weight matching, each group solved by its cla
 Linear Mode Connectivity for Transformers*, Theus et al. 2025, §4). The element found goes back to the first network's
 own scales: S₀⁻¹ g S₁. A midpoint does not depend on the common form that two networks are brought to.
 
-Inside the blocks of another group signs are matched that all sides of a group have in common.
+Inside the blocks of another group each pair of blocks has the best signs of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Element, Elements, Permutations, act, compose, identity, inverse
 from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
+from vfx.match.blocks import BlockGains
 from vfx.match.descent import Descent
 from vfx.match.matcher import Gain
-from vfx.match.solve import Signs, assign_signed, procrustes
+from vfx.match.solve import SignedOrders, Signs, assign_signed, assign_signed_pairs, procrustes
 from vfx.match.units import Unit, assign_pairs
 from vfx.program import Weights
 
@@ -36,25 +38,26 @@ ROUNDED = 1e-5  # of entries, up to which an element counts as the smaller one t
 STILL = 1e-10  # entries of a map that differ from the identity by no more
 
 
-def compact(symmetry: Symmetry, group: Group) -> Maps:
-    """What is left of a group's class between two balanced networks."""
+def compact(symmetry: Symmetry, group: Group, common: bool = False, running: bool = False) -> Maps:
+    """What is left of a group's class between two balanced networks; options as of ``sign_vectors``."""
     own = symmetry.classes[group.index]
     if own.scales is None:
         return own.kind if own.kind is Maps.ROTATIONS else own.kind & Maps.ORTHOGONAL
-    return Maps.SIGNED if any(sign_vectors(symmetry, group).values()) else Maps.PERMUTATION
+    return Maps.SIGNED if any(sign_vectors(symmetry, group, common, running).values()) else Maps.PERMUTATION
 
 
-def sign_vectors(symmetry: Symmetry, group: Group) -> dict[int, frozenset[int]]:
-    """The free signs whose product each side has, those of running statistics being positive.
+def sign_vectors(symmetry: Symmetry, group: Group, common: bool = False, running: bool = False) -> dict[int, Signs]:
+    """The free signs whose product each side has, those of running statistics being positive unless ``running``.
 
-    Inside blocks only signs that all sides have in common count.
+    With ``common`` only signs that all sides have in common count inside blocks.
     """
     own = symmetry.classes[group.index]
     if own.scales is None:
         return {}
-    found = {side: frozenset(vector) for side, vector in restrained(own.scales.signs, own.running, 2).items()}
+    still = () if running else own.running
+    found = {side: frozenset(vector) for side, vector in restrained(own.scales.signs, still, 2).items()}
     apart = {found.get(side.index, frozenset()) for side in own.sides if side.members}
-    return {} if group.parent is not None and len(apart) > 1 else found
+    return {} if common and group.parent is not None and len(apart) > 1 else found
 
 
 def solved(group: Group, gains: Gain, kind: Maps) -> tuple[Any, Gain]:
@@ -68,14 +71,15 @@ def solved(group: Group, gains: Gain, kind: Maps) -> tuple[Any, Gain]:
     return np.eye(group.size)[orders] * signs, values
 
 
-def inside(symmetry: Symmetry, group: Group, found: Any, kind: Maps) -> Element:
-    """The element of a group inside blocks from its orders, or maps, one for each block."""
+def inside(group: Group, found: Any, kind: Maps, vectors: Mapping[int, Signs]) -> Element:
+    """The element of a group inside blocks from its orders, or maps, one for each block; its sides' signs given."""
+    if isinstance(found, SignedOrders):
+        return Element(found.order, scales={side: found.behind(own) for side, own in vectors.items() if own})
     if kind.mixes:
         return Element(matrix=found)
     if kind is Maps.PERMUTATION:
         return Element(found)
-    sides = [side for side, own in sign_vectors(symmetry, group).items() if own]
-    return Element(np.abs(found).argmax(-1), scales=dict.fromkeys(sides, found.sum(-1)))
+    return Element(np.abs(found).argmax(-1), scales={side: found.sum(-1) for side, own in vectors.items() if own})
 
 
 def mixing(symmetry: Symmetry) -> bool:
@@ -125,15 +129,17 @@ def snapped(element: Element) -> Element:
 class ClassDescent(Descent):
     """A coordinate descent over the compact part of every group's class; both networks balanced.
 
-    ``frame`` is what balances the other network where that is not done yet.
+    ``frame`` is what balances the other network where that is not done yet. ``running``: sides on which a running
+    statistic stands have signs, too.
     """
 
     def __init__(
         self, symmetry: Symmetry, target: Weights, other: Weights, frame: Elements | None = None,
-        heads: frozenset[str] = frozenset(),
+        heads: frozenset[str] = frozenset(), running: bool = False,
     ):  # fmt: skip
         self.frame = frame or {}
-        self.kinds = {group.index: compact(symmetry, group) for group in symmetry.moving}
+        self.kinds = {group.index: compact(symmetry, group, running=running) for group in symmetry.moving}
+        self.signs = {group.index: sign_vectors(symmetry, group, running=running) for group in symmetry.moving}
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
         super().__init__(symmetry, target, other, heads)
@@ -146,9 +152,21 @@ class ClassDescent(Descent):
         """The element of permutations, those of groups whose channels are mixed left out."""
         return {index: Element(own) for index, own in permutations.items() if not self.kinds[index].mixes}
 
-    def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
+    def solve(self, group: Group, gains: Any) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""
-        return solved(group, gains, self.kinds[group.index])
+        return (
+            solved(group, gains, self.kinds[group.index])
+            if isinstance(gains, np.ndarray)
+            else assign_signed_pairs(gains)
+        )
+
+    def _as_asked(self, group: Group, gains: Mapping[Signs, Gain]) -> Any:
+        return gains if self.kinds[group.index] is Maps.SIGNED else super()._as_asked(group, gains)
+
+    @cached_property
+    def _block_gains(self) -> BlockGains:
+        signed = [g for g in self.symmetry.groups if g.parent is not None and self.kinds.get(g.index) is Maps.SIGNED]
+        return BlockGains(self.symmetry, {g.index: self.signs[g.index] for g in signed})
 
     def _best(self, group: Group, settled: set[int] | None) -> dict[int, Any]:
         kind = self.kinds[group.index]
@@ -174,7 +192,7 @@ class ClassDescent(Descent):
         if settled is not None:
             members = [m for m in members if self.groups_of[m.fqn] - {group.index} <= settled] or members
             settled.add(group.index)
-        vectors = sign_vectors(self.symmetry, group)
+        vectors = self.signs[group.index]
         gains: dict[Signs, Gain] = {}
         for member in members:
             for part in parts(self.symmetry, group, member):
@@ -184,7 +202,7 @@ class ClassDescent(Descent):
         return gains or {frozenset(): np.zeros((group.size, group.size))}
 
     def _signs_of_sides(self, group: Group, signs: Mapping[int, Matrix]) -> dict[int, Matrix]:
-        vectors = sign_vectors(self.symmetry, group)
+        vectors = self.signs[group.index]
         ones = np.ones(group.size)
         return {side: np.prod([signs.get(x, ones) for x in own], axis=0) for side, own in vectors.items() if own}
 
@@ -193,7 +211,7 @@ class ClassDescent(Descent):
             names = self._known(unit, names, settled)
         found = super()._best_in_blocks(unit, names, settled, sweep)
         result = {index: Element(own) for index, own in found.items()}
-        result |= {g.index: inside(self.symmetry, g, found[g.index], self.kinds[g.index]) for g in unit.inner}
+        result |= {g.index: inside(g, found[g.index], self.kinds[g.index], self.signs[g.index]) for g in unit.inner}
         blocks = found[unit.outer.index]
         for index, numbers in self._planes(unit, names).items():
             result[index] = planes.turned(numbers[np.arange(len(blocks)), blocks])

@@ -25,6 +25,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.elements import act, compose_permutations, permuted, still_permutations
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
+from vfx.match.solve import Signs
 from vfx.match.units import Unit, assign_pairs, assign_unit, units
 from vfx.match.universe import scored_names
 from vfx.program import Weights
@@ -189,8 +190,12 @@ class Descent:
         order = unit.inner if sweep % 2 else unit.inner[::-1]
         arrays = [(part, part.array(self.target), part.array(self.current)) for part in parts]
         outer = self._block_gains.outer(unit, arrays) + self._beside(unit, names)
-        gain = lambda g, orders: self._block_gains.inner(unit, g, orders, arrays)  # noqa: E731
+        gain = lambda g, orders: self._as_asked(g, self._block_gains.inner(unit, g, orders, arrays))  # noqa: E731
         return assign_unit(unit, outer, gain, order, self.solve)[0]
+
+    def _as_asked(self, group: Group, gains: Mapping[Signs, Gain]) -> Any:
+        """Gains of an inner group as ``solve`` takes them."""
+        return sum(gains.values())
 
     def _known(self, unit: Unit, names: set[str], settled: set[int]) -> set[str]:
         """The weights whose other groups are settled, or all."""

@@ -15,7 +15,9 @@ Beyond the compact classes there is no bounded maximum; networks are balanced fi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +25,31 @@ from vfx.analyse.classes import Maps, turning, turns
 from vfx.analyse.places import Index
 from vfx.match.matcher import Gain, assign
 
-Signs = frozenset[int]  # free signs whose product a side has
 ENUMERATED = 8  # free signs that are tried in all combinations
 UNSEEN = 1e-13  # share of the largest singular value that the identity counts
+Signs = frozenset[int]  # free signs whose product a side has
+
+
+@dataclass(frozen=True)
+class SignedOrders:
+    """Orders (…, size) and, by free sign, what stands behind them (…, size)."""
+
+    order: Index
+    signs: Mapping[int, Gain]
+
+    def __getitem__(self, where: Any) -> SignedOrders:
+        return SignedOrders(self.order[where], {x: own[where] for x, own in self.signs.items()})
+
+    def behind(self, signs: Signs) -> Gain:
+        """The product (…, size) of some signs."""
+        total = np.ones(self.order.shape)
+        for x in signs:
+            total = total * self.signs.get(x, 1.0)
+        return total
+
+    def matrix(self, signs: Signs) -> Gain:
+        """The map (…, size, size) of a side with some signs."""
+        return np.eye(self.order.shape[-1])[self.order] * self.behind(signs)[..., None]
 
 
 def procrustes(gain: Gain, kind: Maps = Maps.ORTHOGONAL) -> tuple[Gain, Gain]:
@@ -66,6 +90,21 @@ def assign_signed(gains: Mapping[Signs, Gain]) -> tuple[Index, dict[int, Gain]]:
     permutation = assign(value)[0]
     rows = np.arange(len(permutation))
     return permutation, {x: best[x][rows, permutation] for x in free}
+
+
+def assign_signed_pairs(gains: Mapping[Signs, Gain]) -> tuple[SignedOrders, Gain]:
+    """The same for each pair of blocks, gains (n, n, size, size), and what each pair gives (n, n)."""
+    count, _, size, _ = next(iter(gains.values())).shape
+    orders, values = np.empty((count, count, size), np.int64), np.empty((count, count))
+    signs = {x: np.ones(orders.shape) for x in sorted(set().union(*gains))}
+    for i, j in np.ndindex(count, count):
+        orders[i, j], found = assign_signed({own: gain[i, j] for own, gain in gains.items()})
+        for x, own in found.items():
+            signs[x][i, j] = own
+        rows = np.arange(size)
+        ones = {x: own[:, None] for x, own in found.items()}
+        values[i, j] = _signed({own: gain[i, j] for own, gain in gains.items()}, ones)[rows, orders[i, j]].sum()
+    return SignedOrders(orders, signs), values
 
 
 def _signed(gains: Mapping[Signs, Gain], signs: Mapping[int, float | Gain]) -> Gain:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ from vfx.match.class_descent import ClassDescent, between, beyond_permutations, 
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.rectangular import Bridge
+from vfx.match.universe import scored_names
 from vfx.program import Weights
+
+SAME = 1e-8  # of the squares of all weights: what two copies may differ by when they are matched
+ALIKE, AGREED = 0.1, 0.1  # up to which running variances, and squares of matched weights, may differ in copies
 
 Run = tuple[Elements, float, int]  # what an edge goes through, the objective and the number of sweeps
 
@@ -86,27 +91,94 @@ def _permuted(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
 
 def _in_classes(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
     symmetry = problem.symmetry
-    target = balance(symmetry, first, problem.apart)
-    balanced = act(symmetry, target, first)
+    usual, whole = _Balanced(problem, first), _Balanced(problem, first, running=True)
+    measured = any(own.running and own.scales for own in symmetry.classes.values())
 
     def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
-        frame = balance(symmetry, other, problem.apart)
-        runs = _runs(symmetry, balanced, other, starts, generator, frame, problem.heads)
-        return [(between(symmetry, target, frame, found), value, sweeps) for found, value, sweeps in runs]
+        runs = usual.match(other, starts, generator)
+        copy = whole.copies(other, generator) if measured else None
+        best = max(runs, key=lambda run: run[1])[0]
+        better = copy is not None and whole.disagreement(copy[0], other) < usual.disagreement(best, other) - SAME
+        return [copy] * len(runs) if copy is not None and better else runs
 
     return match
 
 
+class _Balanced:
+    """The first network in its balanced form, for others to be matched with it over their full classes.
+
+    What stands in front of a running statistic keeps its size, since merged statistics are measured anew; for copies
+    of the first network, which are merged exactly, it is balanced too (``running``).
+    """
+
+    def __init__(self, problem: Problem, first: Weights, running: bool = False):
+        self.problem, self.first, self.running = problem, first, running
+
+    @cached_property
+    def target(self) -> Elements:
+        return self._frame(self.first)
+
+    @cached_property
+    def balanced(self) -> Weights:
+        return act(self.problem.symmetry, self.target, self.first)
+
+    def _frame(self, weights: Weights) -> Elements:
+        return balance(self.problem.symmetry, weights, self.problem.apart, leaning=True, running=self.running)
+
+    def match(self, other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
+        """What brings another network to the first as it is, from each start."""
+        symmetry, frame = self.problem.symmetry, self._frame(other)
+        runs = _runs(symmetry, self.balanced, other, starts, generator, frame, self.problem.heads, self.running)
+        return [(between(symmetry, self.target, frame, found), value, sweeps) for found, value, sweeps in runs]
+
+    def copies(self, other: Weights, generator: np.random.Generator) -> Run | None:
+        """The same if the other network is a copy of the first, or nearly so, else None: they agree when matched.
+
+        No scale moves a running variance: that of a copy has the values of the first one's.
+        """
+        for name in self._variances:
+            one, two = (own[name].double().flatten().sort().values for own in (self.first, other))
+            if one.shape != two.shape or float((one - two).norm()) > ALIKE * float(one.norm()):
+                return None
+        (run,) = self.match(other, [None], generator)
+        return run if self.disagreement(run[0], other) <= AGREED else None
+
+    @cached_property
+    def _variances(self) -> list[str]:
+        """Running statistics that no scale moves."""
+        symmetry, found = self.problem.symmetry, dict[str, None]()
+        for group in symmetry.groups:
+            own = symmetry.classes[group.index]
+            scales = own.scales if own.running else None
+            for member in group.members if scales is not None else ():
+                sides = own.slots[member.fqn, member.dim][0].tolist()
+                moves = any(scales.magnitudes.get(x) or scales.signs.get(x) for x in sides)  # type: ignore[union-attr]
+                if member.fqn in symmetry.program.buffers and not moves:
+                    found[member.fqn] = None
+        return list(found)
+
+    def disagreement(self, element: Elements, other: Weights) -> float:
+        """Σ ‖W₀ − g W₁‖² over Σ ‖W₀‖², of the networks as they are."""
+        moved = act(self.problem.symmetry, element, other)
+        pairs = [(self.first[name].double(), moved[name].double()) for name in self._compared(other)]
+        whole = sum(float(one.square().sum()) for one, _ in pairs)
+        return sum(float((one - two).square().sum()) for one, two in pairs) / whole if whole else 0.0
+
+    def _compared(self, other: Weights) -> list[str]:
+        named = [name for name in scored_names(self.problem.symmetry) if name not in self.problem.apart]
+        return [name for name in named if self.first[name].shape == other[name].shape]
+
+
 def _runs(
     symmetry: Symmetry, first: Weights, other: Weights, starts: Iterable[Any], generator: np.random.Generator,
-    frame: Elements | None, heads: frozenset[str] = frozenset(),
+    frame: Elements | None, heads: frozenset[str] = frozenset(), running: bool = False,
 ) -> list[Run]:  # fmt: skip
     """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations.
 
     ``heads`` are not compared.
     """
     if frame is not None:
-        descent = ClassDescent(symmetry, first, other, frame, heads)
+        descent = ClassDescent(symmetry, first, other, frame, heads, running)
         return [descent.run(generator, start and descent.permuted(start)) for start in starts]
     runs = (Descent(symmetry, first, other, heads).run(generator, start) for start in starts)
     return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]
