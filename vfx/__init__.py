@@ -73,6 +73,9 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.passes.untie_weights import UntieWeights as UntieWeights
     from vfx.passes.use_batch_statistics import UseBatchStatistics as UseBatchStatistics
     from vfx.program import Program as Program
+    from vfx.pruning.allocation.allocation import Allocation as Allocation
+    from vfx.pruning.allocation.depth import Progressive as Progressive
+    from vfx.pruning.allocation.outliers import Outliers as Outliers
     from vfx.pruning.masks import make_permanent as make_permanent
     from vfx.pruning.scores.alps import ALPS as ALPS
     from vfx.pruning.scores.fisher import DiagonalFisher as DiagonalFisher
