@@ -328,6 +328,7 @@ def test_files_of_a_pruned_encoder_hold_the_named_output(suffix: str, tmp_path: 
         assert [output.name for output in onnx.load(path).graph.output] == ["logits"]
 
 
+@pytest.mark.filterwarnings("ignore::vfx.errors.ConfigNote")  # its pooler has the width of the stream
 def test_an_encoder_of_hugging_face_is_freed_by_what_counts() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 10}
