@@ -289,7 +289,8 @@ def test_what_outputs_are_decides_how_they_are_compared() -> None:
         "logits": lambda y: y,
         "probabilities": lambda y: y.softmax(1),
         "embedding": lambda y: nn.functional.normalize(y, dim=1),
-        "regression": lambda y: y.sigmoid(),
+        "multilabel": lambda y: y.sigmoid(),
+        "regression": lambda y: y.clamp(0, 1),
     }
     for kind, change in kinds.items():
         models = edges(lambda change=change: _Headed(change), x)
@@ -305,6 +306,20 @@ def test_what_outputs_are_decides_how_they_are_compared() -> None:
     goal = (outputs[0] + outputs[1]) / 2
     expected = (outputs[0] - goal).square().flatten(1).mean(1) / goal.var()
     close(other.divergence, float(expected.mean()), 1e-9)
+
+
+def test_yes_and_no_are_judged_by_their_logits() -> None:
+    x = images(12, 4, dtype=torch.float64)
+    models = edges(lambda: _Headed(lambda y: (3 * y).sigmoid()), x)
+    judge = Judge(trace(models, x[:2]), [0.3, 0.7], Prepared(([x],), (None,)))
+    with torch.no_grad():
+        logits = [3 * model.body(x.flatten(1)) for model in models]
+        p, q = (0.3 * logits[0] + 0.7 * logits[1]).sigmoid(), models[0](x)
+        expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+    close(judge.score([q]).divergence, float(expected), 1e-9)
+    assert abs(judge.score([p]).divergence) < 1e-9
+    sure = judge.score([(q > 0.5).double()]).divergence
+    assert judge.score([q]).divergence < sure < float("inf")
 
 
 def test_the_ensemble_of_classifiers_is_that_of_their_logits() -> None:

@@ -9,7 +9,8 @@ kind           taken for it by "auto"                                  value, th
 logits         all else                                                KL(p‖q), p = softmax Σ αᵢ fᵢ, q = softmax(β f)
 probabilities  rows that are positive and sum to one                   KL(p‖q), p ∝ Π fᵢ^αᵢ, q = f
 embedding      rows of length one                                      1 − cosine to Σ αᵢ fᵢ
-regression     a single column, or values that all lie in [0, 1]       squared error to Σ αᵢ fᵢ, relative to its spread
+multilabel     columns in (0, 1] that do not sum to one, as of sigmoid  Σ KL(p‖q) of yes or no, logit p = Σ αᵢ logit fᵢ
+regression     a single column, or values in [0, 1] with zeros         squared error to Σ αᵢ fᵢ, relative to its spread
 =============  ======================================================  ================================================
 
 The ensemble is that of the logits, which is the geometric mean of the probabilities: layers are solved for the mean of
@@ -45,8 +46,9 @@ EVERY, LIMIT = 3, 3000  # one sample in three is held out, of the first 3,000
 SEARCH = {"xatol": 1e-3}  # of log β
 ROUNDING = 1e-9  # differences of a score that say nothing
 LEAST = torch.finfo(torch.float32).tiny  # of probabilities whose logarithm is taken
+SURE = 2.0**-24  # how near to 0 or 1 a yes or no can come before its logarithm is taken: float32's rounding
 UNIT = 1e-3  # how far a row's length or sum may be from one
-Kind = Literal["auto", "logits", "probabilities", "embedding", "regression"]
+Kind = Literal["auto", "logits", "probabilities", "embedding", "multilabel", "regression"]
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,11 @@ def _ensemble(outputs: Sequence[Tensor], alphas: Sequence[float], kind: str) -> 
     """What the edges give together."""
     if kind == "probabilities":
         outputs = [x.clamp_min(LEAST).log() for x in outputs]
+    if kind == "multilabel":
+        outputs = [x.logit(SURE) for x in outputs]
     mean: Tensor = sum(a * x for a, x in zip(alphas, outputs))  # type: ignore[assignment]
+    if kind == "multilabel":
+        return mean.sigmoid()
     return mean.softmax(1) if kind in ("logits", "probabilities") else mean
 
 
@@ -206,7 +212,9 @@ def _kind(outputs: list[Tensor]) -> str:
         return "probabilities"
     if all(bool(((torch.linalg.vector_norm(x, dim=1) - 1).abs() < UNIT).all()) for x in rows):
         return "embedding"
-    return "regression" if inside else "logits"
+    if inside:  # a sigmoid is never zero; pictures and rectified values are
+        return "multilabel" if all(bool((x > 0).all()) for x in rows) else "regression"
+    return "logits"
 
 
 def _by_sample(values: Tensor) -> Tensor:
@@ -226,6 +234,13 @@ def _probabilities_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float 
     return _by_sample(ratio.sum(1)), None
 
 
+def _multilabel_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
+    losses = []
+    for p, q in ((expected, found), (1 - expected, 1 - found)):
+        losses.append(torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(SURE, 1)))
+    return _by_sample((losses[0] + losses[1]).sum(1)), None
+
+
 def _embedding_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
     return _by_sample(1 - torch.nn.functional.cosine_similarity(found, expected, dim=1)), None
 
@@ -238,6 +253,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, float | None]]] = {
     "logits": _logits_loss,
     "probabilities": _probabilities_loss,
     "embedding": _embedding_loss,
+    "multilabel": _multilabel_loss,
     "regression": _regression_loss,
 }
 

@@ -109,7 +109,7 @@ class Rewriting(Reading):
         Text("name"),
     )
     judge: Judging = keyword(
-        "auto", "What outputs are: auto, logits, probabilities, embedding or regression.", Text("text")
+        "auto", "What outputs are: auto, logits, probabilities, embedding, multilabel, regression.", Text("text")
     )
     normalize: str | Normalization | None = keyword("auto", text=Text("name", names=REPAIRS))
     dynamic_shapes: Any = keyword(DYNAMIC_BATCH)

@@ -76,8 +76,8 @@ def merge(
     None normalizes only; "auto" keeps what does best on held-out samples of ``data``: least squares, the
     normalizations, or an edge as it is, and gives way to a normalization that is named. ``follow``: the first layers
     (a number, or up to a module) follow one edge, ``follow_edge``, and the layers behind them are solved for the mean;
-    "auto" tries several. ``judge``: what outputs are, "logits", "probabilities", "embedding", "regression" or "auto",
-    or a function of a module whose result is the larger the better.
+    "auto" tries several. ``judge``: what outputs are, "logits", "probabilities", "embedding", "multilabel",
+    "regression" or "auto", or a function of a module whose result is the larger the better.
     ``normalize``: None, a name of ``vfx.normalize.catalogue.METHODS``, or a ``vfx.Normalization`` with options;
     "auto" keeps what does best on held-out samples of ``data``, and is None without data. ``preserve``: the first
     layers kept for each edge (PFM), a number 0…L or a module's name; ``join`` averages them before
