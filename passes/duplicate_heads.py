@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,9 @@ from vfx.duplication import call, own_weights, prefixes, product, weighted_sum
 from vfx.elements.parts import multiplied
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.operators import arguments, operator_of
+from vfx.options import HeadOutput
 from vfx.program import Execution, Program, Value, copy_node
 from vfx.rewrite import Pass, PassResult
-
-HeadOutput = Literal["list", "cat", "mean"]
 
 
 class DuplicateHeads(Pass[None]):

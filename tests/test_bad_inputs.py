@@ -17,7 +17,7 @@ from vfx.arguments import LEAST, check_argument
 from vfx.errors import ArgumentError, VfxError
 
 MADE_BY_VFX = {"Result", "Selection", "Program", "Matching", "Problem"}  # dataclasses that users are handed
-WITHOUT_ARGUMENTS = {"Pass", "Matcher", "Score", "Magnitude", "Random", "Transform", "LinearMatching"}
+WITHOUT_ARGUMENTS = {"Pass", "Matcher", "Score", "Allocation", "Magnitude", "Random", "Transform", "LinearMatching"}
 CHECKED_FIELDS = {"Normalization", "PartialMatching", "Reference"}
 
 
@@ -94,6 +94,8 @@ def _fitting(name: str, argument: str) -> Any:
     }  # fmt: skip
     if name == "Reconstruct" and argument == "references":
         return []
+    if argument == "symmetry":
+        return vfx.symmetry(_net(), X[:2])
     if argument == "like":
         return vfx.trace(_net(), X[:2])
     return known.get(argument, X[:2])

@@ -158,6 +158,7 @@ def test_files_and_figure(found: Any, tmp_path: Path) -> None:
     parsed = json.loads(found.to_json(tmp_path / "barrier.json"))
     assert parsed == json.loads((tmp_path / "barrier.json").read_text())
     assert parsed["curves"][0]["accuracy_barrier"] == found.curve(None, None).accuracy_barrier
-    assert "activation matching, repair" in str(found)
+    assert "activation" in str(found)
+    assert "repair" in str(found)
     figure = found.figure()
     assert len(figure.axes[0].get_lines()) == len(found.curves)

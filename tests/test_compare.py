@@ -14,8 +14,8 @@ import torch
 from conftest import edges, images
 from torch import nn
 
+import vfx.api.aligning
 import vfx.api.comparing
-import vfx.api.merging
 import vfx.api.sharing
 from vfx.api import compare
 from vfx.errors import ArgumentError
@@ -55,7 +55,7 @@ def test_statistics_are_collected_once_and_change_nothing(
     pair: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = _counted(monkeypatch, vfx.api.sharing, "collect")
-    own = _counted(monkeypatch, vfx.api.merging, "collect_statistics")
+    own = _counted(monkeypatch, vfx.api.aligning, "collect_statistics")
     together = _run(pair)
     assert (len(shared), len(own)) == (1, 0)
     monkeypatch.setattr(vfx.api.sharing.SharedStatistics, "given", lambda self, options: {})

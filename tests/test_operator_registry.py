@@ -31,7 +31,7 @@ EXCEPTIONS = {
     ("vfx/emit/pt2/rules.py", "sym_not sym_int sym_float"): "the same, of torch",
     ("vfx/emit/pt2/rules.py", "trunc ceil floor"): "the same, of math",
     ("vfx/emit/pt2/expressions.py", "integer positive nonnegative"): "what sympy may assume of a symbol",
-    ("passes/duplicate_heads.py", "list cat mean"): "how a user asks for the heads' outputs",
+    ("vfx/options.py", "list cat mean"): "how a user asks for the heads' outputs",
 }
 
 

@@ -55,6 +55,11 @@ def _solved(aligned: Program, x: Any = X, start: Program | None = None, **option
     return Reconstruct(aligned, x, **options)(start or Interpolate(options.get("weights"))(aligned))
 
 
+def _run(aligned: Program, start: Program, **options: Any) -> tuple[Program, Any]:
+    result = Reconstruct(aligned, X, progress=False, **options).run(start)
+    return result.program, result.record
+
+
 def _mean(values: Sequence[Tensor], shares: Sequence[float] | None = None) -> Tensor:
     shares = shares or [1 / len(values)] * len(values)
     return sum(share * value for share, value in zip(shares, values))  # type: ignore[return-value]
@@ -698,9 +703,8 @@ def _masked_start(aligned: Program, kept: float) -> tuple[Program, dict[str, Ten
 def test_masks_are_kept_exactly(ridge: float | None, kept: float) -> None:
     aligned = trace(edges(mixed, X), X[:2])
     start, masks = _masked_start(aligned, kept)
-    solve_ = Reconstruct(aligned, X, ridge=ridge, masks=masks, progress=False)
-    result = solve_(start)
-    ridges = {solved.node: solved.ridge for solved in solve_.solved}
+    result, solved = _run(aligned, start, ridge=ridge, masks=masks)
+    ridges = {one.node: one.ridge for one in solved}
     for layer, node in MASKED.items():
         name = f"{layer}.weight"
         assert not result.weights[0][name][~masks[name]].any()

@@ -166,7 +166,7 @@ def test_the_table_shows_groups_pins_and_unknown_operators() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "unknown"))
     text = str(groups)
     assert "1 symmetry groups, 4 channels" in text
-    assert "a.weight[0] out" in text
+    assert "written by a, a.bias; read by b" in text
     assert "unknown operator vfx_micro.turned.default: turned" in text
     assert "no rule for vfx_micro.turned.default" in text
 

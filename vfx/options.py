@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vfx.pruning.selection import Sparsity
     from vfx.statistics.collect import Statistics
 
+HeadOutput = Literal["list", "cat", "mean"]  # what comes out of several edges' heads
 DYNAMIC_BATCH: Any = "batch"  # marks that the batch varies and nothing else
 REPAIRS = ("auto", "none", "repair", "rescale", "rescale_average", "reshift", "reset")  # towards a network's statistics
 
@@ -147,9 +148,7 @@ class MergeOptions(Rewriting):
     budget: Mapping[str, float] | None = keyword(None)
     join: Join = keyword("preactivation", "preactivation or activation.", Text("text"))
     heads: int | str = keyword(0, "Last layers kept for each edge: a number, or a module's name.", Text("cut"))
-    head_output: Literal["list", "cat", "mean"] = keyword(
-        "list", "Outputs of the heads: list, cat or mean.", Text("text")
-    )
+    head_output: HeadOutput = keyword("list", "Outputs of the heads: list, cat or mean.", Text("text"))
     prepare: str | None = keyword(None, "Before matching: none, lift, balance, or remove_bias.", Text("name"))
     references: Sequence[nn.Module] = keyword(
         (), "Networks whose statistics are the goal, repeatable.", Text("files", ("--reference",))

@@ -10,6 +10,7 @@ import networkx as nx
 
 from vfx.analyse.groups import Group
 from vfx.analyse.symmetry import Symmetry
+from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.extras import needed_for
 from vfx.files import write_atomic
@@ -43,6 +44,7 @@ def to_networkx(symmetry: Symmetry) -> nx.MultiGraph:
     return graph
 
 
+@checked
 def draw(symmetry: Symmetry, path: str | Path) -> Path:
     """Write a picture (.png, .svg or .pdf): a row for each group, a column for each parameter in the graph's order.
 

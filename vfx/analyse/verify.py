@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry
+from vfx.arguments import checked
 from vfx.elements import Elements, act, random_element
 from vfx.operators import is_layer, operator_of, weight_name
 from vfx.program import Execution, Program, Weights, run
@@ -33,6 +34,7 @@ _ROUNDINGS = 100  # times the change by one rounding of each weight, which is no
 _RESOLVED = 1e-4  # of the spread: rounding that goes beyond shows that nothing is proved
 
 
+@checked
 @torch.no_grad()
 def verify(symmetry: Symmetry, seed: int = 0, without: tuple[Member, ...] = (), classes: str = "full") -> float:
     """Largest relative output error in float64 between the network and one moved by a random element.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from vfx.choice import Judging
 from vfx.errors import ArgumentError, PassError
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization
-from vfx.options import DYNAMIC_BATCH, MergeOptions
+from vfx.options import DYNAMIC_BATCH, HeadOutput, MergeOptions
 from vfx.program import Program
 from vfx.report import Stopwatch
 from vfx.rewrite import Pass
@@ -48,7 +48,7 @@ def merge(
     budget: Mapping[str, float] | None = None,
     join: Join = "preactivation",
     heads: int | str = 0,
-    head_output: Literal["list", "cat", "mean"] = "list",
+    head_output: HeadOutput = "list",
     prepare: str | None = None,
     references: Sequence[nn.Module] = (),
     statistics: Statistics | None = None,
