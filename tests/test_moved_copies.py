@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 import vfx
 from tests.conftest import close
-from vfx.analyse.balance import _leaning, _leaning_on, balance
+from vfx.analyse import balance as balance_module
+from vfx.analyse.balance import FEW_SWEEPS, _leaning, _leaning_on, balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import in_double, randomise
+from vfx.api import merge
 from vfx.elements import act, random_element
 from vfx.match.matcher import Matching, Problem
 from vfx.match.weight import WeightMatching
@@ -171,3 +174,23 @@ def test_forms_of_one_orbit_weigh_the_same() -> None:
     np.testing.assert_allclose(*norms, rtol=1e-7)
     plain = [[float(own[name].norm()) for name in own] for own in program.weights]
     assert np.abs(np.log(plain[0]) - np.log(plain[1])).max() > 0.01, "control: moved ones do not"
+
+
+def test_scales_that_do_not_settle_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With layers that stay apart in front of running statistics the balanced form may not exist."""
+    rounds: list[int] = []
+    steps = balance_module._Whole.steps
+
+    def counted(self: Any) -> Any:
+        rounds.append(1)
+        return steps(self)
+
+    monkeypatch.setattr(balance_module._Whole, "steps", counted)
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        first = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+        rest = [nn.Conv2d(6, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)]
+        models.append(nn.Sequential(*first, *rest).eval())
+    merge(models, torch.randn(2, 1, 8, 8), match="weight", preserve=2, normalize=None, solve=None, progress=False)
+    assert 2 * FEW_SWEEPS < len(rounds) < 4 * FEW_SWEEPS + 100

@@ -50,7 +50,7 @@ from vfx.program import Weights
 
 TOLERANCE = 1e-10  # of λ, in one sweep over all channels
 ROUNDED = 1e-5  # the same for weights of single precision
-SWEEPS = 2000
+SWEEPS, FEW_SWEEPS = 2000, 60  # at most; with running statistics, where what settles does so in about ten
 NEWTON, RIDGE = 20, 1e-12  # steps at most, and what is added to the second derivatives, a share of the largest
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 ROUNDS, IN_TURN = 200, 5  # of scales and invertible maps in turn, and of sweeps over the scales in each
@@ -73,7 +73,9 @@ def balance(
     moved = {m.fqn for g in symmetry.moving for m in g.members}.difference(apart)
     moved -= symmetry.program.buffers if running else set()
     own = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
-    return in_turn(symmetry, own, scales, pairs, leaning) if pairs else scales(own)
+    if pairs:
+        return in_turn(symmetry, own, scales, pairs, leaning)
+    return scales(own, FEW_SWEEPS if running else SWEEPS)
 
 
 def in_turn(
