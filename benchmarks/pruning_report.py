@@ -19,6 +19,7 @@ Cells = Mapping[str, Mapping[str, Any]]
 Curve = dict[float, float]  # sparsity -> accuracy in %
 HIGH = 0.8  # from here on a sparsity counts as high
 REPAIRS = {"none": "no repair", "64": "repair, 64", "256": "repair, 256", "solved": "solved"}
+COLORS = {"none": "#b0b0b0", "64": "#e69f00", "256": "#a06000", "solved": "#0072b2"}
 
 
 def curves(cells: Cells) -> dict[tuple[str, str], Curve]:
@@ -143,7 +144,8 @@ def draw(networks: Mapping[str, Any], path: Path) -> None:
                 curve = found.get((method, repair))
                 if curve:
                     style = ":" if repair == "256" else "-"
-                    axis.plot([100 * s for s in curve], list(curve.values()), style, label=label, linewidth=1.2)
+                    points = [100 * s for s in curve], list(curve.values())
+                    axis.plot(*points, style, label=label, color=COLORS[repair], linewidth=1.2)
             if not axis.lines:  # not measured
                 axis.axis("off")
                 continue
