@@ -18,10 +18,9 @@ from torch import Tensor
 
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
-from vfx.pruning.scores.hessian import layer_problem
-from vfx.pruning.scores.score import Pruned, Score, Select, Subject
+from vfx.pruning.scores.hessian import LayerProblem, LayerScore, layer_problem
+from vfx.pruning.scores.score import Pruned, Select, Subject
 from vfx.pruning.scores.sequential import one_by_one
-from vfx.pruning.selection import Selection
 from vfx.pruning.targets import Target
 from vfx.reconstruct.solve import within
 
@@ -29,7 +28,7 @@ PATIENCE = 3  # steps between looks at the support
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed, and what ρ is multiplied by
 
 
-class ALPS(Score):
+class ALPS(LayerScore):
     """Supports found by ADMM and the weights on them solved, each layer on what the pruned layers before it give it.
 
     ``rho`` is the first penalty, ``steps`` bounds the search, ``damping`` is added to the Hessian's unit diagonal.
@@ -39,10 +38,6 @@ class ALPS(Score):
     """
 
     name: ClassVar[str] = "alps"
-    needs_data: ClassVar[bool] = True
-    scope: ClassVar[str] = "layer"
-    protect: ClassVar[tuple[str, ...]] = ("head",)
-    layer_by_layer = True
 
     @checked
     def __init__(self, rho: float = 0.1, steps: int = 300, damping: float = 0.01):
@@ -50,22 +45,9 @@ class ALPS(Score):
             raise ArgumentError(f"rho={rho} and damping={damping} must be above 0 and steps={steps} at least 1")
         self.rho, self.steps, self.damping = rho, steps, damping
 
-    def check(self, selection: Selection) -> None:
-        if selection.scope == "global":
-            raise ArgumentError("score='alps' prunes layer by layer, and scope='global' compares all layers at once; "
-                                "choose scope 'layer', 'row' or a pattern such as 2:4")  # fmt: skip
-
-    def scores(self, subject: Subject) -> dict[str, Tensor]:
-        """|w| ‖x‖ on the network as it stands: what the search starts from."""
-        found: dict[str, Tensor] = {}
-
-        def look(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
-            problem = layer_problem(target, weight, values)
-            found[target.name] = problem.form.weight(problem.weight.abs() * _scale(problem.damped(self.damping)))
-            return torch.ones_like(weight, dtype=torch.bool), weight
-
-        one_by_one(subject, look)
-        return found
+    def layer_scores(self, problem: LayerProblem) -> Tensor:
+        """|w| ‖x‖: what the search starts from."""
+        return problem.form.weight(problem.weight.abs() * _scale(problem.damped(self.damping)))
 
     def prune(self, subject: Subject, select: Select) -> Pruned:
         def prune_one(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:

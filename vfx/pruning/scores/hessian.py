@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vfx.errors import PassError
+from vfx.errors import ArgumentError, PassError
+from vfx.pruning.scores.score import Score, Subject
+from vfx.pruning.scores.sequential import one_by_one
+from vfx.pruning.selection import Selection
 from vfx.pruning.targets import Target
 from vfx.reconstruct.forms import Form, form_of
 
@@ -44,3 +49,34 @@ def layer_problem(target: Target, weight: Tensor, values: list[Tensor]) -> Layer
         hessian = part if hessian is None else hessian.add_(part)
     assert hessian is not None
     return LayerProblem(form, hessian, form.matrix(weight).double())
+
+
+class LayerScore(Score):
+    """A score that prunes each layer by its Hessian, on what the pruned layers before it give it."""
+
+    needs_data: ClassVar[bool] = True
+    scope: ClassVar[str] = "layer"
+    protect: ClassVar[tuple[str, ...]] = ("head",)
+    layer_by_layer = True
+
+    @abstractmethod
+    def layer_scores(self, problem: LayerProblem) -> Tensor:
+        """A score for each weight of one layer, of the weight's shape."""
+
+    def check(self, selection: Selection) -> None:
+        if selection.scope == "global":
+            raise ArgumentError(
+                f"score={self.name!r} prunes layer by layer, and scope='global' compares all layers at once; choose "
+                "scope 'layer', 'row' or a pattern such as 2:4"
+            )
+
+    def scores(self, subject: Subject) -> dict[str, Tensor]:
+        """The scores of all layers on the network as it stands."""
+        found: dict[str, Tensor] = {}
+
+        def look(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+            found[target.name] = self.layer_scores(layer_problem(target, weight, values))
+            return torch.ones_like(weight, dtype=torch.bool), weight
+
+        one_by_one(subject, look)
+        return found

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
-from vfx.pruning.scores.hessian import LayerProblem, layer_problem
-from vfx.pruning.scores.score import Pruned, Score, Select, Subject
+from vfx.pruning.scores.hessian import LayerProblem, LayerScore, layer_problem
+from vfx.pruning.scores.score import Pruned, Select, Subject
 from vfx.pruning.scores.sequential import one_by_one
 from vfx.pruning.selection import Selection, lowest
 from vfx.pruning.targets import Target
 
 
-class SparseGPT(Score):
+class SparseGPT(LayerScore):
     """Optimal brain surgery column by column, each layer on what the pruned layers before it give it.
 
     ``block``: columns whose masks are chosen together. ``damping``: what is added to the Hessian's diagonal, as a share
@@ -34,10 +34,6 @@ class SparseGPT(Score):
     """
 
     name: ClassVar[str] = "sparsegpt"
-    needs_data: ClassVar[bool] = True
-    scope: ClassVar[str] = "layer"
-    protect: ClassVar[tuple[str, ...]] = ("head",)
-    layer_by_layer = True
 
     @checked
     def __init__(self, block: int = 128, damping: float = 0.01):
@@ -45,27 +41,11 @@ class SparseGPT(Score):
             raise ArgumentError(f"block={block} must be at least 1 and damping={damping} above 0")
         self.block, self.damping = block, damping
 
-    def check(self, selection: Selection) -> None:
-        if selection.scope == "global":
-            raise ArgumentError("score='sparsegpt' prunes layer by layer, and scope='global' compares all layers at "
-                                "once; choose scope 'layer', 'row' or a pattern such as 2:4")  # fmt: skip
-
-    def scores(self, subject: Subject) -> dict[str, Tensor]:
-        """w² / [H⁻¹]_cc on the network as it stands: what removing one weight alone costs."""
-        found: dict[str, Tensor] = {}
-
-        def look(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
-            found[target.name] = self._scores(layer_problem(target, weight, values))
-            return torch.ones_like(weight, dtype=torch.bool), weight
-
-        one_by_one(subject, look)
-        return found
-
     def prune(self, subject: Subject, select: Select) -> Pruned:
         def prune_one(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
             problem = layer_problem(target, weight, values)
             # How many weights go is a matter of the scope's size alone: any scores tell.
-            gone = ~problem.form.matrix(select({target.name: self._scores(problem)})[target.name])
+            gone = ~problem.form.matrix(select({target.name: self.layer_scores(problem)})[target.name])
             before = subject.kept.get(target.name)
             forced = torch.zeros_like(gone) if before is None else ~problem.form.matrix(before)
             kept, pruned = self._swept(problem, gone, forced, subject.selection)
@@ -74,8 +54,8 @@ class SparseGPT(Score):
 
         return one_by_one(subject, prune_one)
 
-    def _scores(self, problem: LayerProblem) -> Tensor:
-        """w² / [H⁻¹]_cc, of the weight's shape."""
+    def layer_scores(self, problem: LayerProblem) -> Tensor:
+        """w² / [H⁻¹]_cc: what removing one weight alone costs."""
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.damped(self.damping)))
         costs = problem.weight.square() / inverse.diagonal(dim1=1, dim2=2)[:, :, None]
         return problem.form.weight(costs)
