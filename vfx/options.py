@@ -84,6 +84,11 @@ def keywords(options: type) -> dict[str, Keyword]:
     return found
 
 
+def _solve() -> Any:
+    help = "Solve every layer by least squares on the data: auto (what does best), least_squares, none."
+    return keyword("auto", help, Text("name"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """What every call that reads data takes."""
@@ -104,11 +109,7 @@ class Reading:
 class Rewriting(Reading):
     """What merging and pruning share."""
 
-    solve: str | None = keyword(
-        "auto",
-        "Solve every layer by least squares on the data: auto (what does best), least_squares, none.",
-        Text("name"),
-    )
+    solve: str | None = _solve()
     judge: Judging = keyword(
         "auto", "What outputs are: auto, logits, probabilities, embedding, multilabel, regression.", Text("text")
     )
@@ -215,11 +216,7 @@ class StructuredOptions(Rewriting):
 class RepairOptions(Reading):
     """The keywords of ``vfx.repair``."""
 
-    solve: str | None = keyword(
-        "auto",
-        "Solve every layer by least squares on the data: auto (what does best), least_squares, none.",
-        Text("name"),
-    )
+    solve: str | None = _solve()
     method: str | Normalization = keyword(
         "auto", "auto, repair, rescale, rescale_average, reshift or reset.",
         Text("text", names=("auto", "none"), catalogue=("normalize/catalogue.py", "METHODS")),
