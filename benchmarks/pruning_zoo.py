@@ -36,10 +36,10 @@ from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import symmetry
 from vfx.analyse.verify import in_double, randomise
 from vfx.api import trace
+from vfx.capture.outputs import named_tensors
 from vfx.emit.files import export
 from vfx.emit.module import graph_module
 from vfx.files import write_atomic
-from vfx.outputs import named_tensors
 from vfx.program import Program
 
 EXACT = 1e-6

@@ -21,7 +21,7 @@ from vfx.analyse.groups import Group
 from vfx.analyse.slots import Slots, nullspace
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import _random_input, function_error, in_double, randomise, verify
-from vfx.capture import capture
+from vfx.capture.capture import capture
 from vfx.elements import Element, act, check_elements, permuted, random_element, random_permutations
 from vfx.elements.parts import mapped, parts
 from vfx.errors import ArgumentError

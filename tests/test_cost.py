@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vfx
 from vfx.analyse.contractions import einsum
 from vfx.analyse.cost import Profile, cost
-from vfx.capture import capture as trace
+from vfx.capture.capture import capture as trace
 from vfx.errors import ArgumentError, OutputError
 from vfx.files import write_atomic
 from vfx.models import resnet20_bn, vgg16, vgg16_bn, vgg16_ln

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vfx
 from vfx.analyse.symmetry import symmetry
 from vfx.analyse.verify import verify
-from vfx.capture import capture
+from vfx.capture.capture import capture
 
 EXACT = 1e-10
 

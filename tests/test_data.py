@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vfx.capture.signature import Call
 from vfx.data import ImageFolder, cifar10, cifar100, digits, fashion_mnist, mnist, preprocessing, read, text_file
 from vfx.data.mnist import FASHION_MNIST
 from vfx.data.pickles import read_arrays
 from vfx.errors import ArgumentError, DataError
-from vfx.signature import Call
 
 IMAGE = torch.zeros(2, 3, 16, 16)
 

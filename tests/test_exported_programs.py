@@ -26,7 +26,9 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 from typer.testing import CliRunner
 
-from vfx.capture import capture
+from vfx.capture.capture import capture
+from vfx.capture.exporting import exported
+from vfx.capture.signature import Call
 from vfx.cli import app
 from vfx.data.arrays import read_inputs
 from vfx.emit.files import export, load
@@ -34,8 +36,6 @@ from vfx.emit.module import graph_module
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.pt2.expressions import checked_expression
 from vfx.errors import ArgumentError, CaptureError, CheckpointError
-from vfx.exporting import exported
-from vfx.signature import Call
 
 MODEL = "archive/models/model.json"
 WEIGHTS = "archive/data/weights/model_weights_config.json"

@@ -14,7 +14,7 @@ import vfx
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import verify
-from vfx.capture import capture
+from vfx.capture.capture import capture
 
 EXACT = 1e-10
 

@@ -28,11 +28,11 @@ from typer.testing import CliRunner
 from vfx import cli
 from vfx.analyse.verify import verify
 from vfx.api import collect, compile, layers, merge, profile, repair, symmetry, trace
+from vfx.capture.outputs import named_tensors, plain
 from vfx.emit.files import export, load
 from vfx.emit.module import difference, emit, graph_module, own_class
 from vfx.errors import ArchitectureError, ArgumentError, CaptureError, DataError
 from vfx.operators import operator
-from vfx.outputs import named_tensors, plain
 from vfx.program import Program, casts
 from vfx.rewrite import outputs_error
 
@@ -394,7 +394,7 @@ def test_contexts_that_change_no_value_are_inlined(forward: Any, exported: bool)
     batch = {0: torch.export.Dim("batch", min=1)}
     program = trace(model, torch.randn(2, 5))
     if exported:  # with gradients on, torch.export keeps no_grad as a nested graph
-        from vfx.capture import capture
+        from vfx.capture.capture import capture
 
         whole = torch.export.export(model, (torch.randn(2, 5),), dynamic_shapes=(batch,), strict=False)
         program = capture(whole, torch.randn(2, 5))

@@ -19,7 +19,7 @@ from vfx.analyse.classes import Maps
 from vfx.analyse.slots import Lowering, Slots
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import verify
-from vfx.capture import capture
+from vfx.capture.capture import capture
 from vfx.operators import PERMUTATION, REGISTRY, Operator, arguments, defaults, operator, operator_of
 from vfx.program import Program
 

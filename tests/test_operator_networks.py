@@ -20,7 +20,7 @@ from torchvision.ops import deform_conv2d
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import verify
-from vfx.capture import capture
+from vfx.capture.capture import capture
 from vfx.errors import PassError
 from vfx.operators import REGISTRY, UNKNOWN, Operator, operator_of
 from vfx.program import Facts, Program

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from vfx import cli
 from vfx.analyse.verify import verify
 from vfx.api import compare, compile, merge, prune, prune_structured, repair, symmetry, trace
+from vfx.capture.outputs import named_tensors, selected
 from vfx.diagnosis.diagnose import diagnose
 from vfx.elements import act, permuted, random_permutations
 from vfx.emit.files import export, load
 from vfx.errors import ArgumentError
-from vfx.outputs import named_tensors, selected
 
 X = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 QUIET: dict[str, Any] = {"progress": False}

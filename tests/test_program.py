@@ -11,7 +11,7 @@ from micro_models import MICRO, Micro, conv, net
 from torch import Tensor, nn
 
 from vfx.api import trace
-from vfx.capture import capture
+from vfx.capture.capture import capture
 from vfx.program import run, schedule
 
 

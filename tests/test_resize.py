@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import in_double, randomise
-from vfx.capture import capture
+from vfx.capture.capture import capture
 from vfx.emit.module import graph_module
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Goal, Program

@@ -19,7 +19,7 @@ from vfx.analyse.drawing import draw, to_networkx
 from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved, relative_error, verify
-from vfx.capture import capture as trace
+from vfx.capture.capture import capture as trace
 from vfx.elements import Element, act, inverse_permutations, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.models import MODELS

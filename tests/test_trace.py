@@ -14,7 +14,7 @@ from conftest import close
 from micro_models import MICRO, Micro, conv, net, parameter
 from torch import Tensor, nn
 
-from vfx.capture import capture as trace
+from vfx.capture.capture import capture as trace
 from vfx.errors import ArgumentError, CaptureError
 from vfx.operators import operator
 from vfx.program import Program

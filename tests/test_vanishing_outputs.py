@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import vfx
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import function_error, relative_error, verify
-from vfx.capture import capture
+from vfx.capture.capture import capture
 from vfx.rewrite import PRESERVED
 
 

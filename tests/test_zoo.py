@@ -25,7 +25,7 @@ from benchmarks.zoo import markdown, networks, passes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import verify
 from vfx.api import trace
-from vfx.capture import capture
+from vfx.capture.capture import capture
 
 EXACT = 1e-10
 

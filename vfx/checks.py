@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.analyse.verify import is_defined
+from vfx.capture.exporting import structural_copy
+from vfx.capture.outputs import plain
 from vfx.errors import ArchitectureError, ArgumentError, CaptureError, DataError, WeightError
-from vfx.exporting import structural_copy
-from vfx.outputs import plain
 from vfx.program import Program, frozen_mask
 from vfx.rewrite import outputs_error
 

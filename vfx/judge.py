@@ -37,7 +37,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vfx.outputs import named_tensors
+from vfx.capture.outputs import named_tensors
 from vfx.program import Program
 from vfx.statistics.data import Prepared
 from vfx.statistics.labels import PADDING, outside

@@ -19,10 +19,10 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from vfx.capture.outputs import plain, selected
+from vfx.capture.signature import Call, Signature, has_batch
 from vfx.errors import ArgumentError
 from vfx.operators import arguments, entry_of, in_place, is_in_place, operator_of
-from vfx.outputs import plain, selected
-from vfx.signature import Call, Signature, has_batch
 
 Weights = Mapping[str, Tensor]
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 import torch
 
 from vfx.analyse.verify import relative_error, trial
+from vfx.capture.outputs import named_tensors
 from vfx.errors import PassError, VerificationError
-from vfx.outputs import named_tensors
 from vfx.program import Facts, Program, in_precision
 
 STALE = "the statistics known of the layers are those of before; run Align with data behind it to normalize"

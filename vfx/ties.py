@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from vfx.capture.exporting import structural_copy
 from vfx.errors import ArchitectureError
-from vfx.exporting import structural_copy
 
 
 def ties(model: nn.Module) -> dict[str, str]:

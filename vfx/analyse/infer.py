@@ -15,8 +15,8 @@ from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.routed import kept, read, release
 from vfx.analyse.rules import rule_of
 from vfx.analyse.shapes import Shape
+from vfx.capture.outputs import spelled_tensors
 from vfx.operators import arguments, operator_of
-from vfx.outputs import spelled_tensors
 from vfx.program import BATCH, Program, Value, is_empty
 
 MODEL_INPUT, MODEL_OUTPUT = "model input", "model output"

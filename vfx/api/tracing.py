@@ -15,11 +15,11 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api.results import Result
 from vfx.arguments import checked
-from vfx.capture import capture
+from vfx.capture.capture import capture
+from vfx.capture.exporting import DYNAMIC_BATCH
 from vfx.checks import check_edges, check_finite, check_heads, check_same_function, masks_of
 from vfx.complex_numbers import real_parts
 from vfx.errors import ArgumentError
-from vfx.exporting import DYNAMIC_BATCH
 from vfx.program import Program
 from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from vfx.signature import Call
+    from vfx.capture.signature import Call
 
 
 def cut_of(text: str) -> int | str:
@@ -48,7 +48,7 @@ def examples_of(texts: list[str], model: str = "") -> Call:
     """The call of forward that ``--input`` describes, with random values; without it what ``model`` usually takes."""
     import torch
 
-    from vfx.signature import Call
+    from vfx.capture.signature import Call
 
     check_network(None, (), texts)
     if not texts:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vfx.address import Address, address, check_options
+from vfx.capture.signature import Call, as_call
 from vfx.data.arrays import read_batches, read_labelled
 from vfx.data.batches import Mapped, in_batches
 from vfx.data.cifar import cifar10, cifar100
@@ -20,7 +21,6 @@ from vfx.data.preprocessing import preprocessing
 from vfx.data.text import text_file
 from vfx.errors import ArgumentError, DataError
 from vfx.imports import is_code, load_object
-from vfx.signature import Call, as_call
 
 
 @dataclass(frozen=True)

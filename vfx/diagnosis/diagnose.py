@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vfx.analyse.verify import preserved
 from vfx.api import Result, symmetry, trace
 from vfx.arguments import checked
+from vfx.capture.signature import as_call
 from vfx.diagnosis.compare import compare
 from vfx.diagnosis.diagnosis import Diagnosis, Logits
 from vfx.diagnosis.rows import LayerRow, overall
@@ -23,7 +24,6 @@ from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.report import Report
 from vfx.rewrite import PRESERVED
-from vfx.signature import as_call
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches, reusable
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vfx.capture.exporting import structural_copy
 from vfx.diagnosis.observe import first_output
 from vfx.errors import ArgumentError, DataError
-from vfx.exporting import structural_copy
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.labels import NAMES, check_classes

@@ -23,14 +23,14 @@ from torch.nn.functional import nll_loss
 
 from vfx.analyse.cost import cost
 from vfx.arguments import checked
-from vfx.capture import capture
+from vfx.capture.capture import capture
+from vfx.capture.signature import as_call
 from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilities
 from vfx.diagnosis.decisions import ensemble as together
 from vfx.emit.onnx_network import OnnxNetwork
 from vfx.errors import ArgumentError, CaptureError
 from vfx.program import Program
 from vfx.progress import track
-from vfx.signature import as_call
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import PADDING
 from vfx.terminal import rendered

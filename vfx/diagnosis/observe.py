@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vfx.capture.outputs import named_tensors
 from vfx.complex_numbers import real_parts
 from vfx.diagnosis.taps import Key, Tap
-from vfx.outputs import named_tensors
 from vfx.program import Execution, Program
 from vfx.statistics.moments import Moments, batch_moments
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from vfx.signature import Argument, Leaf, Signature, key_of, require_constant
+from vfx.capture.signature import Argument, Leaf, Signature, key_of, require_constant
 
 
 class Constant(nn.Module):

@@ -20,7 +20,9 @@ from torch import Tensor, fx, nn
 
 from vfx.archives import check_held
 from vfx.arguments import checked
-from vfx.capture import capture
+from vfx.capture.capture import capture
+from vfx.capture.exporting import DYNAMIC_BATCH, captured_shapes, exported
+from vfx.capture.signature import Call, as_call, batched_call, in_order
 from vfx.checks import check_finite, check_storage, masks_of
 from vfx.emit.checkpoints import choose, filled, in_dtype
 from vfx.emit.module import graph_module
@@ -28,12 +30,10 @@ from vfx.emit.provenance import provenance
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
-from vfx.exporting import DYNAMIC_BATCH, captured_shapes, exported
 from vfx.extras import needed_for
 from vfx.files import check_writable, write_atomic
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
-from vfx.signature import Call, as_call, batched_call, in_order
 from vfx.wrappers import plain_model
 
 

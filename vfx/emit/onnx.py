@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vfx.capture.exporting import DYNAMIC_BATCH, EXPORTING, exported
+from vfx.capture.outputs import named_tensors, plain
+from vfx.capture.signature import Call, has_batch
 from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_pair
 from vfx.errors import ArgumentError, VerificationError
-from vfx.exporting import DYNAMIC_BATCH, EXPORTING, exported
 from vfx.extras import needed_for
 from vfx.files import drafts_beside
-from vfx.outputs import named_tensors, plain
-from vfx.signature import Call, has_batch
 
 with needed_for("ONNX"):
     import onnx

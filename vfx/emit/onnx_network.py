@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vfx.capture.signature import Call
 from vfx.emit.files import load
 from vfx.errors import ArgumentError, CheckpointError
 from vfx.extras import needed_for
-from vfx.signature import Call
 
 BATCH = 2  # where the file leaves a size open
 _DTYPES = {

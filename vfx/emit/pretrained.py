@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from vfx import __version__
 from vfx.address import address
 from vfx.arguments import checked
+from vfx.capture.outputs import named_tensors
 from vfx.emit.files import export, load, safetensors_of
 from vfx.emit.own_class import own_tensors
 from vfx.emit.own_config import config_changes, has_config, put_config
@@ -29,7 +30,6 @@ from vfx.emit.provenance import provenance
 from vfx.emit.tensors import read_safetensors
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
 from vfx.files import check_writable, make_folder, write_atomic
-from vfx.outputs import named_tensors
 from vfx.program import Program
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file

@@ -28,13 +28,13 @@ from torch import Tensor, fx
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
+from vfx.capture.outputs import named_tensors
 from vfx.elements import Permutations, act, identity, permuted, random_permutations
 from vfx.errors import ArgumentError, DataError
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, scored_names
 from vfx.operators import arguments, operator_of
-from vfx.outputs import named_tensors
 from vfx.program import Program, Weights, copy_graph, run
 from vfx.progress import track
 from vfx.statistics.data import Batches

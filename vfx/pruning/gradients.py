@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vfx.capture.outputs import named_tensors
 from vfx.errors import ArgumentError, DataError, PassError
-from vfx.outputs import named_tensors
 from vfx.program import run
 from vfx.progress import track
 from vfx.pruning.scores.score import Subject

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from vfx.analyse.groups import Group
 from vfx.analyse.symmetry import Symmetry
+from vfx.capture.outputs import named_tensors
 from vfx.errors import ArgumentError
-from vfx.outputs import named_tensors
 from vfx.program import Program, run
 from vfx.pruning.second_moments import SecondMoments
 from vfx.statistics.data import Batches

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vfx.capture.signature import Argument
 from vfx.errors import ArgumentError, DataError
 from vfx.program import Program
-from vfx.signature import Argument
 from vfx.statistics.labels import integer_labels, unread
 
 BATCH_SIZE = 128  # for data given as one tensor

@@ -23,11 +23,11 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import constants as layout
 
 from vfx.archives import open_archive
+from vfx.capture.exporting import EXPORTING, kept_back
 from vfx.emit.pt2.records import read_record
 from vfx.emit.pt2.rules import RULES
 from vfx.emit.pt2.tensors import read_pickled_tensors, read_samples, read_tensors
 from vfx.errors import ArgumentError, CheckpointError, VfxError
-from vfx.exporting import EXPORTING, kept_back
 
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|\.data/(version|serialization_id|\w+)|models/\w+\.json|extra/.*"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._export.serde import schema
 
-from vfx.contexts import CONTEXTS
+from vfx.capture.contexts import CONTEXTS
 from vfx.emit.pt2.expressions import SYMBOL, checked_expression
 from vfx.errors import CheckpointError
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from vfx.capture.outputs import plain
+from vfx.capture.signature import Call, batch_size, has_batch
 from vfx.errors import CaptureError
 from vfx.options import DYNAMIC_BATCH
-from vfx.outputs import plain
 from vfx.program import Program
-from vfx.signature import Call, batch_size, has_batch
 
 EXPORTING = threading.RLock()  # torch.export keeps what it does in module globals: one thread at a time
 VALUES = (

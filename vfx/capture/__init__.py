@@ -1,0 +1,1 @@
+"""``nn.Module`` to Program, through one ``torch.export`` capture. See README.md beside this file."""
