@@ -20,12 +20,12 @@ from torch import Tensor, fx
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, number_layers
 from vfx.arguments import checked
-from vfx.duplication import call, own_weights, prefixes, product, weighted_sum
+from vfx.duplication import call, own_values, own_weights, prefixes, product, weighted_sum
 from vfx.elements.parts import multiplied
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.operators import arguments, operator_of
 from vfx.options import HeadOutput
-from vfx.program import Execution, Program, Value, copy_node
+from vfx.program import Program, Value, copy_node
 from vfx.rewrite import Pass, PassResult
 
 
@@ -100,7 +100,7 @@ class _Duplicator:
         self.channel = {layer.node: layer.channel for layer in number_layers(program)}
 
     def build(self) -> fx.Graph:
-        values = [_values(self.program, edge, self.cut) for edge in range(len(self.alphas))]
+        values = [own_values(self.program, edge, self.cut.branch) for edge in range(len(self.alphas))]
         for node in self.program.graph.nodes:
             if node.op == "output":
                 self.graph.output(self._outputs(node.args[0]))
@@ -220,29 +220,3 @@ def _input_weight(
         return None
     readers = [user for n in graph.nodes if n.op == "get_attr" and n.target == weight.target for user in n.users]
     return str(weight.target) if len(readers) == 1 else None
-
-
-def _values(program: Program, edge: int, cut: Cut) -> dict[fx.Node, Any]:
-    """Shapes of one edge's head: those of the capture, with the sizes that its own weights give."""
-    read = {str(a.target) for node in cut.branch for a in node.all_input_nodes if a.op == "get_attr"}
-    weights = program.weights
-    if all(weights[edge][name].shape == weights[0][name].shape for name in read):
-        return {node: node.meta.get("val") for node in cut.branch}
-    run = Execution(program.graph, weights[edge], program.flatten(program.example_inputs))
-    found = {}
-    with torch.no_grad():
-        while run.position < len(run.plan):
-            node, value = run.step()
-            if node in cut.branch:
-                found[node] = _resized(node.meta.get("val"), value)
-    return found
-
-
-def _resized(value: Any, actual: Any) -> Any:
-    """A captured shape with its plain sizes replaced by those of a tensor; symbols (the batch) stay."""
-    if isinstance(value, Value) and isinstance(actual, Tensor):
-        shape = (now if isinstance(old, int) else old for old, now in zip(value.shape, actual.shape))
-        return replace(value, shape=tuple(shape))
-    if isinstance(value, (list, tuple)):
-        return [_resized(old, now) for old, now in zip(value, actual)]
-    return value

@@ -186,6 +186,26 @@ def test_compare_writes_table_and_plot(checkpoints: list[str], tmp_path: Path) -
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare_judges_each_head_on_its_own_data(checkpoints: list[str], tmp_path: Path) -> None:
+    inputs = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    asked, report = (
+        ["compare", *checkpoints, *MODEL, "--heads", "1", "-g", "solve=none", "--no-latency"],
+        tmp_path / "c",
+    )
+    for task in (0, 1):
+        np.savez(tmp_path / f"{task}.npz", inputs=inputs, labels=np.arange(16) % 10)
+        asked += ["--evaluate", str(tmp_path / f"{task}.npz")]
+    invoke(*asked, "--data", str(tmp_path / "0.npz"), "--json", str(report.with_suffix(".json")))
+    facts = json.loads(report.with_suffix(".json").read_text())
+    assert (facts["target"], facts["samples"]) == ("labels", 32)
+    edge, other, _, merged = facts["points"]
+    assert len(merged["each"]) == 2
+    assert merged["accuracy"] == pytest.approx(sum(merged["each"]) / 2, rel=1e-12)
+    assert merged["params"] > edge["params"] == other["params"] == 1
+    with pytest.raises(ArgumentError, match="once for each of 2 checkpoints"):
+        invoke(*asked, "--evaluate", "digits")
+
+
 def test_prune_reads_labels_and_writes_the_result(checkpoints: list[str], tmp_path: Path) -> None:
     data, report = tmp_path / "calibration.npz", tmp_path / "p.json"
     generator = np.random.default_rng(0)

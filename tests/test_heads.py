@@ -20,7 +20,8 @@ from vfx.passes.transform import Transform
 
 import vfx
 from vfx.api import compile, layers, merge, trace
-from vfx.errors import ArchitectureError, ArgumentError
+from vfx.data import tasks
+from vfx.errors import ArchitectureError, ArgumentError, DataError
 from vfx.program import Program
 
 X = images(24, 8, dtype=torch.float64)
@@ -178,3 +179,66 @@ def test_no_heads_change_nothing() -> None:
     assert DuplicateHeads(0)(program) is program
     result = compile(program, passes=[Align("weight"), DuplicateHeads(1), Interpolate()])
     assert np.allclose([y.shape[1] for y in result.module(X)], 3)
+
+
+def _tasks() -> tuple[list[nn.Module], list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Networks of 3 and of 5 classes, and labels of each that it finds right for all samples but its first two."""
+    models = [network(lambda c=c: lively(c), X, seed=c) for c in (3, 5)]
+    parts: list[list[tuple[Tensor, Tensor]]] = []
+    for model in models:
+        with torch.no_grad():
+            model.fc.bias -= model(X).mean(0)
+        labels = model(X).argmax(1)
+        assert len(labels.unique()) > 1
+        labels[:2] = (labels[:2] + 1) % 3
+        parts.append(list(zip(X.split(10), labels.split(10))))
+    return models, parts[0], parts[1]
+
+
+def test_networks_with_other_classes_are_compared_by_task() -> None:
+    models, first, second = _tasks()
+    grid = {"heads": [1, "fc", 0], "solve": [None], "match": [None]}
+    asked = {"grid": grid, "latency": False, "progress": False}
+    found = vfx.compare(models, X[:2], data=X, evaluate=tasks(first, second), normalize=None, weights=0.0, **asked)
+    assert (found.target, found.samples) == ("labels", 48)
+    edge, other, together, kept, named, none = found
+    assert edge.accuracy == other.accuracy == together.accuracy == 22 / 24
+    assert together.each == (22 / 24, 22 / 24)
+    sizes = [sum(x.numel() for x in model.parameters()) for model in models]
+    assert other.params == pytest.approx(sizes[1] / sizes[0], rel=1e-12)
+    alone = vfx.profile(models[1], X[:2]).ratio(vfx.profile(models[0], X[:2]))
+    assert (other.params, other.flops) == (alone["params"], alone["flops"])
+    assert kept.each[0] == 22 / 24  # all weight lies on the first edge, whose head reads its own features
+    assert kept.each[1] == pytest.approx(
+        sum(int((merge(models, X[:2], heads=1, weights=0.0, match=None, normalize=None, solve=None, progress=False)
+                 .module(x)[1].argmax(1) == y).sum()) for x, y in second) / 24
+    )  # fmt: skip
+    assert (named.accuracy, named.each) == (kept.accuracy, kept.each)
+    assert none.accuracy is None
+    assert "heads" in none.error
+    joined = vfx.compare(
+        models, X[:2], evaluate=tasks(first, second), normalize=None, weights=0.0, head_output="cat", **asked
+    )
+    assert joined.points[3].each == kept.each
+    assert "| edge 1 | 91.67" in found.to_markdown()
+    assert "| all edges | 91.67 (91.67 / 91.67) |" in found.to_markdown()
+
+
+def test_labels_of_other_classes_are_not_guessed() -> None:
+    """Labels that say not whose classes they are leave the edges' own decisions; the control has other weights."""
+    models, first, _ = _tasks()
+    asked = {"grid": {"heads": [1], "match": [None]}, "normalize": None, "solve": None, "latency": False}
+    found = vfx.compare(models, X[:2], evaluate=first, weights=0.0, progress=False, **asked)
+    assert found.target == "edges"
+    assert "vfx.data.tasks" in found.note
+    assert found.note in found.to_markdown()
+    assert found.points[3].each[0] == 1.0
+    assert found.points[3].loss is None
+    control = vfx.compare(models, X[:2], evaluate=first, weights=1.0, progress=False, **asked)
+    assert control.points[3].each[1] == 1.0
+    assert control.points[3].each[0] < 1.0
+    wrong = tasks(first, [(x, torch.full_like(y, 7)) for x, y in first])
+    with pytest.raises(DataError, match="none of the 5 classes"):
+        vfx.compare(models, X[:2], evaluate=wrong, progress=False, **asked)
+    with pytest.raises(DataError, match="task 0"):
+        list(tasks([X], [X]))

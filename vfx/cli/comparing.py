@@ -9,7 +9,8 @@ import typer
 
 from vfx.cli.app import app
 from vfx.cli.early import check_network
-from vfx.cli.inputs import data_of, examples_of, grid_of, load_all, load_network, option_values, required
+from vfx.cli.inputs import cut_of, data_of, examples_of, grid_of, load_all, load_network, option_values, required
+from vfx.cli.keywords import option_of
 from vfx.cli.options import (
     MODELS,
     Arguments,
@@ -27,6 +28,7 @@ from vfx.cli.options import (
 from vfx.cli.results import check_outputs, picture, put, short_names, tell
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
+from vfx.options import MergeOptions
 
 
 @app.command()
@@ -38,8 +40,13 @@ def compare(
     entry: Entry = None,
     data: Data = None,
     evaluate: Annotated[
-        str | None, typer.Option(help="What is measured on, with labels if it has any; like --data (the default).")
+        list[str] | None,
+        typer.Option(
+            help="What is measured on, with labels if it has any; like --data (the default). Given once for each "
+            "checkpoint: data whose labels are that network's classes."
+        ),
     ] = None,
+    heads: Annotated[str, option_of(MergeOptions, "heads")] = "0",
     grid: Annotated[
         list[str] | None,
         typer.Option("--grid", "-g", help="Values to try of an option of merge or prune: preserve=0,4,8; repeatable."),
@@ -65,7 +72,10 @@ def compare(
     if draw is not None:
         check_writable(draw, (".png",))
     check_network(model, checkpoints, inputs)
-    tried, fixed, source = grid_of(grid), option_values(options), required(evaluate or data)
+    tried, fixed = grid_of(grid), option_values(options)
+    fixed |= {"heads": cut_of(heads)} if heads != "0" else {}
+    sources = evaluate or [required(data)]
+    _check_sources(sources, checkpoints)
     from vfx import api
 
     networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
@@ -73,7 +83,7 @@ def compare(
         networks if len(networks) > 1 else networks[0],
         examples,
         data=data_of(data, examples, model),
-        evaluate=data_of(source, examples, model, "test" if evaluate else "train"),
+        evaluate=_measured([data_of(one, examples, model, "test" if evaluate else "train") for one in sources]),
         grid=tried,
         latency=latency,
         max_samples=max_samples,
@@ -81,12 +91,26 @@ def compare(
         resume=resume,
         **fixed,
     )
-    tell(found, report, csv, markdown)
-    texts = (report, csv, markdown)
-    put(markdown, found.to_markdown, *texts)
-    put(csv, found.to_csv, *texts)
-    put(report, found.to_json, *texts)
+    _write(found, draw, report, csv, markdown)
+
+
+def _write(found: Any, draw: Path | None, *texts: Path | None) -> None:
+    tell(found, *texts)
+    for path, text in zip(texts, (found.to_json, found.to_csv, found.to_markdown)):
+        put(path, text, *texts)
     put(draw, lambda: picture(found), *texts)
+
+
+def _check_sources(sources: list[str], checkpoints: list[Path]) -> None:
+    if len(sources) not in (1, len(checkpoints)):
+        raise ArgumentError(f"--evaluate stands once, or once for each of {len(checkpoints)} checkpoints")
+
+
+def _measured(data: list[Any]) -> Any:
+    """Data of all checkpoints, or those of each one's own classes."""
+    from vfx.data.tasks import tasks
+
+    return data[0] if len(data) == 1 else tasks(*data)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from vfx.data.digits import digits
 from vfx.data.folder import ImageFolder
 from vfx.data.mnist import fashion_mnist, mnist
 from vfx.data.preprocessing import preprocessing
+from vfx.data.tasks import tasks
 from vfx.data.text import text, text_file
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "mnist",
     "preprocessing",
     "read",
+    "tasks",
     "text",
     "text_file",
 ]

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ class Point:
     """One network: its ``options``, ``accuracy`` (a share), and costs as multiples of one edge (or the dense network).
 
     ``latency`` is the median time of one batch, ``seconds`` the time it took to make the network, ``loss``
-    the cross-entropy against labels; ``error`` says why there is no network.
+    the cross-entropy against labels; ``each`` the accuracy of every edge's head, where a network has several or each
+    edge its own labels; ``error`` says why there is no network.
     """
 
     name: str
@@ -37,14 +38,15 @@ class Point:
     error: str = ""
     seconds: float | None = None
     loss: float | None = None
+    each: Sequence[float] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Points in the order in which they were made; the networks that they were made from come first.
 
-    ``target`` says what accuracy is measured against: "labels", or the "ensemble" of the edges; ``not_counted`` which
-    operators the FLOPs leave out.
+    ``target`` says what accuracy is measured against: "labels", the "ensemble" of the edges, or each of the "edges" for
+    its own head; ``not_counted`` which operators the FLOPs leave out; ``note`` why labels were not read.
     """
 
     points: tuple[Point, ...]
@@ -52,6 +54,7 @@ class Comparison:
     samples: int
     references: int
     not_counted: tuple[str, ...] = ()
+    note: str = ""
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -81,7 +84,12 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         names = {point.name for point in self.frontier()}
         rows = [asdict(point) | {"frontier": point.name in names} for point in self.points]
-        named = {"target": self.target, "samples": self.samples, "not_counted": list(self.not_counted)}
+        named = {
+            "target": self.target,
+            "samples": self.samples,
+            "not_counted": list(self.not_counted),
+            "note": self.note,
+        }
         return named | {"points": rows}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -105,7 +113,7 @@ class Comparison:
         columns, *rows = self._cells()
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-        return f"{self._title}.\n\n{table}"
+        return f"{self._title}{f'; {self.note}' if self.note else ''}.\n\n{table}"
 
     def figure(self) -> Figure:
         """Accuracy against parameters, with the frontier and the networks that all were made from."""
@@ -114,9 +122,14 @@ class Comparison:
         return comparison_figure(self)
 
     @property
+    def measure(self) -> str:
+        """What the figures are."""
+        whose = "the ensemble" if self.target == "ensemble" else "each head's own edge"
+        return "accuracy" if self.target == "labels" else f"agreement with {whose}"
+
+    @property
     def _title(self) -> str:
-        what = "accuracy" if self.target == "labels" else "agreement with the ensemble"
-        return f"{what} on {self.samples:,} samples; * no other is better at as many parameters"
+        return f"{self.measure} on {self.samples:,} samples; * no other is better at as many parameters"
 
     def _cells(self) -> list[list[str]]:
         """Titles of the columns, and the cells of each line."""
@@ -130,7 +143,8 @@ class Comparison:
             latency = "" if point.latency is None else f"{point.latency:.2f}×"
             seconds = "" if point.seconds is None else f"{point.seconds:.1f}"
             loss = "" if point.loss is None else f"{point.loss:.4f}"
-            figures = [f"{100 * point.accuracy:.2f}{star}", loss, f"{point.params:.3f}×", f"{point.flops:.3f}×"]
+            each = f" ({' / '.join(f'{100 * one:.2f}' for one in point.each)})" if point.each else ""
+            figures = [f"{100 * point.accuracy:.2f}{each}{star}", loss, f"{point.params:.3f}×", f"{point.flops:.3f}×"]
             lines.append([point.name, *figures, latency, seconds])
         return lines
 
@@ -138,6 +152,7 @@ class Comparison:
         """A table of at most 80 columns; what could not be made is named below it with its error."""
         failed = [f"{point.name}: {point.error}" for point in self.points if point.accuracy is None]
         caption = [f"FLOPs without {', '.join(self.not_counted)}"] if self.not_counted else []
+        caption += [self.note] if self.note else []
         table = Table(title=self._title, caption="\n".join([*caption, *failed]) or None, caption_justify="left")
         columns, *rows = self._cells()
         for column in columns:

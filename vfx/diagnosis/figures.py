@@ -275,8 +275,7 @@ def comparison_figure(comparison: Comparison, cost: str = "params") -> Figure:
         axis.plot(
             getattr(point, cost), 100 * (point.accuracy or 0), "s", color=EDGES[number % len(EDGES)], label=point.name
         )
-    against = "accuracy (%)" if comparison.target == "labels" else "agreement with the ensemble (%)"
-    axis.set(xlabel=f"{_COSTS[cost]} (multiples of one network)", ylabel=against)
+    axis.set(xlabel=f"{_COSTS[cost]} (multiples of one network)", ylabel=f"{comparison.measure} (%)")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, loc="best")
     return figure
