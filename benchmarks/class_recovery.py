@@ -30,12 +30,14 @@ from benchmarks.fashion import RESULTS
 from benchmarks.options import Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import HUGGING_FACE, VOCABULARY, Network
-from vfx.analyse.verify import in_double, randomise, relative_error, tensors
+from vfx.analyse.verify import randomise
+from vfx.capture.outputs import named_tensors
 from vfx.data import digits
 from vfx.elements import act, random_element
 from vfx.files import write_atomic
 from vfx.models import MODELS, vit_tiny
 from vfx.program import Program, run
+from vfx.proof import in_double, outputs_error
 
 LIMIT = 1e-6
 SAMPLES = 64
@@ -103,11 +105,11 @@ def measure(program: Program, method: str, data: Any, inputs: list[Any]) -> dict
     """Error of the midpoint's outputs, and how much its loss differs from A's."""
     both = matched(program, method, data)
     middle = vfx.Interpolate(0.5)(both)
-    one, other = (tensors(run(p.graph, p.weights[0], inputs)) for p in (program, middle))
-    logits = [x[0].flatten(0, -2) for x in (one, other)]
+    one, other = (run(p.graph, p.weights[0], inputs) for p in (program, middle))
+    logits = [next(iter(named_tensors(x).values())).flatten(0, -2) for x in (one, other)]
     labels = torch.randint(0, logits[0].shape[-1], (len(logits[0]),), generator=torch.Generator().manual_seed(0))
     losses = [float(F.cross_entropy(x, labels)) for x in logits]
-    return {"error": max(map(relative_error, one, other)), "loss": abs(losses[1] - losses[0])}
+    return {"error": outputs_error(one, other), "loss": abs(losses[1] - losses[0])}
 
 
 def results(only: list[str] | None, seed: int) -> Iterator[dict[str, Any]]:

@@ -34,13 +34,14 @@ from benchmarks.pairs_report import grid
 from benchmarks.zoo import SOURCES, Network, networks
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import symmetry
-from vfx.analyse.verify import in_double, randomise
+from vfx.analyse.verify import randomise
 from vfx.api import trace
 from vfx.capture.outputs import named_tensors
 from vfx.emit.files import export
 from vfx.emit.module import graph_module
 from vfx.files import write_atomic
 from vfx.program import Program
+from vfx.proof import in_double
 
 EXACT = 1e-6
 SPARSITIES = (0.25, 0.5, 0.75)

@@ -28,7 +28,8 @@ from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.matcher import Alignment, Matcher, Matching, Problem
 from vfx.program import Goal, Program
-from vfx.rewrite import PRESERVED, Pass, PassResult
+from vfx.proof import PRESERVED
+from vfx.rewrite import Pass, PassResult
 from vfx.statistics.collect import Statistics, collect
 
 

@@ -17,7 +17,8 @@ from vfx.analyse.gains import gains
 from vfx.arguments import checked
 from vfx.errors import PassError, VerificationError
 from vfx.program import Program, Weights
-from vfx.rewrite import PRESERVED, Pass, PassResult, same_function
+from vfx.proof import PRESERVED, same_function
+from vfx.rewrite import Pass, PassResult
 
 ROUNDINGS = 100  # of one weight, to which those of a whole network may add up
 

@@ -28,7 +28,7 @@ from vfx.models import vgg16
 from vfx.models.vit import vit_tiny
 from vfx.operators import REGISTRY
 from vfx.program import Program
-from vfx.rewrite import same_function
+from vfx.proof import same_function
 
 PICTURES = images(3, 8, dtype=torch.float64)
 LARGE = images(3, 32, dtype=torch.float64)

@@ -23,7 +23,7 @@ from vfx.errors import VerificationError
 from vfx.models.vit import vit_tiny
 from vfx.operators import operator
 from vfx.program import Program
-from vfx.rewrite import same_function
+from vfx.proof import same_function
 
 PICTURES = images(3, 16, dtype=torch.float64)
 TOKENS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

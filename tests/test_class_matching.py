@@ -16,7 +16,7 @@ from tests.conftest import close
 from vfx.analyse.balance import _balanced_where_used, balance
 from vfx.analyse.classes import Maps, draw
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.verify import in_double, randomise
+from vfx.analyse.verify import randomise
 from vfx.elements import act, compose, inverse, random_element
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
@@ -26,6 +26,7 @@ from vfx.match.solve import assign_signed, procrustes
 from vfx.match.weight import WeightMatching
 from vfx.models import vit_tiny
 from vfx.program import Program
+from vfx.proof import in_double
 
 DOUBLE = torch.float64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -20,11 +20,13 @@ from vfx.analyse.drawing import to_networkx
 from vfx.analyse.groups import Group
 from vfx.analyse.slots import Slots, nullspace
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.analyse.verify import _random_input, function_error, in_double, randomise, verify
+from vfx.analyse.verify import randomise, verify
 from vfx.capture.capture import capture
 from vfx.elements import Element, act, check_elements, permuted, random_element, random_permutations
 from vfx.elements.parts import mapped, parts
 from vfx.errors import ArgumentError
+from vfx.program import run
+from vfx.proof import Trial, in_double, random_inputs
 
 EXACT, BROKEN = 1e-11, 1e-5
 ALL = [own for own in Maps.__members__.values() if own is not Maps.ROTATIONS]
@@ -276,9 +278,10 @@ def _error(facts: Symmetry, move: Callable[[dict[str, Tensor]], dict[str, Tensor
     """How far the function is from itself under a change of (randomised) weights."""
     generator = torch.Generator().manual_seed(seed)
     program = in_double(facts.program)
-    inputs = [_random_input(x, generator) for x in program.example_inputs]
+    inputs = random_inputs(program, generator)
     weights = randomise(program, inputs, generator)
-    return function_error(program, weights, move(weights), inputs)
+    network = partial(run, program.graph)
+    return Trial(network, weights, inputs).error(network(move(weights), inputs))
 
 
 def _forced(facts: Symmetry, group: Group, maps: Maps, seed: int = 0) -> float:

@@ -151,7 +151,7 @@ def test_a_failed_verification_leaves_the_folder_as_it_was(
     result, path = _result("tiny"), tmp_path / "model.onnx"
     if old is not None:
         path.write_bytes(old)
-    monkeypatch.setattr(onnx_module, "TOLERANCE", -1.0)
+    monkeypatch.setattr(onnx_module, "SINGLE", -1.0)
     with pytest.raises(VerificationError, match=r"ONNX Runtime differs from the module .* nothing was written"):
         export(result, path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if old is None else [old])

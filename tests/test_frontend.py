@@ -34,7 +34,7 @@ from vfx.emit.module import difference, emit, graph_module, own_class
 from vfx.errors import ArchitectureError, ArgumentError, CaptureError, DataError
 from vfx.operators import operator
 from vfx.program import Program, casts
-from vfx.rewrite import outputs_error
+from vfx.proof import outputs_error
 
 EXACT, FILES = 1e-12, 1e-5
 BATCHES = (1, 2, 5)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vfx.analyse.symmetry import symmetry
-from vfx.analyse.verify import in_double, relative_error, trial
 from vfx.api import merge, prune_structured, trace
 from vfx.errors import DataError, VerificationError
 from vfx.operators import REGISTRY
+from vfx.proof import PRESERVED, in_double, outputs_error, relative_error, same_function, trials
 from vfx.resize import resize
 from vfx.resize.masked import masked_error
-from vfx.rewrite import PRESERVED, outputs_error, same_function
 
 BROKEN = 1e-3
 INF, NAN = float("inf"), float("nan")
@@ -141,9 +140,9 @@ def test_no_value_is_passed_over(x: list[float], y: list[float]) -> None:
 def test_networks_that_are_not_defined_everywhere_are_proved_on_the_examples() -> None:
     model, x = net(lambda s, x: s.a(x.sqrt()), a=nn.Linear(5, 3)).double().eval(), torch.rand(4, 5).double()
     program = trace(model, x)
-    inputs, outputs = trial(program)
-    assert torch.equal(inputs[0], x)
-    assert outputs.isfinite().all()
+    (trial,) = trials(program)
+    assert torch.equal(trial.inputs[0], x)
+    assert trial.expected.isfinite().all()
     assert same_function(program, program) == 0
     broken = {**program.weights[0], "a.bias": program.weights[0]["a.bias"] + 1}
     assert same_function(program, program.with_weights([broken])) > BROKEN

@@ -17,12 +17,13 @@ from tests.conftest import close
 from vfx.analyse import balance as balance_module
 from vfx.analyse.balance import FEW_SWEEPS, _leaning, _leaning_on, balance
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.verify import in_double, randomise
+from vfx.analyse.verify import randomise
 from vfx.api import merge
 from vfx.elements import act, random_element
 from vfx.match.matcher import Matching, Problem
 from vfx.match.weight import WeightMatching
 from vfx.program import Program
+from vfx.proof import in_double
 
 DOUBLE = torch.float64
 

@@ -33,7 +33,8 @@ from vfx.api import trace
 from vfx.elements import act, permuted, random_permutations
 from vfx.errors import PassError
 from vfx.program import Program
-from vfx.rewrite import Pass, outputs_error
+from vfx.proof import outputs_error
+from vfx.rewrite import Pass
 
 SAME = 1e-8
 Make = Callable[[], Pass]

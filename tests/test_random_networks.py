@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.verify import relative_error, verify
+from vfx.analyse.verify import verify
 from vfx.api import symmetry, trace
 from vfx.elements import act, permuted
 from vfx.program import run
+from vfx.proof import relative_error
 
 EXACT = 1e-10
 INPUTS, OUTPUTS = 3, 2

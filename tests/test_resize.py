@@ -18,11 +18,12 @@ from torch.nn import functional as F
 
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.analyse.verify import in_double, randomise
+from vfx.analyse.verify import randomise
 from vfx.capture.capture import capture
 from vfx.emit.module import graph_module
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Goal, Program
+from vfx.proof import in_double
 from vfx.resize import Slots, resize
 from vfx.resize.masked import masked_error
 from vfx.resize.program import Resized, check_shapes

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from vfx.analyse.drawing import draw, to_networkx
 from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.analyse.verify import preserved, relative_error, verify
+from vfx.analyse.verify import preserved, verify
 from vfx.capture.capture import capture as trace
 from vfx.elements import Element, act, inverse_permutations, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.models import MODELS
+from vfx.proof import relative_error
 
 EXACT, BROKEN = 1e-10, 1e-6
 

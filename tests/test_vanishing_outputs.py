@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import close
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 
 import vfx
 from vfx.analyse.symmetry import Symmetry, symmetry
-from vfx.analyse.verify import function_error, relative_error, verify
+from vfx.analyse.verify import verify
 from vfx.capture.capture import capture
-from vfx.rewrite import PRESERVED
+from vfx.program import run
+from vfx.proof import PRESERVED, Trial, relative_error
 
 
 def deep(depth: int, seed: int = 0, width: int = 16) -> nn.Sequential:
@@ -113,7 +116,8 @@ def test_rounding_that_a_network_makes_grow_is_told_from_a_change() -> None:
     weights = dict(program.weights[0])
     changed = weights | {"a.weight": weights["a.weight"] * (1 + 1e-6)}
     assert verify(facts, classes="permutation") <= PRESERVED
-    assert function_error(program, weights, changed, inputs) >= 1e-8
+    network = partial(run, program.graph)
+    assert Trial(network, weights, inputs).error(network(changed, inputs)) >= 1e-8
 
 
 def test_chaos_proves_nothing() -> None:

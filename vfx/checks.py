@@ -8,15 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from vfx.analyse.verify import is_defined
 from vfx.capture.exporting import structural_copy
-from vfx.capture.outputs import plain
 from vfx.errors import ArchitectureError, ArgumentError, CaptureError, DataError, WeightError
 from vfx.program import Program, frozen_mask
-from vfx.rewrite import outputs_error
+from vfx.proof import SINGLE, is_defined, outputs_error
 
 STATISTICS = ("running_mean", "running_var")  # the names of a norm's buffers
-SAME_NETWORK = 1e-4  # relative output difference between an edge's own class and the graph it shares with the others
 
 
 def check_edges(models: Sequence[nn.Module], shapes: bool = True) -> None:
@@ -146,7 +143,7 @@ def check_same_function(program: Program, models: Sequence[nn.Module]) -> None:
             "inputs, so nothing can be compared with it"
         )
     for edge, error in enumerate(errors[1:], start=1):
-        if not error <= max(SAME_NETWORK, 10 * errors[0]):
+        if not error <= max(SINGLE, 10 * errors[0]):
             raise ArchitectureError(
                 f"edge {edge} ({type(models[edge]).__name__}) has the tensors of edge 0 but is another network: with "
                 f"edge 0's graph its outputs differ by {error:.1e} (relative); edges must share one architecture"
@@ -161,7 +158,7 @@ def _gap(program: Program, edge: int, model: nn.Module) -> float:
         shared = program(*program.example_inputs, edge=edge)
     except (RuntimeError, TypeError, ValueError):
         return float("inf")
-    if not is_defined(plain(own)):
+    if not is_defined(own):
         raise DataError(
             f"edge {edge} ({type(model).__name__}) gives NaN on the example inputs, so nothing can be compared; give "
             "example_inputs on which every output is a number"

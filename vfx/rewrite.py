@@ -9,13 +9,11 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, final
 
 import torch
 
-from vfx.analyse.verify import relative_error, trial
-from vfx.capture.outputs import named_tensors
 from vfx.errors import PassError, VerificationError
 from vfx.program import Facts, Program, in_precision
+from vfx.proof import PRESERVED, in_double, same_function
 
 STALE = "the statistics known of the layers are those of before; run Align with data behind it to normalize"
-PRESERVED = 1e-9  # relative output error in float64 up to which two networks count as the same function
 ROUNDED = 1e-2  # relative difference between a tensor in the network's own precision (bfloat16 at least) and in float64
 
 
@@ -107,7 +105,7 @@ class Pass(ABC, Generic[R_co]):
         """
         if not (self.preserves_function and self.verify):
             return
-        exact = program.to("cpu", torch.float64)
+        exact = in_double(program)
         exact = replace(exact, facts=Facts(exact.graph))  # the second run takes nothing over from the first
         rewritten = self.apply(exact).program
         for edge in range(program.edges):
@@ -123,22 +121,6 @@ class Pass(ABC, Generic[R_co]):
     @property
     def name(self) -> str:
         return type(self).__name__
-
-
-@torch.no_grad()
-def same_function(before: Program, after: Program, seed: int = 0) -> float:
-    """Relative output error in float64 between two single-edge Programs on random inputs."""
-    first, second = (p.to("cpu", torch.float64) for p in (before, after))
-    inputs, wanted = trial(first, seed)
-    return outputs_error(wanted, second(*inputs))
-
-
-def outputs_error(x: object, y: object) -> float:
-    """Largest relative error over all outputs, compared by key; infinite where their names or a shape differ."""
-    first, second = named_tensors(x), named_tensors(y)
-    if first.keys() != second.keys():
-        return float("inf")
-    return max((relative_error(tensor, second[name]) for name, tensor in first.items()), default=0.0)
 
 
 def _first_difference(result: Program, exact: Program) -> str:

@@ -27,8 +27,8 @@ from vfx.match.rectangular import deviation
 from vfx.operators import operator
 from vfx.program import Execution, Program
 from vfx.progress import track
+from vfx.proof import PRESERVED
 from vfx.reconstruct.references import Reference
-from vfx.rewrite import PRESERVED
 from vfx.statistics.collect import Statistics, features, fingerprint
 from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, Workspace

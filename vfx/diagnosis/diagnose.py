@@ -22,8 +22,8 @@ from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.operators import operator_of
 from vfx.program import Program
+from vfx.proof import PRESERVED
 from vfx.report import Report
-from vfx.rewrite import PRESERVED
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches, reusable
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vfx.analyse.verify import random_inputs
 from vfx.complex_numbers import together, with_complex_parameters
 from vfx.emit.arguments import with_arguments
 from vfx.emit.calls import by_packets, submodule, with_modules, with_own_names
@@ -24,10 +23,9 @@ from vfx.emit.own_class import copied, own_class
 from vfx.emit.own_config import config_changes, fit_config, put_config
 from vfx.errors import ConfigNote, WeightError, listed
 from vfx.program import Program, casts, copy_graph, moved
-from vfx.rewrite import PRESERVED, outputs_error
+from vfx.proof import PRESERVED, SINGLE, in_double, outputs_error, samples
 
 FEW = 2  # samples on which resized networks are compared
-FLOAT32 = 1e-4  # for networks that cast to float32 inside and cannot be compared in float64
 
 
 def emit(program: Program, edge: int = 0) -> tuple[nn.Module, str]:
@@ -68,7 +66,7 @@ def _same(one: nn.Module, other: nn.Module, program: Program) -> bool:
     """Whether two networks give the same outputs on the example inputs."""
     call = program.with_samples(FEW).to("cpu").example_call
     found = [program.returned(copy.deepcopy(net).cpu()(*call.args, **call.kwargs)) for net in (one, other)]
-    return outputs_error(*found) <= FLOAT32
+    return outputs_error(*found) <= SINGLE
 
 
 def _scales(program: Program) -> bool:
@@ -93,7 +91,7 @@ def _in_double(program: Program) -> Program:
     """The Program and the user's model in float64 on the CPU."""
     assert program.module is not None
     module = copied(program.module)._apply(lambda tensor: moved(tensor, "cpu", torch.float64))
-    return replace(program.to("cpu", torch.float64), module=module)
+    return replace(in_double(program), module=module)
 
 
 @torch.no_grad()
@@ -106,13 +104,13 @@ def difference(module: nn.Module, program: Program) -> float:
     failed: RuntimeError | None = None
     try:
         exact = copy.deepcopy(module)._apply(lambda tensor: moved(tensor, "cpu", torch.float64))
-        gap = _difference(exact, program.to("cpu", torch.float64))
+        gap = _difference(exact, in_double(program))
         if gap <= PRESERVED or not casts(program.graph):
             return gap
     except RuntimeError as error:  # the module casts to float32 inside
         failed = error
     try:
-        return _difference(copy.deepcopy(module).to("cpu"), program.to("cpu")) * PRESERVED / FLOAT32
+        return _difference(copy.deepcopy(module).to("cpu"), program.to("cpu")) * PRESERVED / SINGLE
     except RuntimeError as error:
         raise failed or error from error
 
@@ -130,12 +128,9 @@ def _trials(program: Program) -> list[Sequence[Any]]:
     like = program.example_inputs
     if not program.resized:
         return [like]
-    random = [x.to(old) if isinstance(x, Tensor) else x for x, old in zip(random_inputs(program), like)]
-    count = program.batch_of(like)
-    if any(not isinstance(size, int) for node in program.placeholders for size in node.meta["val"].shape):
-        rows = torch.arange(count + 1) % count
-        random = [x if d is None else x.index_select(d, rows) for x, d in zip(random, program.batch_axes)]
-    return [like, random]
+    varies = any(not isinstance(size, int) for node in program.placeholders for size in node.meta["val"].shape)
+    generator = torch.Generator().manual_seed(0)
+    return [like, samples(like, program.batch_axes, program.batch_of(like) + varies, generator)]
 
 
 def graph_module(program: Program, edge: int = 0) -> fx.GraphModule:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +20,12 @@ from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_p
 from vfx.errors import ArgumentError, VerificationError
 from vfx.extras import needed_for
 from vfx.files import drafts_beside
+from vfx.proof import SINGLE, error_to_size, is_defined, samples
 
 with needed_for("ONNX"):
     import onnx
     import onnxruntime
 
-TOLERANCE = 1e-4  # absolute, and relative to the output's largest value where that exceeds 1
 ROUNDINGS = 16  # of half precision, which holds three digits and cannot meet the tolerance
 BATCHES = (1, 7)
 Axes = Sequence[int | None] | None  # on which samples stand, one for each tensor; None where nobody says
@@ -104,7 +103,7 @@ def _tensors(module: nn.Module, call: Call) -> list[Tensor]:
 
 def _tolerance(module: nn.Module, call: Call) -> float:
     narrow = [x.dtype for x in _tensors(module, call) if x.is_floating_point() and x.dtype.itemsize < 4]
-    return max([TOLERANCE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in narrow)])
+    return max([SINGLE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in narrow)])
 
 
 @torch.no_grad()
@@ -118,7 +117,7 @@ def _compare(
     except Exception as error:  # ONNX Runtime's classes are not public
         raise VerificationError(_unrunnable(module, call, error)) from error
     for batch in sizes:
-        fresh = _fresh(call, axes, batch, generator)
+        fresh = _fresh(module, call, axes, batch, generator)
         expected = named_tensors(module(*fresh.args, **fresh.kwargs)).values()
         try:
             feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh.tensors(), strict=True)}
@@ -126,7 +125,7 @@ def _compare(
         except Exception as error:
             raise VerificationError(_unrunnable(module, call, error)) from error
         for index, (want, got) in enumerate(zip(expected, outputs, strict=True)):
-            difference = _difference(want, got)
+            difference = error_to_size(want, torch.as_tensor(got), least=1.0)
             if not difference <= tolerance:
                 raise VerificationError(
                     f"ONNX Runtime differs from the module by {difference:.1e} in output {index} at batch {batch}; "
@@ -144,16 +143,6 @@ def _session(model: bytes | Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def _difference(want: Tensor, got: np.ndarray) -> float:
-    """The largest one, relative to the values where those exceed 1."""
-    expected = want.to(torch.complex128 if want.is_complex() else torch.float64).numpy()
-    if got.shape != expected.shape:
-        return float("inf")
-    if not expected.size:
-        return 0.0
-    return float(np.abs(expected - got).max() / max(1.0, np.abs(expected).max()))
-
-
 def _unrunnable(module: nn.Module, call: Call, error: Exception) -> str:
     return (
         f"ONNX Runtime cannot run {type(module).__name__} in {_types(module, call)}, so nothing was written: "
@@ -161,19 +150,20 @@ def _unrunnable(module: nn.Module, call: Call, error: Exception) -> str:
     )
 
 
-def _fresh(call: Call, axes: Axes, batch: int | None, generator: torch.Generator) -> Call:
-    """Random samples in place of the call's; integers are drawn from the examples' own."""
-    own = iter(axes or [None] * len(call.tensors()))
+def _fresh(module: nn.Module, call: Call, axes: Axes, batch: int | None, generator: torch.Generator) -> Call:
+    """Random samples in place of the call's, unless they lead to NaN; then its own, as often as need be."""
+    if axes is None or batch is None:
+        return call
+    drawn = iter(samples(call.tensors(), axes, batch, generator))
+    fresh = call.map(lambda x: next(drawn) if isinstance(x, Tensor) else x)
+    if is_defined(module(*fresh.args, **fresh.kwargs)):
+        return fresh
+    own = iter(axes)
+    return call.map(lambda x: _repeated(x, next(own), batch) if isinstance(x, Tensor) else x)
 
-    def sample(x: Any) -> Any:
-        axis = next(own) if isinstance(x, Tensor) else None
-        if axis is None or batch is None:
-            return x
-        if x.is_floating_point():
-            return torch.randn((*x.shape[:axis], batch, *x.shape[axis + 1 :]), generator=generator).to(x.dtype)
-        return x.index_select(axis, torch.randint(x.shape[axis], (batch,), generator=generator))
 
-    return call.map(sample)
+def _repeated(x: Tensor, axis: int | None, count: int) -> Tensor:
+    return x if axis is None else x.index_select(axis, torch.arange(count) % x.shape[axis])
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from vfx.emit.tensors import read_safetensors
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
 from vfx.files import check_writable, make_folder, write_atomic
 from vfx.program import Program
+from vfx.proof import error_to_size
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
 
@@ -142,13 +143,13 @@ def _kept(own: nn.Module, before: nn.Module | None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _probe(own: nn.Module, program: Program) -> dict[str, Tensor]:
-    """A few inputs and the first output that they give."""
+    """A few inputs and the outputs that they give."""
     call = program.with_samples(SAMPLES).example_call.map(lambda x: x.cpu() if isinstance(x, Tensor) else x)
-    output = next(iter(named_tensors(own(*call.args, **call.kwargs)).values()), None)
-    if output is None or not all(isinstance(x, Tensor) for x in (*call.args, *call.kwargs.values())):
+    outputs = {f"output{path}": x for path, x in named_tensors(own(*call.args, **call.kwargs)).items()}
+    if not outputs or not all(isinstance(x, Tensor) for x in (*call.args, *call.kwargs.values())):
         return {}  # nested arguments are not kept
     positional = {f"input.{index}": x for index, x in enumerate(call.args)}
-    return positional | {f"keyword.{name}": x for name, x in call.kwargs.items()} | {"output": output}
+    return positional | {f"keyword.{name}": x for name, x in call.kwargs.items()} | outputs
 
 
 def _name(module: nn.Module) -> str:
@@ -238,20 +239,19 @@ def _verify(module: nn.Module, folder: Path) -> None:
     """Raise VerificationError unless the network gives the outputs that it gave when it was saved."""
     require_file(folder / CHECK, CheckpointError)
     held = read_safetensors(folder / CHECK)
-    if "output" not in held:
+    expected = {name.removeprefix("output"): x for name, x in held.items() if name.startswith("output")}
+    if not expected:
         return
     args = [held[f"input.{index}"] for index in range(sum(name.startswith("input.") for name in held))]
     kwargs = {name.removeprefix("keyword."): x for name, x in held.items() if name.startswith("keyword.")}
     try:
-        found = next(iter(named_tensors(module(*args, **kwargs)).values()))
+        found = named_tensors(module(*args, **kwargs))
     except Exception as error:  # the user's forward raises any class
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise VerificationError(f"{folder}: the network does not run at the saved sizes: {cause}") from error
-    expected = held["output"]
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    gap = float((found - expected).abs().max()) if found.shape == expected.shape and expected.numel() else None
-    if (gap is None and expected.numel()) or (gap is not None and not gap <= CLOSE * max(scale, 1e-30)):
+    gaps = [error_to_size(x, found[path]) for path, x in expected.items() if path in found]
+    if len(gaps) < max(len(expected), len(found)) or not max(gaps) <= CLOSE:
         raise VerificationError(
-            f"{folder}: the network does not give the outputs that it gave when it was saved (difference {gap}); is "
-            "model= the class that it was saved from?"
+            f"{folder}: the network does not give the outputs that it gave when it was saved (relative "
+            f"differences {gaps}); is model= the class that it was saved from?"
         )

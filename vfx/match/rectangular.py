@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.verify import in_double, output_error, trial
 from vfx.elements import Elements, act, act_on, inverse
 from vfx.match.carry import Carriage, Carrier, Crossing, Pairing, fitted
 from vfx.match.class_ascent import basis
@@ -28,6 +27,7 @@ from vfx.match.class_descent import beyond_permutations
 from vfx.match.counted import attention_factors, norm_scales
 from vfx.match.frame import Frame, moved_into
 from vfx.program import Weights, run
+from vfx.proof import function_error, in_double
 from vfx.statistics.collect import Statistics
 
 
@@ -163,5 +163,4 @@ def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing, seed: in
         for own, weights in ((pairing.one, crossing.first), (pairing.other, crossing.other))
     )
     carried = carriage.weights(first.weights[0], other.weights[0])
-    inputs, before = trial(other, seed)
-    return output_error(other, other.weights[0], inputs, before, run(first.graph, carried, inputs))
+    return function_error(other, lambda inputs: run(first.graph, carried, inputs), seed)

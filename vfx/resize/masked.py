@@ -16,16 +16,15 @@ from torch import Tensor, fx, nn
 
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.analyse.verify import in_double, is_defined, random_inputs
 from vfx.elements import act, permuted
 from vfx.errors import PassError, VerificationError
 from vfx.operators import arguments, operator_of
-from vfx.program import BATCH, Program, Value
+from vfx.program import BATCH, Program, Value, Weights
+from vfx.proof import PRESERVED, function_error, in_double
 from vfx.resize.extent import Unfit, check_extent, fewer_positions, fewer_samples, rewritten, written_sizes
 from vfx.resize.layout import Layout
 from vfx.resize.program import Resized
 from vfx.resize.weights import Kept
-from vfx.rewrite import PRESERVED, outputs_error
 
 
 def prove(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: int = 0) -> float:
@@ -47,10 +46,9 @@ def prove(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: i
 
 @torch.no_grad()
 def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: int = 0) -> float:
-    """Relative output error in float64 between a smaller network (one edge) and the masked one, on random inputs.
+    """Relative output error in float64 between a smaller network (one edge) and the masked one (``vfx.proof``).
 
-    Where these lead to NaN in the masked network, on the example's inputs; infinite where those do, too. Inputs are
-    small where that proves as much (``vfx.resize.extent``).
+    Inputs are small where that proves as much (``vfx.resize.extent``).
     """
     moved = act(facts, permuted(to_slots(facts, small.layout, kept)), program.weights[0])
     full = in_double(fewer_samples(program).with_weights([moved]))
@@ -69,12 +67,8 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
 
 def _error(masked: Masked, exact: Program, examples: Program, seed: int) -> float:
     masked.is_cut, masked.sizes = examples is not masked.program, {}
-    inputs = random_inputs(examples, seed)
-    wanted = masked.run(*inputs)
-    if not is_defined(wanted):
-        inputs = list(examples.example_inputs)
-        wanted = masked.run(*inputs)
-    return outputs_error(wanted, rewritten(exact, masked.sizes)(*inputs))
+    # the masked network runs first, and says which sizes its inputs have
+    return function_error(examples, lambda inputs: rewritten(exact, masked.sizes)(*inputs), seed, masked.given)
 
 
 def to_slots(facts: Symmetry, layout: Layout, kept: Kept) -> dict[int, Index]:
@@ -109,8 +103,14 @@ class Masked(fx.Interpreter):
         super().__init__(nn.Module(), graph=program.graph)
         self.extra_traceback = False
         self.program, self.layout, self.is_cut = program, layout, False
+        self.weights = program.weights[0]
         self.sizes: dict[str, tuple[str, dict[int, int]]] = {}  # that the graph holds and cut inputs change
         self._old = {node.name: node for node in facts.program.graph.nodes}
+
+    def given(self, weights: Weights, inputs: list[Any]) -> Any:
+        """What it gives with other weights."""
+        self.weights = weights
+        return self.run(*inputs)
 
     def run(self, *inputs: Any) -> Any:  # type: ignore[override]
         self.batch = self.program.batch_of(inputs)
@@ -118,7 +118,7 @@ class Masked(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":  # what is zeroed in place may be a view of it
-            tensor = self.program.weights[0][str(n.target)]
+            tensor = self.weights[str(n.target)]
             readers = map(operator_of, n.users)
             return tensor if all(reader.is_layer or reader.is_norm for reader in readers) else tensor.clone()
         value = self._evaluated(n)
