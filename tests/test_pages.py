@@ -130,3 +130,20 @@ def test_the_card_says_how_to_load_the_network() -> None:
     assert "| result | 97.00 |" in text
     named = RUNS["merge"]._replace(recipe={**RUNS["merge"].recipe, "model": "torchvision:resnet18"})
     assert 'vfx.from_pretrained(".")' in card(named)
+
+
+@pytest.mark.parametrize("index", [0, 2, SHOWN + 1])
+def test_the_chosen_candidate_is_marked_wherever_it_stands(index: int) -> None:
+    html = page(_run(chosen=f"way {index}"))
+    above, _ = html.split("<details>", 1)
+    assert f'<tr class="result"><td>way {index} (chosen)</td>' in above
+    assert html.count("(chosen)") == 1
+    assert all(html.count(f"<td>way {i}<") == (i != index) for i in range(SHOWN + 3))
+
+
+def test_no_candidate_is_marked_where_none_was_chosen() -> None:
+    assert "(chosen)" not in page(_run())
+
+
+def test_large_figures_of_an_axis_are_written_out() -> None:
+    assert ">1,500<" in marks.lines({"channels": [0.0, 1500.0]}, ["a", "b"], "")

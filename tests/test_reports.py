@@ -45,6 +45,8 @@ def test_a_pruning_shows_the_largest_layers_of_many(structured: bool) -> None:
     _fits(text, 50)
     assert len(rows) > LARGEST
     assert f"{LARGEST} of {len(rows)}" in text
+    assert facts["chosen"] in facts["scores"]
+    assert "(chosen)" in text
 
 
 def test_the_best_network_that_was_given_is_always_shown() -> None:
@@ -56,6 +58,15 @@ def test_the_best_network_that_was_given_is_always_shown() -> None:
     assert "edge 0" not in text
     assert "way 5" not in text
     assert "accuracy" not in text  # nobody measured it
+    assert "chosen" not in text
+
+
+def test_the_chosen_candidate_is_marked_and_always_shown() -> None:
+    scores = {f"way {i}": {"loss": float(i)} for i in range(9)}
+    text = rendered(held_out_table(scores, "way 7"))
+    assert "way 7 (chosen)" in text
+    assert text.count("(chosen)") == 1
+    assert "way 6" not in text
 
 
 def test_seconds_are_a_sum_and_the_slowest_stages() -> None:

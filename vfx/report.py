@@ -87,7 +87,9 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        return rendered(facts_table(self._rows(), "merge report"), held_out_table(self.scores))
+        return rendered(
+            facts_table(self._rows(), "merge report"), held_out_table(self.scores, self.choices.get("chosen", ""))
+        )
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         if self.outcome:

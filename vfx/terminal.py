@@ -11,6 +11,7 @@ from rich.table import Table
 WIDTH = 80
 BEST = 5  # candidates that are shown
 LARGEST = 12  # layers or groups that are shown
+CHOSEN = " (chosen)"  # behind the name of a candidate
 _FIGURES = {"accuracy": "accuracy", "agreement": "agree", "loss": "loss", "divergence": "diverg."}  # and their titles
 
 
@@ -34,21 +35,21 @@ def facts_table(rows: Iterable[tuple[str, str]], title: str | None = None) -> Ta
     return table
 
 
-def held_out_table(scores: Mapping[str, Mapping[str, float | None]]) -> Table | None:
-    """The best candidates of a choice, best first, and the best network that was given; None where none was tried."""
+def held_out_table(scores: Mapping[str, Mapping[str, float | None]], chosen: str = "") -> Table | None:
+    """The best candidates of a choice, the chosen one and the best network given; None where none was tried."""
     if not scores:
         return None
     names = list(scores)
     shown = names[:BEST]
     given = next((name for name in names if name.startswith("edge ")), None)
-    shown += [given] if given is not None and given not in shown else []
+    shown += [name for name in dict.fromkeys((chosen, given)) if name in scores and name not in shown]
     figures = [key for key in _FIGURES if any(scores[name].get(key) is not None for name in shown)]
     table = Table(title=titled("candidates on held-out samples, best first", len(shown), len(names)))
     table.add_column("candidate", overflow="fold")
     for key in figures:
         table.add_column(_FIGURES[key], justify="right", no_wrap=True)
     for name in shown:
-        table.add_row(name, *(_figure(scores[name].get(key)) for key in figures))
+        table.add_row(name + CHOSEN * (name == chosen), *(_figure(scores[name].get(key)) for key in figures))
     return table
 
 

@@ -51,6 +51,7 @@ class Chosen:
     scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     outcome: str = ""
     notes: tuple[str, ...] = ()
+    name: str = ""  # of the chosen one of ``scores``
 
     @property
     def report(self) -> dict[str, Any]:
@@ -66,6 +67,8 @@ class Chosen:
             found |= {"follow": self.following.follow, "follow_edge": self.following.edge}
         if self.edge is not None:
             found |= {"edge": self.edge, "preserve": 0}
+        if self.name:
+            found |= {"chosen": self.name}
         return found | (self.normalization.to_dict() if self.normalization else {})
 
 
@@ -122,11 +125,11 @@ class Choice:
         text = self._outcome(first if name in edges else options[name].setting, name, options, scores | edges)
         if name in edges:
             edge = list(edges).index(name)
-            return Chosen(first, edge=edge, scores=figures, outcome=text, notes=label_notes(folds))
+            return Chosen(first, edge=edge, scores=figures, outcome=text, notes=label_notes(folds), name=name)
         chosen = options[name]
         named = None if self.asked is None or self.asked.method == "auto" else self.asked
         normalization = chosen.normalization if chosen.following is None else named
-        return Chosen(chosen.setting, None, chosen.following, normalization, figures, text, label_notes(folds))
+        return Chosen(chosen.setting, None, chosen.following, normalization, figures, text, label_notes(folds), name)
 
     def _score(
         self, setting: Setting, lines: Sequence[Sequence[Following]], folds: Sequence[Trial], normalize: bool,
@@ -167,7 +170,9 @@ class Choice:
         folds = trials(self.program, self.alphas, self.data, solving.judge, self.options)
         normalized, scores = choose_method(asked, setting.aligned, setting.merging, self.alphas, folds, self.options)
         name = min(scores, key=lambda name: scores[name].value)
-        return Chosen(setting, normalization=normalized[name], scores=_dicts(scores), notes=label_notes(folds))
+        return Chosen(
+            setting, normalization=normalized[name], scores=_dicts(scores), notes=label_notes(folds), name=name
+        )
 
     def _edges(self, folds: Sequence[Trial]) -> dict[str, Score]:
         """The score of each edge as it is."""

@@ -65,7 +65,7 @@ def masked_result(
         own_class=not reason,
         class_reason=reason,
         seconds=watch.seconds,
-        choices=_choices(mask, restored, options),
+        choices=_choices(mask, restored, options) | decision.choices,
         scores=decision.scores,
     )
     return Result(module, result, report)

@@ -107,7 +107,7 @@ def removed_result(
         class_reason=reason,
         error=removal.record.error,
         seconds=watch.seconds,
-        choices=_choices(removal, share, restored, options),
+        choices=_choices(removal, share, restored, options) | decision.choices,
         scores=decision.scores,
     )
     return Result(module, result, report)

@@ -111,6 +111,12 @@ class Decision:
     way: str
     scores: Mapping[str, dict[str, float | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    chosen: str = ""  # of ``scores``
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What a report says of it beside the settings that came out."""
+        return {"chosen": self.chosen} if self.chosen else {}
 
 
 def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwatch) -> Decision:
@@ -134,7 +140,8 @@ def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwa
     lines = [[label for label in near or scores if pairs[label][0] == name] for name in candidates]
     firsts = [best({label: scores[label] for label in line}, (), ()) for line in lines if line]
     chosen = reduce(lambda first, later: later if scores[later].better_than(scores[first]) else first, firsts)
-    return Decision(*pairs[chosen], {label: score.to_dict() for label, score in ordered}, label_notes(folds))
+    figures = {label: score.to_dict() for label, score in ordered}
+    return Decision(*pairs[chosen], figures, label_notes(folds), chosen)
 
 
 def _scores(

@@ -85,7 +85,7 @@ def _grid(low: float, high: float, step: float, unit: str) -> str:
         value = low + step * index
         y = _height(value, low, high)
         parts.append(f'<line x1="{_LEFT}" x2="{WIDE - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{RULE}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}{unit}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:,.4g}{unit}</text>')
     return "".join(parts)
 
 

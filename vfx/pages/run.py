@@ -78,7 +78,7 @@ def _view(run: Run) -> dict[str, Any]:
         "evaluation": facts.get("evaluation"),
         "accuracy": _accuracy(networks),
         "costs": _costs(facts, networks),
-        "candidates": _candidates(facts.get("scores", {})),
+        "candidates": _candidates(facts.get("scores", {}), facts.get("chosen")),
         "shown": SHOWN,
         "layers": _layers(facts),
         "checks": _checks(facts),
@@ -156,18 +156,18 @@ def _costs(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) -> l
     return found
 
 
-def _candidates(scores: Mapping[str, Mapping[str, float | None]]) -> list[dict[str, Any]]:
-    """Rows as they were judged, best first, with a dot on a logarithmic scale of what judged them."""
+def _candidates(scores: Mapping[str, Mapping[str, float | None]], chosen: str | None) -> list[dict[str, Any]]:
+    """Rows as they were judged, best first, with a dot on a logarithmic scale of the judge; the chosen marked."""
     keys = ("loss", "divergence")
     key = next((k for k in keys if any(score.get(k) is not None for score in scores.values())), None)
     positive = [score[key] for score in scores.values() if key and (score.get(key) or 0) > 0]
     low, high = (math.log(min(positive)), math.log(max(positive))) if positive else (0.0, 1.0)  # type: ignore[type-var, arg-type]
     rows = []
-    for index, (name, score) in enumerate(scores.items()):
+    for name, score in scores.items():
         value = score.get(key) if key else None
         share = 0.0 if not value or value <= 0 else (math.log(value) - low) / max(high - low, 1e-9)
         rows.append({"name": name, **{k: score.get(k) for k in ("accuracy", "agreement", *keys)},
-                     "mark": marks.dot(share, index == 0), "judge": key})  # fmt: skip
+                     "mark": marks.dot(share, name == chosen), "judge": key, "chosen": name == chosen})  # fmt: skip
     return rows
 
 

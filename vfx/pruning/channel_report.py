@@ -73,7 +73,9 @@ class ChannelReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        return rendered(self._widths_table(), facts_table(self._rows()), held_out_table(self.scores))
+        return rendered(
+            self._widths_table(), facts_table(self._rows()), held_out_table(self.scores, self.choices.get("chosen", ""))
+        )
 
     def _widths_table(self) -> Table:
         shown = largest(self.widths, lambda one: (one.before - one.after) * one.blocks)

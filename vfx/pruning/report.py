@@ -111,7 +111,9 @@ class PruneReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        return rendered(self._layer_table(), facts_table(self._rows()), held_out_table(self.scores))
+        return rendered(
+            self._layer_table(), facts_table(self._rows()), held_out_table(self.scores, self.choices.get("chosen", ""))
+        )
 
     def _layer_table(self) -> Table:
         repaired = any(row.variance_after is not None for row in self.layers)
