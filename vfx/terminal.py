@@ -41,7 +41,7 @@ def held_out_table(scores: Mapping[str, Mapping[str, float | None]], chosen: str
         return None
     names = list(scores)
     shown = names[:BEST]
-    given = next((name for name in names if name.startswith("edge ")), None)
+    given = next((name for name in names if name.startswith("edge ")), "")
     shown += [name for name in dict.fromkeys((chosen, given)) if name in scores and name not in shown]
     figures = [key for key in _FIGURES if any(scores[name].get(key) is not None for name in shown)]
     table = Table(title=titled("candidates on held-out samples, best first", len(shown), len(names)))
