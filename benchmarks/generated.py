@@ -18,10 +18,11 @@ import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -175,12 +176,12 @@ def _quiet() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def measure(seeds: Iterable[int], jobs: int, checks: tuple[str, ...] = CHECKS) -> list[Outcome]:
-    """The outcomes of all checks on the networks of ``seeds``, in ``jobs`` processes."""
-    seeds = list(seeds)
+def measure(checks: Mapping[int, tuple[str, ...]], jobs: int) -> list[Outcome]:
+    """The outcomes of the checks asked of each network, by its seed, in ``jobs`` processes."""
     with ProcessPoolExecutor(jobs, initializer=_quiet) as pool:
-        rows = pool.map(outcomes, seeds, [checks] * len(seeds))
-        return [outcome for row in track(rows, "networks", len(seeds), console=Console(stderr=True)) for outcome in row]
+        rows = pool.map(outcomes, checks, checks.values())
+        shown = track(rows, "networks", len(checks), console=Console(stderr=True))
+        return [outcome for row in shown for outcome in row]
 
 
 def markdown(results: list[Outcome]) -> str:
@@ -215,14 +216,18 @@ def main(
     fresh: Fresh = False,
     output: Output = RESULTS,
 ) -> None:
-    """Run the checks on random networks that generated.json does not hold yet, and write it and generated.md."""
+    """Run what generated.json lacks of the checks on random networks, and write it and generated.md."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "generated.json"
     known = [] if fresh or not file.is_file() else [Outcome(**row) for row in json.loads(file.read_text())]
-    done = {outcome.seed for outcome in known}
-    seeds = [seed for seed in range(first, first + networks) if seed not in done]
-    for start in range(0, len(seeds), AT_ONCE):
-        known += measure(seeds[start : start + AT_ONCE], jobs, tuple(only or CHECKS))
+    done = {(outcome.seed, outcome.check) for outcome in known}
+    missing = {
+        seed: checks
+        for seed in range(first, first + networks)
+        if (checks := tuple(check for check in only or CHECKS if (seed, check) not in done))
+    }
+    for start in range(0, len(missing), AT_ONCE):
+        known += measure(dict(islice(missing.items(), start, start + AT_ONCE)), jobs)
         known.sort(key=lambda outcome: (outcome.seed, CHECKS.index(outcome.check)))
         rows = ({key: value for key, value in asdict(outcome).items() if value} for outcome in known)
         write_atomic(file, "[\n" + ",\n".join(json.dumps({"seed": 0} | row) for row in rows) + "\n]\n")
