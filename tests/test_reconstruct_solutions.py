@@ -13,7 +13,7 @@ from literal import EXACT, close_solutions, drawn, held_errors, literal_solution
 from torch import Tensor
 
 from vfx.reconstruct import solve as solving
-from vfx.reconstruct.solve import RIDGES, START, Problem, chosen_ridge, solve
+from vfx.reconstruct.solve import RIDGES, START, Problem, System, chosen_ridge
 from vfx.reconstruct.sums import sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -53,12 +53,12 @@ def test_solutions_are_those_of_written_rows(mask: str, biased: bool, ridge: flo
     if support is not None:
         centre = centre * support
     problem = Problem(centre, bias if biased else None, support)
-    found = solve(problem, sums_of(rows, goals), ridge)
+    found = System(problem, sums_of(rows, goals)).solve(ridge)
     close_solutions(found, literal_solution(rows, goals, centre, problem.bias, support, ridge))
     if support is not None:
         assert not found[0][~support].any()
     if ridge and mask != "empty":
-        moved = solve(replace(problem, centre=centre * 0), sums_of(rows, goals), ridge)[0]
+        moved = System(replace(problem, centre=centre * 0), sums_of(rows, goals)).solve(ridge)[0]
         assert (moved - found[0]).abs().max() > 1e-4, "negative control: the ridge draws to the centre"
 
 
@@ -70,7 +70,7 @@ def test_a_centre_outside_the_mask_counts_for_nothing(mask: str, biased: bool) -
     support = _support(mask, *centre.shape)
     assert support is not None
     problem = Problem(centre, bias if biased else None, support)
-    found = solve(problem, sums_of(rows, goals), 0.1)
+    found = System(problem, sums_of(rows, goals)).solve(0.1)
     assert not found[0][~support].any()
     close_solutions(found, literal_solution(rows, goals, centre, problem.bias, support, 0.1))
 
@@ -101,7 +101,7 @@ def test_both_ways_to_solve_within_a_mask_agree(mask: str, price: int, monkeypat
     taken = _noted(monkeypatch)
     monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
     monkeypatch.setattr(solving, "GATHERED", 1)  # one system at a time
-    found = solve(Problem(centre * support, bias, support), sums_of(rows, goals), 1e-3)
+    found = System(Problem(centre * support, bias, support), sums_of(rows, goals)).solve(1e-3)
     close_solutions(found, literal_solution(rows, goals, centre * support, bias, support, 1e-3))
     assert set(taken) == {"_small_systems" if price else "_conjugate_gradients"}
 
@@ -111,7 +111,7 @@ def test_the_cheaper_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for inputs, share in ((64, 0.9), (400, 0.9), (400, 0.1)):
         mask = torch.rand(1, inputs, 3, generator=torch.Generator().manual_seed(0)) < share
         rows = math.sqrt(inputs) * torch.eye(inputs, dtype=torch.float64)[None]
-        solve(Problem(drawn(1, inputs, 3) * mask, None, mask), sums_of(rows, drawn(1, inputs, 3)), 0.0)
+        System(Problem(drawn(1, inputs, 3) * mask, None, mask), sums_of(rows, drawn(1, inputs, 3))).solve(0.0)
     assert taken == ["_small_systems", "_conjugate_gradients", "_small_systems"]
 
 
@@ -125,7 +125,9 @@ def test_conjugate_gradients_that_are_cut_off_fit_about_as_well(ridge: float, mo
     sums, errors = sums_of(rows, goals), []
     for price in (0, 10**9):
         monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
-        errors.append(float(sums.error(*solve(Problem(torch.zeros(1, 64, 5).double(), None, support), sums, ridge))))
+        errors.append(
+            float(sums.error(*System(Problem(torch.zeros(1, 64, 5).double(), None, support), sums).solve(ridge)))
+        )
     assert errors[0] <= errors[1] * 1.001
     assert errors[1] < 0.95 * float(sums.squares.sum())
 
@@ -137,7 +139,7 @@ def test_solutions_have_no_unit(mask: str, scale: float) -> None:
     rows, goals, centre, _ = _regression()
     support = _support(mask, *centre.shape)
     centre = centre if support is None else centre * support
-    found = solve(Problem(centre / scale, None, support), sums_of(rows * scale, goals), 1e-3)[0] * scale
+    found = System(Problem(centre / scale, None, support), sums_of(rows * scale, goals)).solve(1e-3)[0] * scale
     close(found, literal_solution(rows, goals, centre, None, support, 1e-3)[0], EXACT)
 
 
@@ -155,7 +157,7 @@ def test_singular_inputs_change_nothing_that_no_row_tells(
     support = _support(mask, *centre.shape)
     centre = centre if support is None else centre * support
     monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
-    found = solve(Problem(centre, bias, support), sums_of(rows, goals), ridge)
+    found = System(Problem(centre, bias, support), sums_of(rows, goals)).solve(ridge)
     assert found[1] is not None
     assert found[0].isfinite().all()
     assert found[1].isfinite().all()
@@ -167,7 +169,9 @@ def test_no_inputs_that_vary_at_all() -> None:
     uneven = torch.tensor([[[1, 0], [1, 1], [1, 0], [1, 1]]]).bool()
     for support in (None, torch.ones(1, 4, 2, dtype=torch.bool), uneven):
         centre = drawn(1, 4, 2) * (1 if support is None else support)
-        found = solve(Problem(centre, None, support), sums_of(torch.zeros(1, 9, 4).double(), drawn(1, 9, 2)), 0.0)
+        found = System(Problem(centre, None, support), sums_of(torch.zeros(1, 9, 4).double(), drawn(1, 9, 2))).solve(
+            0.0
+        )
         assert torch.equal(found[0], centre)
 
 
@@ -216,7 +220,7 @@ def test_ridges_that_all_err_alike() -> None:
     )
     assert chosen_ridge(problem, nothing, nothing) == RIDGES[START]
     assert chosen_ridge(problem, nothing, something) == RIDGES[START]
-    matrix, bias = solve(problem, nothing, chosen_ridge(problem, nothing, nothing))
+    matrix, bias = System(problem, nothing).solve(chosen_ridge(problem, nothing, nothing))
     assert torch.equal(matrix, problem.centre)
     assert bias is not None
     assert bias.isfinite().all()

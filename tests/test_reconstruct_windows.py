@@ -123,6 +123,7 @@ def test_products_are_shared_only_where_the_formula_holds() -> None:
     plain = Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
     assert shares_products(plain, 8, (32, 32))
     assert not shares_products(plain, 7, (32, 32))
+    assert shares_products(plain, 8, (4, 4))
     assert not shares_products(replace(plain, stride=(1, 2)), 8, (32, 32))
     assert not shares_products(replace(plain, padding=((1, 3), (1, 1))), 8, (32, 32))
     assert not shares_products(replace(plain, padding=((1, -1), (1, 1))), 8, (32, 32))

@@ -18,7 +18,7 @@ from torch import Tensor
 from vfx.reconstruct.sums import Sums
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-ASKED = 64  # outputs that choose the ridge of masked layers
+ASKED, ASKED_WITHIN = 128, 64  # outputs that choose the ridge; within masks each is a system of its own
 START = 3  # where the search for the ridge starts
 SINGULAR = 1e-7  # ratio of the Cholesky factor's pivots below which inputs count as dependent
 STEPS, TOLERANCE = 100, 1e-10  # of conjugate gradients: at most so many, to so small a share of the first residual
@@ -46,40 +46,43 @@ class Problem:
         return Problem(self.centre[:, :, outputs], bias, support)
 
 
-def solve(problem: Problem, sums: Sums, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """The matrix (G, K, O) and the bias (G, O), or None without one."""
-    if problem.bias is None:
-        gram, cross, start, support = sums.gram, sums.cross, problem.centre, problem.support
-    else:
-        gram, cross = sums.with_ones()
-        start = torch.cat([problem.centre, problem.bias[:, None]], 1)
-        support = problem.support
-        if support is not None:
-            support = torch.cat([support, torch.ones_like(support[:, :1])], 1)
-    if support is not None:
-        start = start * support
-    strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
-    missing = cross - gram @ start
-    system = gram.clone()
-    system.diagonal(dim1=1, dim2=2).add_(strength[:, None])
-    change = _solved(system, missing) if support is None else within(system, missing, support)
-    found = start + change
-    return (found, None) if problem.bias is None else (found[:, :-1], found[:, -1])
+class System:
+    """The equations of a problem for the change of its matrix (and bias), whatever the ridge."""
+
+    def __init__(self, problem: Problem, sums: Sums):
+        self.biased, self.support = problem.bias is not None, problem.support
+        if problem.bias is None:
+            self.gram, cross, start = sums.gram, sums.cross, problem.centre
+        else:
+            self.gram, cross = sums.with_ones()
+            start = torch.cat([problem.centre, problem.bias[:, None]], 1)
+            if self.support is not None:
+                self.support = torch.cat([self.support, torch.ones_like(self.support[:, :1])], 1)
+        self.start = start if self.support is None else start * self.support
+        self.missing = cross - self.gram @ self.start
+        self.scale = self.gram.diagonal(dim1=1, dim2=2).mean(1)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """The matrix (G, K, O) and the bias (G, O), or None without one."""
+        system = self.gram.clone()
+        system.diagonal(dim1=1, dim2=2).add_(ridge * self.scale[:, None])
+        change = _solved(system, self.missing) if self.support is None else within(system, self.missing, self.support)
+        solution = self.start + change
+        return (solution[:, :-1], solution[:, -1]) if self.biased else (solution, None)
 
 
 def chosen_ridge(problem: Problem, fit: Sums, held: Sums) -> float:
-    """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``.
-
-    Within masks each output is a system of its own: some of them, spread evenly, tell enough.
-    """
-    if problem.support is not None and problem.support.shape[2] > ASKED:
-        columns = torch.arange(ASKED, device=fit.gram.device) * problem.support.shape[2] // ASKED
+    """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``; some outputs, spread evenly, tell."""
+    asked, outputs = ASKED if problem.support is None else ASKED_WITHIN, problem.centre.shape[2]
+    if outputs > asked:
+        columns = torch.arange(asked, device=fit.gram.device) * outputs // asked
         problem, fit, held = problem.part(columns), fit.part(columns), held.part(columns)
+    system = System(problem, fit)
     errors: dict[int, float] = {}
 
     def error(index: int) -> float:
         if index not in errors:
-            errors[index] = float(held.error(*solve(problem, fit, RIDGES[index])))
+            errors[index] = float(held.error(*system.solve(RIDGES[index])))
         return errors[index]
 
     best = START

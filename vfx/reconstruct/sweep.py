@@ -22,7 +22,7 @@ from vfx.progress import track
 from vfx.reconstruct.logits import RIDGE as LOGITS
 from vfx.reconstruct.logits import LogitUnit
 from vfx.reconstruct.references import References
-from vfx.reconstruct.solve import chosen_ridge, solve
+from vfx.reconstruct.solve import System, chosen_ridge
 from vfx.reconstruct.sums import Sums
 from vfx.reconstruct.units import Unit
 from vfx.statistics.data import Batches
@@ -176,7 +176,7 @@ class Sweep:
         if ridge is None:
             ridge = 1e-3 if held is None else chosen_ridge(problem, fit, held)
         total = fit if held is None else fit + held
-        matrix, bias = solve(problem, total, ridge)
+        matrix, bias = System(problem, total).solve(ridge)
         spread = float((total.squares - total.goals.square() / max(total.count, 1)).sum())
         before = float(total.error(problem.centre, problem.bias))
         after = float(total.error(matrix, bias))

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NARROW, SHORT = 8, 4  # channels, and positions of an output, below which rows are written out
+SHARING = 1 / 3  # of the rows written out, above which sharing is not worth putting the products together
+CROPPING = 1.5  # times fewer rows from where cropping a picture is worth the copies that it takes
 Padding = tuple[tuple[int, int], ...]  # before and behind each spatial axis
 
 
@@ -90,9 +91,8 @@ def shares_products(window: Window, channels: int, sizes: Sequence[int]) -> bool
     outputs = window.outputs(sizes)
     if _line(window) is not None:
         return math.prod(outputs) >= SHORT
-    displacements = math.prod(2 * k - 1 for k in window.kernel)
-    extended = math.prod(size + reach for size, reach in zip(sizes, window.reach))
-    return displacements / 2 * extended < 0.5 * window.size**2 * math.prod(outputs)
+    spread, cropped = _displaced_rows(window, sizes)
+    return min(spread, cropped) + _overhanging_rows(window, sizes) < SHARING * window.size**2 * math.prod(outputs)
 
 
 def window_gram(window: Window, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def window_gram(window: Window, x: Tensor) -> Tensor:
         return _line_gram(window, x, line)
     channels, offsets = x.shape[1], window.offsets
     number = {offset: index for index, offset in enumerate(offsets)}
-    gram = x.new_empty(len(offsets), len(offsets), channels, channels)
+    gram = x.new_zeros(len(offsets), len(offsets), channels, channels)
     for shift, product in _displaced(window, x):
         for first, i in number.items():
             j = number.get((first[0] + shift[0], first[1] + shift[1]))
@@ -156,48 +156,91 @@ def _ends(rows: Tensor, k: int, d: int) -> Tensor:
 # windows along two axes -----------------------------------------------------------------------------------------------
 
 
-def _displaced(window: Window, x: Tensor) -> Any:
+def _displacements(window: Window) -> list[tuple[int, int]]:
+    """Half of all displacements between two offsets of a window; the others are their negatives."""
+    down, right = ([*range(0, reach + 1, step)] for reach, step in zip(window.reach, window.dilation))
+    left = [-columns for columns in right[:0:-1]]
+    return [(rows, columns) for rows in down for columns in (right if rows == 0 else left + right)]
+
+
+def _displaced_rows(window: Window, sizes: Sequence[int]) -> tuple[int, int]:
+    """Rows of all products with zeros between the pictures, and of those of cropped pictures, per sample."""
+    spread = math.prod(size + reach for size, reach in zip(sizes, window.reach))
+    shifts = _displacements(window)
+    cropped = sum(max(0, sizes[0] - rows) * max(0, sizes[1] - abs(columns)) for rows, columns in shifts)
+    return len(shifts) * spread, cropped
+
+
+def _displaced(window: Window, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Σ_q x[q] x[q + shift]ᵀ over the whole picture, for half of all displacements.
 
-    Samples, rows and columns stand in one long axis, with as many zeros between them as a window reaches, so that a
-    displacement is one offset in it.
+    In large pictures samples, rows and columns stand in one long axis, with as many zeros between them as a window
+    reaches, so that a displacement is one offset in it. Small pictures, which would be zeros for the most part, are
+    cropped to what overlaps with the displaced one.
     """
+    spread, cropped = _displaced_rows(window, x.shape[2:])
+    if spread > CROPPING * cropped:
+        yield from _displaced_crops(window, x)
+        return
     height, width = window.reach
     flat = F.pad(x, (0, width, 0, height)).permute(0, 2, 3, 1).contiguous()
     columns = flat.shape[2]
     flat = flat.reshape(-1, x.shape[1])
-    steps = [range(-r, r + 1, d) for r, d in zip(window.reach, window.dilation)]
-    for shift in itertools.product(*steps):
+    for shift in _displacements(window):
         offset = shift[0] * columns + shift[1]
-        if offset >= 0 and not (shift[0] < 0):
-            yield shift, flat[: len(flat) - offset].T @ flat[offset:]
+        yield shift, flat[: len(flat) - offset].T @ flat[offset:]
 
 
-def _overhanging(window: Window, x: Tensor) -> Any:
-    """Windows that touch the picture, but are none of the convolution's: rows of those offsets that they see.
+def _displaced_crops(window: Window, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    height, width, channels = x.shape[2], x.shape[3], x.shape[1]
+    x = x.permute(0, 2, 3, 1).contiguous()
+    for rows, columns in _displacements(window):
+        if rows < height and abs(columns) < width:
+            here = x[:, : height - rows, max(0, -columns) : width - max(0, columns)]
+            there = x[:, rows:, max(0, columns) : width + min(0, columns)]
+            yield (rows, columns), here.reshape(-1, channels).T @ there.reshape(-1, channels)
+
+
+def _overhanging_rows(window: Window, sizes: Sequence[int]) -> int:
+    """What the strips cost, in rows of one product of all channels with themselves, per sample."""
+    total = 0
+    for axis, other in ((0, 1), (1, 0)):
+        along = sizes[1] + window.reach[1] if axis == 0 else window.outputs(sizes)[0]
+        total += along * sum((len(seen) * window.kernel[other]) ** 2 for _, seen in _hanging_over(window, sizes, axis))
+    return total
+
+
+def _hanging_over(window: Window, sizes: Sequence[int], axis: int) -> Iterator[tuple[int, list[int]]]:
+    """Positions along an axis whose windows touch the picture but are none of the convolution's; offsets that they see.
 
     In coordinates where window p reads x[p + offset], p runs from −reach to size − 1; the convolution's own from
-    −padding to size − 1 + padding − reach. Strips above and below take all columns, those left and right the rows
-    between.
+    −padding to size − 1 + padding − reach.
     """
-    size, reach = x.shape[2:], window.reach
-    first = [-pair[0] for pair in window.padding]
-    last = [s - 1 + pair[1] - r for s, pair, r in zip(size, window.padding, reach)]
-    rows = [p for p in range(-reach[0], size[0]) if not first[0] <= p <= last[0]]
-    columns = [p for p in range(-reach[1], size[1]) if not first[1] <= p <= last[1]]
-    for p in rows:
-        seen = [o for o in range(0, reach[0] + 1, window.dilation[0]) if 0 <= p + o < size[0]]
-        if seen:
-            picture = F.pad(x[:, :, [p + o for o in seen]], (reach[1], reach[1]))
-            yield _strip(window, picture, seen, None)
-    for p in columns:
-        seen = [o for o in range(0, reach[1] + 1, window.dilation[1]) if 0 <= p + o < size[1]]
-        if seen:
-            picture = F.pad(x[..., [p + o for o in seen]], (0, 0, window.padding[0][0], window.padding[0][1]))
-            yield _strip(window, picture, None, seen)
+    size, reach, (before, behind) = sizes[axis], window.reach[axis], window.padding[axis]
+    for p in range(-reach, size):
+        if not -before <= p <= size - 1 + behind - reach:
+            seen = [o for o in range(0, reach + 1, window.dilation[axis]) if 0 <= p + o < size]
+            if seen:
+                yield p, seen
 
 
-def _strip(window: Window, picture: Tensor, rows: list[int] | None, columns: list[int] | None) -> Any:
+def _overhanging(window: Window, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Windows that touch the picture, but are none of the convolution's: rows of those offsets that they see.
+
+    Strips above and below take all columns, those left and right the rows between.
+    """
+    reach = window.reach
+    for p, seen in _hanging_over(window, x.shape[2:], 0):
+        picture = F.pad(x[:, :, [p + o for o in seen]], (reach[1], reach[1]))
+        yield _strip(window, picture, seen, None)
+    for p, seen in _hanging_over(window, x.shape[2:], 1):
+        picture = F.pad(x[..., [p + o for o in seen]], (0, 0, window.padding[0][0], window.padding[0][1]))
+        yield _strip(window, picture, None, seen)
+
+
+def _strip(
+    window: Window, picture: Tensor, rows: list[int] | None, columns: list[int] | None
+) -> tuple[list[int], Tensor]:
     """The windows of one strip: the offsets that they see, by number, and (windows, C · offsets)."""
     along = 3 if rows is not None else 2
     reach, step = window.reach[along - 2], window.dilation[along - 2]
