@@ -113,6 +113,19 @@ def test_a_finer_product_refines_a_coarser_one() -> None:
     _alike(t.leaves, _rows(t, left), _rows(t, right))
 
 
+def test_products_at_many_places_are_tied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors × classes of a detector at every pixel against one product: no pass over all positions for each pixel."""
+    passes, unify_classes = [], Leaves._unify_classes
+    monkeypatch.setattr(Leaves, "_unify_classes", lambda *pair: passes.append(len(pair[1])) or unify_classes(*pair))
+    t = Algebra()
+    pixels, anchors, outputs, classes = t.opaque(30, "pixels"), t.fresh(15), t.fresh(90), t.fresh(5)
+    left = Axis((*outputs.factors, *classes.factors))
+    t.tie(left, Axis((*pixels.factors, *anchors.factors)))
+    assert _sizes(t.leaves, _rows(t, left)) == [3, 5]
+    _alike(t.leaves, _rows(t, left), t.leaves.resolve(_rows(t, Axis((*pixels.factors, *anchors.factors)))))
+    assert len(passes) < 10
+
+
 def test_incompatible_products_pin() -> None:
     t = Algebra()
     a, b = t.fresh(2), t.fresh(3)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vfx.analyse.places import places
-from vfx.analyse.rows import classes, count_rows, row_ids, unique_rows
+from vfx.analyse.rows import classes, count_rows, distinct, row_ids, unique_rows
 from vfx.analyse.store import NO_TAG, Rows, Store, widen
 
 MAX_CLASSES = 4096  # more copies than this tied against other copies: pin instead of searching
@@ -93,9 +93,29 @@ class Leaves(Store):
         if len(found) > MAX_CLASSES:
             return False
         version = self.version
-        for members in self._untouched(found, signature[:, 2:]):
-            self._reconcile(_digits(left[members]), _digits(right[members]))
+        self._split_by_use(left, found)
+        self._split_by_use(self.resolve(right), found)
+        if self.version == version:
+            for members in self._untouched(found, signature[:, 2:]):
+                self._reconcile(_digits(left[members]), _digits(right[members]))
         return self.version != version
+
+    def _split_by_use(self, rows: Rows, found: list[NDArray[np.int64]]) -> None:
+        """Split each leaf that some class of positions uses in part, for all classes at once.
+
+        Class by class each split would change the leaf that the next class uses, and so name all positions anew.
+        """
+        number = np.empty(len(rows), np.int64)
+        for index, members in enumerate(found):
+            number[members] = index
+        keys = number[:, None] * rows.shape[1] + np.arange(1, rows.shape[1])
+        uses = np.stack([rows[:, 1:].reshape(-1), keys.reshape(-1)], axis=1)
+        uses = unique_rows(uses[uses[:, 0] >= 0])[0]  # an element and the class and column that use it
+        used = np.stack([self.leaf_of(uses[:, 0]), uses[:, 1]], axis=1)
+        together, which = unique_rows(used)
+        in_part = np.bincount(which, minlength=len(together)) < np.asarray(self.sizes)[together[:, 0]]
+        for leaf in distinct(together[in_part, 0]):
+            self.split(leaf, _patterns_of_use(uses[used[:, 0] == leaf], self.elements(leaf)))
 
     def _untouched(self, found: list[NDArray[np.int64]], leaves: Rows) -> Iterator[NDArray[np.int64]]:
         """Classes of positions in turn, without those a leaf of which has changed: they are resolved first."""
@@ -158,6 +178,8 @@ class Leaves(Store):
     def _tie(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
         """One leaf against one leaf: a bijection merges them, a permutation of one leaf onto itself factors it."""
         a, b = int(self.leaf_of(left)[0]), int(self.leaf_of(right)[0])
+        if a > b:  # the older leaf stays: it may be the one that all other classes name
+            a, b, left, right = b, a, right, left
         if a != b:
             rows = np.empty((self.sizes[b], 2), np.int64)
             rows[:, 0] = NO_TAG
@@ -224,6 +246,14 @@ def _same_width(left: Rows, right: Rows) -> tuple[Rows, Rows]:
 def _digits(rows: Rows) -> Rows:
     """The digits of positions that all have the same leaves."""
     return rows[:, 1:][:, rows[0, 1:] >= 0]
+
+
+def _patterns_of_use(uses: Rows, elements: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each element a number for the set of what uses it, given sorted pairs of an element and a use."""
+    starts = np.searchsorted(uses[:, 0], elements)
+    ends = np.searchsorted(uses[:, 0], elements, side="right")
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(uses[i:j, 1].tobytes(), len(numbers)) for i, j in zip(starts, ends)])
 
 
 def _patterns(digits: Rows, index: int, elements: NDArray[np.int64]) -> NDArray[np.int64]:
