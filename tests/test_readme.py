@@ -21,14 +21,14 @@ import vfx.data.catalogue
 import vfx.models
 from vfx import cli
 from vfx.data import digits
-from vfx.models import vgg16, vit_tiny
+from vfx.models import vgg11, vit_tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in ROOT.glob("**/README.md") if not any(part[0] == "." for part in path.parts[1:]))
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES if "```python" in path.read_text()]
 
 
-def _net(seed: int, build: Callable[..., nn.Module] = vgg16, **options: Any) -> nn.Module:
+def _net(seed: int, build: Callable[..., nn.Module] = vgg11, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
     return build(in_channels=1, **({"width": 1 / 16} | options)).eval()
 
@@ -110,12 +110,12 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     text = ROOT.joinpath(name).read_text()
     Path("net.py").write_text(NETWORK)
     for file, seed in (("a.safetensors", 0), ("b.safetensors", 1)):
-        save_file(_net(seed, vfx.models.vgg11).state_dict(), file)
+        save_file(_net(seed).state_dict(), file)
     Path("demo").mkdir()
     for seed in (0, 1):
         save_file(_net(seed).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")
     monkeypatch.setitem(
-        vfx.models.MODELS, "vgg16", lambda width=1, in_channels=3: vgg16(1 / 16, in_channels=in_channels)
+        vfx.models.MODELS, "vgg16", lambda width=1, in_channels=3: vgg11(1 / 16, in_channels=in_channels)
     )
     few = [tensor[:16] for tensor in digits()]
     monkeypatch.setattr(vfx.data.catalogue, "digits", lambda size=32, seed=0: few)
