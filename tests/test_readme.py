@@ -123,8 +123,8 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
         Path(f"photos/{index % 2}").mkdir(parents=True, exist_ok=True)
         pixels = numpy.random.default_rng(index).integers(0, 256, (36, 40, 3), numpy.uint8)
         Image.fromarray(pixels).save(f"photos/{index % 2}/{index}.png")
-    for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
-        Path("recipe.toml").write_text(block)
+    for kind, block in re.findall(r"```(toml|yaml)\n(.*?)```", text, re.DOTALL):
+        Path(f"recipe.{kind}").write_text(block)
     commands = _commands(text)
     assert len(commands) >= 4
     for command in commands:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import vfx
 from vfx import api, cli
+from vfx.cli.documents import read_document
 from vfx.cli.recipe import ACTIONS, read_recipe, resolved, values
 from vfx.cli.toml import toml_of
 from vfx.errors import ArgumentError
@@ -99,6 +102,17 @@ def test_running_again_gives_equal_bytes_and_the_network(name: str, folder: Path
         assert row["accuracy"] == float((outputs.argmax(1) == torch.arange(24) % 10).double().mean())
 
 
+def test_the_same_recipe_in_yaml_gives_the_same_bytes(folder: Path) -> None:
+    document = {"model": MODEL, "input": ["1x8x8"]} | RECIPES["merge"]
+    Path("x.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    _run(str(_recipe("x", **RECIPES["merge"])), "toml")
+    _run("x.yaml", "yaml")
+    files = sorted(file.name for file in Path("toml").iterdir())
+    assert files == sorted(file.name for file in Path("yaml").iterdir())
+    for file in files:
+        assert (Path("toml") / file).read_bytes() == (Path("yaml") / file).read_bytes(), file
+
+
 def test_other_weights_give_other_bytes(folder: Path) -> None:
     """The control."""
     for name, weights in (("a", ["0.pt", "1.pt"]), ("b", ["0.pt", "2.pt"])):
@@ -115,7 +129,10 @@ def test_resolved_recipes_hold_every_option(action: str, folder: Path) -> None:
     known = inspect.signature(getattr(api, action)).parameters
     own = {"models", "model", "example_inputs", "data", "progress", "statistics"}
     assert set(whole.options) == set(known) - own
-    found = values(read_recipe(_recipe("y", **whole.to_dict())), lambda paths: paths, lambda name: name)
+    again = read_recipe(_recipe("y", **whole.to_dict()))
+    Path("y.yml").write_text(yaml.safe_dump(whole.to_dict()))
+    assert read_recipe(Path("y.yml")) == again
+    found = values(again, lambda paths: paths, lambda name: name)
     for name, value in found.items():
         default = known[name].default
         assert value == (list(default) if isinstance(default, tuple) else default), name
@@ -144,11 +161,52 @@ def test_what_a_recipe_should_not_hold_is_named(change: dict[str, Any], message:
         _run(str(path), "out")
 
 
-def test_files_that_are_no_recipe_are_named(folder: Path) -> None:
-    Path("x.toml").write_text("a = = 1")
-    for name, message in (("x.toml", "is no TOML"), ("none.toml", "No such file")):
-        with pytest.raises(ArgumentError, match=message):
-            _run(name, "out")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.toml", "a = = 1", r"x\.toml is no TOML: .*line 1"),
+        ("x.yaml", "a: 1\nb: [", r"x\.yaml is no YAML: .*line 2"),
+        ("x.yaml", "a: 1\na: 2", r"x\.yaml is no YAML: a stands twice \(at line 2, column 1\)"),
+        ("x.yaml", "? [a]\n: 2", r"a key must be a text \(at line 1"),
+        ("x.yaml", "a: !!python/object:os.system {}", r"is no YAML: could not determine a constructor .*line 1"),
+        ("x.yaml", "a: &b [*b]", "recursive"),
+        ("x.yaml", "- merge", "holds a list"),
+        ("x.yaml", "", "holds nothing, not keys"),
+        (
+            "x.yaml",
+            "options: {seed: !!timestamp 2024-01-01}",
+            r"x\.yaml: options\.seed is a date .*holds texts, numbers",
+        ),
+        ("x.toml", "options = {seed = [2024-01-01]}", r"x\.toml: options\.seed\[0\] is a date"),
+        ("x.yaml", "action: melt\nmodel: m\nweights: [a]", "x.yaml: action='melt' is unknown; choose one of merge"),
+        ("x.txt", "a = 1", r"x\.txt: a recipe is TOML or YAML, in a file that ends in \.toml, \.yaml, \.yml"),
+    ],
+)
+def test_files_that_are_no_recipe_are_named(name: str, text: str, message: str, folder: Path) -> None:
+    Path(name).write_text(text)
+    with pytest.raises(ArgumentError, match=message):
+        _run(name, "out")
+
+
+@pytest.mark.parametrize("name", ["none.toml", "none.yaml"])
+def test_a_recipe_that_is_not_there_is_named(name: str, folder: Path) -> None:
+    with pytest.raises(ArgumentError, match=f"{name} cannot be read: No such file"):
+        _run(name, "out")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("no", "no"), ("yes", "yes"), ("on", "on"), ("2024-01-01", "2024-01-01"), ("1:30", "1:30"), ("010", "010"),
+        ("1x8x8", "1x8x8"), ("'1'", "1"), ("=", "="), ("1e-5", 1e-5), ("-3", -3), ("1_000", 1000), ("0x10", 16),
+        (".5", 0.5), ("-.inf", -math.inf), ("true", True), ("null", "none"), ("~", "none"), ("", "none"),
+        ("{3: [a, null]}", {"3": ["a", "none"]}),
+    ],
+)  # fmt: skip
+def test_yaml_is_read_as_its_core_schema_says(written: str, value: Any, folder: Path) -> None:
+    Path("x.yaml").write_text(f"key: {written}\n")
+    assert read_document(Path("x.yaml")) == {"key": value}
+    assert type(read_document(Path("x.yaml"))["key"]) is type(value)
 
 
 def test_toml_is_read_as_it_was_written() -> None:

@@ -10,18 +10,19 @@
     [options]
     budget = {params = 1.2}
 
-Paths are those of the working folder, as on the command line. "none" stands for None. ``match``, ``score`` and
-``normalize`` take a name, or a table of it and its options: ``score = {name = "woodfisher", block = 500}``.
+The same in YAML, with ``options`` as one more key. Paths are those of the working folder, as on the command line.
+"none" stands for None. ``match``, ``score`` and ``normalize`` take a name, or a table of it and its options:
+``score = {name = "woodfisher", block = 500}``.
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vfx.cli.documents import read_document
 from vfx.cli.inputs import optional
 from vfx.errors import ArgumentError
 from vfx.names import check_known
@@ -49,13 +50,8 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file. Raises ArgumentError for what it lacks, and names what it should not hold."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path} is no TOML: {error}") from error
+    """The recipe in a TOML or YAML file. Raises ArgumentError for what it lacks, and names what it should not hold."""
+    document = {name: value for name, value in read_document(path).items() if value != "none"}
     kinds: dict[str, type] = {
         "action": str, "model": str, "weights": list, "input": list, "entry": str, "data": str, "evaluate": str,
         "options": dict,

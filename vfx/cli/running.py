@@ -17,7 +17,9 @@ from vfx.files import check_writable, make_folder
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="TOML file: action, model, weights, data, [options]; see vfx/cli.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="TOML or YAML file: action, model, weights, data, options; see vfx/cli.")
+    ],
     out: Annotated[Path, typer.Argument(help="Directory of the result: network, recipe, report, page and card.")],
 ) -> None:
     """Carry out a recipe; running it again gives the same bytes."""
