@@ -29,6 +29,14 @@ class Setting:
     merging: Sequence[Pass]
     student: Student | None
 
+    def way(self, following: Following | None) -> dict[str, float | None]:
+        """What a candidate does, for reports: the layers kept for each edge, and the last that follows an edge."""
+        if following is None:
+            return {"preserve": self.preserved, "follow": None, "follow_edge": None}
+        assert self.student is not None
+        last = number_layers(self.student.program).number(following.follow)
+        return {"preserve": self.preserved, "follow": last, "follow_edge": following.edge}
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -121,7 +129,8 @@ class Choice:
             self._score(setting, each, folds, normalize, len(settings) > 1, options, scores, foreign)
         edges = self._edges(folds) if solved == "auto" else {}
         name = best(scores | edges, list(edges), foreign)
-        figures = _dicts(scores | edges)
+        ways = {name: option.setting.way(option.following) for name, option in options.items()}
+        figures = _dicts(scores | edges, ways | self._whole(edges))
         text = self._outcome(first if name in edges else options[name].setting, name, options, scores | edges)
         if name in edges:
             edge = list(edges).index(name)
@@ -170,9 +179,13 @@ class Choice:
         folds = trials(self.program, self.alphas, self.data, solving.judge, self.options)
         normalized, scores = choose_method(asked, setting.aligned, setting.merging, self.alphas, folds, self.options)
         name = min(scores, key=lambda name: scores[name].value)
-        return Chosen(
-            setting, normalization=normalized[name], scores=_dicts(scores), notes=label_notes(folds), name=name
-        )
+        figures = _dicts(scores, dict.fromkeys(scores, setting.way(None)))
+        return Chosen(setting, normalization=normalized[name], scores=figures, notes=label_notes(folds), name=name)
+
+    def _whole(self, edges: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
+        """Edges as they are: followed in all layers."""
+        last = len(number_layers(self.program))
+        return {name: {"preserve": 0, "follow": last, "follow_edge": edge} for edge, name in enumerate(edges)}
 
     def _edges(self, folds: Sequence[Trial]) -> dict[str, Score]:
         """The score of each edge as it is."""
@@ -198,5 +211,8 @@ def _foreign(student: Student, normalized: Mapping[str, Score]) -> list[str]:
     return [name for name in normalized if name == BEHIND or name in affine]
 
 
-def _dicts(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
-    return {name: score.to_dict() for name, score in sorted(scores.items(), key=lambda item: item[1].value)}
+def _dicts(
+    scores: Mapping[str, Score], ways: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, dict[str, float | None]]:
+    order = sorted(scores, key=lambda name: scores[name].value)
+    return {name: scores[name].to_dict() | dict(ways[name]) for name in order}

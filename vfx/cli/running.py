@@ -13,6 +13,9 @@ from vfx.cli.early import check_network, weights_in
 from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.results import evaluated, put
 from vfx.files import check_writable, make_folder
+from vfx.progress import stage
+
+SEEN = 512  # samples, at most, on which layers are held against the edges'
 
 
 @app.command()
@@ -32,6 +35,7 @@ def run(
     from vfx.emit.pretrained import save_pretrained
     from vfx.emit.provenance import digests
     from vfx.pages.run import Run, card, page
+    from vfx.statistics.data import reusable
 
     function = getattr(api, asked.action)
     whole = resolved(asked, str(recipe))
@@ -48,7 +52,8 @@ def run(
     )
     judging = data_of(whole.evaluate, examples, whole.model, "test")
     given: Any = networks if asked.action == "merge" else _single(networks, asked.action)
-    result = function(given, examples, data=data_of(whole.data, examples, whole.model), **options)
+    data = reusable(data_of(whole.data, examples, whole.model))
+    result = function(given, examples, data=data, **options)
     evaluation = evaluated(networks, result, examples, judging, files)
     print(result.report)
     if evaluation is not None:
@@ -61,11 +66,27 @@ def run(
     if evaluation is not None:
         rows = [{k: v for k, v in row.items() if k != "latency"} for row in evaluation.to_dict()["networks"]]
         facts["evaluation"] = evaluation.to_dict() | {"networks": rows}  # without times, which differ from run to run
+    if asked.action == "merge" and data is not None and "edge" not in facts:
+        facts["diagnosis"] = _diagnosis(result, networks, data, options)
     text = json.dumps(facts, indent=2, default=str) + "\n"
     put(out / "report.json", text)
     done = Run(json.loads(text), whole.to_dict(), origin["edges"])
     put(out / "report.html", page(done))
     put(out / "README.md", card(done))
+
+
+def _diagnosis(result: Any, networks: list[Any], data: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What each layer hands on beside the edges' on some of the data, and the verdict; or why that cannot be seen."""
+    from vfx.diagnosis.diagnose import diagnose
+    from vfx.errors import VfxError
+
+    stage("diagnosis")
+    samples = min(options["max_samples"] or SEEN, SEEN)
+    try:
+        found = diagnose(result, networks, data=data, max_samples=samples, device=options["device"], progress=False)
+    except VfxError as error:  # heads of several shapes, layers of other names: the merge stands nevertheless
+        return {"text": f"Layers were not held against the edges': {error}"}
+    return {"text": f"On {found.samples} samples, {found.verdict}", "rows": found.records()}
 
 
 def _single(networks: list[Any], action: str) -> Any:

@@ -20,6 +20,7 @@ from vfx import __version__
 from vfx.address import address
 from vfx.emit.pretrained import BUILT_IN
 from vfx.pages import marks
+from vfx.pages.curves import choice_curves, judged_by, layer_curves
 
 PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "onnxruntime")
 SHOWN = 12  # candidates above the fold
@@ -66,6 +67,7 @@ def _environment(html: bool) -> Environment:
 def _view(run: Run) -> dict[str, Any]:
     facts, recipe = run.facts, run.recipe
     networks = facts.get("evaluation", {}).get("networks", [])
+    merged = recipe["action"] == "merge"
     return {
         "title": _TITLES[recipe["action"]],
         "recipe": {name: value for name, value in recipe.items() if name != "options"},
@@ -80,7 +82,9 @@ def _view(run: Run) -> dict[str, Any]:
         "costs": _costs(facts, networks),
         "candidates": _candidates(facts.get("scores", {}), facts.get("chosen")),
         "shown": SHOWN,
+        "choice_curves": choice_curves(facts.get("scores", {}), facts.get("chosen")) if merged else {},
         "layers": _layers(facts),
+        "diagnosis": facts.get("diagnosis"),
         "checks": _checks(facts),
         "versions": _versions(),
         "vfx_version": __version__,
@@ -158,21 +162,22 @@ def _costs(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) -> l
 
 def _candidates(scores: Mapping[str, Mapping[str, float | None]], chosen: str | None) -> list[dict[str, Any]]:
     """Rows as they were judged, best first, with a dot on a logarithmic scale of the judge; the chosen marked."""
-    keys = ("loss", "divergence")
-    key = next((k for k in keys if any(score.get(k) is not None for score in scores.values())), None)
+    key = judged_by(scores)
     positive = [score[key] for score in scores.values() if key and (score.get(key) or 0) > 0]
     low, high = (math.log(min(positive)), math.log(max(positive))) if positive else (0.0, 1.0)  # type: ignore[type-var, arg-type]
     rows = []
     for name, score in scores.items():
         value = score.get(key) if key else None
         share = 0.0 if not value or value <= 0 else (math.log(value) - low) / max(high - low, 1e-9)
-        rows.append({"name": name, **{k: score.get(k) for k in ("accuracy", "agreement", *keys)},
+        rows.append({"name": name, **{k: score.get(k) for k in ("accuracy", "agreement", "loss", "divergence")},
                      "mark": marks.dot(share, name == chosen), "judge": key, "chosen": name == chosen})  # fmt: skip
     return rows
 
 
 def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Curves over layers: sparsity and statistics of a pruned network, widths of a smaller one."""
+    """Curves over layers: of a merged network what they hand on, of a pruned one zeros, of a smaller one widths."""
+    if "diagnosis" in facts:
+        return layer_curves(facts["diagnosis"].get("rows", []))
     rows = facts["layers"] if "nonzeros" in facts else []
     groups = facts.get("groups") or []
     names = [row["name"].removesuffix(".weight") for row in rows or groups]
