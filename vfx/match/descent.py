@@ -198,8 +198,10 @@ class Descent:
         return sum(gains.values())
 
     def _known(self, unit: Unit, names: set[str], settled: set[int]) -> set[str]:
-        """The weights whose other groups are settled, or all."""
-        return {n for n in names if self.groups_of[n] - unit.groups <= settled} or names
+        """The weights whose other groups are settled; of a group that none of them holds, all weights."""
+        known = {n for n in names if self.groups_of[n] - unit.groups <= settled}
+        unseen = unit.groups - {group for name in known for group in self.groups_of[name]}
+        return known | {n for n in names if self.groups_of[n] & unseen}
 
     def _beside(self, unit: Unit, names: set[str]) -> Gain | float:
         """What pairs of blocks give beside their parts."""
