@@ -23,6 +23,7 @@ class Opaque:
     size: int
     reason: str
     order: Any = None  # what the order of the positions depends on (``vfx.analyse.routed``)
+    part: int = 0  # of a naming of other positions (``vfx.analyse.named``)
 
 
 Factor = Opaque | Rows
@@ -87,6 +88,12 @@ class Axis:
         """What the order of its positions depends on, if anything."""
         factors = self.root._factors or ()
         return next((factor.order for factor in factors if isinstance(factor, Opaque) and factor.order), None)
+
+    @property
+    def part(self) -> int:
+        """The part of a naming that it is; 0 where it is none, or a product of several axes."""
+        wide = [factor for factor in self.root._factors or () if factor_size(factor) > 1]
+        return wide[0].part if len(wide) == 1 and isinstance(wide[0], Opaque) else 0
 
     @property
     def factors(self) -> tuple[Factor, ...]:

@@ -12,6 +12,7 @@ final labels (``vfx.analyse.rules.spaces`` says what an operator does to its ind
 
 So q and k share an inner permutation for each head, v and the output projection another; a position bias or scale that
 heads share ties them again, and GroupNorm's groups are blocks of their channels but not the other way round.
+Rows that are sent to experts count as standing on the experts' axis (``vfx.analyse.named``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.named import Namings, part_of
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rows import unique_rows
 from vfx.analyse.rules.spaces import Dim, Spaces, space_of
@@ -83,6 +85,7 @@ class _Allowed:
         self.allowed: dict[int, frozenset[int]] = {}
         self._known: dict[Axis, tuple[Piece, ...]] = {}
         self._moving = Moving(inference.leaves)
+        self._namings = Namings.of(inference)
         self._seen: set[tuple[Any, ...]] = set()  # axes, and pieces
 
     def find(self) -> dict[int, frozenset[int]]:
@@ -90,7 +93,7 @@ class _Allowed:
         tensors = chain(self.t.parameters.values(), (shape.axes for shape in _flat(self.t.shapes.values())))
         for axes in takewhile(lambda _: self.inner, tensors):
             self._tensor(axes)
-        spaces = Spaces(self.t)
+        spaces = Spaces(self.t, named=True)
         for node in self._operators() if self.inner else ():
             self._operator(space_of(spaces, node), node)
         return {leaf: self.allowed[leaf] for leaf in self.inner}
@@ -134,7 +137,7 @@ class _Allowed:
                     if count[leaf] == 1:
                         outer |= everywhere
                     once = along[leaf] == 1 and leaf not in piece.repeated
-                    self._keep(leaf, outer - {leaf} if once else ())
+                    self._keep(leaf, self._namings.completed(outer, count) - {leaf} if once else ())
 
     def _lines_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Iterable[Piece]]:
         """The pieces of each axis, or block, of a tensor."""
@@ -148,7 +151,9 @@ class _Allowed:
                 axis = entry.root
                 if axis not in self._known:
                     factors = (factor for factor in axis.factors if not isinstance(factor, Opaque))
-                    self._known[axis] = tuple(map(self._piece, factors))
+                    part = part_of(axis) if self._namings.known else 0
+                    named = (Piece(frozenset([(part,)])),) if part else ()
+                    self._known[axis] = named or tuple(map(self._piece, factors))
                 yield self._known[axis]
 
     def _piece(self, rows: Rows) -> Piece:
@@ -158,16 +163,22 @@ class _Allowed:
 
     def _operator(self, space: list[Dim] | None, node: fx.Node) -> None:
         if space is None:
-            for shape in _flat(self.t.shapes[value] for value in (node, *node.all_input_nodes)):
-                leaves = (piece.leaves for line in self._lines_of(shape.axes) for piece in line)
-                for leaf in self.inner & frozenset().union(*leaves):
-                    self._keep(leaf, ())
+            for leaf in self.inner & frozenset().union(*self._standing(node)):
+                self._keep(leaf, ())
             return
+        tensors = self._standing(node) if self._namings.known else []
         count = Counter(chain.from_iterable(dim.leaves for dim in space))
         for dim in space:
             for leaf in dim.leaves & self.inner:
                 partners = {h for other in space if _together(dim, other) for h in other.leaves if count[h] == 1}
+                partners |= set(self._namings.named(partners, [own for own in tensors if leaf in own]))
                 self._keep(leaf, (partners | dim.leaves if dim.whole else partners) - {leaf})
+
+    def _standing(self, node: fx.Node) -> list[frozenset[int]]:
+        """What stands on each tensor that an operator reads or gives."""
+        shapes = _flat(self.t.shapes[value] for value in (node, *node.all_input_nodes))
+        lines = (self._lines_of(shape.axes) for shape in shapes)
+        return [frozenset().union(*(piece.leaves for line in own for piece in line)) for own in lines]
 
 
 class Moving(dict[Axis | Digit, frozenset[int]]):

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.named import in_place
 from vfx.analyse.parts import keeps_parts
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.routed import kept, read, release
@@ -71,7 +72,7 @@ class _Inference:
             result = read(self.terms, node)
             if result is None:
                 result = rule(self.terms, node, arguments(node))
-                result = result if result is None else kept(self.terms, node, result)
+                result = result if result is None else in_place(self.terms, node, kept(self.terms, node, result))
             if result is not None:
                 self._check(node, result)
                 return self.terms.carried(node, parts, result) if parts else result

@@ -22,7 +22,8 @@ class ProgramTerms(Parts):
 
     ``shapes`` holds them by node (for the nodes that are ``used``), ``parameters`` the axes of each parameter by FQN,
     ``roles`` what each rule said of a parameter's axis, ``unknown`` the operators without a rule (their axes are
-    pinned), ``numbered`` the axes whose positions are read.
+    pinned), ``numbered`` the axes whose positions are read, ``namings`` an axis with the parts that name its positions
+    (``vfx.analyse.named``), by what tells one naming from another.
     """
 
     def __init__(self, program: Program):
@@ -32,6 +33,7 @@ class ProgramTerms(Parts):
         self.parameters: dict[str, tuple[Axis, ...]] = {}
         self.roles: list[tuple[str, int, Axis, str]] = []
         self.numbered: list[Axis] = []
+        self.namings: dict[tuple[object, ...], tuple[Axis, range]] = {}
         self.unknown: dict[str, list[str]] = {}
         self._sizes: dict[fx.Node, tuple[int, ...]] = {}
         self.used = _reachable(program.graph)
@@ -65,6 +67,13 @@ class ProgramTerms(Parts):
             return shape
         self.numbered.append(axis)
         return replace(shape, meaning=Meaning(NUMBERS, axis, object()))
+
+    def naming(self, axis: Axis, key: tuple[object, ...], count: int) -> range:
+        """The parts, as many as ``count``, by which positions name those of an axis; the same for the same key."""
+        if key not in self.namings:
+            used = sum(len(parts) for _, parts in self.namings.values())
+            self.namings[key] = axis, range(-2 - used, -2 - used - count, -1)  # -1 is no leaf
+        return self.namings[key][1]
 
     def pin_dim(self, shape: Shape, dim: int, reason: str) -> None:
         self.pin(self.axis(shape, dim), reason)

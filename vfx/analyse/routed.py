@@ -17,6 +17,7 @@ from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.meaning import BACK, COUNTS, ENDS, NUMBERS, PLACES, Meaning, Order
+from vfx.analyse.named import axes_by_number
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rules import indexing, routing
 from vfx.analyse.rules.rule import Rule, normal
@@ -129,7 +130,8 @@ def _sorted(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
     if meaning.kind != NUMBERS or _orders(x):
         return None
     order = Order(meaning.axis, meaning.source)
-    rows = Axis((Opaque(x.axes[0].size, "rows sorted by number", order),))
+    (part,) = t.naming(meaning.axis, (order,), 1)
+    rows = Axis((Opaque(x.axes[0].size, "rows sorted by number", order, part),))
     numbers, places = (Shape((rows,), meaning=replace(meaning, kind=kind, order=order)) for kind in (NUMBERS, PLACES))
     return [numbers, places] if isinstance(node.meta["val"], list) else places
 
@@ -183,7 +185,7 @@ def _looked_up(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | Non
     if meaning.kind != NUMBERS or _orders(x) or x.axes[d].size != meaning.axis.size:
         return None
     t.tie(t.axis(x, d), meaning.axis)
-    return Shape(axes)
+    return Shape((*x.axes[:d], *axes_by_number(t, numbers, meaning), *x.axes[d + 1 :]))
 
 
 def _gathered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:

@@ -242,7 +242,7 @@ class Algebra(Axes):
         first = entries[0]
         for other in entries[1:]:
             if isinstance(first, Axis) and isinstance(other, Axis):
-                self.tie(first, other)
+                first = self.tie(first, other)
             elif first.position == 0:  # whole blocks, tied once
                 a, b = (_turned(x.block, _block_order(grids, x)) for x in (first, other))
                 self.leaves.unify(a, b)

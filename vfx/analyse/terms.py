@@ -74,13 +74,16 @@ class Axes:
         return grid.reshape(-1, grid.shape[2])
 
     def tie(self, left: Axis, right: Axis) -> Axis:
-        """Make two axes of equal size carry the same action and return one of them."""
+        """Make two axes of equal size carry the same action and return one of them, which says all that is known."""
         left, right = left.root, right.root
-        if left is right or (left.opaque and right.opaque):
+        if left is right:
             return left
+        if left.opaque and right.opaque:
+            return right if right.part and not left.part else left
         if left.opaque or right.opaque:
             pinned, other = (left, right) if left.opaque else (right, left)
             self.pin(other, pinned.factors[0].reason)  # type: ignore[union-attr]
+            return pinned if pinned.part else left
         elif left.is_blank or right.is_blank:
             blank, other = (right, left) if right.is_blank else (left, right)
             blank.become(other)

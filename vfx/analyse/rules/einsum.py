@@ -29,7 +29,7 @@ def contract(t: ProgramTerms, operands: Sequence[tuple[Any, Letters]], result: L
             if letter not in found or found[letter].size == 1:  # an axis of one position is broadcast
                 found[letter] = axis
             elif axis.size > 1:
-                t.tie(found[letter], axis)
+                found[letter] = t.tie(found[letter], axis)
     _roles(t, operands, result)
     return Shape(tuple(found[letter] for letter in result))
 

@@ -113,6 +113,8 @@ def repeat_interleave(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shap
 def slice_(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     x = _first(t, a)
     d = normal(a["dim"], len(x.axes))
+    if t.is_opaque(x.axes[d]) and t.sizes(node)[d] == x.axes[d].size:
+        return Shape(x.axes)
     if t.is_opaque(x.axes[d]):
         return Shape((*x.axes[:d], t.opaque(t.sizes(node)[d], "part of a pinned axis"), *x.axes[d + 1 :]))
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):

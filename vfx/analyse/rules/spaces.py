@@ -14,6 +14,7 @@ import numpy as np
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque
+from vfx.analyse.named import part_of
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.rows import distinct
 from vfx.analyse.rules import einsum, routing
@@ -36,10 +37,10 @@ class Dim(NamedTuple):
 
 
 class Spaces:
-    """What the functions below need of a finished inference."""
+    """What the functions below need of a finished inference; ``named``: parts of namings stand on axes like leaves."""
 
-    def __init__(self, inference: ProgramTerms):
-        self.t = inference
+    def __init__(self, inference: ProgramTerms, named: bool = False):
+        self.t, self.named = inference, named and bool(inference.namings)
         self._leaves: dict[Axis | Digit, frozenset[int]] = {}
 
     def shape(self, node: Any) -> Shape | None:
@@ -53,7 +54,8 @@ class Spaces:
     def leaves(self, entry: Axis | Digit) -> frozenset[int]:
         """The leaves that stand on an axis, or on its dimension of a block."""
         if entry not in self._leaves:
-            self._leaves[entry] = self._standing(entry)
+            part = part_of(entry) if self.named else 0
+            self._leaves[entry] = frozenset([part]) if part else self._standing(entry)
         return self._leaves[entry]
 
     def _standing(self, entry: Axis | Digit) -> frozenset[int]:
@@ -209,12 +211,14 @@ def matmul(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
 
 
 def grouped_product(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
-    """Each row has the matrix of one expert."""
+    """Each row has the matrix of one expert: the one that it names, if it does."""
     x, w = (s.shape(value) for value in routing.factors(a)[:2])
     if x is None or w is None:
         return None
-    summed = s.dim([x.axes[1], w.axes[1]], "xw", True)
-    return [s.dim([x.axes[0]], "xy"), s.dim([w.axes[0]], "w", True), summed, s.dim([w.axes[2]], "wy")]
+    channels = [s.dim([x.axes[1], w.axes[1]], "xw", True), s.dim([w.axes[2]], "wy")]
+    if part_of(x.axes[0]):
+        return [s.dim([x.axes[0], w.axes[0]], "xwy"), *channels]
+    return [s.dim([x.axes[0]], "xy"), s.dim([w.axes[0]], "w", True), *channels]
 
 
 def addmm(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
