@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
-from vfx.analyse.activations import statistics_channels
+from vfx.analyse.layer_view import statistics_channels
 from vfx.analyse.layers import Join, number_layers
 from vfx.analyse.pins import pin_notes
 from vfx.analyse.symmetry import Symmetry, symmetry

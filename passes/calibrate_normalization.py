@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vfx.analyse.activations import statistics_channels
+from vfx.analyse.affines import Affine, affines
+from vfx.analyse.layer_view import statistics_channels
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
-from vfx.normalization import Affine, affines, reset_readers
+from vfx.normalization import reset_readers
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches

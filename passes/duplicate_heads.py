@@ -25,7 +25,7 @@ from vfx.elements.parts import multiplied
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.operators import arguments, operator_of
 from vfx.options import HeadOutput
-from vfx.program import Program, Value, copy_node
+from vfx.program import Program, Value, copy_node, readers_of
 from vfx.rewrite import Pass, PassResult
 
 
@@ -218,5 +218,5 @@ def _input_weight(
     weight = values["weight"]
     if values.get("groups", 1) != 1 or weight.op != "get_attr":
         return None
-    readers = [user for n in graph.nodes if n.op == "get_attr" and n.target == weight.target for user in n.users]
-    return str(weight.target) if len(readers) == 1 else None
+    name = str(weight.target)
+    return name if len(readers_of(graph)[name]) == 1 else None

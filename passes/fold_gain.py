@@ -26,7 +26,7 @@ from vfx.analyse.symmetry import symmetry
 from vfx.arguments import checked
 from vfx.normalization import add_bias
 from vfx.operators import arguments, layer_arguments, weight_name
-from vfx.program import Program, Value, copy_graph
+from vfx.program import Program, Value, copy_graph, readers_of
 from vfx.rewrite import Pass, PassResult
 
 Sets = list[dict[str, Tensor]]
@@ -87,9 +87,10 @@ class _Run:
         """Fold one gain; why it stays, or nothing."""
         if gain.weight is None:
             return "it has a shift alone"
-        shared = [name for name in (gain.weight, gain.bias) if name is not None and len(_readers(self.graph, name)) > 1]
+        readers = readers_of(self.graph)
+        shared = [name for name in (gain.weight, gain.bias) if name is not None and len(readers[name]) > 1]
         if shared:
-            return f"{shared[0]} is used by {', '.join(node.name for node in _readers(self.graph, shared[0]))}"
+            return f"{shared[0]} is used by {', '.join(node.name for node in readers[shared[0]])}"
         try:
             shares = self.folding.shares(gain)
         except Refused as reason:
@@ -138,7 +139,7 @@ class _Run:
         if len({share.dim for share in columns[weight]}) > 1:
             return f"{weight} holds its channels on several axes"
         for name in (weight, bias):
-            strangers = [r for r in _readers(self.graph, name) if r not in readers] if name else []
+            strangers = [r for r in readers_of(self.graph)[name] if r not in readers] if name else []
             if strangers:
                 return f"{name} is used by {strangers[0].name}"
         twins = [
@@ -185,10 +186,6 @@ class _Run:
         node.replace_all_uses_with(value)
         self.graph.erase_node(node)
         self._mapping[gain.node] = value  # what another gain may multiply
-
-
-def _readers(graph: fx.Graph, name: str) -> list[fx.Node]:
-    return [user for node in graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]
 
 
 def _scaled(tensor: Tensor, share: Share, factor: Tensor) -> Tensor:

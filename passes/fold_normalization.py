@@ -10,22 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import Tensor, fx
 
-from vfx.analyse.layers import normalizes_channels
+from vfx.analyse.affines import Affine, affines
+from vfx.analyse.layer_view import BatchNorm, batch_norms, not_alone, not_its_own
+from vfx.analyse.layers import channel_axis
 from vfx.arguments import checked
-from vfx.normalization import Affine, add_bias, affines
+from vfx.normalization import add_bias
 from vfx.operators import (
     arguments,
     is_layer,
-    layer_arguments,
     operator_of,
     output_axis,
     weight_name,
 )
-from vfx.program import Program, Weights, copy_graph
+from vfx.program import Program, Weights, copy_graph, readers_of
 from vfx.rewrite import Pass, PassResult
 
 
@@ -82,23 +82,10 @@ def _inserted(program: Program) -> Iterator[_Foldable]:
 
 
 def _batch_norms(program: Program) -> Iterator[_Foldable]:
-    for node in program.graph.nodes:
-        if not operator_of(node).is_batch_norm or not isinstance(node.args[0], fx.Node):
-            continue
-        own = isinstance(arguments(node)["running_mean"], fx.Node)  # else it normalises with its batch's statistics
-        yield _Foldable(node.args[0], (node,), partial(_batch_norm_affine, node) if own else None)
-
-
-def _batch_norm_affine(node: fx.Node, weights: Weights) -> tuple[Tensor, Tensor]:
-    a = arguments(node)
-    mean, var = (weights[str(a[name].target)].double() for name in ("running_mean", "running_var"))
-    scale = (var + a["eps"]).rsqrt()
-    if isinstance(a["weight"], fx.Node):
-        scale = scale * weights[str(a["weight"].target)].double()
-    shift = -mean * scale
-    if isinstance(a["bias"], fx.Node):
-        shift = shift + weights[str(a["bias"].target)].double()
-    return scale, shift
+    for node in batch_norms(program):
+        norm = BatchNorm(node)
+        if isinstance(node.args[0], fx.Node):
+            yield _Foldable(node.args[0], (node,), norm.affine if norm.is_fixed else None)
 
 
 def _refusal(foldable: _Foldable) -> str:
@@ -108,20 +95,8 @@ def _refusal(foldable: _Foldable) -> str:
         return f"{first.name} follows {layer.name}, which is not a conv or linear layer"
     if foldable.affine is None:
         return f"{first.name} has no running statistics"
-    if operator_of(first).is_batch_norm and not normalizes_channels(first, layer):
-        return f"{first.name} scales another axis than the channels of {layer.name}"
-    if len(layer.users) > 1:
-        return f"the output of {layer.name} has other readers than {first.name}"
-    for name in ("weight", "bias"):
-        parameter = layer_arguments(layer)[name]
-        if parameter is None:
-            continue
-        if not isinstance(parameter, fx.Node) or parameter.op != "get_attr":
-            return f"the {name} of {layer.name} is computed"
-        readers = [u for n in layer.graph.nodes if n.op == "get_attr" and n.target == parameter.target for u in n.users]
-        if len(readers) > 1:
-            return f"{parameter.target} is used by {', '.join(reader.name for reader in readers)}"
-    return ""
+    apart = not_its_own(first, layer, channel_axis(layer))
+    return apart or not_alone(layer, ("weight", "bias"), readers_of(layer.graph))
 
 
 def _fold(graph: fx.Graph, foldable: _Foldable, sets: list[dict[str, Tensor]]) -> None:

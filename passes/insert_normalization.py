@@ -15,11 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.activations import Activation, activation_of
-from vfx.analyse.layers import Choice, Join, is_normalized, number_layers
+from vfx.analyse.activations import Activation
+from vfx.analyse.affines import SCALE, SHIFT, name
+from vfx.analyse.layer_view import layer_views
+from vfx.analyse.layers import Choice, Join, number_layers
 from vfx.arguments import checked
 from vfx.complex_numbers import is_complex
-from vfx.normalization import SCALE, SHIFT, name
 from vfx.program import Program, copy_graph
 from vfx.rewrite import Pass, PassResult
 
@@ -51,16 +52,18 @@ class InsertNormalization(Pass[None]):
 
     def _sites(self, program: Program, notes: list[str]) -> Iterator[Activation]:
         """Where affines belong: a layer's own output, or its activation's."""
+        views = layer_views(program)
         for layer in number_layers(program).select(self.layers):
-            node = program.node(layer.node)
+            view = views[layer.node]
+            node = view.node
             if is_complex(node):
                 notes.append(f"not normalised: {layer.fqn}, whose outputs are complex")
                 continue
             if self.site == "preactivation":
-                if not is_normalized(node):
+                if not view.is_normalized:
                     yield Activation(node, layer.channel)
                 continue
-            found = activation_of(program, layer)
+            found = view.activation
             if isinstance(found, Activation):
                 yield found
             else:

@@ -25,7 +25,7 @@ from vfx.alphas import edge_weights
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
-from vfx.program import Program
+from vfx.program import Program, readers_of
 from vfx.reconstruct.logits import LogitUnit, logit_units
 from vfx.reconstruct.plan import units_of
 from vfx.reconstruct.references import Reference, References, unchanged
@@ -121,14 +121,10 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
     def _copied(self, program: Program, followed: frozenset[str]) -> dict[str, Tensor]:
         """The followed edge's tensors of all that followed calls alone read."""
         own = self.references[self.follow_edge].program.weights[0]
-        readers: dict[str, set[str]] = {}
-        for node in program.graph.nodes:
-            if node.op == "get_attr":
-                readers.setdefault(str(node.target), set()).update(user.name for user in node.users)
         return {
             name: own[name]
-            for name, users in readers.items()
-            if users <= followed and name in own and name not in program.private
+            for name, readers in readers_of(program.graph).items()
+            if followed.issuperset(x.name for x in readers) and name in own and name not in program.private
         }
 
     def _differs(self, program: Program, followed: frozenset[str], copied: Mapping[str, Tensor]) -> bool:
@@ -136,11 +132,8 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
 
         That is so behind kept branches, and where they read what is read behind them, too (a tied embedding).
         """
-        read = {
-            str(node.target)
-            for node in program.graph.nodes
-            if node.op == "get_attr" and any(user.name in followed for user in node.users)
-        }
+        readers = readers_of(program.graph)
+        read = {name for name in readers if any(reader.name in followed for reader in readers[name])}
         own, ours = self.references[self.follow_edge].program.weights[0], program.weights[0]
         left = (name for name in read - set(copied) if name in own)
         return bool(program.private) or any(not torch.equal(own[name], ours[name]) for name in left)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import Choice, number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
 from vfx.normalization import reset_readers
-from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
@@ -42,7 +42,7 @@ class ResetBatchNorm(Pass[None]):
         self.max_samples, self.device, self.progress = max_samples, device, progress
 
     def requires(self, program: Program) -> None:
-        if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
+        if not batch_norms(program):
             raise PassError("RESET needs BatchNorm layers and this network has none; use 'rescale' or 'repair'")
 
     def apply(self, program: Program) -> PassResult[None]:

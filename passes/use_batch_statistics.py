@@ -20,10 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.layers import Choice, Layer, is_normalized, number_layers
+from vfx.analyse.affines import name
+from vfx.analyse.layer_view import layer_views
+from vfx.analyse.layers import Choice, Layer, number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
-from vfx.normalization import merged_norms, name
+from vfx.normalization import merged_norms
 from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
 from vfx.rewrite import Pass, PassResult
@@ -73,7 +75,8 @@ class UseBatchStatistics(Pass[None]):
 def _plain_layers(program: Program, layers: Choice) -> list[Layer]:
     """The chosen layers that no BatchNorm normalises already."""
     chosen = number_layers(program).select(layers)
-    return [x for x in chosen if not is_normalized(program.node(x.node))]
+    views = layer_views(program)
+    return [x for x in chosen if not views[x.node].is_normalized]
 
 
 class _Writer:

@@ -21,7 +21,8 @@ from vfx.passes.remove_bias import RemoveBias
 from vfx.passes.reset_batchnorm import ResetBatchNorm
 from vfx.passes.use_batch_statistics import UseBatchStatistics
 
-from vfx.analyse.activations import Activation, activation_of
+from vfx.analyse.activations import Activation
+from vfx.analyse.layer_view import layer_views
 from vfx.api import collect, layers, merge, record, recorded, repair, symmetry, trace
 from vfx.errors import ArgumentError, DataError, PassError
 from vfx.match.first_layers import FirstLayers, first_layer_of_groups
@@ -356,12 +357,12 @@ def test_the_activation_behind_a_layer_is_found(name: str) -> None:
     model = edges(lambda: nn.Sequential(conv(3, 6), build(), conv(6, 2)), X, 1)[0]
     program = trace(model, X[:2])
     first, last = layers(program)
-    found = activation_of(program, first)
+    found = layer_views(program)[first.node].activation
     assert isinstance(found, Activation)
     with torch.no_grad():
         close(values(program, X)[found.node.name], model[1](model[0](X)), 1e-12)  # type: ignore[index]
     assert found.channel == 1
-    assert activation_of(program, last) == "its output leaves the network"
+    assert layer_views(program)[last.node].activation == "its output leaves the network"
 
 
 def test_activations_behind_transpositions_adds_and_layers() -> None:
@@ -377,7 +378,7 @@ def test_activations_behind_transpositions_adds_and_layers() -> None:
             return self.fc(F.relu(x + self.four(y)).mean((2, 3)))
 
     program = trace(Net().double().eval(), X[:2])
-    found = {layer.fqn: activation_of(program, layer) for layer in layers(program)}
+    found = {view.layer.fqn: view.activation for view in layer_views(program).values()}
     assert isinstance(found["one"], Activation)
     assert found["one"].channel == 3
     assert "without an activation" in str(found["two"])

@@ -40,6 +40,7 @@ from vfx.passes.transform import Transform
 from vfx.passes.untie_weights import UntieWeights
 from vfx.passes.use_batch_statistics import UseBatchStatistics
 
+from vfx.analyse.affines import affines
 from vfx.analyse.layers import _numbered, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
@@ -47,7 +48,6 @@ from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
 from vfx.elements import act
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.models import resnet20_bn, resnet20_ln, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
-from vfx.normalization import affines
 from vfx.program import Facts, Program
 from vfx.rewrite import Pass, PassResult
 

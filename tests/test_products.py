@@ -20,11 +20,12 @@ from vfx.passes.insert_normalization import InsertNormalization
 from vfx.passes.reconstruct import Reconstruct
 
 from vfx.alphas import edge_weights
-from vfx.analyse.activations import Activation, activation_of
+from vfx.analyse.activations import Activation
+from vfx.analyse.affines import affines
+from vfx.analyse.layer_view import layer_views
 from vfx.analyse.layers import number_layers
 from vfx.api import collect, layers, merge, trace
 from vfx.match.activation import ActivationMatching
-from vfx.normalization import affines
 from vfx.normalize.catalogue import Normalization
 from vfx.program import Program
 
@@ -111,7 +112,7 @@ def test_other_products_are_not_numbered() -> None:
 
 def test_the_activation_behind_a_product_is_found_behind_its_view() -> None:
     program = _programs()[0]
-    found = [activation_of(program, layer) for layer in number_layers(program)][:3]
+    found = [view.activation for view in layer_views(program).values()][:3]
     assert [isinstance(one, Activation) and one.channel for one in found] == [2, 2, 2]
 
 

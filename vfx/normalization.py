@@ -1,54 +1,20 @@
-"""What normalization passes share: affines x · scale + shift behind values, readers that reset BatchNorms, biases."""
+"""What normalization passes share: readers that reset BatchNorms, biases."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import number_layers
-from vfx.operators import is_layer, is_product, layer_arguments, operator, operator_of, weight_name
+from vfx.operators import is_layer, is_product, layer_arguments, weight_name
 from vfx.program import Program, Value, Weights
 from vfx.statistics.frontier import Observed, Reader
 
-PREFIX = "normalization"
-SCALE, SHIFT = "scale", "shift"
 Direction = Literal["backward", "forward"]
-
-
-@dataclass(frozen=True)
-class Affine:
-    """One inserted affine: the value it acts on (a layer's or its activation's), its nodes and parameters."""
-
-    layer: fx.Node
-    multiply: fx.Node
-    add: fx.Node
-
-    @property
-    def scale(self) -> str:
-        return name(self.layer.name, SCALE)
-
-    @property
-    def shift(self) -> str:
-        return name(self.layer.name, SHIFT)
-
-
-def name(layer: str, parameter: str) -> str:
-    """FQN of an inserted parameter."""
-    return f"{PREFIX}.{layer}.{parameter}"
-
-
-def affines(program: Program) -> Iterator[Affine]:
-    """The inserted affines in graph order."""
-    for node in program.graph.nodes:
-        if operator(node) != "aten.mul" or len(node.args) != 2:
-            continue
-        layer, scale = node.args
-        if isinstance(scale, fx.Node) and isinstance(layer, fx.Node) and scale.target == name(layer.name, SCALE):
-            yield Affine(layer, node, next(iter(node.users)))
 
 
 def merged_norms(program: Program, layers: Collection[str] | None = None) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -56,8 +22,8 @@ def merged_norms(program: Program, layers: Collection[str] | None = None) -> Ite
 
     With ``layers`` (node names) only those behind one of these layers.
     """
-    for node in program.graph.nodes:
-        name = weight_name(node, "running_mean") if operator_of(node).is_batch_norm else None
+    for node in batch_norms(program):
+        name = weight_name(node, "running_mean")
         if name is None or name in program.private:
             continue
         source = node.args[0]

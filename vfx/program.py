@@ -252,6 +252,15 @@ class Program:
         return replace(self, graph=graph, origin=origin, weights=weights, example_inputs=inputs)
 
 
+def readers_of(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The calls that read each tensor, by its FQN."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            found.setdefault(str(node.target), []).extend(node.users)
+    return found
+
+
 def digest(graph: fx.Graph) -> str:
     """A fingerprint of a graph: operators, arguments and node names."""
     return hashlib.blake2b(str(graph).encode(), digest_size=16).hexdigest()

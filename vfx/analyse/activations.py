@@ -16,11 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from vfx.analyse.layers import Layer, number_layers
 from vfx.analyse.rules.rule import normal
-from vfx.complex_numbers import is_complex
 from vfx.operators import Operator, arguments, is_layer, operator_of
-from vfx.program import Program, Value
+from vfx.program import Value
 
 # kinds of ties: views and turns of one value, and what changes nothing but bits
 _TURNS = {"view", "permute", "transpose", "reverse axes", "transpose matrices", "unsqueeze", "squeeze"}
@@ -85,21 +83,6 @@ def _goes_through(node: fx.Node) -> bool:
 def _is_passed(entry: Operator) -> bool:
     """Whether features leave an operator on the axis on which they came."""
     return entry.is_norm or entry.is_pool or entry.ties == "same"
-
-
-def statistics_channels(program: Program, activations: bool = True) -> dict[str, int]:
-    """Channel axis of each layer's node and, by default, of each layer's activation; complex ones are left out."""
-    layers = [layer for layer in number_layers(program) if not is_complex(program.node(layer.node))]
-    channels = {layer.node: layer.channel for layer in layers}
-    if activations:
-        found = (activation_of(program, layer) for layer in layers)
-        channels |= {x.node.name: x.channel for x in found if isinstance(x, Activation) and not is_complex(x.node)}
-    return channels
-
-
-def activation_of(program: Program, layer: Layer) -> Activation | str:
-    """``activation_behind`` of a numbered layer."""
-    return activation_behind(program.node(layer.node), layer.channel)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

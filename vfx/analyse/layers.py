@@ -167,16 +167,6 @@ def channel_axis(node: fx.Node) -> int:
     return len(value.shape) - 1 - (spatial if operator_of(node).is_convolving else 0)
 
 
-def normalizes_channels(norm: fx.Node, layer: fx.Node) -> bool:
-    """Whether a node is a BatchNorm over a layer's channels; behind a linear layer it may stand over tokens instead."""
-    return operator_of(norm).is_batch_norm and norm.args[0] is layer and channel_axis(layer) == 1
-
-
-def is_normalized(layer: fx.Node) -> bool:
-    """Whether nothing but BatchNorms over its channels reads a layer."""
-    return all(normalizes_channels(user, layer) for user in layer.users)
-
-
 def _fqn(node: fx.Node) -> str:
     """The module that owns the weight; a product's weight that is a parameter of a larger module stands for itself."""
     name = weight_name(node)

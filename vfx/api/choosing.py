@@ -116,10 +116,9 @@ class Choice:
         if solved is None or first.student is None:
             return self._normalization(first, solving)
         lines = [followings(s.student, solving, s.preserved, self.program.edges) for s in settings if s.student]
-        if self.heads:  # several outputs cannot be held against one ensemble's
+        alone = solved == "least_squares" and sum(len(line) for each in lines for line in each) == 1
+        if self.heads or alone:  # several outputs cannot be held against one ensemble's
             return self._described(first, lines[0][-1][0])
-        if solved == "least_squares" and sum(len(line) for each in lines for line in each) == 1:
-            return self._described(first, lines[0][0][0])
         folds = trials(self.program, self.alphas, self.data, solving.judge, self.options)
         options: dict[str, _Option] = {}
         scores: dict[str, Score] = {}

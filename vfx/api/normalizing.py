@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vfx.alphas import edge_weights
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api.tracing import weights_of
@@ -18,7 +19,6 @@ from vfx.checks import check_edges, check_same_function
 from vfx.errors import ArgumentError, UncorrectedNote
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization, candidates
-from vfx.operators import operator_of
 from vfx.passes.align import Align
 from vfx.passes.fold_normalization import FoldNormalization
 from vfx.program import Goal, Program
@@ -39,7 +39,7 @@ def uncorrected(data: Any, normalize: Any, done: str, missed: str) -> tuple[str,
 
 
 def usual(program: Program) -> str:
-    return "reset" if any(operator_of(node).is_batch_norm for node in program.graph.nodes) else "rescale"
+    return "reset" if batch_norms(program) else "rescale"
 
 
 def without_batch_norm(
@@ -49,7 +49,7 @@ def without_batch_norm(
 
     What RESET does for a BatchNorm REPAIR then does for the layer it was folded into.
     """
-    if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
+    if not batch_norms(program):
         return program, asked
     folded = FoldNormalization(batch_norm=True, verify=verify)(program)
     return folded, replace(asked, method="repair") if asked is not None and asked.method == "reset" else asked

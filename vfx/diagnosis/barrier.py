@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from vfx.analyse.layer_view import batch_norms
 from vfx.api import collect, merge, symmetry, trace
 from vfx.arguments import checked
 from vfx.diagnosis.observe import class_axis, first_output
@@ -26,7 +27,6 @@ from vfx.errors import ArgumentError, DataError
 from vfx.files import write_atomic
 from vfx.match.catalogue import matcher, name_of
 from vfx.match.matcher import Known, Matcher, Problem
-from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.collect import Statistics
@@ -224,25 +224,21 @@ def _matches(
     finder = matcher(match)
     needs = finder.needs if finder is not None else frozenset()
     if statistics is None and (needs & {"features", "within"} or any(name in _GOALS for name in methods)):
-        within = "within" in needs and not _has_batch_norm(program)
+        within = "within" in needs and not batch_norms(program)
         statistics = collect(program, data=data, max_samples=limit, within=within, device=device, progress=progress)
     found = [_Match(None, None, statistics)] if before or finder is None else []
     if finder is None:
         return found
     name = name_of(finder)
     if not finder.exact:
-        return [*found, _Match(name, finder, None if _has_batch_norm(program) else statistics)]
+        return [*found, _Match(name, finder, None if batch_norms(program) else statistics)]
     reader = Batches(program, data, limit, device)
     problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), reader, seed, progress)
     return [*found, _Match(name, Known(finder(problem)), statistics)]
 
 
 def _methods(program: Program) -> list[str | None]:
-    return [None, "reset"] if _has_batch_norm(program) else [None, "repair", "rescale"]
-
-
-def _has_batch_norm(program: Program) -> bool:
-    return any(operator_of(node).is_batch_norm for node in program.graph.nodes)
+    return [None, "reset"] if batch_norms(program) else [None, "repair", "rescale"]
 
 
 class Evaluation:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.verify import preserved
 from vfx.api import Result, symmetry, trace
 from vfx.arguments import checked
@@ -20,7 +21,6 @@ from vfx.elements import exact_part
 from vfx.errors import ArchitectureError, ArgumentError, VerificationError
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher, Matching, Problem
-from vfx.operators import operator_of
 from vfx.program import Program
 from vfx.proof import PRESERVED
 from vfx.report import Report
@@ -76,14 +76,10 @@ def diagnose(
         logits=Logits.of(seen.outputs),
         edge_logits=tuple(Logits.of(outputs) for outputs in seen.edge_outputs),
         verdict=judge(
-            seen.rows, batch_norm=_batch_norm(network), outputs=overall(seen.outputs), choices=_choices(merged)
+            seen.rows, batch_norm=bool(batch_norms(network)), outputs=overall(seen.outputs), choices=_choices(merged)
         ),
         notes=(*_notes(merged, match, aligned), *_undefined(seen.rows)),
     )
-
-
-def _batch_norm(program: Program) -> bool:
-    return any(operator_of(node).is_batch_norm for node in program.graph.nodes)
 
 
 def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Program, Program]:
@@ -125,7 +121,7 @@ def _align(
         if found is None:
             return edges, True
         # linear maps act on folded networks, whose groups may have other numbers
-        if len(found.elements) != edges.edges or (not found.is_exact and _batch_norm(edges)):
+        if len(found.elements) != edges.edges or (not found.is_exact and batch_norms(edges)):
             return edges, False
         return _aligned(edges, found, seed), True
     finder = matcher(match)

@@ -18,9 +18,10 @@ from types import MappingProxyType
 from torch import fx
 
 from vfx.analyse.activations import activations_reached
+from vfx.analyse.affines import affines
+from vfx.analyse.layer_view import LayerView
 from vfx.analyse.layers import Layer, number_layers
-from vfx.normalization import affines
-from vfx.operators import arguments, is_layer, operator_of, weight_name
+from vfx.operators import is_layer, weight_name
 from vfx.program import Program
 
 Key = tuple[str, int]  # a module's name and which call of it
@@ -51,10 +52,10 @@ def layer_taps(program: Program, like: Mapping[Key, Tap] = MappingProxyType({}))
     of its edges, which say what is a shortcut where a branch hides it.
     """
     nodes = {node.name: node for node in program.graph.nodes}
-    rewritten = {affine.layer: affine.add for affine in affines(program)}
+    inserted = {affine.layer: affine for affine in affines(program)}
     known = {key: layer for key, layer in _keyed(program, like) if layer.node in nodes}
     places = [(layer, nodes[layer.node]) for layer in known.values()]
-    outputs = {layer.node: _folded(node, layer.channel, rewritten) for layer, node in places}
+    outputs = {layer.node: LayerView(layer, node, inserted.get(node)).output for layer, node in places}
     owners = _owners(places, outputs)
     taps: dict[Key, Tap] = {}
     for key, layer in known.items():
@@ -88,12 +89,3 @@ def _owners(places: list[tuple[Layer, fx.Node]], outputs: Mapping[str, fx.Node])
         if reached:
             owner[min(reached, key=order.__getitem__)] = layer.node
     return {name: node for node, name in owner.items()}
-
-
-def _folded(node: fx.Node, channel: int, rewritten: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The end of the chain of affines that only this layer feeds."""
-    node = rewritten.get(node, node)
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or not operator_of(user).is_batch_norm or channel != 1 or user.args[0] is not node:
-        return node
-    return user if isinstance(arguments(user)["running_mean"], fx.Node) else node

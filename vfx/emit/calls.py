@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from vfx.emit.layers import Layer, layer_of
 from vfx.operators import arguments, is_in_place, operator, operator_of
-from vfx.program import Program, Value
+from vfx.program import Program, Value, readers_of
 
 _FEATURE_DROPOUT_OF_RANK = {3: nn.Dropout1d, 5: nn.Dropout3d}
 _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -80,15 +80,11 @@ def _layer_calls(graph: fx.Graph, program: Program, weights: Mapping[str, Tensor
         layer = layer_of(node, shapes)
         if layer is not None and layer.path:
             found.setdefault(layer.path, {})[node] = layer
-    readers: dict[str, set[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            readers.setdefault(str(node.target), set()).update(node.users)
     foreign = {
         path
-        for name, nodes in readers.items()
+        for name, readers in readers_of(graph).items()
         for path in _above(name)
-        if path in found and not (_own(found[path], path, name) and nodes <= found[path].keys())
+        if path in found and not (_own(found[path], path, name) and found[path].keys() >= {*readers})
     }
     return {
         path: calls

@@ -23,6 +23,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vfx.analyse.affines import affines
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.elements import OnAxis, Permutations, act, order_on, permuted
@@ -31,8 +33,7 @@ from vfx.match.activation import ActivationMatching
 from vfx.match.ascent import Ascent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, to_first
-from vfx.normalization import affines, reset_readers
-from vfx.operators import operator_of
+from vfx.normalization import reset_readers
 from vfx.program import Goal, Program
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches
@@ -121,7 +122,7 @@ def _goals(problem: Problem, elements: Sequence[Permutations]) -> dict[str, Goal
 
 def _reset(program: Program, batches: Batches, progress: bool) -> Program:
     """The network with BatchNorm statistics recomputed, as the pass ResetBatchNorm does."""
-    if not any(operator_of(node).is_batch_norm for node in program.graph.nodes):
+    if not batch_norms(program):
         return program
     weights = dict(program.weights[0])
     sweep(program, weights, batches, reset_readers(program, []), progress=progress)

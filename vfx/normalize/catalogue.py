@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import Choice, Join
 from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
 from vfx.normalization import Direction
-from vfx.operators import operator_of
 from vfx.program import Program
 
 
@@ -120,8 +120,7 @@ def candidates(asked: Normalization, program: Program) -> dict[str, Normalizatio
     With BatchNorm behind some layers and none behind others, REPAIR and its kin reset the former; with BatchNorm behind
     all of them they are RESET.
     """
-    norms = [node for node in program.graph.nodes if operator_of(node).is_batch_norm]
-    has_norm = bool(norms)
+    has_norm = bool(batch_norms(program))
     use = {name: method for name, method in METHODS.items() if method.tried and method.norm in (None, has_norm)}
     found: dict[str, Normalization | None] = {"none": None}
     found |= {name: replace(asked, method=name) for name in use if not (asked.behind and not use[name].goals)}

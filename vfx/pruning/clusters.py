@@ -12,7 +12,7 @@ running variance; rows without a BatchNorm are rescaled to the mean of their nor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,19 @@ from sklearn.cluster import KMeans
 from torch import Tensor, fx
 
 from vfx.analyse.groups import Group, Member
-from vfx.analyse.layers import normalizes_channels, number_layers
+from vfx.analyse.layer_view import (
+    NORM_TENSORS,
+    STATISTICS,
+    BatchNorm,
+    LayerView,
+    layer_views,
+    not_alone,
+    statistics_channels,
+)
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.operators import arguments, output_axis, weight_name
-from vfx.program import Goal, Program, Weights
+from vfx.operators import output_axis
+from vfx.program import Goal, Program, Weights, readers_of
 
 STARTS = 4  # k-means runs, the best of which counts
 
@@ -64,61 +72,49 @@ def cluster(vectors: Tensor, count: int, seed: int) -> Clusters:
 # layers and the BatchNorms behind them ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A layer that only a BatchNorm over its channels reads: names of its weight and bias and of the norm's tensors."""
-
-    weight: str
-    bias: str | None
-    gain: str | None
-    shift: str | None
-    mean: str
-    var: str
-    eps: float
-
-
-def pairs(program: Program) -> list[Pair]:
+def pairs(program: Program) -> list[LayerView]:
     """Layers with a BatchNorm of their own behind them; shared weights are left out."""
-    found = []
-    reads = [str(node.target) for node in program.graph.nodes if node.op == "get_attr" for _ in node.users]
-    for layer in number_layers(program):
-        node = program.node(layer.node)
-        users = list(node.users)
-        weight = weight_name(node)
-        if len(users) != 1 or not normalizes_channels(users[0], node) or weight is None or reads.count(weight) != 1:
-            continue
-        names = {key: weight_name(users[0], key) for key in ("weight", "bias", "running_mean", "running_var")}
-        mean, var = names["running_mean"], names["running_var"]
-        if mean is None or var is None or output_axis(node):
-            continue
-        if any(reads.count(name) != 1 for name in names.values() if name is not None):
-            continue
-        eps = float(arguments(users[0])["eps"])
-        found.append(Pair(weight, weight_name(node, "bias"), names["weight"], names["bias"], mean, var, eps))
-    return found
+    readers = readers_of(program.graph)
+    return [view for view in layer_views(program).values() if _is_pair(view, readers)]
 
 
-def scaled_rows(weights: Weights, found: list[Pair]) -> dict[str, Tensor]:
+def _is_pair(view: LayerView, readers: Mapping[str, list[fx.Node]]) -> bool:
+    norm = view.norm
+    if norm is None or not norm.is_fixed or output_axis(view.node):
+        return False
+    return not (not_alone(view.node, ("weight", "bias"), readers) or not_alone(norm.node, NORM_TENSORS, readers))
+
+
+def scaled_rows(weights: Weights, found: list[LayerView]) -> dict[str, Tensor]:
     """The same function with each pair's scale γ/σ in the layer's rows, so that rows of several channels compare."""
     result = dict(weights)
-    for pair in found:
-        if pair.gain is None:
+    for weight, bias, norm in _parts(found):
+        if "weight" not in norm.names:
             continue
-        w, gain, var = result[pair.weight], result[pair.gain].double(), result[pair.var].double()
-        factor = gain / (var + pair.eps).sqrt()
-        result[pair.weight] = (w.double() * factor.reshape(-1, *[1] * (w.ndim - 1))).to(w)
-        result[pair.mean] = (result[pair.mean].double() * factor).to(w)
-        scaled = (gain.square() - pair.eps).clamp_min(0)
-        result[pair.var] = scaled.to(w)
-        result[pair.gain] = (scaled + pair.eps).sqrt().to(w)
-        if pair.bias is not None:
-            result[pair.bias] = (result[pair.bias].double() * factor).to(w)
+        gain, mean, var = (norm.names[role] for role in ("weight", *STATISTICS))
+        w, g = result[weight], result[gain].double()
+        factor = g / (result[var].double() + norm.eps).sqrt()
+        result[weight] = (w.double() * factor.reshape(-1, *[1] * (w.ndim - 1))).to(w)
+        result[mean] = (result[mean].double() * factor).to(w)
+        scaled = (g.square() - norm.eps).clamp_min(0)
+        result[var] = scaled.to(w)
+        result[gain] = (scaled + norm.eps).sqrt().to(w)
+        if bias is not None:
+            result[bias] = (result[bias].double() * factor).to(w)
     return result
 
 
-def channel_vectors(group: Group, program: Program, weights: Weights, found: list[Pair]) -> Tensor:
+def _parts(found: list[LayerView]) -> Iterator[tuple[str, str | None, BatchNorm]]:
+    """The weight, the bias and the BatchNorm of each pair."""
+    for view in found:
+        assert view.weight is not None
+        assert view.norm is not None
+        yield view.weight, view.bias, view.norm
+
+
+def channel_vectors(group: Group, program: Program, weights: Weights, found: list[LayerView]) -> Tensor:
     """What k-means compares (size, features): outgoing rows, and shifts of layers and BatchNorms."""
-    shifts = {pair.shift for pair in found}
+    shifts = {norm.names.get("bias") for _, _, norm in _parts(found)}
     members = [m for m in group.members if program.is_parameter(m.fqn)]
     chosen = [m for m in members if m.role == "out" or m.fqn in shifts] or members
     return torch.cat([rows_of(m, weights[m.fqn]).reshape(group.size, -1).float().cpu() for m in chosen], 1)
@@ -134,7 +130,7 @@ def rows_of(member: Member, tensor: Tensor) -> Tensor:
 
 
 def merged(
-    facts: Symmetry, weights: Weights, found: list[Pair], chosen: Mapping[int, Clusters], repair: bool
+    facts: Symmetry, weights: Weights, found: list[LayerView], chosen: Mapping[int, Clusters], repair: bool
 ) -> dict[str, Tensor]:
     """The weight set at full size in which the channel that stands for a cluster does what the cluster did."""
     result = dict(weights)
@@ -162,10 +158,11 @@ def _mixed(tensor: Tensor, member: Member, mix: Tensor) -> Tensor:
 
 
 def _repaired(
-    group: Group, before: Weights, after: Weights, found: list[Pair], clusters: Clusters
+    group: Group, before: Weights, after: Weights, found: list[LayerView], clusters: Clusters
 ) -> dict[str, Tensor]:
     """Variances of the averaged outputs, without data."""
-    by_weight, result = {pair.weight: pair for pair in found}, {}
+    variance = {weight: norm.names["running_var"] for weight, _, norm in _parts(found)}
+    result: dict[str, Tensor] = {}
     for member in group.members:
         tensor = before[member.fqn]
         if member.role != "out" or tensor.ndim < 2 or member.position.shape[1] != 1:
@@ -173,15 +170,14 @@ def _repaired(
         rows = rows_of(member, tensor).reshape(group.size, -1).double()
         norm = rows.norm(dim=1)
         cosine = (rows / norm.clamp_min(1e-30)[:, None]) @ (rows / norm.clamp_min(1e-30)[:, None]).T
-        pair = by_weight.get(member.fqn)
         mix = clusters.average.to(rows.device)
         place = torch.from_numpy(member.position[:, 0]).to(rows.device)
-        if pair is not None:
-            var = before[pair.var].double()[place]
-            sigma = var.clamp_min(0).sqrt()
-            new = after[pair.var].clone()
+        if member.fqn in variance:
+            name = variance[member.fqn]
+            sigma = before[name].double()[place].clamp_min(0).sqrt()
+            new = after[name].clone()
             new[place] = torch.einsum("ri,i,ij,j,rj->r", mix, sigma, cosine, sigma, mix).to(new)
-            result[pair.var] = new
+            result[name] = new
         else:
             shrunk = torch.einsum("ri,i,ij,j,rj->r", mix, norm, cosine, norm, mix).clamp_min(0).sqrt()
             factor = torch.where(shrunk > 1e-12, (mix @ norm) / shrunk.clamp_min(1e-12), 1.0)
@@ -193,8 +189,8 @@ def _repaired(
 
 def merged_goals(program: Program, facts: Symmetry, chosen: Mapping[int, Clusters]) -> dict[str, Goal]:
     """Goal statistics of merged channels: the means of their clusters' (REPAIR)."""
-    nodes: dict[str, fx.Node] = {node.name: node for node in facts.program.graph.nodes}
-    channel = {layer.node: layer.channel for layer in number_layers(program)}
+    nodes = {node.name: node for node in program.graph.nodes}
+    channel = statistics_channels(program)
     result = {}
     for name, goal in program.goals.items():
         mean, std = goal.mean.clone(), goal.std.clone()

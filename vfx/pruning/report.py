@@ -13,8 +13,7 @@ from rich.table import Table
 from torch import Tensor, fx
 
 from vfx.analyse.cost import Profile, cost
-from vfx.analyse.layers import normalizes_channels, number_layers
-from vfx.operators import operator_of
+from vfx.analyse.layer_view import layer_views
 from vfx.program import Program
 from vfx.pruning.targets import Target, find_targets
 from vfx.statistics.data import Batches
@@ -180,29 +179,18 @@ def moved_statistics(network: Program, goals: Mapping[str, Moments], batches: Ba
 
 def output_moments(network: Program, batches: Batches) -> dict[str, Moments]:
     """Moments of every layer's output, behind its norm or inserted affine where it has one, by the layer's node."""
-    nodes = {node.name: node for node in network.graph.nodes}
-    channels = {layer.node: layer.channel for layer in number_layers(network)}
     found: dict[str, Moments] = {}
     readers: dict[fx.Node, ValueReader] = {}
-    for name, channel in channels.items():
-        node = _normalized(nodes[name])
-        channel = 1 if operator_of(node).is_batch_norm else channel
+    for name, view in layer_views(network).items():
+        norm = view.norm
+        node = view.output if norm is None else norm.node
 
-        def read(values: list[Tensor], name: str = name, channel: int = channel) -> None:
+        def read(values: list[Tensor], name: str = name, channel: int = view.layer.channel) -> None:
             found[name] = moments_of(values, channel)
 
         readers[node] = read
     advance_together(network, dict(network.weights[0]), batches, readers, progress=False)
     return found
-
-
-def _normalized(node: fx.Node) -> fx.Node:
-    """The value that the network goes on with: the norm's or the inserted affine's where it alone reads the layer."""
-    readers = list(node.users)
-    if len(readers) == 1 and normalizes_channels(readers[0], node):
-        return readers[0]
-    shifted = next((user for reader in readers for user in reader.users if user.name == f"{node.name}_shifted"), None)
-    return shifted if shifted is not None and len(readers) == 1 else node
 
 
 def _compared(found: Moments, goal: Moments) -> tuple[float | None, float | None]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import fx
 
-from vfx.analyse.layers import normalizes_channels
+from vfx.analyse.layer_view import NORM_TENSORS, BatchNorm, layer_views, not_alone
 from vfx.complex_numbers import is_complex
 from vfx.operators import arguments, is_in_place, is_layer, operator_of
-from vfx.program import Program, Value
+from vfx.program import Program, Value, readers_of
 from vfx.reconstruct.forms import Form, form_of
-from vfx.reconstruct.units import BatchNorm, DiagonalUnit, MatrixUnit, Unit, Use
+from vfx.reconstruct.units import DiagonalUnit, MatrixUnit, Unit, Use
 
 Found = tuple[fx.Node, Form, fx.Node, str, str | None]  # call, form, source, weight, bias
 
@@ -24,7 +24,7 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
     ``known`` are the nodes whose values the references give. With ``sums`` the goal of a layer whose output meets an
     add, whose other operand is known by then, is that of the sum.
     """
-    readers = _readers(program)
+    readers = readers_of(program.graph)
     matrices, notes = _matrices(program, known, readers)
     norms = {unit.norm.node for unit in matrices if unit.norm is not None}
     found = (_diagonal(program, node, known, readers) for node in program.graph.nodes if node not in norms)
@@ -38,15 +38,6 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
         for unit in units:
             unit.uses = tuple(_towards_sum(use, known, position, starts) for use in unit.uses)
     return units, notes
-
-
-def _readers(program: Program) -> dict[str, list[fx.Node]]:
-    """The calls that read each tensor."""
-    found: dict[str, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            found.setdefault(str(node.target), []).extend(node.users)
-    return found
 
 
 # layers ---------------------------------------------------------------------------------------------------------------
@@ -119,29 +110,22 @@ def _matrix_unit(
     program: Program, calls: Sequence[Found], known: frozenset[str], readers: dict[str, list[fx.Node]]
 ) -> MatrixUnit:
     node = calls[0][0]
-    norm = _batch_norm(program, node, readers) if len(calls) == 1 else None
-    if norm is not None and norm.name not in known:
-        norm = None
-    uses = [Use(call[0], call[0] if norm is None else norm) for call in calls]
+    norm = _batch_norm(program, node, known, readers) if len(calls) == 1 else None
+    uses = [Use(call[0], call[0] if norm is None else norm.node) for call in calls]
     forms, sources = [call[1] for call in calls], [call[2] for call in calls]
-    return MatrixUnit(uses, forms, sources, calls[0][3], calls[0][4], None if norm is None else BatchNorm(norm))
+    return MatrixUnit(uses, forms, sources, calls[0][3], calls[0][4], norm)
 
 
-def _batch_norm(program: Program, node: fx.Node, readers: dict[str, list[fx.Node]]) -> fx.Node | None:
-    """The BatchNorm with running statistics that alone reads a layer's channels, its tensors read by itself alone."""
-    users = list(node.users)
-    if len(users) != 1 or not normalizes_channels(users[0], node):
+def _batch_norm(
+    program: Program, node: fx.Node, known: frozenset[str], readers: dict[str, list[fx.Node]]
+) -> BatchNorm | None:
+    """The layer's own BatchNorm that is solved with it: fixed, its tensors its own and no edge's alone."""
+    view = layer_views(program).get(node.name)
+    norm = None if view is None else view.norm
+    if norm is None or not norm.is_fixed or norm.node.name not in known:
         return None
-    norm, a = users[0], arguments(users[0])
-    tensors = [a[role] for role in ("weight", "bias", "running_mean", "running_var")]
-    if tensors[2] is None or tensors[3] is None or a.get("training"):
-        return None
-    own = all(
-        t is None or (isinstance(t, fx.Node) and t.op == "get_attr" and readers[str(t.target)] == [norm])
-        for t in tensors
-    )
-    names = {str(t.target) for t in tensors if isinstance(t, fx.Node)}
-    return norm if own and _follows(norm, node) and not names & program.private else None
+    shared = not_alone(norm.node, NORM_TENSORS, readers) or program.private.intersection(norm.names.values())
+    return norm if not shared and _follows(norm.node, node) else None
 
 
 def _follows(norm: fx.Node, node: fx.Node) -> bool:

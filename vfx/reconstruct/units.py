@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vfx.operators import arguments
+from vfx.analyse.layer_view import BatchNorm
 from vfx.program import Weights
 from vfx.reconstruct.forms import Form
 from vfx.reconstruct.solve import Problem
@@ -110,7 +110,7 @@ class MatrixUnit(Unit):
             assert bias is not None
             kept = torch.zeros_like(bias) if self.bias is None else weights[self.bias].double().reshape(bias.shape)
             mean, variance = sums.moments(matrix, bias)
-            scale, result = self.norm.split(weights, bias, kept, mean, variance)
+            scale, result = _split(self.norm, weights, bias, kept, mean, variance)
             matrix = matrix / scale[:, None]
         elif self.bias is not None:
             assert bias is not None
@@ -122,52 +122,31 @@ class MatrixUnit(Unit):
         return None if mask is None else self.forms[0].matrix(mask.double()) > 0
 
 
-class BatchNorm:
-    """A BatchNorm in evaluation: y = s (u − m) + β with s = γ/√(v + ε), channel by channel."""
+def _split(
+    norm: BatchNorm, weights: Weights, bias: Tensor, kept: Tensor, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scale that the layer's matrix leaves to the norm, and the norm's tensors.
 
-    def __init__(self, node: fx.Node):
-        self.node, a = node, arguments(node)
-        self.eps = float(a["eps"])
-        self.names = {
-            role: str(a[role].target)
-            for role in ("weight", "bias", "running_mean", "running_var")
-            if isinstance(a[role], fx.Node)
-        }
-
-    def affine(self, weights: Weights) -> tuple[Tensor, Tensor]:
-        """Scale and shift (C,) in float64."""
-        mean, variance = (weights[self.names[role]].double() for role in ("running_mean", "running_var"))
-        scale = (variance + self.eps).rsqrt()
-        if "weight" in self.names:
-            scale = scale * weights[self.names["weight"]].double()
-        shift = -mean * scale
-        return scale, shift + weights[self.names["bias"]].double() if "bias" in self.names else shift
-
-    def split(
-        self, weights: Weights, bias: Tensor, kept: Tensor, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scale that the layer's matrix leaves to the norm, and the norm's tensors.
-
-        ``mean`` and ``variance`` are those of y = s (u − m) + β; the running statistics become those of u, the layer's
-        output with the bias ``kept``, so that the network goes on alike in training. A norm without gain or shift keeps
-        its variance, or takes the bias into its mean.
-        """
-        old = self.affine(weights)[0].reshape(bias.shape)
-        scale = torch.where(old.abs() > NEGLIGIBLE * old.abs().max(), old, 1.0)
-        found: dict[str, Tensor] = {}
-        running = weights[self.names["running_var"]].double().reshape(bias.shape)
-        if "weight" in self.names:
-            running = variance / scale.square()
-            found["weight"] = scale * (running + self.eps).sqrt()
-        else:
-            scale = (running + self.eps).rsqrt()
-        if "bias" in self.names:
-            found["running_mean"], found["bias"] = (mean - bias) / scale + kept, mean
-        else:
-            found["running_mean"] = kept - bias / scale
-        found["running_var"] = running
-        flat = {self.names[role]: tensor.reshape(-1) for role, tensor in found.items()}
-        return scale, {name: tensor.to(weights[name]) for name, tensor in flat.items()}
+    ``mean`` and ``variance`` are those of y = s (u − m) + β; the running statistics become those of u, the layer's
+    output with the bias ``kept``, so that the network goes on alike in training. A norm without gain or shift keeps
+    its variance, or takes the bias into its mean.
+    """
+    old = norm.affine(weights)[0].reshape(bias.shape)
+    scale = torch.where(old.abs() > NEGLIGIBLE * old.abs().max(), old, 1.0)
+    found: dict[str, Tensor] = {}
+    running = weights[norm.names["running_var"]].double().reshape(bias.shape)
+    if "weight" in norm.names:
+        running = variance / scale.square()
+        found["weight"] = scale * (running + norm.eps).sqrt()
+    else:
+        scale = (running + norm.eps).rsqrt()
+    if "bias" in norm.names:
+        found["running_mean"], found["bias"] = (mean - bias) / scale + kept, mean
+    else:
+        found["running_mean"] = kept - bias / scale
+    found["running_var"] = running
+    flat = {norm.names[role]: tensor.reshape(-1) for role, tensor in found.items()}
+    return scale, {name: tensor.to(weights[name]) for name, tensor in flat.items()}
 
 
 class DiagonalUnit(Unit):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.activations import statistics_channels
 from vfx.analyse.groups import Group
+from vfx.analyse.layer_view import statistics_channels
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError, PassError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.activations import statistics_channels
+from vfx.analyse.layer_view import statistics_channels
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import DataError
 from vfx.program import Execution, Goal, Program, Weights, digest
