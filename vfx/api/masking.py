@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vfx.analyse.cost import cost
 from vfx.api.dense import Dense
 from vfx.api.restoring import Decision, Restored, Restoring
-from vfx.api.results import Result, run_pass
-from vfx.emit.module import emit
+from vfx.api.results import Result, emitted, run_pass
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions
 from vfx.passes.mask_weights import MaskWeights
@@ -55,16 +53,11 @@ def masked_result(
     dense, result = restoring.dense, restored.program
     with watch("statistics"):
         before, after = _moved(restoring, result, options)
-    with watch("emit"):
-        module, reason = emit(result)
+    module, known = emitted(result, dense, watch, (*restoring.notes, *decision.notes))
+    known["notes"] += _kept(module, restoring.masks, options.masks)
     report = PruneReport(
+        **known,
         layers=layer_rows(dense, result, restoring.masks, before, after),
-        passes=result.history,
-        notes=(*result.notes, *restoring.notes, *decision.notes, *_kept(module, restoring.masks, options.masks)),
-        profile=cost(dense),
-        own_class=not reason,
-        class_reason=reason,
-        seconds=watch.seconds,
         choices=_choices(mask, restored, options) | decision.choices,
         scores=decision.scores,
     )

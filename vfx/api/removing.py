@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import Dense
 from vfx.api.restoring import Decision, Restored, Restoring
-from vfx.api.results import Result, run_pass
+from vfx.api.results import Result, emitted, run_pass
 from vfx.api.tracing import symmetry
 from vfx.arguments import check_names
-from vfx.emit.module import emit
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
@@ -95,18 +93,11 @@ def removed_result(
 ) -> Result:  # fmt: skip
     """The network that comes out, and the report."""
     result, restoring = restored.program, removal.restoring
-    with watch("emit"):
-        module, reason = emit(result)
+    module, known = emitted(result, restoring.dense, watch, (*restoring.notes, *decision.notes))
     report = ChannelReport(
+        **known,
         widths=widths(removal.facts, removal.record.sizes),
-        passes=result.history,
-        notes=(*result.notes, *restoring.notes, *decision.notes),
-        profile=cost(result),
-        dense_profile=cost(restoring.dense),
-        own_class=not reason,
-        class_reason=reason,
         error=removal.record.error,
-        seconds=watch.seconds,
         choices=_choices(removal, share, restored, options) | decision.choices,
         scores=decision.scores,
     )

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from vfx.analyse.cost import cost
+from vfx.api.merge_report import MergeReport
 from vfx.emit.files import export
 from vfx.emit.module import emit
 from vfx.match.matcher import Alignment
 from vfx.program import Program
-from vfx.report import Report, Stopwatch
+from vfx.report import Stopwatch
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.collect import Statistics
 
@@ -34,7 +35,7 @@ class Result:
 
     module: nn.Module
     program: Program
-    report: Any  # Report, PruneReport, ChannelReport
+    report: Any  # a vfx.report.Report: MergeReport, PruneReport or ChannelReport
     statistics: Statistics | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,19 +96,24 @@ def result_of(
     chosen: Mapping[str, Any] | None = None,
 ) -> Result:
     """The last stage: the network of a Program, and the report. ``chosen``: choices, scores and outcome of it."""
+    module, known = emitted(result, edges.select(0), watch)
+    alignment = alignment or Alignment()
+    own: dict[str, Any] = {"matching": alignment.matching, "verify_error": alignment.error}
+    return Result(module, result, MergeReport(**known, **own, **(chosen or {})), statistics)
+
+
+def emitted(
+    result: Program, given: Program, watch: Stopwatch, notes: Iterable[str] = ()
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The module of a Program, and what every report says of it against the network that was ``given``."""
     with watch("emit"):
         module, reason = emit(result)
-    alignment = alignment or Alignment()
-    report = Report(
-        passes=result.history,
-        notes=result.notes,
-        matching=alignment.matching,
-        verify_error=alignment.error,
-        profile=cost(result),
-        edge_profile=cost(edges.select(0)),
-        own_class=not reason,
-        class_reason=reason,
-        seconds=watch.seconds,
-        **(chosen or {}),
-    )
-    return Result(module, result, report, statistics)
+    return module, {
+        "passes": result.history,
+        "notes": (*result.notes, *notes),
+        "profile": cost(result),
+        "given_profile": cost(given),
+        "own_class": not reason,
+        "class_reason": reason,
+        "seconds": watch.seconds,
+    }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.verify import preserved
 from vfx.api import Result, symmetry, trace
+from vfx.api.merge_report import MergeReport
 from vfx.arguments import checked
 from vfx.capture.signature import as_call
 from vfx.diagnosis.compare import compare
@@ -23,7 +24,6 @@ from vfx.match.catalogue import matcher
 from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.program import Program
 from vfx.proof import PRESERVED
-from vfx.report import Report
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches, reusable
 
@@ -149,7 +149,7 @@ def _aligned(edges: Program, matching: Matching, seed: int) -> Program:
 
 def _matching(merged: Any) -> Matching | None:
     """What a Result was merged with; nothing where its network was pruned."""
-    return merged.report.matching if isinstance(merged, Result) and isinstance(merged.report, Report) else None
+    return merged.report.matching if isinstance(merged, Result) and isinstance(merged.report, MergeReport) else None
 
 
 def _notes(merged: Any, match: Any, aligned: bool) -> tuple[str, ...]:
@@ -184,4 +184,4 @@ def _choices(merged: Any) -> dict[str, Any]:
     if not isinstance(merged, Result) or "normalize" not in merged.report.choices:
         return {}
     done = {"normalize": merged.report.choices["normalize"]}
-    return done | ({"aligned": merged.report.matching is not None} if isinstance(merged.report, Report) else {})
+    return done | ({"aligned": merged.report.matching is not None} if isinstance(merged.report, MergeReport) else {})

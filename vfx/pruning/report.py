@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, fx
 
-from vfx.analyse.cost import Profile, cost
+from vfx.analyse.cost import cost
 from vfx.analyse.layer_view import layer_views
 from vfx.program import Program
 from vfx.pruning.targets import Target, find_targets
+from vfx.report import Report
 from vfx.statistics.data import Batches
 from vfx.statistics.frontier import ValueReader, advance_together, moments_of
 from vfx.statistics.moments import Moments
-from vfx.terminal import facts_table, held_out_table, largest, rendered, seconds_text, titled
+from vfx.terminal import largest, titled
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,23 @@ class LayerRow:
         return 1 - self.nonzeros / max(self.params, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class PruneReport:
-    """Layers, totals, passes, what was refused, and the class of the result.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PruneReport(Report):
+    """The weights layer by layer and in all beside what all reports say.
 
     ``params`` and ``flops`` are those of the unpruned network; ``nonzeros`` counts the parameters without the zeros of
     prunable weights, ``flops_after`` the FLOPs without the products with them (a dense kernel still computes them).
     """
 
     layers: tuple[LayerRow, ...]
-    passes: tuple[str, ...]
-    notes: tuple[str, ...]
-    profile: Profile
-    own_class: bool
-    class_reason: str
-    seconds: Mapping[str, float]
-    choices: Mapping[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     @property
     def params(self) -> int:
-        return self.profile.params
+        return self.given_profile.params
 
     @property
     def flops(self) -> int:
-        return self.profile.flops
+        return self.given_profile.flops
 
     @property
     def flops_after(self) -> int:
@@ -88,31 +80,18 @@ class PruneReport:
         rows = [row for row in self.layers if not row.protected]
         return 1 - sum(row.nonzeros for row in rows) / max(sum(row.params for row in rows), 1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def _figures(self) -> dict[str, Any]:
         return {
-            **self.choices,
-            "scores": {name: dict(score) for name, score in self.scores.items()},
             "sparsity_reached": self.sparsity,
             "params": self.params,
             "nonzeros": self.nonzeros,
             "flops": self.flops,
             "flops_after": self.flops_after,
-            "not_counted": list(self.profile.unknown_ops),
             "layers": [{**asdict(row), "sparsity": row.sparsity} for row in self.layers],
-            "passes": list(self.passes),
-            "notes": list(self.notes),
-            "own_class": self.own_class,
-            "class_reason": self.class_reason,
-            "seconds": dict(self.seconds),
         }
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        return rendered(
-            self._layer_table(), facts_table(self._rows()), held_out_table(self.scores, self.choices.get("chosen", ""))
-        )
+    def _tables(self) -> list[Any]:
+        return [self._layer_table()]
 
     def _layer_table(self) -> Table:
         repaired = any(row.variance_after is not None for row in self.layers)
@@ -128,16 +107,10 @@ class PruneReport:
             table.add_row(*cells, *(moved if repaired else ()))
         return table
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        yield "passes", " → ".join(self.passes)
+    def _costs(self) -> Iterator[tuple[str, str]]:
         yield "sparsity", f"{self.sparsity:.4%} of the weights that were not protected"
         yield "parameters", f"{self.params:,}, {self.nonzeros:,} of them not zero"
         yield "FLOPs", f"{self.flops:,} → {self.flops_after:,} without products with zero"
-        if self.profile.caveat:
-            yield "", self.profile.caveat
-        yield "class", "the user's own" if self.own_class else f"GraphModule: {self.class_reason}"
-        yield from (("note", note) for note in self.notes)
-        yield "seconds", seconds_text(self.seconds)
 
 
 def _arrow(before: float | None, after: float | None) -> str:
