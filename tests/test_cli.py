@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from vfx import cli, demo
 from vfx.emit.files import load
-from vfx.errors import ArgumentError, DataError
+from vfx.errors import ArchitectureError, ArgumentError, DataError
 from vfx.models import vgg11_bn
+from vfx.models.named import build
 
 MODEL = ["-m", "vfx.models:vgg11_bn", "-a", "width=0.125", "-a", "in_channels=1", "-i", "1x32x32"]
 
@@ -206,6 +207,65 @@ def test_compare_judges_each_head_on_its_own_data(checkpoints: list[str], tmp_pa
     assert merged["params"] > edge["params"] == other["params"] == 1
     with pytest.raises(ArgumentError, match="once for each of 2 checkpoints"):
         invoke(*asked, "--evaluate", "digits")
+
+
+WIDER = "vfx:vgg11_bn?width=0.25&in_channels=1"
+FOUR = "vfx:vgg11_bn?width=0.125&in_channels=1&num_classes=4"
+TEN = "vfx:vgg11_bn?width=0.125&in_channels=1"
+
+
+@pytest.fixture
+def unlike(checkpoints: list[str], tmp_path: Path) -> list[str]:
+    """A checkpoint of ten classes, one of four, and data of each."""
+    inputs = torch.randn(24, 1, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    for classes in (10, 4):
+        np.savez(tmp_path / f"{classes}.npz", inputs=inputs, labels=np.arange(24) % classes)
+    torch.save(vgg11_bn(width=0.125, in_channels=1, num_classes=4).state_dict(), tmp_path / "four.pt")
+    return [checkpoints[0], str(tmp_path / "four.pt")]
+
+
+def test_heads_of_several_classes_are_merged(unlike: list[str], tmp_path: Path) -> None:
+    asked = ["merge", *unlike, "-m", TEN, "-m", FOUR, "-i", "1x32x32", "--data", str(tmp_path / "10.npz")]
+    onnx = tmp_path / "m.onnx"
+    invoke(*asked, "--heads", "1", "-o", str(onnx))
+    shapes = [output.shape[1] for output in onnxruntime.InferenceSession(str(onnx)).get_outputs()]
+    assert shapes == [10, 4]
+    with pytest.raises(ArchitectureError, match="keep the layers that differ as heads"):
+        invoke(*asked)
+    with pytest.raises(ArgumentError, match="vfx compare --heads with --evaluate once for each"):
+        invoke(*asked, "--heads", "1", "--evaluate", str(tmp_path / "10.npz"))
+    with pytest.raises(ArgumentError, match=r"--model stands once, or once for each of 2 checkpoints .*; got 3"):
+        invoke(*asked, "-m", TEN)
+    with pytest.raises(ArgumentError, match="--model 'foo' must be one of"):
+        invoke("merge", *unlike, "-m", TEN, "-m", "foo", "-i", "1x32x32")
+
+
+def test_heads_of_several_classes_are_compared(unlike: list[str], tmp_path: Path) -> None:
+    report = tmp_path / "c.json"
+    invoke(
+        "compare", *unlike, "-m", TEN, "-m", FOUR, "-i", "1x32x32", "--data", str(tmp_path / "10.npz"), "--heads", "1",
+        "-g", "solve=none,least_squares", "--no-latency", "--evaluate", str(tmp_path / "10.npz"),
+        "--evaluate", str(tmp_path / "4.npz"), "--json", str(report),
+    )  # fmt: skip
+    ten, four, _, *merged = json.loads(report.read_text())["points"]
+    labels = [np.arange(24) % classes for classes in (10, 4)]
+    with np.load(tmp_path / "4.npz") as held:
+        inputs = torch.from_numpy(held["inputs"])
+    for point, file, model, own in zip((ten, four), unlike, (TEN, FOUR), labels):
+        with torch.no_grad():
+            decided = load(file, build(model))(inputs).argmax(1)
+        assert point["accuracy"] == pytest.approx(float((decided.numpy() == own).mean()), rel=1e-12)
+    assert [len(point["each"]) for point in merged] == [2, 2]
+
+
+def test_networks_of_several_widths_are_merged(checkpoints: list[str], tmp_path: Path) -> None:
+    wide, out = tmp_path / "wide.pt", tmp_path / "m.safetensors"
+    torch.save(build(WIDER).state_dict(), wide)
+    asked = ["merge", checkpoints[0], str(wide), "-i", "1x32x32", "--match", "weight", "-o", str(out)]
+    invoke(*asked, "-m", TEN, "-m", WIDER)
+    load(out, build(TEN))  # it has the first one's channels
+    with pytest.raises(ArchitectureError):
+        invoke(*asked, "-m", TEN)
 
 
 def test_prune_reads_labels_and_writes_the_result(checkpoints: list[str], tmp_path: Path) -> None:

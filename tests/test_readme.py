@@ -89,8 +89,8 @@ WITH_COMMANDS = ["README.md", "vfx/cli/README.md"]
 NETWORK = """from vfx.models import vgg11
 
 
-def make():
-    return vgg11(width=1 / 16, in_channels=1)
+def make(classes=10):
+    return vgg11(width=1 / 16, in_channels=1, num_classes=classes)
 """
 
 
@@ -111,6 +111,7 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     Path("net.py").write_text(NETWORK)
     for file, seed in (("a.safetensors", 0), ("b.safetensors", 1)):
         save_file(_net(seed).state_dict(), file)
+    save_file(_net(2, num_classes=4).state_dict(), "c.safetensors")
     Path("demo").mkdir()
     for seed in (0, 1):
         save_file(_net(seed).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")

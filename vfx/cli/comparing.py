@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_network
+from vfx.cli.early import check_models, check_network
 from vfx.cli.inputs import cut_of, data_of, examples_of, grid_of, load_all, load_network, option_values, required
 from vfx.cli.keywords import option_of
 from vfx.cli.options import (
@@ -21,7 +21,7 @@ from vfx.cli.options import (
     Entry,
     Inputs,
     Json,
-    Model,
+    Models,
     Samples,
     Seed,
 )
@@ -34,7 +34,7 @@ from vfx.options import MergeOptions
 @app.command()
 def compare(
     checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts to merge, or one to prune.")],
-    model: Model,
+    models: Models,
     inputs: Inputs = [],  # noqa: B006
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
@@ -71,6 +71,8 @@ def compare(
     check_outputs(None, report, csv, markdown, resume)
     if draw is not None:
         check_writable(draw, (".png",))
+    check_models(models, checkpoints)
+    model = models[0]
     check_network(model, checkpoints, inputs)
     tried, fixed = grid_of(grid), option_values(options)
     fixed |= {"heads": cut_of(heads)} if heads != "0" else {}
@@ -78,7 +80,7 @@ def compare(
     _check_sources(sources, checkpoints)
     from vfx import api
 
-    networks, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
+    networks, examples = load_all(checkpoints, models, arguments, entry), examples_of(inputs, model)
     found = api.compare(
         networks if len(networks) > 1 else networks[0],
         examples,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vfx.address import address
@@ -28,6 +28,16 @@ def check_network(model: str | None, paths: Iterable[Path], inputs: Iterable[str
             )
     for path in paths:
         require_file(weights_in(path), CheckpointError)
+
+
+def check_models(models: Sequence[str], checkpoints: Sequence[Path]) -> None:
+    """Raise ArgumentError unless there is a model for all checkpoints, or one for each."""
+    if len(models) not in (1, len(checkpoints)):
+        raise ArgumentError(
+            f"--model stands once, or once for each of {len(checkpoints)} checkpoints in their order; got {len(models)}"
+        )
+    for model in models:
+        check_network(model, ())
 
 
 def weights_in(path: Path) -> Path:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs: a wrong option is answered at o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,15 @@ def load_network(path: Path) -> nn.Module:
     return load(path)
 
 
-def load_all(paths: list[Path], model: str, arguments: list[str], entry: str | None = None) -> list[nn.Module]:
-    """A network for each checkpoint; of a directory the file of weights in it."""
+def load_all(
+    paths: list[Path], model: str | Sequence[str], arguments: list[str], entry: str | None = None
+) -> list[nn.Module]:
+    """A network for each checkpoint, by one ``model`` or each by its own; of a directory the file of weights in it."""
     from vfx.emit.files import load
 
-    return [load(weights_in(path), construct(model, arguments), entry=entry) for path in paths]
+    models = [model] if isinstance(model, str) else list(model)
+    built = models * len(paths) if len(models) == 1 else models
+    return [load(weights_in(path), construct(own, arguments), entry=entry) for path, own in zip(paths, built)]
 
 
 def examples_of(texts: list[str], model: str = "") -> Call:

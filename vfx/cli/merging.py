@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_network
+from vfx.cli.early import check_models, check_network
 from vfx.cli.inputs import cut_of, data_of, examples_of, load_all, match_of, normalization_of, required
 from vfx.cli.keywords import Given, values, with_keywords
-from vfx.cli.options import Arguments, Chosen, Entry, Evaluate, Inputs, Json, Memory, Model, Out, Site, Sweep
+from vfx.cli.options import Arguments, Chosen, Entry, Evaluate, Inputs, Json, Memory, Model, Models, Out, Site, Sweep
 from vfx.cli.results import check_outputs, evaluated, finish
+from vfx.errors import ArgumentError
 from vfx.options import MergeOptions, RepairOptions
 
 
@@ -20,7 +21,7 @@ from vfx.options import MergeOptions, RepairOptions
 @with_keywords(MergeOptions)
 def merge(
     checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts: .safetensors, .pt or .pth.")],
-    model: Model,
+    models: Models,
     given: Given,
     inputs: Inputs = [],  # noqa: B006
     arguments: Arguments = [],  # noqa: B006
@@ -42,10 +43,13 @@ def merge(
     """Merge two or more checkpoints of one architecture into one network."""
     kept = [f"{name}={given[name]}" for name in ("preserve", "heads") if cut_of(given[name]) != 0]
     check_outputs(out, report, rebuilt=f"a network with a branch for each edge ({', '.join(kept)})" if kept else "")
+    check_models(models, checkpoints)
+    _check_judged(evaluate, given)
+    model = models[0]
     check_network(model, [*checkpoints, *(given["references"] or ())], inputs)
     from vfx import api
 
-    edges, examples = load_all(checkpoints, model, arguments, entry), examples_of(inputs, model)
+    edges, examples = load_all(checkpoints, models, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     asked = {"site": site, "sweep": sweep, "count": bias_count, "direction": bias_direction}
     made = {
@@ -56,6 +60,15 @@ def merge(
     }
     result = api.merge(edges, examples, **values(MergeOptions, given, **made))
     finish(result, out, report, evaluated(edges, result, examples, judging, checkpoints), checkpoints)
+
+
+def _check_judged(evaluate: str | None, given: Given) -> None:
+    """Raise ArgumentError where what comes out decides several times, each time among other classes."""
+    if evaluate is not None and cut_of(given["heads"]) != 0 and given["head_output"] != "mean":
+        raise ArgumentError(
+            "--evaluate measures one decision a sample, and --heads keeps one for each checkpoint: measure them by vfx "
+            "compare --heads with --evaluate once for each checkpoint, or average them by --head-output mean"
+        )
 
 
 @app.command()

@@ -15,6 +15,15 @@ MODELS = "torchvision:NAME, timm:NAME, hf:DIR, vfx:NAME, package.module:factory 
 Model = Annotated[
     str, typer.Option("--model", "-m", help=f"Constructor: {MODELS}, with options as in vfx:vgg16?width=0.25.")
 ]
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        "-m",
+        help=f"Constructor: {MODELS}, with options as in vfx:vgg16?width=0.25. Given once for each checkpoint: that "
+        "network's own, where widths or heads differ.",
+    ),
+]
 Arguments = Annotated[
     list[str], typer.Option("--arg", "-a", help="Constructor argument key=value (value in JSON), repeatable.")
 ]
