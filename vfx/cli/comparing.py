@@ -31,6 +31,19 @@ from vfx.files import check_writable
 from vfx.options import MergeOptions
 
 
+Evaluate = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What is measured on, with labels if it has any; like --data (the default). Given once for each "
+        "checkpoint: data whose labels are that network's classes."
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Keep each finished cell in this JSON file, and take those that are there from it."),
+]
+
+
 @app.command()
 def compare(
     checkpoints: Annotated[list[Path], typer.Argument(help="Two or more state dicts to merge, or one to prune.")],
@@ -39,13 +52,7 @@ def compare(
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     data: Data = None,
-    evaluate: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What is measured on, with labels if it has any; like --data (the default). Given once for each "
-            "checkpoint: data whose labels are that network's classes."
-        ),
-    ] = None,
+    evaluate: Evaluate = None,
     heads: Annotated[str, option_of(MergeOptions, "heads")] = "0",
     grid: Annotated[
         list[str] | None,
@@ -58,10 +65,7 @@ def compare(
     latency: Annotated[bool, typer.Option(help="Time a batch of each network, too.")] = True,
     max_samples: Samples = None,
     device: Device = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Keep each finished cell in this JSON file, and take those that are there from it."),
-    ] = None,
+    resume: Resume = None,
     draw: Draw = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown; - is standard output.")] = None,
     csv: Csv = None,
