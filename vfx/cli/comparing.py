@@ -30,7 +30,6 @@ from vfx.errors import ArgumentError
 from vfx.files import check_writable
 from vfx.options import MergeOptions
 
-
 Evaluate = Annotated[
     list[str] | None,
     typer.Option(
