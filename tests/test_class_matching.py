@@ -302,7 +302,7 @@ def test_each_step_raises_the_objective(monkeypatch: pytest.MonkeyPatch) -> None
     def watched(self: ClassDescent, unit: Any, settled: Any, sweep: int) -> None:
         improve(self, unit, settled, sweep)
         if settled is None:
-            values.append(self._objective())
+            values.append(self.objective)
 
     monkeypatch.setattr(ClassDescent, "_improve", watched)
     _, objective, _ = descent.run(rng)

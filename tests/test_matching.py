@@ -323,7 +323,7 @@ def test_weight_matching_never_loses_ground(case: Case, monkeypatch: pytest.Monk
     def watched(self: weight_module.Descent, unit: object, settled: object, sweep: int) -> None:
         improve(self, unit, settled, sweep)  # type: ignore[arg-type]
         if settled is None:
-            values.append(self._objective())
+            values.append(self.objective)
 
     monkeypatch.setattr(weight_module.Descent, "_improve", watched)
     found = WeightMatching(classes="permutation")(Problem(program, facts))

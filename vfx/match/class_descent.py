@@ -29,6 +29,7 @@ from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
 from vfx.match.blocks import BlockGains
 from vfx.match.descent import Descent
+from vfx.match.isomorphism import isomorphism
 from vfx.match.matcher import Gain
 from vfx.match.solve import SignedOrders, Signs, assign_signed, assign_signed_pairs, procrustes
 from vfx.match.units import Unit, assign_pairs
@@ -243,6 +244,19 @@ class ClassDescent(Descent):
 
     def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
         return act(self.symmetry, relative, weights)
+
+    def nearest_maps(self) -> dict[int, Any]:
+        return dict(isomorphism(self.symmetry, self.target, self.current))
+
+    def _disorder(self, permutations: Permutations, generator: np.random.Generator) -> dict[int, Any]:
+        found = self.permuted(permutations)
+        for index, element in found.items():
+            group = self.symmetry.groups[index]
+            shape = (group.size,) if group.parent is None else group.blocks
+            free = sorted(set().union(*self.signs[index].values()))
+            signs = {x: generator.choice((-1.0, 1.0), shape) for x in free}
+            found[index] = replace(element, scales=self._signs_of_sides(group, signs))
+        return found
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = compose(self.symmetry, self.element, relative)

@@ -12,7 +12,7 @@ enter the gain. ``vfx.match.class_descent`` does the same over larger classes th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,14 @@ from torch import Tensor
 
 from vfx.analyse.groups import Group, Member
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import act, compose_permutations, permuted, still_permutations
+from vfx.elements import (
+    Permutations,
+    act,
+    compose_permutations,
+    permuted,
+    random_permutations,
+    still_permutations,
+)
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.solve import Signs
@@ -56,28 +63,47 @@ class Descent:
                 self.on_axis.setdefault((member.fqn, member.dim), []).append(where)
 
     def run(
-        self, generator: np.random.Generator, start: Mapping[int, Any] | None = None
+        self,
+        generator: np.random.Generator,
+        start: Mapping[int, Any] | None = None,
+        known: Collection[int] | None = None,
     ) -> tuple[dict[int, Any], float, int]:
         """The element found (permutations), objective Σ⟨W_0, π(W_1)⟩ and the number of sweeps.
 
-        From ``start`` on every step raises the objective; without one the first sweep goes in topological order.
+        From ``start`` on every step raises the objective; without one the first sweep goes in topological order and
+        counts what groups before it tell. With ``known``, groups of the start that are right, it counts what they tell.
         """
-        warm = start is None
         self.element = self._identity() if start is None else dict(start)
         placed = self._placed(self.element)
         self.current = {n: t.clone() if t is self.original[n] else t for n, t in placed.items()}
         self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
-        settled: set[int] | None = set() if warm else None
-        objective, sweep = self._objective(), 0
+        settled = set(known or ()) if start is None or known is not None else None
+        objective, sweep = self.objective, 0
         for sweep in range(1, MAX_SWEEPS + 1):
-            order = range(len(self.units)) if warm and sweep == 1 else generator.permutation(len(self.units))
+            order = range(len(self.units)) if start is None and sweep == 1 else generator.permutation(len(self.units))
             for index in order:
                 self._improve(self.units[index], settled, sweep)
             settled = None
-            before, objective = objective, self._objective()
+            before, objective = objective, self.objective
             if sweep > 1 and objective - before <= TOLERANCE * abs(objective):
                 break
         return self.element, objective, sweep
+
+    def disordered(self, element: Mapping[int, Any], groups: Collection[int], generator: np.random.Generator) -> Any:
+        """An element behind which ``groups`` stand in a random order."""
+        self.element = dict(element)
+        drawn = random_permutations(self.symmetry.groups, generator)
+        self._compose(self._disorder({i: own for i, own in drawn.items() if i in groups}, generator))
+        return self.element
+
+    def move(self, maps: Mapping[int, Any]) -> None:
+        """The other network through maps behind what it goes through already."""
+        self._compose(dict(maps))
+        self.current = dict(self._moved(self.current, dict(maps)))
+
+    def nearest_maps(self) -> dict[int, Any]:
+        """The maps without a balanced form that bring the networks nearest as they stand: none among permutations."""
+        return {}
 
     def _improve(self, unit: Unit, settled: set[int] | None, sweep: int) -> None:
         """The best permutation of one unit, all others held; nothing to do if none of its weights changed since."""
@@ -121,6 +147,10 @@ class Descent:
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = compose_permutations(self.symmetry.groups, self.element, relative)
+
+    def _disorder(self, permutations: Permutations, generator: np.random.Generator) -> dict[int, Any]:
+        """A random element of the groups that are permuted."""
+        return dict(permutations)
 
     def _in_blocks(self, unit: Unit) -> bool:
         """Whether anything stands inside the unit's blocks."""
@@ -212,7 +242,9 @@ class Descent:
     def _value(self, names: set[str], weights: Weights) -> float:
         return sum(inner_product(self.target[name], weights[name]) for name in names)
 
-    def _objective(self) -> float:
+    @property
+    def objective(self) -> float:
+        """Σ⟨W_0, W_1⟩ as it stands."""
         return self._value(set(self.target), self.current)
 
 

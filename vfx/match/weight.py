@@ -20,6 +20,7 @@ from vfx.arguments import checked
 from vfx.elements import Element, Elements, act, check_classes, identity, random_permutations
 from vfx.match.carry import Carriage, Crossing
 from vfx.match.class_descent import ClassDescent, between, beyond_permutations, settled
+from vfx.match.copies import again
 from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.rectangular import Bridge
@@ -179,6 +180,8 @@ def _runs(
     """
     if frame is not None:
         descent = ClassDescent(symmetry, first, other, frame, heads, running)
-        return [descent.run(generator, start and descent.permuted(start)) for start in starts]
-    runs = (Descent(symmetry, first, other, heads).run(generator, start) for start in starts)
+        begin = (start and descent.permuted(start) for start in starts)
+        return [again(descent, descent.run(generator, start), generator) for start in begin]
+    plain = Descent(symmetry, first, other, heads)
+    runs = (again(plain, plain.run(generator, start), generator) for start in starts)
     return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]

@@ -1,0 +1,87 @@
+"""Copies of one network that a descent left apart, searched again where they still differ.
+
+Coordinate descent ends where no group alone can do better; of two networks of their own nobody knows whether there is
+more to find. But a copy can be told: between balanced forms only compact maps are left, which keep the norm of every
+parameter, while the norms of networks trained apart differ. Then the maximum is known, ⟨W₀, g W₁⟩ = ‖W₀‖², and so is
+what is wrong: the groups of parameters that still differ. They get random orders and signs, and a first sweep over
+units in a random order counts what the other groups tell (iterated local search: Lourenço, Martin and Stützle 2003).
+Pairs without a balanced form are solved for together (``vfx.match.isomorphism``). What does not make the networks one
+in the end is not taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vfx.analyse.classes import Maps
+from vfx.match.descent import Descent
+
+TRIES = 20
+EQUAL = 1e-5  # relative difference of norms up to which networks count as copies
+SAME = 1e-5  # of a parameter's squares, up to which two copies agree in it
+
+Run = tuple[dict[int, Any], float, int]  # what an edge goes through, the objective and the number of sweeps
+
+
+@dataclass
+class _State:
+    run: Run
+    apart: frozenset[str]  # parameters that differ
+    left: float  # Σ ‖W₀ − g W₁‖² / ‖W₀‖² over parameters
+
+
+def again(descent: Descent, run: Run, generator: np.random.Generator) -> Run:
+    """A descent's result, or what makes the networks one where they are copies that it left apart."""
+    if not _apart(descent) or not are_copies(descent):
+        return run
+    best, (generator,) = _solved(descent, run), generator.spawn(1)
+    for _ in range(TRIES):
+        if not best.apart:
+            break
+        wrong = set().union(*(descent.groups_of[name] for name in best.apart))
+        start = descent.disordered(best.run[0], wrong, generator)
+        right = set().union(*descent.groups_of.values()) - wrong
+        found = _solved(descent, descent.run(generator, start, known=right))
+        if found.left < best.left:
+            best = found
+    return run if best.apart else best.run
+
+
+def are_copies(descent: Descent) -> bool:
+    """Whether all parameters weigh the same in both networks, as far as no map without a balanced form moves them.
+
+    Parameters of one value (new biases and gains) tell nothing.
+    """
+    open_ended = {i for i, own in descent.symmetry.classes.items() if own.kind is Maps.LINEAR}
+    names = [name for name, groups in descent.groups_of.items() if name in descent.target and not groups & open_ended]
+    sizes = ([float(own[name].norm()) for own in (descent.target, descent.current)] for name in names)
+    telling = any(bool((descent.target[name] != descent.target[name].flatten()[:1]).any()) for name in names)
+    return telling and all(abs(one - two) <= EQUAL * one for one, two in sizes)
+
+
+def _apart(descent: Descent) -> dict[str, float]:
+    """By parameter that differs, by how much of its squares."""
+    found = {}
+    for name, one in descent.target.items():
+        whole = float(one.double().square().sum())
+        left = float((one.double() - descent.current[name].double()).square().sum())
+        if left > SAME * whole:
+            found[name] = left / whole if whole else 1.0
+    return found
+
+
+def _solved(descent: Descent, run: Run) -> _State:
+    """A run, and what is left behind the invertible maps that are best after it."""
+    apart = _apart(descent)
+    state = _State(run, frozenset(apart), sum(apart.values()))
+    maps = descent.nearest_maps() if apart else {}
+    if not maps:
+        return state
+    descent.move(maps)
+    apart = _apart(descent)
+    if sum(apart.values()) >= state.left:
+        return state
+    return _State((descent.element, descent.objective, run[2]), frozenset(apart), sum(apart.values()))
