@@ -792,8 +792,8 @@ MICRO = [
     Micro(
         "gather_channels",
         between(lambda s, h: h.gather(1, h.argmax(1, keepdim=True)), after=1),
-        (4,),
-        "channels are numbered",
+        (4, 6),
+        "the largest, looked up where it stands, sees no order",
     ),
     Micro("scatter", between(scattered), (4, 6), "columns are numbered, channels tie"),
     Micro(

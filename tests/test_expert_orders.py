@@ -49,6 +49,13 @@ def _repeated(self: Any, h: Tensor, share: Tensor) -> Tensor:
     return rows.view(-1, 2, STREAM).sum(1)
 
 
+def _best(self: Any, h: Tensor, share: Tensor) -> Tensor:
+    """One expert for each row."""
+    value, number = share.max(-1)
+    hidden = F.gelu(torch.einsum("td,tdh->th", h, self.up[number]) + self.bias[number])
+    return torch.einsum("th,thd->td", hidden, self.down[number]) * value[:, None]
+
+
 def _sorted(self: Any, h: Tensor, share: Tensor) -> Tensor:
     """Rows in the order of their experts, multiplied expert by expert."""
     values, numbers = share.topk(2, -1)
@@ -66,7 +73,7 @@ def grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 DENSE = {"einsum": _letters, "bmm": _matrices}
-ROUTED = {"looked up": _looked_up, "repeated": _repeated, "sorted": _sorted}
+ROUTED = {"looked up": _looked_up, "repeated": _repeated, "the best": _best, "sorted": _sorted}
 
 
 def mixture(experts: Any, seed: int = 0) -> nn.Module:

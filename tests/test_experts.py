@@ -43,7 +43,7 @@ def language_model(name: str, experts: str | None = None, seed: int = 0) -> nn.M
     return net(lambda self, ids: self.language(input_ids=ids).logits, language=language).eval()
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen3Moe", "Phimoe"])
 def test_stream_hidden_channels_and_experts_are_free(name: str) -> None:
     """Experts may be permuted, with the router's outputs and biases of their own, but none is taken away."""
     model = language_model(name)
@@ -131,12 +131,25 @@ def _sorted_rows(self: Any, h: Tensor, values: Tensor, numbers: Tensor) -> Tenso
     return rows[order.argsort()].view(-1, 2, 10).sum(1)
 
 
+def _one_after_the_other(self: Any, h: Tensor, values: Tensor, numbers: Tensor) -> Tensor:
+    """The best, and the best of all others, as sparse mixers choose."""
+    scores = self.router(h)
+    best = scores.max(-1, keepdim=True)[1]
+    second = scores.scatter(-1, best, float("-inf")).max(-1, keepdim=True)[1]
+    return h * self.table[torch.cat([best, second], -1)].sum(1)
+
+
 FREE: dict[str, Callable[..., Tensor]] = {
     "looked up": lambda self, h, values, numbers: (h[:, None] * self.table[numbers] * values[..., None]).sum(1),
     "the first": lambda self, h, values, numbers: h * self.table[numbers[:, 0]] * values[:, :1],
     "gathered": lambda self, h, values, numbers: h * (self.router(h) + self.bias).gather(1, numbers).sum(1, True),
     "one hot": lambda self, h, values, numbers: h * (F.one_hot(numbers, 4).to(h.dtype).sum(1) @ self.table),
     "sorted": _sorted_rows,
+    "the largest": lambda self, h, values, numbers: h * self.table[self.router(h).argmax(-1)],
+    "written": lambda self, h, values, numbers: (
+        h * (torch.zeros_like(self.router(h)).scatter(1, numbers, values) @ self.table)
+    ),
+    "one after the other": _one_after_the_other,
 }
 PINNED: dict[str, Callable[..., Tensor]] = {
     "a value": lambda self, h, values, numbers: h * self.table[numbers].sum(1) * (1 + numbers.sum(1, True)),
@@ -151,6 +164,15 @@ PINNED: dict[str, Callable[..., Tensor]] = {
     ),
     "first rows": lambda self, h, values, numbers: h + self.table[numbers.flatten().sort()[0]][:2].sum(0),
     "not put back": lambda self, h, values, numbers: h[numbers.flatten().argsort() // 2].view(-1, 2, 10).sum(1),
+    "the largest of whole numbers": lambda self, h, values, numbers: (
+        h * self.table[(3 * self.router(h)).round().long().argmax(-1)]
+    ),
+    "written beside": lambda self, h, values, numbers: (
+        h * (torch.zeros_like(self.router(h)).scatter(1, 3 - numbers, values) @ self.table)
+    ),
+    "beside the first": lambda self, h, values, numbers: (
+        h * self.table[torch.cat([numbers, torch.zeros_like(numbers)], -1)].sum(1)
+    ),
     "put back twice": lambda self, h, values, numbers: h[numbers[:, 0].argsort().argsort()],
 }
 

@@ -1,10 +1,11 @@
 """Numbers of positions: the experts that rows are sent to, and rows that stand in the order of their numbers.
 
-``topk`` gives each row the numbers of its experts. Permuted experts have other numbers; where all that is done with
-these is to look something up along the experts' axis, or to count, the result is the same and the axis is as free as
-any other. Rows may be sorted by number: their order then follows the experts', and as long as operators treat them one
-by one and an inverse order puts them back, the result does not depend on it. Anything else that reads numbers, or rows
-in such an order, pins the axis. (Equal values, between which an operator chooses by position, are left aside.)
+``topk`` (or ``argmax``) gives each row the numbers of its experts. Permuted experts have other numbers; where all that
+is done with these is to look something up along the experts' axis, to write there, or to count, the result is the same
+and the axis is as free as any other. Rows may be sorted by number: their order then follows the experts', and as long
+as operators treat them one by one and an inverse order puts them back, the result does not depend on it. Anything else
+that reads numbers, or rows in such an order, pins the axis. (Equal values, between which an operator chooses by
+position, are left aside.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vfx.analyse.axis import Axis, Opaque
 from vfx.analyse.meaning import BACK, COUNTS, ENDS, NUMBERS, PLACES, Meaning, Order
 from vfx.analyse.named import axes_by_number
 from vfx.analyse.program_terms import ProgramTerms
-from vfx.analyse.rules import indexing, routing
+from vfx.analyse.rules import indexing, movement, routing
 from vfx.analyse.rules.rule import Rule, normal
 from vfx.analyse.shapes import Shape
 from vfx.operators import arguments, is_in_place, operator_of
@@ -202,6 +203,34 @@ def _gathered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None
     return replace(numbers, meaning=None)
 
 
+def _scattered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """scatter along an axis by its numbers."""
+    x, numbers = t.shape(a["self"]), t.shape(a["index"])
+    source = t.shape(a["src"]) if isinstance(a.get("src"), fx.Node) else numbers
+    meaning, d = numbers.meaning, normal(a["dim"], len(x.axes))
+    if meaning is None or meaning.kind != NUMBERS or x.axes[d].size != meaning.axis.size:
+        return None
+    if x.meaning is not None or source.sizes != numbers.sizes or any(map(_orders, (x, numbers, source))):
+        return None
+    t.tie(t.axis(x, d), meaning.axis)
+    indexing.tie_others(t, x, numbers, d)
+    indexing.tie_others(t, source, numbers, -1)
+    return x
+
+
+def _side_by_side(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
+    """Numbers of one axis put together."""
+    shapes = t.operands(a["tensors"])
+    meanings = [shape.meaning for shape in shapes if shape.meaning is not None and shape.meaning.kind == NUMBERS]
+    if len(meanings) < len(shapes) or len({m.axis.size for m in meanings}) > 1 or any(map(_orders, shapes)):
+        return None
+    first, *others = (meaning.axis for meaning in meanings)
+    for axis in others:
+        t.tie(first, axis)
+    join = movement.stack if operator_of(node).ties == "stack" else movement.concatenate
+    return replace(join(t, node, a), meaning=Meaning(NUMBERS, first, object()))
+
+
 def _one_hot(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     x = t.shape(a["self"])
     if x.meaning is None or x.meaning.kind != NUMBERS or t.sizes(node)[-1] != x.meaning.axis.size or _orders(x):
@@ -229,6 +258,9 @@ _READERS: dict[str, Rule] = {
     "grouped product": _grouped,
     "index": _looked_up,
     "gather": _gathered,
+    "scatter": _scattered,
+    "concatenate": _side_by_side,
+    "stack": _side_by_side,
     "one hot": _one_hot,
     "index put": _inverse,
 }

@@ -54,22 +54,26 @@ def ordered_like(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
 
 
 def reduction(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Sums, means, extremes and norms over some axes."""
+    """Sums, means, extremes and norms over some axes; where an extreme stands is a number of its axis.
+
+    Among integers and truth values equal ones are common, between which the position decides.
+    """
     x = t.operands(list(a.values()))[0]
     rank = len(x.axes)
     dims = dims_of(a.get("dim"), rank)
     kept = [t.axis(x, d) if d not in dims else None for d in range(rank)]
+    reduced = [t.axis(x, d) for d in dims]
     reads_order = _reads_indices(node)
-    for d in dims:
-        axis = t.axis(x, d)
-        if reads_order:
-            t.pin(axis, "the position of an extreme is read")
+    numbers = reads_order and len(reduced) == 1 and node.all_input_nodes[0].meta["val"].dtype.is_floating_point
+    for axis in reduced if reads_order and not numbers else ():
+        t.pin(axis, "the position of an extreme is read")
     if a.get("keepdim"):
         shape = Shape(tuple(t.fresh(1) if axis is None else axis for axis in kept))
     else:
         shape = Shape(tuple(axis for axis in kept if axis is not None))
-    value = node.meta["val"]
-    return [shape] * len(value) if isinstance(value, list) else shape
+    if not isinstance(node.meta["val"], list):
+        return t.numbers(shape, reduced[0]) if numbers else shape
+    return [shape, t.numbers(shape, reduced[0])] if numbers else [shape] * len(node.meta["val"])
 
 
 def _reads_indices(node: fx.Node) -> bool:
