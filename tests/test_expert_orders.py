@@ -17,7 +17,7 @@ from transformers.integrations import moe  # noqa: F401  (registers its product)
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import verify
-from vfx.api import merge, symmetry, trace
+from vfx.api import merge, prune_structured, symmetry, trace
 
 EXPERTS, STREAM, HIDDEN = 4, 10, 8
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -227,3 +227,20 @@ def test_experts_that_see_each_other_share_an_order(name: str) -> None:
             verify(_inside(facts, group))
     else:
         assert verify(_inside(facts, group)) > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DENSE | ROUTED)
+def test_each_expert_keeps_other_channels(name: str) -> None:
+    """Half of the channels of each expert are nearly silent, others in each: as many are left everywhere."""
+    model = mixture((DENSE | ROUTED)[name])
+    for e in range(EXPERTS):
+        silent = [(e + k) % HIDDEN for k in range(HIDDEN // 2)]
+        model.up[e][:, silent] *= 1e-3
+        model.bias[e][silent] *= 1e-3
+        model.down[e][silent] *= 1e-3
+    left = prune_structured(model, X[:2], sparsity=0.5, normalize=None, progress=False).module
+    assert left.up.shape == (EXPERTS, STREAM // 2, HIDDEN // 2)
+    assert left.down.shape == (EXPERTS, HIDDEN // 2, STREAM // 2)
+    assert float(left.up.square().sum(1).min()) > 0.01
+    assert float(left.down.square().sum(2).min()) > 0.01

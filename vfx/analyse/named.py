@@ -54,9 +54,10 @@ def part_of(axis: Axis | Digit) -> int:
 def in_place(t: ProgramTerms, node: fx.Node, result: Any) -> Any:
     """The result of an operator, whose axes name nothing unless their positions have stayed where they were."""
     ties = operator_of(node).ties
-    taken = ties == "index" and not _names(t.shapes.get(node.args[0]))  # type: ignore[arg-type]
-    if not t.namings or taken or ties in _IN_PLACE:
+    if not t.namings or ties in _IN_PLACE:
         return result
+    if ties == "index" and not _names(t.shapes.get(node.args[0])):  # type: ignore[arg-type]
+        return result  # in the places of its index
     shapes = [_nameless(one) for one in (result if isinstance(result, list) else [result])]
     return shapes if isinstance(result, list) else shapes[0]
 
