@@ -170,6 +170,9 @@ PINNED: dict[str, Callable[..., Tensor]] = {
     "written beside": lambda self, h, values, numbers: (
         h * (torch.zeros_like(self.router(h)).scatter(1, 3 - numbers, values) @ self.table)
     ),
+    "numbers written": lambda self, h, values, numbers: (
+        h * (torch.zeros_like(self.router(h)).scatter(1, numbers, numbers.to(h.dtype)) @ self.table)
+    ),
     "beside the first": lambda self, h, values, numbers: (
         h * self.table[torch.cat([numbers, torch.zeros_like(numbers)], -1)].sum(1)
     ),

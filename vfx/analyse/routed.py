@@ -206,11 +206,13 @@ def _gathered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None
 def _scattered(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     """scatter along an axis by its numbers."""
     x, numbers = t.shape(a["self"]), t.shape(a["index"])
-    source = t.shape(a["src"]) if isinstance(a.get("src"), fx.Node) else numbers
+    source = t.shape(a["src"]) if isinstance(a.get("src"), fx.Node) else replace(numbers, meaning=None)
     meaning, d = numbers.meaning, normal(a["dim"], len(x.axes))
     if meaning is None or meaning.kind != NUMBERS or x.axes[d].size != meaning.axis.size:
         return None
-    if x.meaning is not None or source.sizes != numbers.sizes or any(map(_orders, (x, numbers, source))):
+    if x.meaning is not None or source.meaning is not None or source.sizes != numbers.sizes:
+        return None
+    if any(map(_orders, (x, numbers, source))):
         return None
     t.tie(t.axis(x, d), meaning.axis)
     indexing.tie_others(t, x, numbers, d)
