@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
@@ -311,3 +314,29 @@ def test_what_is_not_exact_finds_more_than_permutations(name: str) -> None:
     kind = {ZipIt: "attention", CCAMerging: "attention"}.get(type(TABLE[name]()), "residual")
     found = TABLE[name]()(_apart(kind).problem())
     assert not found.is_exact or found.apart
+
+
+_OBJECTIVES = """
+import torch, vfx
+from vfx.models import resnet20_ln
+torch.manual_seed(0)
+edges = [resnet20_ln(width=0.25).eval() for _ in range(2)]
+program = vfx.trace(edges, torch.randn(2, 3, 16, 16))
+finder = vfx.Align("weight", verify=False, classes="permutation")
+print(repr(finder.run(program).record.matching.objective))
+"""
+
+
+def test_names_are_summed_in_one_order_in_every_process() -> None:
+    """Sets of names stand in another order in every process; what is summed over them may not."""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", _OBJECTIVES],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout

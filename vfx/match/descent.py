@@ -240,7 +240,8 @@ class Descent:
     # values ---------------------------------------------------------------------------------------------------------
 
     def _value(self, names: set[str], weights: Weights) -> float:
-        return sum(inner_product(self.target[name], weights[name]) for name in names)
+        # in an order of its own: that of a set of names differs from process to process, and rounding with it
+        return sum(inner_product(self.target[name], weights[name]) for name in sorted(names))
 
     @property
     def objective(self) -> float:
