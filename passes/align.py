@@ -79,7 +79,7 @@ class Align(Pass[Alignment]):
         error = self._prove(program, facts, matching) if self.verify else None
         weights = [matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
         result = program.with_weights(weights, f"Align({type(self.matcher).__name__})")
-        result = replace(result, notes=(*result.notes, *pin_notes(facts), *matching.notes))
+        result = result.with_notes((*pin_notes(facts), *matching.notes))
         if not matching.is_exact:
             result = replace(result, transport=Pending(facts, tuple(map(behind_exact, matching.elements))))
         return PassResult(_with_goals(program, result, facts, statistics, matching), Alignment(matching, error))
@@ -147,7 +147,7 @@ def _with_goals(
             rows.append(_through(on, known.mean[edge], known.std[edge], None if spread is None else spread[edge]))
         if name not in unknown:
             goals[name] = Goal(*(torch.stack(column) for column in zip(*rows)))
-    return replace(result, goals=goals, notes=(*result.notes, *_unknown_notes(unknown)))
+    return replace(result, goals=goals).with_notes(_unknown_notes(unknown))
 
 
 def _unknown_notes(names: Collection[str]) -> list[str]:

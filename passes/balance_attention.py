@@ -12,7 +12,6 @@ rank below their size. With grouped queries one T acts on all the heads that sha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -47,7 +46,7 @@ class BalanceAttention(Pass[None]):
         pairs = [group for group, *own in zip(pairs, *left) if any(len(heads) < group.outer for heads in own)]
         sets = [rewritten(facts, weights, lambda own: in_turn(facts, own, None, pairs)) for weights in program.weights]
         result = program.with_weights(sets, f"BalanceAttention({len(pairs)} pairs)")
-        return PassResult(replace(result, notes=(*program.notes, *notes)))
+        return PassResult(result.with_notes(notes))
 
 
 def _pairs(facts: Symmetry) -> tuple[list[Group], list[str]]:

@@ -11,7 +11,6 @@ scales alone become equal.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from vfx.analyse.classes import Maps
 from vfx.analyse.groups import Group, Side
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
+from vfx.errors import listed
 from vfx.program import Program
 from vfx.rewrite import Pass, PassResult
 
@@ -42,7 +42,7 @@ class BalanceScales(Pass[None]):
         scales = Scales(facts, mixed=True)
         sets = [rewritten(facts, weights, scales) for weights in program.weights]
         result = program.with_weights(sets, f"BalanceScales({len(scales.places)} features)")
-        return PassResult(replace(result, notes=(*program.notes, *_notes(facts, scales))))
+        return PassResult(result.with_notes(_notes(facts, scales)))
 
 
 def _notes(facts: Symmetry, scales: Scales) -> list[str]:
@@ -51,8 +51,7 @@ def _notes(facts: Symmetry, scales: Scales) -> list[str]:
     outer = {group.parent for group in facts.groups}
     kept = [next(_kept(facts, scales, group, free), "") for group in facts.groups if group.index not in outer]
     named = [text for text in kept if text]
-    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    return [f"scales left as they are: {', '.join(named[:NAMED])}{more}"] if named else []
+    return [f"scales left as they are: {listed(named, NAMED)}"] if named else []
 
 
 def _scaled(facts: Symmetry, scales: Scales) -> dict[tuple[str, int], set[int]]:

@@ -7,7 +7,6 @@ conv and linear layers and is absolute: preserved layers count, and keep their o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Layers, number_layers
@@ -39,7 +38,7 @@ class CalibrateBias(Pass[None]):
                 continue
             for alpha, weights in zip(alphas, sets):
                 weights[name] = weights[name] * alpha ** (min(numbers) - 1)
-        return PassResult(replace(program.with_weights(sets, "CalibrateBias"), notes=(*program.notes, *notes)))
+        return PassResult(program.with_weights(sets, "CalibrateBias").with_notes(notes))
 
 
 def bias_depths(program: Program, layers: Layers) -> dict[str, set[int]]:

@@ -14,7 +14,6 @@ reshift          x − μ_α + μ̄                  ablation in the same table;
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -65,7 +64,7 @@ class CalibrateNormalization(Pass[None]):
             raise PassError("no goal statistics: give Align data or statistics of the edges' layers")
 
     def apply(self, program: Program) -> PassResult[None]:
-        weights, notes = dict(program.weights[0]), list(program.notes)
+        weights, notes = dict(program.weights[0]), list[str]()
         channels = statistics_channels(program)
         readers = reset_readers(program, notes)
         for affine in affines(program):
@@ -76,7 +75,7 @@ class CalibrateNormalization(Pass[None]):
         notes += sweep(program, weights, batches, readers, kind=self.sweep, **options)
         how = "" if self.sweep == "exact" else f", {self.sweep}"
         result = program.with_weights([weights], f"CalibrateNormalization({self.kind}{how})")
-        return PassResult(replace(result, notes=tuple(notes)))
+        return PassResult(result.with_notes(notes))
 
     def _reader(self, affine: Affine, goal: Goal, channel: int) -> Reader:
         def write(observed: Observed, weights: dict[str, Tensor]) -> str:

@@ -13,7 +13,6 @@ it is no longer centred.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -52,7 +51,7 @@ class CenterStream(Pass[None]):
                 weights[place.fqn] = _centred(weights[place.fqn], place)
         graph.lint()
         note = f"CenterStream({len(streams.centred)} norms)"
-        return PassResult(replace(program.with_graph(graph, sets, note), notes=(*program.notes, *_notes(streams.left))))
+        return PassResult(program.with_graph(graph, sets, note).with_notes(_notes(streams.left)))
 
 
 def _notes(left: Mapping[fx.Node, str]) -> list[str]:

@@ -76,5 +76,5 @@ class FoldChannels(Pass[Removed]):
         small = resize(folded, facts, kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
         error = prove(folded, facts, small, kept, self.seed) if self.verify else None
         carry = KeptChannels(small, facts, {g: own.average for g, own in clusters.items()})
-        result = replace(small.program, notes=(*program.notes, *left, *notes))
+        result = small.program.with_notes((*left, *notes))
         return PassResult(result, Removed(sizes, kept, carry, error, clusters))

@@ -54,7 +54,7 @@ class FoldGain(Pass[None]):
             count += run.count
         result = run.program()
         folded = program.with_graph(result.graph, result.weights, f"FoldGain({count} gains)")
-        return PassResult(replace(folded, notes=(*program.notes, *run.notes)))
+        return PassResult(folded.with_notes(run.notes))
 
 
 class _Run:

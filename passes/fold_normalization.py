@@ -54,7 +54,7 @@ class FoldNormalization(Pass[None]):
         graph, _ = copy_graph(program.graph)
         sets = [dict(weights) for weights in program.weights]
         working = replace(program, graph=graph)
-        notes, count = list(program.notes), 0
+        notes, count = list[str](), 0
         for foldable in [*_inserted(working), *(_batch_norms(working) if self.batch_norm else ())]:
             reason = _refusal(foldable)
             if reason:
@@ -67,9 +67,8 @@ class FoldNormalization(Pass[None]):
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         gone = set(program.names()) - read
         sets = [{name: tensor for name, tensor in weights.items() if name not in gone} for weights in sets]
-        return PassResult(
-            replace(program.with_graph(graph, sets, f"FoldNormalization({count} layers)"), notes=tuple(notes))
-        )
+        result = program.with_graph(graph, sets, f"FoldNormalization({count} layers)")
+        return PassResult(result.with_notes(notes))
 
 
 def _inserted(program: Program) -> Iterator[_Foldable]:

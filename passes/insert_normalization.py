@@ -10,7 +10,6 @@ layers without one of their own are left out, with a note: those whose output me
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -48,7 +47,7 @@ class InsertNormalization(Pass[None]):
         for site in chosen:
             weights |= _insert(graph, nodes[site.node.name], site.channel, weights)
         note = f"InsertNormalization({len(chosen)} {'layers' if self.site == 'preactivation' else 'activations'})"
-        return PassResult(replace(program.with_graph(graph, [weights], note), notes=(*program.notes, *notes)))
+        return PassResult(program.with_graph(graph, [weights], note).with_notes(notes))
 
     def _sites(self, program: Program, notes: list[str]) -> Iterator[Activation]:
         """Where affines belong: a layer's own output, or its activation's."""

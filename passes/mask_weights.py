@@ -105,7 +105,7 @@ class MaskWeights(Pass[Masked]):
             masked = replace(masked, masks=pruned.masks)
             working = working.with_weights([{**working.weights[0], **pruned.weights}])
         result = program.with_weights(working.weights, self._history(budgets))
-        return PassResult(replace(result, notes=(*program.notes, *notes)), masked)
+        return PassResult(result.with_notes(notes), masked)
 
     def _budgets(self, program: Program, targets: tuple[Target, ...]) -> Budgets:
         """The targets that share one sparsity, with it."""

@@ -15,7 +15,6 @@ those of one edge, and the goals of the layers behind them the mean of all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -116,7 +115,7 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
             notes.append(f"reconstruction: at most {self.options.max_rows:,} random rows of each batch were read")
         follows = f", following edge {self.follow_edge} up to layer {layers.number(self.follow)}" if followed else ""
         result = program.with_weights([weights], f"Reconstruct({len(units)} units{follows})")
-        return PassResult(replace(result, notes=(*result.notes, *notes)), tuple(solved))
+        return PassResult(result.with_notes(notes), tuple(solved))
 
     def _copied(self, program: Program, followed: frozenset[str]) -> dict[str, Tensor]:
         """The followed edge's tensors of all that followed calls alone read."""

@@ -10,7 +10,6 @@ reconstruction (``vfx.passes.reconstruct``) solves for.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 from vfx.analyse.layers import number_layers
@@ -77,8 +76,7 @@ class RemoveChannels(Pass[Removed]):
         kept = strongest(facts, scores, sizes)
         small = resize(program, facts, kept, slots=slots, note=_note(facts, sizes))
         error = prove(program, facts, small, kept, self.seed) if self.verify else None
-        result = replace(small.program, notes=(*small.program.notes, *notes))
-        return PassResult(result, Removed(sizes, kept, KeptChannels(small, facts), error))
+        return PassResult(small.program.with_notes(notes), Removed(sizes, kept, KeptChannels(small, facts), error))
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
         if self.data is None or self.score != "activation":

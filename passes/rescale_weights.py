@@ -9,7 +9,6 @@ features: the papers show it to say that magnitude is not the cause.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Choice, number_layers
@@ -46,4 +45,4 @@ class RescaleWeights(Pass[None]):
             for weights in sets:
                 weights[name] = weights[name] * (wanted / found)
         result = program.with_weights(sets, f"RescaleWeights({len(names)} layers)")
-        return PassResult(replace(result, notes=(*program.notes, *silent)))
+        return PassResult(result.with_notes(silent))

@@ -7,7 +7,6 @@ Preserved branches keep their own statistics.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from vfx.analyse.layer_view import batch_norms
@@ -46,7 +45,7 @@ class ResetBatchNorm(Pass[None]):
             raise PassError("RESET needs BatchNorm layers and this network has none; use 'rescale' or 'repair'")
 
     def apply(self, program: Program) -> PassResult[None]:
-        weights, notes = dict(program.weights[0]), list(program.notes)
+        weights, notes = dict(program.weights[0]), list[str]()
         chosen = None
         if self.layers is not None:
             chosen = {layer.node for layer in number_layers(program).select(self.layers)}
@@ -55,6 +54,5 @@ class ResetBatchNorm(Pass[None]):
         options: dict[str, Any] = {"memory_limit": self.memory_limit, "progress": self.progress}
         notes += sweep(program, weights, batches, readers, kind=self.sweep, **options)
         how = "" if self.sweep == "exact" else f", {self.sweep}"
-        return PassResult(
-            replace(program.with_weights([weights], f"ResetBatchNorm({len(readers)} layers{how})"), notes=tuple(notes))
-        )
+        result = program.with_weights([weights], f"ResetBatchNorm({len(readers)} layers{how})")
+        return PassResult(result.with_notes(notes))

@@ -69,7 +69,7 @@ class UseBatchStatistics(Pass[None]):
         note = f"UseBatchStatistics({self.kind}, {count + len(norms)} layers)"
         warning = f"{self.kind}: the network normalises by the statistics of each batch; one sample alone has none"
         result = program.with_graph(graph, [weights], note)
-        return PassResult(replace(result, notes=(*program.notes, warning)))
+        return PassResult(result.with_notes([warning]))
 
 
 def _plain_layers(program: Program, layers: Choice) -> list[Layer]:

@@ -55,6 +55,13 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         raise _refusal(path, error) from error
 
 
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """A text, written to a file as well where one is named."""
+    if path is not None:
+        write_atomic(path, text)
+    return text
+
+
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8) in one step; a failed write leaves the old file, or none.
 

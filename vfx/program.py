@@ -231,6 +231,10 @@ class Program:
         history = (*self.history, note) if note else self.history
         return replace(self, weights=tuple(weights), history=history)
 
+    def with_notes(self, notes: Iterable[str]) -> Program:
+        """The same Program with more notes on what was refused or left alone."""
+        return replace(self, notes=(*self.notes, *notes))
+
     def with_graph(self, graph: fx.Graph, weights: Iterable[Weights], note: str, **changes: Any) -> Program:
         """A rewritten graph and its weight sets."""
         return replace(self, graph=graph, weights=tuple(weights), history=(*self.history, note), **changes)

@@ -71,5 +71,10 @@ def titled(text: str, shown: int, total: int) -> str:
     return text if shown == total else f"{text}: {shown} of {total}, all in JSON"
 
 
+def percent(share: float | None) -> str:
+    """A share in percent with two digits, nothing where it is not known."""
+    return "" if share is None else f"{100 * share:.2f}"
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import identity
-from vfx.errors import ArchitectureError, ArgumentError
+from vfx.errors import ArchitectureError, ArgumentError, listed
 from vfx.match.carry import AcrossWidths, Carriage, Crossing, Pairing
 from vfx.match.counted import counts_channels
 from vfx.match.matcher import Matching
@@ -112,7 +112,7 @@ def to_first_width(
     note = f"ToFirstWidth({type(matcher).__name__})"
     program = programs[0].with_weights(weights, note)
     statistics, unknown = reader.statistics(program, carriages) if layers else (None, ())
-    program = replace(program, notes=(*program.notes, *notes, *unknown))
+    program = program.with_notes((*notes, *unknown))
     matching = Matching(
         elements=(identity(facts[0]),) * len(programs),
         objective=tuple(objective),
@@ -138,11 +138,8 @@ def _causes(pairing: Pairing) -> Iterator[str]:
     if fewer:
         yield f"{fewer} of {len(sizes)} groups have fewer channels there"
     if counting:
-        more = f" and {len(counting) - NAMED} more" if len(counting) > NAMED else ""
-        yield (
-            f"means or norms run over the added channels of {', '.join(counting[:NAMED])}{more} (prepare='lift' helps "
-            "behind LayerNorms)"
-        )
+        added = listed(counting, NAMED)
+        yield f"means or norms run over the added channels of {added} (prepare='lift' helps behind LayerNorms)"
     if not fewer and not counting:
         yield "its channels are not only added to"
 

@@ -398,7 +398,7 @@ def _minimum(
     """λ of every variable, (size,) or (blocks, size)."""
     squares, tolerance = _squares(weights, places), _tolerance(weights)
     whole = _Whole(squares, places, shares)
-    shapes = {v: _shape(symmetry.groups[v[0]]) for v in places}
+    shapes = {v: symmetry.groups[v[0]].shape for v in places}
     logs = {v: np.zeros(math.prod(shape)) for v, shape in shapes.items()}
     changes = [float("inf")]
     for _ in range(sweeps):
@@ -426,10 +426,6 @@ def _tolerance(weights: Weights) -> float:
     """What the weights' precision can tell: an error ε of a scale moves a midpoint by ε²."""
     exact = any(tensor.dtype == torch.float64 for tensor in weights.values())
     return TOLERANCE if exact else ROUNDED
-
-
-def _shape(group: Group) -> tuple[int, ...]:
-    return (group.size,) if group.parent is None else group.blocks
 
 
 def relaxation(changes: list[float]) -> float:

@@ -47,7 +47,7 @@ from vfx.analyse import contractions
 from vfx.analyse.contractions import Contraction
 from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
-from vfx.files import write_atomic
+from vfx.files import written
 from vfx.operators import arguments, operator, operator_of
 from vfx.program import Program, Value
 
@@ -127,13 +127,13 @@ class Profile:
         names = [field.name for field in fields(Row)]
         writer.writerow(names)
         writer.writerows([_cell(getattr(row, name)) for name in names] for row in self.rows)
-        return _written(buffer.getvalue(), path)
+        return written(buffer.getvalue(), path)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """An object of rows, totals and unknown_ops; also written to ``path`` if given. Raises OSError."""
         totals = {name: self._total(name) for name in _TOTALS}
         document = {"rows": [asdict(row) for row in self.rows], "totals": totals, "unknown_ops": self.unknown_ops}
-        return _written(json.dumps(document, indent=2) + "\n", path)
+        return written(json.dumps(document, indent=2) + "\n", path)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), markup=False, emoji=False, highlight=False, color_system=None)
@@ -424,9 +424,3 @@ def _quotient(ours: int, theirs: int) -> float:
 
 def _cell(value: Any) -> Any:
     return "x".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        write_atomic(path, text)
-    return text

@@ -112,6 +112,11 @@ class Group:
         return self.outer, self.size
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """That of an array with a number for each channel: (size,), inside another group (blocks, size)."""
+        return (self.size,) if self.parent is None else self.blocks
+
+    @property
     def name(self) -> str:
         """FQN of the first parameter that produces the feature."""
         return next((m.fqn for m in self.members if m.role == "out"), self.members[0].fqn)

@@ -8,7 +8,7 @@ with a parameter (x W, x W + b) is a linear layer, whatever its weight's layout.
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -331,23 +331,21 @@ def _owners(node: fx.Node) -> set[str]:
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Everything that depends on one of ``nodes``, themselves left out unless one depends on another."""
-    found: set[fx.Node] = set()
-    stack = [user for node in nodes for user in node.users]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.users
-    return found
+    return _reached([user for node in nodes for user in node.users], lambda node: node.users)
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """``nodes`` and everything they depend on."""
+    return _reached(nodes, lambda node: node.all_input_nodes)
+
+
+def _reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """``nodes`` and all that a walk along their neighbours comes to."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack += node.all_input_nodes
+            stack += neighbours(node)
     return found

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.table import Table
 
 from vfx.analyse.groups import Group, Pinned
+from vfx.errors import listed
 from vfx.terminal import rendered
 
 NAMED = 3  # members and axes that a line names
@@ -40,10 +41,10 @@ def _members(group: Group) -> Iterator[str]:
     for role, word in named.items():
         found = [member.fqn.removesuffix(".weight") for member in group.members if member.role == role]
         if found:
-            yield f"{word} {_few(list(dict.fromkeys(found)))}"
+            yield f"{word} {listed(list(dict.fromkeys(found)), NAMED)}"
     others = [member.fqn for member in group.members if member.role not in named]
     if others:
-        yield f"with {_few(others)}" if len(others) <= NAMED else f"with {len(others)} others"
+        yield f"with {listed(others, NAMED)}" if len(others) <= NAMED else f"with {len(others)} others"
 
 
 def _kind(group: Group) -> str:
@@ -65,9 +66,4 @@ def _axes(pins: Sequence[Pinned]) -> str:
     axes: dict[str, list[str]] = {}
     for pin in pins:
         axes.setdefault(pin.fqn, []).append(str(pin.dim))
-    return _few([f"{fqn}[{', '.join(dict.fromkeys(dims))}]" for fqn, dims in axes.items()])
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return listed([f"{fqn}[{', '.join(dict.fromkeys(dims))}]" for fqn, dims in axes.items()], NAMED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vfx.api.aligning import Aligned
 from vfx.api.choosing import Chosen
 from vfx.api.preparing import restored
@@ -22,7 +20,7 @@ def combine(chosen: Chosen, aligned: Aligned, options: MergeOptions, watch: Stop
     if options.prepare == "lift" and chosen.edge is None:
         result = restored(result, captured.first, watch)
     skew = skew_notes(result, aligned.edges, captured.data, options.held_out, options.device, options.progress)
-    return replace(result, notes=(*result.notes, *captured.notes, *chosen.notes, *skew))
+    return result.with_notes((*captured.notes, *chosen.notes, *skew))
 
 
 def _combined(chosen: Chosen, aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Program:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry
@@ -95,4 +95,4 @@ def restored(result: Program, captured: Program, watch: Stopwatch) -> Program:
     try:
         return run_passes(result, [RestoreStructure(captured)], watch)
     except (PassError, VerificationError) as error:
-        return replace(result, notes=(*result.notes, f"the merged network keeps its rewritten structure: {error}"))
+        return result.with_notes([f"the merged network keeps its rewritten structure: {error}"])

@@ -181,4 +181,4 @@ def _best(aligned: _Aligned, asked: Normalization, options: RepairOptions, solve
     name = min(scores, key=lambda name: scores[name].value)
     figures = {name: score.to_dict() for name, score in scores.items()}
     network, method = (solved(options.data), None) if name not in normalized else (aligned.network, normalized[name])
-    return _Chosen(replace(network, notes=(*network.notes, *label_notes(folds))), method, figures)
+    return _Chosen(network.with_notes(label_notes(folds)), method, figures)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def trace(
     first, notes = with_common_ties(models)
     program = capture(first, example_inputs, dynamic_shapes=dynamic_shapes, outputs=outputs)
     program = program.with_weights([program.weights[0], *(weights_of(program, model) for model in models[1:])])
-    program = replace(program, notes=(*program.notes, *notes))
+    program = program.with_notes(notes)
     if heads:
         check_heads(program, number_layers(program).heads(heads).branch)
     check_same_function(program, models)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vfx.diagnosis.rows import LayerRow, finite, overall
 from vfx.diagnosis.verdict import Verdict
-from vfx.files import write_atomic
+from vfx.files import written
 from vfx.statistics.moments import Moments
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Diagnosis:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """JSON text without NaN; also written to ``path``, whole or not at all."""
-        return _written(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", path)
+        return written(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """A line for each layer; a cell is empty where a measure is not defined."""
@@ -103,7 +103,7 @@ class Diagnosis:
         writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        return _written(buffer.getvalue(), path)
+        return written(buffer.getvalue(), path)
 
     def figures(self) -> dict[str, Figure]:
         """Matplotlib figures by name, after the papers' figures."""
@@ -115,7 +115,7 @@ class Diagnosis:
         """One page with verdict, figures and table that needs no other file and no network."""
         from vfx.diagnosis.page import page
 
-        return _written(page(self, title), path)
+        return written(page(self, title), path)
 
     def table(self) -> Table:
         table = Table(title=f"{len(self.rows)} layers, {self.samples} samples, {self.edges} edges")
@@ -139,9 +139,3 @@ def shown(value: float | None) -> str:
     """Three significant digits, or a dash."""
     value = finite(value)
     return "–" if value is None else f"{value:.3g}"
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        write_atomic(path, text)
-    return text

@@ -33,7 +33,7 @@ from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import PADDING
-from vfx.terminal import rendered
+from vfx.terminal import percent, rendered
 from vfx.wrappers import plain_model
 
 RUNS = 5  # of a batch, whose median time counts
@@ -97,7 +97,7 @@ class Evaluation:
             sizes = (_short(row.params), *((_short(row.nonzeros),) if sparse else ()), _short(row.flops))
             latency = "" if row.latency is None else f"{1000 * row.latency:.1f}"
             loss = "" if row.loss is None else f"{row.loss:.4f}"
-            table.add_row(row.name, _percent(row.accuracy), loss, _percent(row.agreement), *sizes, latency)
+            table.add_row(row.name, percent(row.accuracy), loss, percent(row.agreement), *sizes, latency)
         return rendered(table, *self.notes)
 
 
@@ -272,10 +272,6 @@ def _together(scores: Sequence[Tensor]) -> Tensor:
     if len({one.shape for one in scores}) > 1:
         raise ArgumentError("an ensemble takes networks of the same classes; leave ensemble= out")
     return together(scores)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"
 
 
 def _short(count: int | None) -> str:

@@ -155,7 +155,7 @@ def _scales(group: Group, own: Class, generator: np.random.Generator) -> dict[in
     """Free scales are drawn, the sides' follow."""
     if own.scales is None:
         return {}
-    shape = (group.size,) if group.parent is None else group.blocks
+    shape = group.shape
     free = {x for vector in own.scales.magnitudes.values() for x in vector}
     logs = {x: generator.uniform(-SPREAD, SPREAD, shape) for x in sorted(free)}
     free = {x for vector in own.scales.signs.values() for x in vector}

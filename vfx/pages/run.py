@@ -21,6 +21,7 @@ from vfx.address import address
 from vfx.emit.pretrained import BUILT_IN
 from vfx.pages import marks
 from vfx.pages.curves import choice_curves, judged_by, layer_curves
+from vfx.terminal import percent
 
 PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "onnxruntime")
 SHOWN = 12  # candidates above the fold
@@ -58,7 +59,7 @@ def _environment(html: bool) -> Environment:
     )
     found.filters |= {
         "count": lambda number: "" if number is None else f"{number:,}",
-        "percent": _percent,
+        "percent": percent,
         "setting": _setting,
     }
     return found
@@ -115,7 +116,7 @@ def _headlines(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) 
     accuracies = {row["name"]: row["accuracy"] for row in networks if row["accuracy"] is not None}
     if _RESULT in accuracies:
         given = [value for name, value in accuracies.items() if name not in (_RESULT, "ensemble")]
-        found.append((f"{_percent(accuracies[_RESULT])} %", f"accuracy; best network given {_percent(max(given))} %"))
+        found.append((f"{percent(accuracies[_RESULT])} %", f"accuracy; best network given {percent(max(given))} %"))
     sizes = _ratios(facts)
     found += [(f"{ratio:.3g}×", text) for text, ratio in sizes.items()]
     return found
@@ -217,7 +218,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"

@@ -55,7 +55,7 @@ def channel_scores(
         raise ArgumentError(f"score={method!r} reads data; give data=")
     if method == "random":
         generator = np.random.default_rng(seed)
-        return {g.index: generator.random(_shape(g)) for g in facts.groups}
+        return {g.index: generator.random(g.shape) for g in facts.groups}
     if method == "taylor":
         return _taylor(program, facts, data, loss or own_loss, max_samples)
     weights = {name: program.weights[0][name].detach().double() for name in _names(program, facts)}
@@ -69,10 +69,6 @@ def channel_scores(
     return {g: np.sqrt(s * moments.squares(facts.groups[g])) for g, s in readers.items()}
 
 
-def _shape(group: Group) -> tuple[int, ...]:
-    return (group.size,) if group.parent is None else group.blocks
-
-
 def _names(program: Program, facts: Symmetry) -> list[str]:
     """Floating parameters that some group moves."""
     names = dict.fromkeys(m.fqn for g in facts.groups for m in g.members)
@@ -83,7 +79,7 @@ def _summed(
     facts: Symmetry, values: Mapping[str, Tensor], roles: tuple[str, ...] = ("out", "in", "elementwise")
 ) -> dict[int, NDArray[np.float64]]:
     """For each channel the sum of ``values`` over all else, over every member with one of these roles."""
-    found = {g.index: np.zeros(_shape(g)) for g in facts.groups}
+    found = {g.index: np.zeros(g.shape) for g in facts.groups}
     for group in facts.groups:
         for member in group.members:
             if member.fqn in values and member.role in roles:
@@ -144,7 +140,7 @@ def own_loss(output: Any, labels: Any) -> Tensor:
 
 def _taylor(program: Program, facts: Symmetry, data: Any, loss: Loss, max_samples: int | None) -> Any:
     names = _names(program, facts)
-    total = {g.index: np.zeros(_shape(g)) for g in facts.groups}
+    total = {g.index: np.zeros(g.shape) for g in facts.groups}
     count = 0
     for inputs, labels in labelled(program, data, max_samples) if names else ():
         weights = dict(program.weights[0])
