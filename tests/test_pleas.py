@@ -88,7 +88,8 @@ def test_least_squares_brings_the_outputs_nearer_to_the_edges_mean() -> None:
     errors = {}
     for name in ("activation", "pleas"):
         errors[name] = (_merge(models, match=name).module(X) - goal).norm().item()
-    assert errors["pleas"] < 0.7 * errors["activation"]
+    errors["unsolved"] = (_merge(models, match="pleas", solve=None).module(X) - goal).norm().item()
+    assert errors["pleas"] < 0.7 * min(errors["activation"], errors["unsolved"])
 
 
 def test_permuting_an_edge_first_changes_nothing() -> None:

@@ -47,7 +47,7 @@ def cut(aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Plan:
 def _solving(aligned: Aligned, options: MergeOptions) -> Solving:
     """How layers are to be solved, with what the matching asks for (PLeaS)."""
     asked = Solving.of(options)
-    if aligned.ridge is None:
+    if aligned.ridge is None or asked.solve is None:
         return asked
     return replace(asked, ridge=aligned.ridge, follow=0 if asked.follow == "auto" else asked.follow)
 
