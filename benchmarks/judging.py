@@ -34,7 +34,7 @@ from vfx.api import collect, merge, trace
 from vfx.api.reconstructing import SHARES
 from vfx.choice import best
 from vfx.files import write_atomic
-from vfx.judge import EVERY, Score, _logits_loss
+from vfx.judge import EVERY, HeldOutScore, _logits_loss
 from vfx.models.training import predict
 
 CALIBRATION, RESAMPLES = 2000, 200
@@ -85,7 +85,7 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # loss of each samp
 
 
 def choose(losses: dict[str, Tensor]) -> str:
-    scores = {name: Score(float(x.mean()), samples=x) for name, x in losses.items()}
+    scores = {name: HeldOutScore(float(x.mean()), samples=x) for name, x in losses.items()}
     return best(scores, [name for name in scores if name.startswith("edge")], [])
 
 

@@ -31,7 +31,7 @@ from benchmarks.options import Cache, DataFolder, Fresh, Output, Render
 from benchmarks.transformers_report import draw, markdown
 from vfx.api import merge, trace
 from vfx.data import digits, text
-from vfx.diagnosis.barrier import Curve, Evaluation
+from vfx.diagnosis.barrier import Curve, Evaluator
 from vfx.files import write_atomic
 from vfx.match.matcher import Known
 from vfx.models import ViT, fit, gpt_tiny
@@ -144,7 +144,7 @@ class Subject:
 
     def score(self, program: Program) -> tuple[float, float]:
         """Accuracy (share) and mean loss of a single-edge Program."""
-        return Evaluation(program, self.batches)(program)
+        return Evaluator(program, self.batches)(program)
 
     def facts(self) -> dict[str, Any]:
         edges = [self.score(self.program.select(edge)) for edge in range(self.program.edges)]

@@ -28,7 +28,7 @@ from vfx.normalization import reset_readers
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
-from vfx.statistics.frontier import Observed, Reader, Sweep, sweep
+from vfx.statistics.frontier import ChannelMoments, Reader, Sweep, sweep
 
 Kind = Literal["repair", "rescale", "rescale_average", "reshift"]
 CONSTANT = 1e-7  # a channel whose std is below this share of its layer's largest only varies by float32 rounding
@@ -78,7 +78,7 @@ class CalibrateNormalization(Pass[None]):
         return PassResult(result.with_notes(notes))
 
     def _reader(self, affine: Affine, goal: Goal, channel: int) -> Reader:
-        def write(observed: Observed, weights: dict[str, Tensor]) -> str:
+        def write(observed: ChannelMoments, weights: dict[str, Tensor]) -> str:
             scale, shift, constant = affine_to_goal(self.kind, observed, goal)
             for name, value in ((affine.scale, scale), (affine.shift, shift)):
                 weights[name] = value.to(weights[name]).reshape(weights[name].shape)
@@ -89,7 +89,7 @@ class CalibrateNormalization(Pass[None]):
         return Reader(channel, write)
 
 
-def affine_to_goal(kind: Kind, observed: Observed, goal: Goal) -> tuple[Tensor, Tensor, int]:
+def affine_to_goal(kind: Kind, observed: ChannelMoments, goal: Goal) -> tuple[Tensor, Tensor, int]:
     """Scale and shift (C,) in float64 that bring a layer's statistics to their goal, and its constant channels.
 
     A constant channel cannot be rescaled: it keeps its scale, and REPAIR moves its mean.

@@ -22,8 +22,8 @@ from vfx.passes.reset_batchnorm import ResetBatchNorm
 from vfx.passes.use_batch_statistics import UseBatchStatistics
 
 from vfx.analyse.layers import number_layers
-from vfx.choice import Trial, joined
-from vfx.judge import LIMIT, Judge, Score
+from vfx.choice import Split, joined
+from vfx.judge import LIMIT, HeldOutScore, Judge
 from vfx.normalize.catalogue import BEHIND, METHODS, Normalization, candidates
 from vfx.normalize.choice import FEW, best_removal, removals
 from vfx.program import Program
@@ -57,8 +57,8 @@ def normalizing(
 
 def choose(
     asked: Normalization, aligned: Program, merging: Sequence[Pass], alphas: Sequence[float],
-    trials: Sequence[Trial], options: Mapping[str, Any],
-) -> tuple[dict[str, Normalization | None], dict[str, Score]]:  # fmt: skip
+    trials: Sequence[Split], options: Mapping[str, Any],
+) -> tuple[dict[str, Normalization | None], dict[str, HeldOutScore]]:  # fmt: skip
     """The normalizations that are tried ("auto", bias removal), by name, and their scores on held-out data.
 
     ``merging`` are the passes from the aligned edges to one network; none if ``aligned`` is one already (repair).

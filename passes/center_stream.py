@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.centring import Place, Streams
+from vfx.analyse.centring import StreamNorms, StreamPlace
 from vfx.analyse.symmetry import symmetry
 from vfx.arguments import checked
 from vfx.operators import arguments
@@ -40,7 +40,7 @@ class CenterStream(Pass[None]):
         self.readers, self.verify = readers, verify
 
     def apply(self, program: Program) -> PassResult[None]:
-        streams = Streams(symmetry(program))
+        streams = StreamNorms(symmetry(program))
         graph, mapping = copy_graph(program.graph)
         for node in streams.centred:
             _replace(graph, mapping[node])
@@ -62,7 +62,7 @@ def _notes(left: Mapping[fx.Node, str]) -> list[str]:
     return [f"LayerNorms that stay: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-def _centred(tensor: Tensor, place: Place) -> Tensor:
+def _centred(tensor: Tensor, place: StreamPlace) -> Tensor:
     """The mean over the channels taken off along one axis, for each copy of them."""
     rows = tensor.double().movedim(place.dim, 0).clone()
     for copy in torch.from_numpy(place.position).T.to(tensor.device):

@@ -20,7 +20,7 @@ from vfx.pruning.clusters import channel_vectors, cluster, merged, merged_goals,
 from vfx.pruning.groups import channel_scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.widths import Widths, strongest
-from vfx.resize import Slots, resize
+from vfx.resize import RemovalUnits, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import prove
 from vfx.rewrite import Pass, PassResult
@@ -56,7 +56,7 @@ class FoldChannels(Pass[Removed]):
 
     def apply(self, program: Program) -> PassResult[Removed]:
         facts = symmetry(program)
-        slots = Slots(facts)
+        slots = RemovalUnits(facts)
         scores = channel_scores(program, facts)
         sizes, left = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
         found = pairs(program)

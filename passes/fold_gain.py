@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from vfx.analyse.folding import Folding, Refused, Share
+from vfx.analyse.folding import Folding, GainShare, Refused
 from vfx.analyse.gains import Gain, gains
 from vfx.analyse.shift import shift_readers
 from vfx.analyse.symmetry import symmetry
@@ -112,7 +112,7 @@ class _Run:
 
     # shifts -------------------------------------------------------------------------------------------------------
 
-    def _fold_shift(self, gain: Gain, shares: Sequence[Share]) -> str:
+    def _fold_shift(self, gain: Gain, shares: Sequence[GainShare]) -> str:
         """Add W β to the biases of all readers, in every weight set; why that cannot be, or nothing."""
         if gain.bias is None or not any(weights[gain.bias].any() for weights in self.sets):
             return ""
@@ -131,7 +131,7 @@ class _Run:
             done.add(weight)
         return ""
 
-    def _refuses(self, node: fx.Node, readers: Sequence[fx.Node], columns: Mapping[str, Sequence[Share]]) -> str:
+    def _refuses(self, node: fx.Node, readers: Sequence[fx.Node], columns: Mapping[str, Sequence[GainShare]]) -> str:
         """Why a layer cannot take a shift into its bias, or nothing."""
         weight, bias = str(weight_name(node)), weight_name(node, "bias")
         if weight not in columns:
@@ -151,7 +151,7 @@ class _Run:
             return f"{node.name} has no bias for the norm's shift"
         return ""
 
-    def _shift(self, node: fx.Node, weight: str, shares: Sequence[Share], shift: str) -> None:
+    def _shift(self, node: fx.Node, weight: str, shares: Sequence[GainShare], shift: str) -> None:
         name, added, dim = weight_name(node, "bias"), [], shares[0].dim
         for weights in self.sets:
             tensor = weights[weight].double()
@@ -188,7 +188,7 @@ class _Run:
         self._mapping[gain.node] = value  # what another gain may multiply
 
 
-def _scaled(tensor: Tensor, share: Share, factor: Tensor) -> Tensor:
+def _scaled(tensor: Tensor, share: GainShare, factor: Tensor) -> Tensor:
     """Some positions of one axis of a tensor multiplied by entries of a gain."""
     scale = torch.ones(tensor.shape[share.dim], dtype=torch.float64, device=tensor.device)
     scale[torch.from_numpy(share.where)] = factor[torch.from_numpy(share.source)].to(scale)

@@ -21,7 +21,7 @@ from vfx.pruning.groups import Loss, Scores, channel_scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.second_moments import SecondMoments, second_moments
 from vfx.pruning.widths import Widths, strongest
-from vfx.resize import Slots, resize
+from vfx.resize import RemovalUnits, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import prove
 from vfx.rewrite import Pass, PassResult
@@ -66,7 +66,7 @@ class RemoveChannels(Pass[Removed]):
 
     def apply(self, program: Program) -> PassResult[Removed]:
         facts = symmetry(program)
-        slots = Slots(facts)
+        slots = RemovalUnits(facts)
         moments = self._moments(program, facts)
         scores = self.score if not isinstance(self.score, str) else self._scores(program, facts, moments)
         comparable = self.score == "taylor"

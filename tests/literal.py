@@ -9,7 +9,7 @@ from conftest import close, images
 from torch import Tensor
 
 from vfx.program import Program
-from vfx.reconstruct.solve import RIDGES, Problem
+from vfx.reconstruct.solve import RIDGES, RidgeProblem
 
 X = images(16, 6, dtype=torch.float64)
 VECTORS = torch.randn(24, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -62,7 +62,7 @@ def close_solutions(found: tuple[Tensor, Tensor | None], expected: tuple[Tensor,
         close(found[1], expected[1], EXACT)
 
 
-def held_errors(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+def held_errors(problem: RidgeProblem, parts: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """What the solution of each ridge on the first rows errs on the second."""
     (x, y), (held, wanted) = parts
     errors = []

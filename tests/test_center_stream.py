@@ -16,7 +16,7 @@ from vfx.passes.fold_gain import FoldGain
 from vfx.passes.interpolate import Interpolate
 from vfx.passes.restore_structure import RestoreStructure
 
-from vfx.analyse.centring import Streams
+from vfx.analyse.centring import StreamNorms
 from vfx.analyse.symmetry import symmetry
 from vfx.api import compile, trace
 from vfx.errors import VerificationError
@@ -163,7 +163,7 @@ def test_a_missed_writer_fails_the_check(missed: str, monkeypatch: pytest.Monkey
     from vfx.passes import center_stream
 
     program, centred = _program(_residual()), center_stream._centred
-    streams = Streams(symmetry(program))
+    streams = StreamNorms(symmetry(program))
     assert sorted(place.fqn for place in streams.writers) == sorted(WRITERS)
     assert sorted(place.fqn for place in streams.readers) == ["across.weight", "head.weight", "up.weight"]
     monkeypatch.setattr(center_stream, "_centred", lambda t, place: t if place.fqn == missed else centred(t, place))

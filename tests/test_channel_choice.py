@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vfx import choice
 from vfx.api import prune_structured
 from vfx.api.restoring import Restoring
-from vfx.choice import Trial, contenders
+from vfx.choice import Split, contenders
 from vfx.errors import ArgumentError
-from vfx.judge import Score
+from vfx.judge import HeldOutScore
 
 EXACT, BROKEN = 1e-8, 1e-2
 
@@ -88,7 +88,7 @@ def test_too_few_samples_to_choose_by_are_refused() -> None:
 
 def test_close_scores_of_different_channels_are_looked_at_in_all_folds() -> None:
     """Clear scores and ways of one network are not: the paired error leaves out the choice of samples to fit alone."""
-    score = lambda value: Score(value, samples=torch.full((4,), value))  # noqa: E731
+    score = lambda value: HeldOutScore(value, samples=torch.full((4,), value))  # noqa: E731
     fits = {"a: solved": "a", "a: none": "a", "b: solved": "b", "b: none": "b"}
     close = {"a: solved": score(1.0), "a: none": score(7.0), "b: solved": score(1.05), "b: none": score(9.0)}
     assert contenders(close, fits) == ["a: solved", "b: solved"]
@@ -103,7 +103,7 @@ def test_the_second_look_decides_with_the_first(monkeypatch: pytest.MonkeyPatch)
     looks: list[bool] = []
     folds = Restoring.folds
 
-    def counted(self: Restoring, more: bool = False) -> list[Trial]:
+    def counted(self: Restoring, more: bool = False) -> list[Split]:
         looks.append(more)
         return folds(self, more)
 
@@ -123,9 +123,9 @@ def test_magnitude_stays_where_activation_is_not_clearly_better(monkeypatch: pyt
     values = {"magnitude": noise.abs() + 1 + gap, "activation": noise.flip(0).abs() + 0.999}
     seen = iter(values.values())
 
-    def scores(self: Restoring, ways: Any, folds: Any) -> dict[str, list[Score]]:
+    def scores(self: Restoring, ways: Any, folds: Any) -> dict[str, list[HeldOutScore]]:
         samples = next(seen)
-        return {way: [Score(float(samples.mean()), samples=samples)] for way in ways}
+        return {way: [HeldOutScore(float(samples.mean()), samples=samples)] for way in ways}
 
     monkeypatch.setattr(Restoring, "scores", scores)
     monkeypatch.setattr(choice, "CLOSE", 0.0)

@@ -31,7 +31,7 @@ from vfx.pruning.groups import channel_scores
 from vfx.pruning.second_moments import second_moments
 from vfx.pruning.widths import Widths, by_mean
 from vfx.reconstruct.references import Reference
-from vfx.resize import Slots, resize
+from vfx.resize import RemovalUnits, resize
 
 EXACT, BROKEN = 1e-9, 1e-3
 
@@ -130,7 +130,7 @@ def test_random_scores_follow_the_seed() -> None:
 def _sizes(widths: Widths, ratio: float, scores: Any = None) -> list[int]:
     program = trace(_mlp(), _vectors())
     facts = symmetry(program)
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     ranked = by_mean(scores or channel_scores(program, facts))
     found = slots.sizes(widths.at(widths.streams(slots), ranked, ratio))
     return [found[g] for g in sorted(found)]

@@ -18,7 +18,7 @@ from vfx.api import layers, merge, trace
 from vfx.choice import FOLDS
 from vfx.data import digits
 from vfx.errors import ArgumentError
-from vfx.judge import EVERY, Judge, Score
+from vfx.judge import EVERY, HeldOutScore, Judge
 from vfx.models import fit
 from vfx.normalize.catalogue import BEHIND, METHODS, Normalization
 from vfx.normalize.choice import best_removal, removals
@@ -94,7 +94,7 @@ def test_scores_are_divergence_cross_entropy_and_accuracy(labels: Tensor | None)
             close(found.loss, float(min(losses)), 1e-4)  # labels at random: β falls to the end of the grid
             close(found.accuracy, float((q.argmax(1) == labels).double().mean()), 1e-6)
             assert found.value == found.loss
-    assert Score(float("nan")).value == float("inf")
+    assert HeldOutScore(float("nan")).value == float("inf")
 
 
 def test_one_column_and_tokens_are_scored_too() -> None:

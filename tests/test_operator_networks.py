@@ -24,7 +24,7 @@ from vfx.capture.capture import capture
 from vfx.errors import PassError
 from vfx.operators import REGISTRY, UNKNOWN, Operator, operator_of
 from vfx.program import Facts, Program
-from vfx.resize import Slots, resize
+from vfx.resize import RemovalUnits, resize
 from vfx.resize.masked import masked_error
 
 EXACT = 1e-10
@@ -165,7 +165,7 @@ def test_channels_pass_operators_on_positions(name: str) -> None:
 
 def _resized_error(program: Program, facts: Symmetry) -> float:
     """How a network of half the channels differs from the masked one; 0 where resizing is refused."""
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     kept = _drawn(facts, slots, 0.5)
     try:
         small = resize(program, facts, kept, slots=slots)

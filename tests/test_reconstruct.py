@@ -35,7 +35,7 @@ from vfx.errors import ArgumentError, PassError
 from vfx.program import Program
 from vfx.reconstruct.forms import Form, form_of
 from vfx.reconstruct.references import Reference
-from vfx.reconstruct.solve import RIDGES, START, Problem
+from vfx.reconstruct.solve import RIDGES, START, RidgeProblem
 from vfx.statistics.spill import Spill
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -759,7 +759,7 @@ def test_the_ridge_is_chosen_layer_by_layer_on_held_samples() -> None:
         form, source, centre, bias = _map(start, solved.node)
         goal = _goal(aligned, solved.node, x)
         parts = [(form.rows(values[source][chosen]), form.goals(goal[chosen])) for chosen in (~held, held)]
-        errors = held_errors(Problem(centre, bias), parts)
+        errors = held_errors(RidgeProblem(centre, bias), parts)
         least = errors.index(min(errors))
         assert errors[: least + 1] == sorted(errors[: least + 1], reverse=True)
         assert errors[least:] == sorted(errors[least:])

@@ -13,7 +13,7 @@ from literal import EXACT, close_solutions, drawn, held_errors, literal_solution
 from torch import Tensor
 
 from vfx.reconstruct import solve as solving
-from vfx.reconstruct.solve import RIDGES, START, Problem, System, chosen_ridge
+from vfx.reconstruct.solve import RIDGES, START, RidgeProblem, System, chosen_ridge
 from vfx.reconstruct.sums import sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -52,7 +52,7 @@ def test_solutions_are_those_of_written_rows(mask: str, biased: bool, ridge: flo
     support = _support(mask, *centre.shape)
     if support is not None:
         centre = centre * support
-    problem = Problem(centre, bias if biased else None, support)
+    problem = RidgeProblem(centre, bias if biased else None, support)
     found = System(problem, sums_of(rows, goals)).solve(ridge)
     close_solutions(found, literal_solution(rows, goals, centre, problem.bias, support, ridge))
     if support is not None:
@@ -69,7 +69,7 @@ def test_a_centre_outside_the_mask_counts_for_nothing(mask: str, biased: bool) -
     rows, goals, centre, bias = _regression()
     support = _support(mask, *centre.shape)
     assert support is not None
-    problem = Problem(centre, bias if biased else None, support)
+    problem = RidgeProblem(centre, bias if biased else None, support)
     found = System(problem, sums_of(rows, goals)).solve(0.1)
     assert not found[0][~support].any()
     close_solutions(found, literal_solution(rows, goals, centre, problem.bias, support, 0.1))
@@ -101,7 +101,7 @@ def test_both_ways_to_solve_within_a_mask_agree(mask: str, price: int, monkeypat
     taken = _noted(monkeypatch)
     monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
     monkeypatch.setattr(solving, "GATHERED", 1)  # one system at a time
-    found = System(Problem(centre * support, bias, support), sums_of(rows, goals)).solve(1e-3)
+    found = System(RidgeProblem(centre * support, bias, support), sums_of(rows, goals)).solve(1e-3)
     close_solutions(found, literal_solution(rows, goals, centre * support, bias, support, 1e-3))
     assert set(taken) == {"_small_systems" if price else "_conjugate_gradients"}
 
@@ -111,7 +111,7 @@ def test_the_cheaper_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for inputs, share in ((64, 0.9), (400, 0.9), (400, 0.1)):
         mask = torch.rand(1, inputs, 3, generator=torch.Generator().manual_seed(0)) < share
         rows = math.sqrt(inputs) * torch.eye(inputs, dtype=torch.float64)[None]
-        System(Problem(drawn(1, inputs, 3) * mask, None, mask), sums_of(rows, drawn(1, inputs, 3))).solve(0.0)
+        System(RidgeProblem(drawn(1, inputs, 3) * mask, None, mask), sums_of(rows, drawn(1, inputs, 3))).solve(0.0)
     assert taken == ["_small_systems", "_conjugate_gradients", "_small_systems"]
 
 
@@ -126,7 +126,7 @@ def test_conjugate_gradients_that_are_cut_off_fit_about_as_well(ridge: float, mo
     for price in (0, 10**9):
         monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
         errors.append(
-            float(sums.error(*System(Problem(torch.zeros(1, 64, 5).double(), None, support), sums).solve(ridge)))
+            float(sums.error(*System(RidgeProblem(torch.zeros(1, 64, 5).double(), None, support), sums).solve(ridge)))
         )
     assert errors[0] <= errors[1] * 1.001
     assert errors[1] < 0.95 * float(sums.squares.sum())
@@ -139,7 +139,7 @@ def test_solutions_have_no_unit(mask: str, scale: float) -> None:
     rows, goals, centre, _ = _regression()
     support = _support(mask, *centre.shape)
     centre = centre if support is None else centre * support
-    found = System(Problem(centre / scale, None, support), sums_of(rows * scale, goals)).solve(1e-3)[0] * scale
+    found = System(RidgeProblem(centre / scale, None, support), sums_of(rows * scale, goals)).solve(1e-3)[0] * scale
     close(found, literal_solution(rows, goals, centre, None, support, 1e-3)[0], EXACT)
 
 
@@ -157,7 +157,7 @@ def test_singular_inputs_change_nothing_that_no_row_tells(
     support = _support(mask, *centre.shape)
     centre = centre if support is None else centre * support
     monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
-    found = System(Problem(centre, bias, support), sums_of(rows, goals)).solve(ridge)
+    found = System(RidgeProblem(centre, bias, support), sums_of(rows, goals)).solve(ridge)
     assert found[1] is not None
     assert found[0].isfinite().all()
     assert found[1].isfinite().all()
@@ -169,9 +169,9 @@ def test_no_inputs_that_vary_at_all() -> None:
     uneven = torch.tensor([[[1, 0], [1, 1], [1, 0], [1, 1]]]).bool()
     for support in (None, torch.ones(1, 4, 2, dtype=torch.bool), uneven):
         centre = drawn(1, 4, 2) * (1 if support is None else support)
-        found = System(Problem(centre, None, support), sums_of(torch.zeros(1, 9, 4).double(), drawn(1, 9, 2))).solve(
-            0.0
-        )
+        found = System(
+            RidgeProblem(centre, None, support), sums_of(torch.zeros(1, 9, 4).double(), drawn(1, 9, 2))
+        ).solve(0.0)
         assert torch.equal(found[0], centre)
 
 
@@ -185,7 +185,7 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_rows(noise: float, away: f
     truth = centre + away * drawn(1, 20, 5, seed=3)
     goals = rows @ truth + bias[:, None] + noise * drawn(1, 100, 5, seed=4)
     parts = [(rows[:, :30], goals[:, :30]), (rows[:, 30:], goals[:, 30:])]
-    problem = Problem(centre, bias)
+    problem = RidgeProblem(centre, bias)
     errors = held_errors(problem, parts)
     least = errors.index(min(errors))
     assert errors[: least + 1] == sorted(errors[: least + 1], reverse=True)
@@ -204,16 +204,16 @@ def test_some_outputs_choose_the_ridge_of_many_masked_ones() -> None:
     parts = [(rows[:, :20], goals[:, :20]), (rows[:, 20:], goals[:, 20:])]
     found = []
     for mask, columns in ((torch.ones_like(centre).bool(), asked), (None, torch.arange(130))):
-        problem = Problem(centre, centre[:, 0], mask)
+        problem = RidgeProblem(centre, centre[:, 0], mask)
         found.append(chosen_ridge(problem, *(sums_of(x, y) for x, y in parts)))
-        own = Problem(centre[..., columns], centre[:, 0, columns], None)
+        own = RidgeProblem(centre[..., columns], centre[:, 0, columns], None)
         errors = held_errors(own, [(x, y[..., columns]) for x, y in parts])
         assert found[-1] == RIDGES[errors.index(min(errors))]
     assert found[0] != found[1]
 
 
 def test_ridges_that_all_err_alike() -> None:
-    problem = Problem(drawn(1, 4, 2), torch.zeros(1, 2, dtype=torch.float64))
+    problem = RidgeProblem(drawn(1, 4, 2), torch.zeros(1, 2, dtype=torch.float64))
     nothing, something = (
         sums_of(torch.zeros(1, 9, 4).double(), torch.zeros(1, 9, 2).double()),
         sums_of(drawn(1, 9, 4), drawn(1, 9, 2)),

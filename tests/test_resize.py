@@ -24,7 +24,7 @@ from vfx.emit.module import graph_module
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Goal, Program
 from vfx.proof import in_double
-from vfx.resize import Slots, resize
+from vfx.resize import RemovalUnits, resize
 from vfx.resize.masked import masked_error
 from vfx.resize.program import Resized, check_shapes
 
@@ -39,7 +39,7 @@ def _captured(model: nn.Module, *inputs: Tensor) -> tuple[Program, Symmetry]:
     return program, symmetry(program)
 
 
-def _drawn(facts: Symmetry, slots: Slots, fraction: float, seed: int = 0) -> dict[int, Index]:
+def _drawn(facts: Symmetry, slots: RemovalUnits, fraction: float, seed: int = 0) -> dict[int, Index]:
     """Random channels of each group, ``fraction`` of them, different ones in each block."""
     generator = np.random.default_rng(seed)
     units = [b.units if b.fixed else max(1, round(b.units * fraction)) for b in slots.bundles]
@@ -65,7 +65,7 @@ UNDEFINED = {"deviation"}  # the unbiased deviation of two channels, of which on
 def test_every_hazard_at_half_its_channels(micro: Micro) -> None:
     torch.manual_seed(0)
     program, facts = _captured(micro.build(), *micro.inputs())
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     kept = _drawn(facts, slots, 0.5)
     found = resize(program, facts, kept, slots=slots)
     assert _error(program, facts, found, kept) <= EXACT
@@ -87,7 +87,7 @@ def test_networks_at_a_quarter_half_and_three_quarters(name: str) -> None:
     build, side = NETWORKS[name]
     torch.manual_seed(0)
     program, facts = _captured(build(), images(2, side))
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     for fraction in (0.25,) if name in HEAVY else (0.75, 0.5, 0.25):
         kept = _drawn(facts, slots, fraction)
         found = resize(program, facts, kept, slots=slots)
@@ -115,7 +115,7 @@ def test_a_plain_network_equals_the_users_own_with_zeroed_columns() -> None:
 
 def test_the_proof_finds_a_wrong_channel() -> None:
     program, facts = _captured(vit(), images(2, 32))
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     kept = _drawn(facts, slots, 0.5)
     found = resize(program, facts, kept, slots=slots)
     other = kept | {0: np.setdiff1d(np.arange(facts.groups[0].size), kept[0])}
@@ -134,7 +134,7 @@ def test_nothing_of_the_input_changes() -> None:
     torch.manual_seed(0)
     program, facts = _captured(vit(), images(2, 32))
     before = str(program.graph), {name: tensor.clone() for name, tensor in program.weights[0].items()}
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     resize(program, facts, _drawn(facts, slots, 0.5), slots=slots)
     assert str(program.graph) == before[0]
     assert all(torch.equal(program.weights[0][name], tensor) for name, tensor in before[1].items())
@@ -187,7 +187,7 @@ def _attention(self: Any, x: Tensor) -> Tensor:
 def test_packed_q_k_and_v_keep_as_many_channels_and_the_scale_of_the_network() -> None:
     torch.manual_seed(0)
     program, facts = _captured(net(_attention, qkv=nn.Linear(5, 24), out=nn.Linear(8, 3)), torch.randn(2, 6, 5))
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     inner = {g.index for g in facts.groups if g.parent is not None}
     assert {frozenset(b.groups) for b in slots.bundles if set(b.groups) & inner} == {frozenset(inner)}
     one = min(inner)
@@ -201,7 +201,7 @@ def test_packed_q_k_and_v_keep_as_many_channels_and_the_scale_of_the_network() -
 def test_shuffled_channels_are_kept_in_numbers_that_interleave() -> None:
     torch.manual_seed(0)
     _, facts = _captured(zoo.shufflenet_v2_x0_5(), images(2, 32))
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     assert any(len(b.groups) > 2 for b in slots.bundles)
     assert slots.sizes([b.units for b in slots.bundles]) == {g.index: g.size for g in facts.groups}
     halved = slots.sizes([max(1, b.units // 2) for b in slots.bundles])
@@ -233,7 +233,7 @@ def test_the_result_is_a_module_with_the_users_names() -> None:
     torch.manual_seed(0)
     program = capture(zoo.resnet18().eval(), images(2, 32))
     facts = symmetry(program)
-    slots = Slots(facts)
+    slots = RemovalUnits(facts)
     small = resize(program, facts, _drawn(facts, slots, 0.5), slots=slots).program
     assert small.structural
     module = graph_module(small)

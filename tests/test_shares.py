@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vfx.api import merge, prune_structured, symmetry, trace
 from vfx.pruning.groups import channel_scores
 from vfx.pruning.widths import Widths, by_mean
-from vfx.resize import Slots
+from vfx.resize import RemovalUnits
 
 EXACT = 1e-9
 
@@ -222,7 +222,7 @@ def test_global_shares_count_what_a_factor_takes_with_it() -> None:
     torch.manual_seed(0)
     program = trace(_Nested().eval(), _x(2, 3, 4, 4))
     facts = symmetry(program)
-    slots, widths = Slots(facts), Widths("global")
+    slots, widths = RemovalUnits(facts), Widths("global")
     streams = widths.streams(slots)
     units = widths.at(streams, by_mean(channel_scores(program, facts)), 0.5)
     left = sum(count * streams.left(made_of, units) for made_of, count in streams.counts.items())

@@ -19,7 +19,7 @@ from vfx.api import compare, merge, prune, prune_structured, repair, trace
 from vfx.choice import MARGIN, best
 from vfx.data import digits
 from vfx.errors import ArgumentError
-from vfx.judge import EVERY, LIMIT, Judge, Score
+from vfx.judge import EVERY, LIMIT, HeldOutScore, Judge
 from vfx.match.partial import PartialMatching
 from vfx.match.transport import OptimalTransport
 from vfx.models import fit, vgg16_bn
@@ -264,10 +264,10 @@ def test_what_is_refused(options: dict[str, Any], cause: str) -> None:
 # choice ---------------------------------------------------------------------------------------------------------------
 
 
-def _score(value: float, spread: float = 0.0, count: int = 100) -> Score:
+def _score(value: float, spread: float = 0.0, count: int = 100) -> HeldOutScore:
     noise = torch.randn(count, generator=torch.Generator().manual_seed(int(1000 * value)), dtype=torch.float64)
     samples = value + spread * (noise - noise.mean())
-    return Score(value, samples=samples)
+    return HeldOutScore(value, samples=samples)
 
 
 def test_a_gain_below_its_standard_error_is_none() -> None:

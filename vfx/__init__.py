@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.diagnosis.barrier import barrier as barrier
     from vfx.diagnosis.diagnose import diagnose as diagnose
     from vfx.diagnosis.evaluation import evaluate as evaluate
-    from vfx.diagnosis.select import Selection as Selection
+    from vfx.diagnosis.select import SampleSelection as SampleSelection
     from vfx.diagnosis.select import select as select
     from vfx.emit.files import export as export
     from vfx.emit.files import load as load

@@ -20,7 +20,7 @@ from torch import nn
 
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
-from vfx.judge import EVERY, LIMIT, Judge, Kind, Score
+from vfx.judge import EVERY, LIMIT, HeldOutScore, Judge, Kind
 from vfx.program import Program
 from vfx.statistics.data import Batches, Prepared
 
@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Split:
     """Samples to make a candidate from, and the judge that holds the others."""
 
     fit: Prepared
@@ -62,13 +62,13 @@ class UserJudge:
         self.figure = figure
 
     @torch.no_grad()
-    def __call__(self, program: Program) -> Score:
-        return Score(-float(self.figure(emit(program)[0])))
+    def __call__(self, program: Program) -> HeldOutScore:
+        return HeldOutScore(-float(self.figure(emit(program)[0])))
 
 
 def trials(
     edges: Program, alphas: Sequence[float], data: Any, judge: Judging, options: Mapping[str, Any], more: bool = False
-) -> list[Trial]:
+) -> list[Split]:
     """The folds in which candidates are tried; ``more`` are those that are left for a second look.
 
     Raises ArgumentError for fewer samples than one fold needs.
@@ -84,21 +84,21 @@ def trials(
                 f"'auto' holds samples out to choose; give at least {EVERY}, or name what to do (solve=, normalize=, "
                 "and score= where channels go)"
             )
-        found.append(Trial(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
+        found.append(Split(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
     return found
 
 
-def label_notes(trials: Sequence[Trial]) -> tuple[str, ...]:
+def label_notes(trials: Sequence[Split]) -> tuple[str, ...]:
     """What is wrong with the labels, once: the first fold's note."""
     return next((trial.notes for trial in trials if trial.notes), ())
 
 
-def scored(candidate: Candidate, trials: Sequence[Trial]) -> Score:
+def scored(candidate: Candidate, trials: Sequence[Split]) -> HeldOutScore:
     """A candidate's score over all folds."""
     return joined([trial.judge(candidate.make(trial.fit)) for trial in trials])
 
 
-def joined(scores: Sequence[Score]) -> Score:
+def joined(scores: Sequence[HeldOutScore]) -> HeldOutScore:
     """The mean of several folds' scores."""
     if len(scores) == 1:
         return scores[0]
@@ -109,10 +109,10 @@ def joined(scores: Sequence[Score]) -> Score:
 
     samples = [score.samples for score in scores if score.samples is not None]
     figures = {name: mean(name) for name in ("divergence", "loss", "accuracy", "scale", "agreement")}
-    return Score(**figures, samples=torch.cat(samples) if len(samples) == len(scores) else None)
+    return HeldOutScore(**figures, samples=torch.cat(samples) if len(samples) == len(scores) else None)
 
 
-def best(scores: Mapping[str, Score], edges: Sequence[str], foreign: Sequence[str]) -> str:
+def best(scores: Mapping[str, HeldOutScore], edges: Sequence[str], foreign: Sequence[str]) -> str:
     """The name of the score to go with; ``foreign`` candidates do not fit the user's own class."""
     order = sorted(scores, key=lambda name: scores[name].value)
     own = [name for name in order if name not in foreign and name not in edges]
@@ -127,7 +127,7 @@ def best(scores: Mapping[str, Score], edges: Sequence[str], foreign: Sequence[st
     return winner
 
 
-def contenders(scores: Mapping[str, Score], fits: Mapping[str, str]) -> list[str]:
+def contenders(scores: Mapping[str, HeldOutScore], fits: Mapping[str, str]) -> list[str]:
     """The names within ``CLOSE`` of the best, where they come from several ``fits``; else none.
 
     The paired error over held-out samples knows nothing of what another choice of the samples to fit would have given,
@@ -138,5 +138,5 @@ def contenders(scores: Mapping[str, Score], fits: Mapping[str, str]) -> list[str
     return near if len({fits[name] for name in near}) > 1 else []
 
 
-def _clearly(one: Score, other: Score) -> bool:
+def _clearly(one: HeldOutScore, other: HeldOutScore) -> bool:
     return one.better_than(other) and other.value - one.value > MARGIN * abs(other.value)

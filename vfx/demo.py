@@ -39,7 +39,7 @@ COLUMNS: dict[str, tuple[str | None, str | None]] = {  # title: (match, normaliz
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """A line of the table: accuracies in % by column, parameters and FLOPs against one edge."""
 
     name: str
@@ -88,16 +88,16 @@ def _edge(
 
 def _rows(
     edges: list[nn.Module], train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
-) -> tuple[list[Row], Result]:
+) -> tuple[list[DemoRow], Result]:
     program = trace(edges, train_x[:2])
     statistics = collect(program, data=train_x)
     cost = profile(program)
     score: Callable[[nn.Module], float] = lambda module: 100 * accuracy(module, test_x, test_y)  # noqa: E731
-    rows = [Row(f"Edge {i}", {"": score(edge)}, cost.params, 1.0, cost.flops, 1.0) for i, edge in enumerate(edges)]
+    rows = [DemoRow(f"Edge {i}", {"": score(edge)}, cost.params, 1.0, cost.flops, 1.0) for i, edge in enumerate(edges)]
     votes = torch.stack([predict(edge, test_x).softmax(-1) for edge in edges]).mean(0)
     ensemble = 100 * float((votes.argmax(-1) == test_y).float().mean())
     count = len(edges)
-    rows.append(Row("Ensemble", {"": ensemble}, count * cost.params, count, count * cost.flops, count))
+    rows.append(DemoRow("Ensemble", {"": ensemble}, count * cost.params, count, count * cost.flops, count))
     total = len(layers(program))
     with Progress(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("merging", total=len(PRESERVED) * len(COLUMNS) + len(BUDGETS))
@@ -115,10 +115,10 @@ def _rows(
     return rows, chosen
 
 
-def _default(name: str, result: Result, score: Callable[[nn.Module], float]) -> Row:
+def _default(name: str, result: Result, score: Callable[[nn.Module], float]) -> DemoRow:
     report = result.report
     profile, ratios = report.profile, (report.params_ratio, report.flops_ratio)
-    return Row(name, {"": score(result.module)}, profile.params, ratios[0], profile.flops, ratios[1])
+    return DemoRow(name, {"": score(result.module)}, profile.params, ratios[0], profile.flops, ratios[1])
 
 
 def _merge(
@@ -136,9 +136,9 @@ def _merge(
     )
 
 
-def _row(name: str, results: dict[str, Result], score: Callable[[nn.Module], float]) -> Row:
+def _row(name: str, results: dict[str, Result], score: Callable[[nn.Module], float]) -> DemoRow:
     report = results["AM + RESCALE"].report
-    return Row(
+    return DemoRow(
         name,
         {title: score(result.module) for title, result in results.items()},
         report.profile.params,
@@ -148,7 +148,7 @@ def _row(name: str, results: dict[str, Result], score: Callable[[nn.Module], flo
     )
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[DemoRow]) -> Table:
     table = Table(title="Accuracy in %, two VGG16 on digits (the papers' Table 1)")
     table.add_column("Model", no_wrap=True)
     for title in COLUMNS:
@@ -165,7 +165,7 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[DemoRow], path: Path) -> None:
     """Accuracy against parameters, one line for each column of the table."""
     from matplotlib.figure import Figure
 

@@ -52,7 +52,7 @@ Kind = Literal["auto", "logits", "probabilities", "embedding", "multilabel", "re
 
 
 @dataclass(frozen=True)
-class Score:
+class HeldOutScore:
     """How a network does on held-out data: its distance from the ensemble, and with labels cross-entropy and accuracy.
 
     ``agreement`` is the share of samples in which it decides as the ensemble does, ``scale`` the β by which the (first)
@@ -76,7 +76,7 @@ class Score:
         names = ("divergence", "loss", "accuracy", "scale", "agreement")
         return {name: getattr(self, name) for name in names}
 
-    def better_than(self, other: Score) -> bool:
+    def better_than(self, other: HeldOutScore) -> bool:
         """Whether this one's value is smaller by more than the standard error of the paired difference."""
         gain, error = other.value - self.value, 0.0
         if math.isfinite(gain) and self.samples is not None and other.samples is not None and len(self.samples) > 1:
@@ -114,12 +114,12 @@ class Judge:
         return smaller
 
     @torch.no_grad()
-    def __call__(self, program: Program) -> Score:
+    def __call__(self, program: Program) -> HeldOutScore:
         """The score of a network, run from its inputs on."""
         return self.score([program(*batch) for batch in self.held.batches])
 
     @torch.no_grad()
-    def score(self, outputs: Sequence[Any]) -> Score:
+    def score(self, outputs: Sequence[Any]) -> HeldOutScore:
         """The score of a network's outputs on each held-out batch."""
         batches = [_tensors(output) for output in outputs]
         samples: Tensor | float = 0.0
@@ -127,23 +127,23 @@ class Judge:
         for name, expected in self.expected.items():
             found = _arranged(torch.cat([batch[name] for batch in batches]), self.kinds[name]).to(expected)
             if not found.isfinite().all():
-                return Score(math.nan)
+                return HeldOutScore(math.nan)
             losses, beta = _LOSSES[self.kinds[name]](found, expected)
             samples, scale = samples + losses, beta if scale is None else scale
         assert isinstance(samples, Tensor)
         first = next(iter(self.expected))
         if self.kinds[first] not in ("logits", "probabilities"):
-            return Score(float(samples.mean()), samples=samples)
+            return HeldOutScore(float(samples.mean()), samples=samples)
         found = _arranged(torch.cat([batch[first] for batch in batches]), self.kinds[first])
         agreement = float((found.argmax(1) == self.expected[first].argmax(1)).double().mean())
         if self.labels is None:
-            return Score(float(samples.mean()), scale=scale, agreement=agreement, samples=samples)
+            return HeldOutScore(float(samples.mean()), scale=scale, agreement=agreement, samples=samples)
         labels = self.labels.to(found.device)
         logits = found if self.kinds[first] == "logits" else found.clamp_min(1e-300).log()
         loss, beta = _fitted(lambda beta: float(cross_entropy(beta * logits, labels)))
         each = _by_sample(cross_entropy(beta * logits, labels, reduction="none"))
         accuracy = float((found.argmax(1) == labels).double().mean())
-        return Score(float(samples.mean()), loss, accuracy, scale, agreement, each)
+        return HeldOutScore(float(samples.mean()), loss, accuracy, scale, agreement, each)
 
     def _labels(self) -> Tensor | None:
         """The labels of all held-out samples, if all have one that fits the classes; ``notes`` say where they do not.

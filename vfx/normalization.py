@@ -12,7 +12,7 @@ from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import number_layers
 from vfx.operators import is_layer, is_product, layer_arguments, weight_name
 from vfx.program import Program, Value, Weights
-from vfx.statistics.frontier import Observed, Reader
+from vfx.statistics.frontier import ChannelMoments, Reader
 
 Direction = Literal["backward", "forward"]
 
@@ -60,7 +60,7 @@ def reset_readers(
 def _reset(node: fx.Node) -> Reader:
     mean, var = str(weight_name(node, "running_mean")), str(weight_name(node, "running_var"))
 
-    def write(observed: Observed, weights: dict[str, Tensor]) -> str:
+    def write(observed: ChannelMoments, weights: dict[str, Tensor]) -> str:
         weights[mean] = observed.mean.to(weights[mean])
         weights[var] = observed.unbiased.to(weights[var])
         dead = int(observed.constant.sum())

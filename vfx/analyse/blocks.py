@@ -38,7 +38,7 @@ Signature = tuple[int, ...]  # the leaves that move one position
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class SignaturePiece:
     """The signatures along one factor of an axis."""
 
     signatures: frozenset[Signature]
@@ -83,7 +83,7 @@ class _Allowed:
         self.t, self.free = inference, free
         self.inner = set(free - _alone(inference))  # leaves that may yet have blocks
         self.allowed: dict[int, frozenset[int]] = {}
-        self._known: dict[Axis, tuple[Piece, ...]] = {}
+        self._known: dict[Axis, tuple[SignaturePiece, ...]] = {}
         self._moving = Moving(inference.leaves)
         self._namings = Namings.of(inference)
         self._seen: set[tuple[Any, ...]] = set()  # axes, and pieces
@@ -139,7 +139,7 @@ class _Allowed:
                     once = along[leaf] == 1 and leaf not in piece.repeated
                     self._keep(leaf, self._namings.completed(outer, count) - {leaf} if once else ())
 
-    def _lines_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Iterable[Piece]]:
+    def _lines_of(self, entries: Iterable[Axis | Digit]) -> Iterator[Iterable[SignaturePiece]]:
         """The pieces of each axis, or block, of a tensor."""
         blocks: set[Block] = set()
         for entry in map(self.t.separate, entries):
@@ -152,11 +152,11 @@ class _Allowed:
                 if axis not in self._known:
                     factors = (factor for factor in axis.factors if not isinstance(factor, Opaque))
                     part = part_of(axis) if self._namings.known else 0
-                    named = (Piece(frozenset([(part,)])),) if part else ()
+                    named = (SignaturePiece(frozenset([(part,)])),) if part else ()
                     self._known[axis] = named or tuple(map(self._piece, factors))
                 yield self._known[axis]
 
-    def _piece(self, rows: Rows) -> Piece:
+    def _piece(self, rows: Rows) -> SignaturePiece:
         return self.t.leaves.once(piece_of, self.t.leaves.resolve(rows))
 
     # operators ----------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Moving(dict[Axis | Digit, frozenset[int]]):
         return self._become[leaf]
 
 
-def _throughout(pieces: Iterable[Piece], count: Mapping[int, int]) -> frozenset[int]:
+def _throughout(pieces: Iterable[SignaturePiece], count: Mapping[int, int]) -> frozenset[int]:
     """Leaves that every position of some piece has, and that stand in no other."""
     return frozenset(leaf for piece in pieces for leaf in piece.throughout if count[leaf] == 1)
 
@@ -226,14 +226,14 @@ def _flat(values: Iterable[object]) -> Iterator[Shape]:
             yield from _flat(value)
 
 
-def piece_of(leaves: Store, rows: Rows) -> Piece:
+def piece_of(leaves: Store, rows: Rows) -> SignaturePiece:
     """What moves the positions along one array of resolved labels."""
     if rows.shape[1] == 2:
         stuck = [()] if (rows[:, 1] < 0).any() else []
-        return Piece(frozenset([*stuck, *((leaf,) for leaf in leaves.free_leaves(rows))]))
+        return SignaturePiece(frozenset([*stuck, *((leaf,) for leaf in leaves.free_leaves(rows))]))
     owner = leaves.leaf_of(rows[:, 1:])
     found = owner[:1] if (owner == owner[0]).all() else unique_rows(owner)[0]  # the usual case: one full product
-    return Piece(frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in found.tolist()))
+    return SignaturePiece(frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in found.tolist()))
 
 
 def _together(inner: Dim, outer: Dim) -> bool:

@@ -26,7 +26,7 @@ from vfx.operators import operator, operator_of
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class StreamPlace:
     """A parameter axis and where a feature's channels stand on it, (size, copies)."""
 
     fqn: str
@@ -41,7 +41,7 @@ class _End(NamedTuple):
     behind: int
 
 
-class Streams:
+class StreamNorms:
     """The LayerNorms of a network: ``centred`` those that may go, ``left`` the others, each with the reason.
 
     ``writers`` make what the centred ones read; ``readers`` see what they make, and nothing else.
@@ -107,12 +107,12 @@ class Streams:
         nodes = [node for node in self.symmetry.program.graph.nodes if node.name in found]
         return f"{operator(nodes[0])} ({nodes[0].name}) does not let it be centred"
 
-    def _read(self, side: int, dual: bool) -> list[Place]:
+    def _read(self, side: int, dual: bool) -> list[StreamPlace]:
         """The weights that a centred value alone goes through."""
         free = self.walk.slots.maps(side) is Maps.LINEAR and not self._places(side, dual)
         return self._places(side, not dual) if free else []
 
-    def _places(self, side: int, dual: bool) -> list[Place]:
+    def _places(self, side: int, dual: bool) -> list[StreamPlace]:
         """The parameter axes that carry T of a side, or T⁻ᵀ."""
         found = []
         for leaf, index in self.symmetry.group_of.items():
@@ -120,7 +120,7 @@ class Streams:
                 slots = self.walk.parameters[member.fqn, member.dim][leaf]
                 own = [self.walk.slots.find(slot) == (side, dual) for slot in slots.tolist()]
                 if any(own):
-                    found.append(Place(member.fqn, member.dim, member.position[:, np.array(own)]))
+                    found.append(StreamPlace(member.fqn, member.dim, member.position[:, np.array(own)]))
         return found
 
     def _users(self, fqn: str) -> list[fx.Node]:

@@ -1,6 +1,6 @@
 """The matrix products inside one call (einsum, tensordot, bilinear, recurrent layers), one by one as torch runs them.
 
-Shapes go in, ``Contraction``s come out; what is only multiplied entry by entry, or summed, costs nothing here.
+Shapes go in, ``ContractionCost``s come out; what is only multiplied entry by entry, or summed, costs nothing here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ Sizes = tuple[int, ...]
 Labels = dict[str | int, int]  # sizes by label; ... stands for -n … -1, aligned at the right
 
 
-class Contraction(NamedTuple):
+class ContractionCost(NamedTuple):
     """Multiply-accumulates of one product, and the elements that come out of it."""
 
     macs: int
     outputs: int
 
 
-def einsum(equation: str, shapes: Sequence[Sizes], path: Sequence[int] | None = None) -> Iterator[Contraction]:
+def einsum(equation: str, shapes: Sequence[Sizes], path: Sequence[int] | None = None) -> Iterator[ContractionCost]:
     """The products of pairs of operands along ``path`` (pairs of places), by default from left to right."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     operands = [_labelled(term, shape) for term, shape in zip(inputs.split(","), shapes)]
@@ -37,7 +37,7 @@ def einsum(equation: str, shapes: Sequence[Sizes], path: Sequence[int] | None = 
         summed = [label for label in one if label in other and label not in later]
         if summed:
             outputs = math.prod(kept.values())
-            yield Contraction(outputs * math.prod(sizes[label] for label in summed), outputs)
+            yield ContractionCost(outputs * math.prod(sizes[label] for label in summed), outputs)
         operands.insert(len(operands) if path else 0, kept)
 
 
@@ -57,21 +57,21 @@ def _implied(inputs: str, sizes: Labels) -> set[str | int]:
     return {label for label in sizes if isinstance(label, int) or inputs.count(label) == 1}
 
 
-def tensordot(shape: Sizes, other: Sizes, dims: Iterable[int], other_dims: Iterable[int]) -> Iterator[Contraction]:
+def tensordot(shape: Sizes, other: Sizes, dims: Iterable[int], other_dims: Iterable[int]) -> Iterator[ContractionCost]:
     summed = math.prod(shape[d] for d in dims)
     outputs = math.prod(shape) * math.prod(other) // max(summed, 1) ** 2
-    yield Contraction(outputs * summed, outputs)
+    yield ContractionCost(outputs * summed, outputs)
 
 
-def bilinear(positions: int, weight: Sizes) -> Iterator[Contraction]:
+def bilinear(positions: int, weight: Sizes) -> Iterator[ContractionCost]:
     """x₁ᵀ W x₂ for a weight (out, in₁, in₂): first x₁ᵀ W, then its product with x₂."""
     out, first, second = weight
-    yield Contraction(positions * out * first * second, positions * out * second)
-    yield Contraction(positions * out * second, positions * out)
+    yield ContractionCost(positions * out * first * second, positions * out * second)
+    yield ContractionCost(positions * out * second, positions * out)
 
 
-def recurrent(rows: int, parameters: Iterable[Sizes]) -> Iterator[Contraction]:
+def recurrent(rows: int, parameters: Iterable[Sizes]) -> Iterator[ContractionCost]:
     """Every weight (out, in) of every layer and direction times ``rows``, steps × samples; biases are vectors."""
     for shape in parameters:
         if len(shape) == 2:
-            yield Contraction(rows * math.prod(shape), rows * shape[0])
+            yield ContractionCost(rows * math.prod(shape), rows * shape[0])

@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import fx
 
 from vfx.analyse import contractions
-from vfx.analyse.contractions import Contraction
+from vfx.analyse.contractions import ContractionCost
 from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
 from vfx.files import written
@@ -55,7 +55,7 @@ Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class CostRow:
     """Cost of one operator on one sample; memory in bytes. A shared parameter counts in its first reader's row."""
 
     name: str
@@ -78,7 +78,7 @@ _TOTALS = ("params", "macs", "flops", "madd", "memory_read", "memory_write")
 class Profile:
     """Rows in execution order, and ``unknown_ops``: operators the table does not know, whose rows count nothing."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[CostRow, ...]
     unknown_ops: tuple[str, ...] = ()
 
     @property
@@ -124,7 +124,7 @@ class Profile:
         """One line for each row, shapes as ``1x3x32x32``; also written to ``path`` if given. Raises OSError."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        names = [field.name for field in fields(Row)]
+        names = [field.name for field in fields(CostRow)]
         writer.writerow(names)
         writer.writerows([_cell(getattr(row, name)) for name in names] for row in self.rows)
         return written(buffer.getvalue(), path)
@@ -168,12 +168,12 @@ def cost(program: Program, edge: int = 0) -> Profile:
     if not 0 <= edge < program.edges:
         raise ArgumentError(f"edge {edge} does not exist: the program has {program.edges} (0 … {program.edges - 1})")
     counted: set[str] = set()
-    rows: list[Row] = []
+    rows: list[CostRow] = []
     unknown: dict[str, None] = {}
     for node in program.graph.nodes:
         if node.op not in ("call_function", "output"):
             continue
-        call = Call(node, program, edge)
+        call = OperatorCall(node, program, edge)
         params = sum(math.prod(call.value(p).shape) for p in call.parameters if _held_as(p) not in counted)
         counted |= {str(_held_as(p)) for p in call.parameters}
         if call.is_unknown:
@@ -183,13 +183,13 @@ def cost(program: Program, edge: int = 0) -> Profile:
     return Profile(tuple(rows), tuple(unknown))
 
 
-def _row(call: Call, params: int) -> Row:
+def _row(call: OperatorCall, params: int) -> CostRow:
     count = call.count()
     read = 0 if call.is_harmless else sum(map(_bytes, call.reads()))
     written = 0 if call.is_harmless else sum(map(_bytes, call.outputs))
     shapes = (call.input_shape, call.outputs[0].sizes(1) if call.outputs else ())
     module = call.node.meta.get("module") or ""
-    return Row(call.node.name, call.operator, module, *shapes, params, *count, read, written)
+    return CostRow(call.node.name, call.operator, module, *shapes, params, *count, read, written)
 
 
 class Count(NamedTuple):
@@ -200,7 +200,7 @@ class Count(NamedTuple):
     madd: int = 0
 
 
-class Call:
+class OperatorCall:
     """One node with the shapes of what it reads and writes, for a batch of one sample."""
 
     def __init__(self, node: fx.Node, program: Program, edge: int):
@@ -284,30 +284,30 @@ def _held_as(node: fx.Node) -> str | None:
 # counting functions ---------------------------------------------------------------------------------------------------
 
 
-def _convolution(call: Call) -> Count:
+def _convolution(call: OperatorCall) -> Count:
     """Each output element sums over a window of its group's channels: weight (out, in / groups, *kernel)."""
     if call.arguments.get("transposed"):
         return _transposed(call)
     return _biased(call, call.size * math.prod(call.sizes("weight")[1:]))
 
 
-def _transposed(call: Call) -> Count:
+def _transposed(call: OperatorCall) -> Count:
     """Each input element is spread over a window of its group's channels: weight (in, out / groups, *kernel)."""
     return _biased(call, math.prod(call.sizes("input")) * math.prod(call.sizes("weight")[1:]))
 
 
-def _biased(call: Call, macs: int) -> Count:
+def _biased(call: OperatorCall, macs: int) -> Count:
     bias = call.size if call.has("bias") else 0
     return Count(macs, macs + bias, 2 * macs - call.size + bias)
 
 
-def _product(call: Call) -> Count:
+def _product(call: OperatorCall) -> Count:
     """A matrix product sums over the last axis of its left operand; a bias is not counted."""
     macs = call.size * call.sizes(call.entry.roles["input"])[-1]
     return Count(macs, macs, 2 * macs - call.size)
 
 
-def _attention(call: Call) -> Count:
+def _attention(call: OperatorCall) -> Count:
     """Scores (queries × keys, over the head) and their sum of values; query (…, L, E), value (…, S, F)."""
     head, (keys, width) = call.sizes("query")[-1], call.sizes("value")[-2:]
     scores = call.size // width * keys if width else 0
@@ -315,39 +315,39 @@ def _attention(call: Call) -> Count:
     return Count(macs, macs, 2 * macs - scores - call.size)
 
 
-def _products(found: Iterable[Contraction]) -> Count:
+def _products(found: Iterable[ContractionCost]) -> Count:
     products = list(found)
     macs = sum(product.macs for product in products)
     return Count(macs, macs, 2 * macs - sum(product.outputs for product in products))
 
 
-def _einsum(call: Call) -> Count:
+def _einsum(call: OperatorCall) -> Count:
     a = call.arguments
     return _products(contractions.einsum(a["equation"], [call.value(x).sizes(1) for x in a["tensors"]], a.get("path")))
 
 
-def _tensordot(call: Call) -> Count:
+def _tensordot(call: OperatorCall) -> Count:
     a = call.arguments
     return _products(contractions.tensordot(call.sizes("self"), call.sizes("other"), a["dims_self"], a["dims_other"]))
 
 
-def _inner(call: Call) -> Count:
+def _inner(call: OperatorCall) -> Count:
     """Over the last axis of both; a number only scales."""
     one, other = call.sizes("self"), call.sizes("other")
     return _products(contractions.tensordot(one, other, [-1], [-1])) if one and other else Count()
 
 
-def _batches_summed(call: Call) -> Count:
+def _batches_summed(call: OperatorCall) -> Count:
     """addbmm: the products of all batches are summed up."""
     one, other = call.sizes("batch1"), call.sizes("batch2")
     return _products(contractions.tensordot(one, other, [0, 2], [0, 1]))
 
 
-def _bilinear(call: Call) -> Count:
+def _bilinear(call: OperatorCall) -> Count:
     return _products(contractions.bilinear(math.prod(call.sizes("input1")[:-1]), call.sizes("weight")))
 
 
-def _recurrent(call: Call) -> Count:
+def _recurrent(call: OperatorCall) -> Count:
     """Layers over all steps (their input may be packed), or one step of a cell."""
     a = call.arguments
     x = call.value(a["data"] if "data" in a else a["input"]).sizes(1)
@@ -355,23 +355,23 @@ def _recurrent(call: Call) -> Count:
     return _products(contractions.recurrent(math.prod(x[:-1]), [call.value(w).sizes(1) for w in cell or a["params"]]))
 
 
-def _deformable(call: Call) -> Count:
+def _deformable(call: OperatorCall) -> Count:
     """As the convolution; without a bias it is given zeros."""
     macs = call.size * math.prod(call.sizes("weight")[1:])
     bias = call.size if call.arguments["bias"] in call.parameters else 0
     return Count(macs, macs + bias, 2 * macs - call.size + bias)
 
 
-def _norm(call: Call) -> Count:
+def _norm(call: OperatorCall) -> Count:
     return Count(0, 2 * call.size, 4 * call.size)
 
 
-def _activation(call: Call) -> Count:
+def _activation(call: OperatorCall) -> Count:
     size = call.size if call.is_run_by("activation") else 0
     return Count(0, size, size)
 
 
-def _pool(call: Call, spared: int) -> Count:
+def _pool(call: OperatorCall, spared: int) -> Count:
     """``spared`` is 1 where a window of k elements takes k − 1 operations (a maximum), else 0."""
     if not call.is_run_by("pooling"):
         return Count()
@@ -381,7 +381,7 @@ def _pool(call: Call, spared: int) -> Count:
     return Count(0, math.prod(call.sizes("self")), (window - spared) * call.size)
 
 
-def _free(call: Call) -> Count:
+def _free(call: OperatorCall) -> Count:
     return Count()
 
 
@@ -389,7 +389,7 @@ def _free(call: Call) -> Count:
 
 VIEW = "view"  # nothing is computed or moved: no row unless a parameter is first read there
 
-COUNTS: dict[str, Callable[[Call], Count]] = {
+COUNTS: dict[str, Callable[[OperatorCall], Count]] = {
     "convolution": _convolution,
     "transposed convolution": _transposed,
     "deformable convolution": _deformable,

@@ -36,7 +36,7 @@ Direction = Mapping[int, int | Fraction]  # the power of each side
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
+class GainShare:
     """The positions ``where`` of a parameter's axis are multiplied by the gain's entries ``source``, one for one."""
 
     fqn: str
@@ -68,7 +68,7 @@ class Folding:
         self.classes = Classes(symmetry, dict.fromkeys(self.moved, _freed))
         self.parameters = {str(node.target): node for node in symmetry.program.graph.nodes if node.op == "get_attr"}
 
-    def shares(self, gain: Gain) -> list[Share]:
+    def shares(self, gain: Gain) -> list[GainShare]:
         """All that is multiplied by a gain which then goes; raises Refused."""
         size = self.parameters[str(gain.weight)].meta["val"].shape[gain.dim]
         covered, found, refusals = np.zeros(size, bool), [], []
@@ -103,13 +103,13 @@ class Folding:
 
     # one group ------------------------------------------------------------------------------------------------------
 
-    def _shares(self, gain: Gain, group: Group, member: Member) -> list[Share]:
+    def _shares(self, gain: Gain, group: Group, member: Member) -> list[GainShare]:
         own = self.classes[group.index]
         copies = self._copies(gain, group, member)
         if len({(copy.block, copy.side) for copy in copies}) < len(copies):
             raise Refused("it multiplies several copies of its channels that go through one map")
         others = list(self._others(gain, group, own))
-        found: list[Share] = []
+        found: list[GainShare] = []
         for copy in copies:
             still = {one.side for one in copies if one.side != copy.side} | self._made(gain, group)
             direction = self._direction(gain, group, own, copy, others, still)
@@ -247,8 +247,8 @@ def _alike(copy: _Copy, vectors: Mapping[int, Vector], others: Iterable[tuple[Me
     return ""
 
 
-def _taken(copy: _Copy, direction: Direction, others: Iterable[tuple[Member, Part]]) -> Iterator[Share]:
+def _taken(copy: _Copy, direction: Direction, others: Iterable[tuple[Member, Part]]) -> Iterator[GainShare]:
     for member, part in others:
         if _power(direction, part) and part.block == copy.block:
             copies = part.position.shape[1]
-            yield Share(member.fqn, member.dim, part.position.T.reshape(-1), np.tile(copy.position, copies))
+            yield GainShare(member.fqn, member.dim, part.position.T.reshape(-1), np.tile(copy.position, copies))

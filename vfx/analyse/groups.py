@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vfx.analyse.classes import Maps
 from vfx.analyse.places import Index
-from vfx.analyse.slots import Scales
+from vfx.analyse.slots import FreeScales
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Class:
     kind: Maps
     reason: str
     sides: tuple[Side, ...]
-    scales: Scales | None
+    scales: FreeScales | None
     slots: Mapping[tuple[str, int], tuple[Index, Index]]
     features: frozenset[int] = frozenset()
     running: frozenset[int] = frozenset()

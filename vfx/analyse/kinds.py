@@ -14,7 +14,7 @@ from vfx.analyse.classes import Maps, meet
 from vfx.analyse.groups import Class, Group, Side
 from vfx.analyse.labelling import Labelling
 from vfx.analyse.places import Index
-from vfx.analyse.slots import Lowering, Product, Scales, Slots, Vector, alike, nullspace
+from vfx.analyse.slots import FreeScales, Lowering, Product, Slots, Vector, alike, nullspace
 from vfx.operators import operator
 
 
@@ -140,7 +140,7 @@ class _Classes:
             self.slots.lower(side, Maps.MONOMIAL)
         return sides
 
-    def _side(self, side: int, leaf: int, scales: Scales | None, members: _Members) -> Side:
+    def _side(self, side: int, leaf: int, scales: FreeScales | None, members: _Members) -> Side:
         kind = self.slots.maps(side) if scales is None else _free(scales.magnitudes.get(side), scales.signs.get(side))
         found = self._lowered(side)
         lowered = tuple((maps, self._node(node)) for maps, node in found)
@@ -150,7 +150,7 @@ class _Classes:
         """In the graph's order."""
         return sorted(self.slots.lowered.get(side, ()), key=lambda x: self.order.get(x.node, len(self.order)))
 
-    def _kind(self, sides: tuple[Side, ...], scales: Scales | None, members: _Members) -> Maps:
+    def _kind(self, sides: tuple[Side, ...], scales: FreeScales | None, members: _Members) -> Maps:
         """One map on all sides that make or read the feature."""
         if scales is None:
             return sides[0].kind
@@ -212,11 +212,11 @@ class _Members:
         return -1 if self._flipped.get(side) else 1
 
 
-def _turned(scales: Scales, members: _Members) -> Scales:
+def _turned(scales: FreeScales, members: _Members) -> FreeScales:
     """The same with each side's scale as the turned side has it."""
     sign = members.sign
     magnitudes = {s: {x: c * sign(s) * sign(x) for x, c in own.items()} for s, own in scales.magnitudes.items()}
-    return Scales(magnitudes, scales.signs)
+    return FreeScales(magnitudes, scales.signs)
 
 
 def _free(magnitude: Vector | None, sign: Vector | None) -> Maps:

@@ -21,7 +21,7 @@ from vfx.analyse.shapes import Algebra, Shape
 from vfx.operators import is_in_place, operator_of
 
 
-class Part(NamedTuple):
+class CutPart(NamedTuple):
     """Labels as they were cut, the value they were cut from, and the operators that have acted on them since."""
 
     factors: tuple[Factor, ...]
@@ -34,7 +34,7 @@ class Parts(Algebra):
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: dict[Axis, Part] = {}
+        self.parts: dict[Axis, CutPart] = {}
 
     def part(self, source: fx.Node, shape: Shape, dim: int, index: slice) -> Shape:
         """A slice of one axis of a value, left open; where it is empty nothing is said of any axis."""
@@ -49,7 +49,7 @@ class Parts(Algebra):
         factors = self._some(known.factors if known else entry.factors, places)
         if factors is None:
             return self.slice(shape, dim, index)
-        axis = self._open(len(places), known._replace(factors=factors) if known else Part(factors, _value(source)))
+        axis = self._open(len(places), known._replace(factors=factors) if known else CutPart(factors, _value(source)))
         return Shape((*shape.axes[:dim], axis, *shape.axes[dim + 1 :]))
 
     def _some(self, factors: tuple[Factor, ...], places: range) -> tuple[Factor, ...] | None:
@@ -61,7 +61,7 @@ class Parts(Algebra):
         rows = self.rows(Axis(factors))
         return None if rows is None else (rows[places.start : places.stop : places.step],)
 
-    def _open(self, size: int, part: Part) -> Axis:
+    def _open(self, size: int, part: CutPart) -> Axis:
         axis = Axis.pending(size, lambda _: self._closed(part.factors))
         self.parts[axis] = part
         return axis

@@ -36,7 +36,7 @@ class Product(NamedTuple):
 
 
 @dataclass
-class Scales:
+class FreeScales:
     """What the equations of a leaf leave free: for each side its log-scale in terms of free ones, and so for signs."""
 
     magnitudes: Mapping[int, Vector]
@@ -109,9 +109,9 @@ class Slots:
             self.lower(slot, Maps.MONOMIAL if exponent.denominator == 1 else Maps.POSITIVE_MONOMIAL)
         self.products.setdefault(self.leaf[product.terms[0][0]], []).append(product)
 
-    def solve(self, leaf: int, sides: Sequence[int]) -> Scales:
+    def solve(self, leaf: int, sides: Sequence[int]) -> FreeScales:
         """The scales of a leaf's sides, all monomial."""
-        return Scales(self._solved(leaf, sides, False), self._solved(leaf, sides, True))
+        return FreeScales(self._solved(leaf, sides, False), self._solved(leaf, sides, True))
 
     def _solved(self, leaf: int, sides: Sequence[int], signs: bool) -> dict[int, Vector]:
         bit = (Maps.SIGNED if signs else Maps.POSITIVE_MONOMIAL).value
@@ -129,7 +129,7 @@ class Slots:
         return nullspace(moving, equations, 2 if signs else 0)
 
 
-def alike(scales: Scales, sides: Sequence[tuple[int, int]]) -> tuple[Vector, Vector]:
+def alike(scales: FreeScales, sides: Sequence[tuple[int, int]]) -> tuple[Vector, Vector]:
     """The log-scale and the sign that some sides, each to the power ±1, may have in common."""
     return _common(scales.magnitudes, sides, 0), _common(scales.signs, [(side, 1) for side, _ in sides], 2)
 

@@ -9,8 +9,8 @@ from typing import Any
 from vfx.analyse.layers import number_layers
 from vfx.api.aligning import Aligned
 from vfx.api.reconstructing import Following, Solving, Student, followings, outcome, tried
-from vfx.choice import Candidate, Trial, best, label_notes, scored, trials
-from vfx.judge import Score
+from vfx.choice import Candidate, Split, best, label_notes, scored, trials
+from vfx.judge import HeldOutScore
 from vfx.normalize.catalogue import BEHIND, Normalization
 from vfx.operators import is_layer, layer_arguments
 from vfx.options import MergeOptions
@@ -121,7 +121,7 @@ class Choice:
             return self._described(first, lines[0][-1][0])
         folds = trials(self.program, self.alphas, self.data, solving.judge, self.options)
         options: dict[str, _Option] = {}
-        scores: dict[str, Score] = {}
+        scores: dict[str, HeldOutScore] = {}
         foreign: list[str] = []
         for setting, each in zip(settings, lines):
             normalize = solved == "auto" and setting is first
@@ -140,8 +140,8 @@ class Choice:
         return Chosen(chosen.setting, None, chosen.following, normalization, figures, text, label_notes(folds), name)
 
     def _score(
-        self, setting: Setting, lines: Sequence[Sequence[Following]], folds: Sequence[Trial], normalize: bool,
-        several: bool, options: dict[str, _Option], scores: dict[str, Score], foreign: list[str],
+        self, setting: Setting, lines: Sequence[Sequence[Following]], folds: Sequence[Split], normalize: bool,
+        several: bool, options: dict[str, _Option], scores: dict[str, HeldOutScore], foreign: list[str],
     ) -> None:  # fmt: skip
         """Score all candidates of one setting into ``options`` and ``scores``."""
         assert setting.student is not None
@@ -165,7 +165,9 @@ class Choice:
         text = outcome(setting.student, following, "", {}, self.program.edges, setting.preserved)
         return Chosen(setting, None, following, self.asked, outcome=text)
 
-    def _outcome(self, setting: Setting, name: str, options: Mapping[str, _Option], scores: Mapping[str, Score]) -> str:
+    def _outcome(
+        self, setting: Setting, name: str, options: Mapping[str, _Option], scores: Mapping[str, HeldOutScore]
+    ) -> str:
         assert setting.student is not None
         following = options[name].following if name in options else None
         return outcome(setting.student, following, name, scores, self.program.edges, setting.preserved)
@@ -181,12 +183,12 @@ class Choice:
         figures = _dicts(scores, dict.fromkeys(scores, setting.way(None)))
         return Chosen(setting, normalization=normalized[name], scores=figures, notes=label_notes(folds), name=name)
 
-    def _whole(self, edges: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
+    def _whole(self, edges: Mapping[str, HeldOutScore]) -> dict[str, dict[str, float | None]]:
         """Edges as they are: followed in all layers."""
         last = len(number_layers(self.program))
         return {name: {"preserve": 0, "follow": last, "follow_edge": edge} for edge, name in enumerate(edges)}
 
-    def _edges(self, folds: Sequence[Trial]) -> dict[str, Score]:
+    def _edges(self, folds: Sequence[Split]) -> dict[str, HeldOutScore]:
         """The score of each edge as it is."""
         found = {}
         for edge in range(self.program.edges):
@@ -199,7 +201,7 @@ class Choice:
         return found
 
 
-def _foreign(student: Student, normalized: Mapping[str, Score]) -> list[str]:
+def _foreign(student: Student, normalized: Mapping[str, HeldOutScore]) -> list[str]:
     """Normalizations whose affines do not fit the user's own class, where solved layers do."""
     if student.program.structural:
         return []
@@ -211,7 +213,7 @@ def _foreign(student: Student, normalized: Mapping[str, Score]) -> list[str]:
 
 
 def _dicts(
-    scores: Mapping[str, Score], ways: Mapping[str, Mapping[str, float | None]]
+    scores: Mapping[str, HeldOutScore], ways: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, dict[str, float | None]]:
     order = sorted(scores, key=lambda name: scores[name].value)
     return {name: scores[name].to_dict() | dict(ways[name]) for name in order}

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from vfx.analyse.cost import Profile, cost
-from vfx.api.judging import Judge
+from vfx.api.judging import TaskJudge
 from vfx.api.merging import merge
 from vfx.api.pruning import prune, prune_structured
 from vfx.api.results import Result
@@ -68,7 +68,7 @@ def compare(
         models, example_inputs, [one.get("heads", options.get("heads", 0)) for one in combinations], capturing
     )
     edges = edges if device is None else edges.to(device)
-    judge = Judge(edges, data if evaluate is None else evaluate, max_samples if evaluate is None else None, device)
+    judge = TaskJudge(edges, data if evaluate is None else evaluate, max_samples if evaluate is None else None, device)
     whole = cost(edges.select(0))
     points = judge.references(whole, single)
     given = len(points)
@@ -102,7 +102,7 @@ def _captured(models: Any, example_inputs: Any, heads: Sequence[Any], capturing:
 
 def _cell(
     make: Callable[..., Result], edges: Program, example_inputs: Any, name: str, chosen: dict[str, Any],
-    shared: dict[str, Any], once: SharedStatistics | None, judge: Judge, whole: Profile, latency: bool,
+    shared: dict[str, Any], once: SharedStatistics | None, judge: TaskJudge, whole: Profile, latency: bool,
 ) -> Point:  # fmt: skip
     """One network made and measured, or why it cannot be made."""
     start = time.perf_counter()

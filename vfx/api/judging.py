@@ -33,7 +33,7 @@ RUNS = 5  # of a batch, whose median time counts
 Heads = list[Tensor]  # log-probabilities of a batch: one network's, or one for each head
 
 
-class Judge:
+class TaskJudge:
     """Measures networks on batches; ``target`` says against what: "labels", the "ensemble" or the "edges".
 
     Raises ArgumentError without data, DataError for labels that are no classes.

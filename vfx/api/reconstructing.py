@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from vfx.analyse.layers import number_layers
-from vfx.choice import Candidate, Judging, Trial, scored
+from vfx.choice import Candidate, Judging, Split, scored
 from vfx.elements import Pending
 from vfx.errors import ArgumentError
-from vfx.judge import Score
+from vfx.judge import HeldOutScore
 from vfx.match.growth import Growth
 from vfx.normalize.catalogue import Normalization
 from vfx.options import MergeOptions
@@ -152,8 +152,8 @@ def followings(student: Student, solving: Solving, preserved: int, edges: int) -
 
 
 def tried(
-    student: Student, lines: Sequence[Sequence[Following]], trials: Sequence[Trial]
-) -> Iterator[tuple[Following, Score]]:
+    student: Student, lines: Sequence[Sequence[Following]], trials: Sequence[Split]
+) -> Iterator[tuple[Following, HeldOutScore]]:
     """The scores of the candidates; along one edge the search ends where shallower ones get worse twice in a row."""
     edges = len(student.references)
     for line in lines:
@@ -172,7 +172,7 @@ def tried(
 
 
 def outcome(
-    student: Student, following: Following | None, name: str, scores: Mapping[str, Score], edges: int, kept: int
+    student: Student, following: Following | None, name: str, scores: Mapping[str, HeldOutScore], edges: int, kept: int
 ) -> str:
     """One sentence on what came out, and how it does against the edges on the samples held out."""
     rival = min((n for n in scores if n.startswith("edge ")), key=lambda n: scores[n].value, default=None)
@@ -196,7 +196,7 @@ def outcome(
     return text + _against(scores.get(name), scores.get(rival) if rival else None)
 
 
-def _against(score: Score | None, rival: Score | None) -> str:
+def _against(score: HeldOutScore | None, rival: HeldOutScore | None) -> str:
     if score is None:
         return ""
     parts = [

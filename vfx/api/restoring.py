@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from vfx.api.results import run_passes
-from vfx.choice import Judging, Trial, best, contenders, joined, label_notes, trials
-from vfx.judge import Score
+from vfx.choice import Judging, Split, best, contenders, joined, label_notes, trials
+from vfx.judge import HeldOutScore
 from vfx.normalize.catalogue import Normalization
 from vfx.passes.catalogue import normalizing
 from vfx.passes.reconstruct import Reconstruct
@@ -64,11 +64,11 @@ class Restoring:
             return (f"{SOLVED}, then {method}" if method and self.named else SOLVED,)
         return (SOLVED, NOTHING, *((f"{SOLVED}, then {method}", method) if method else ()))
 
-    def folds(self, more: bool = False) -> list[Trial]:
+    def folds(self, more: bool = False) -> list[Split]:
         """What ways are tried on; ``more`` are the folds left for a second look."""
         return trials(self.dense, [1.0], self.data, self.judge, self.options, more)
 
-    def scores(self, ways: Sequence[str], folds: Sequence[Trial]) -> dict[str, list[Score]]:
+    def scores(self, ways: Sequence[str], folds: Sequence[Split]) -> dict[str, list[HeldOutScore]]:
         """The scores of each way on the held-out samples of each fold."""
         networks: dict[str, list[Program]] = {NOTHING: [self.pruned] * len(folds)}
         if any(way.startswith(SOLVED) for way in ways):
@@ -145,10 +145,10 @@ def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwa
 
 
 def _scores(
-    candidates: Mapping[str, Restoring], pairs: Mapping[str, tuple[str, str]], folds: Sequence[Trial]
-) -> dict[str, list[Score]]:
+    candidates: Mapping[str, Restoring], pairs: Mapping[str, tuple[str, str]], folds: Sequence[Split]
+) -> dict[str, list[HeldOutScore]]:
     """The scores of each fold by the label of candidate and way."""
-    found: dict[str, list[Score]] = {}
+    found: dict[str, list[HeldOutScore]] = {}
     for name, restoring in candidates.items():
         ways = [way for owner, way in pairs.values() if owner == name]
         scored = restoring.scores(ways, folds) if ways else {}

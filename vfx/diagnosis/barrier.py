@@ -168,7 +168,7 @@ def barrier(
     methods = _methods(program) if normalize is None else list(normalize)
     matches = _matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)
     measured = Batches(program, data, max_samples) if evaluate is None else in_order(reusable(evaluate))
-    test = Evaluation(program, measured, device)
+    test = Evaluator(program, measured, device)
     alphas = [index / (points - 1) for index in range(points)]
     ends = [test(program.select(edge)) for edge in range(2)]
     todo = [(found, method, alpha) for found in matches for method in methods for alpha in alphas[1:-1]]
@@ -241,7 +241,7 @@ def _methods(program: Program) -> list[str | None]:
     return [None, "reset"] if batch_norms(program) else [None, "repair", "rescale"]
 
 
-class Evaluation:
+class Evaluator:
     """Accuracy and loss of Programs on one set of batches, against their labels or the ensemble of ``edges``.
 
     Outputs are (N, C), sequences (N, T, C) or maps (N, C, …), labels (N,) or one for each position; negative labels

@@ -20,7 +20,7 @@ from vfx.statistics.moments import Moments
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EdgeComparison:
     """Rows, and the moments of the merged network's and each edge's outputs (None where they are no tensor)."""
 
     rows: tuple[LayerRow, ...]
@@ -40,7 +40,7 @@ def compare(
     reference: list[Tensor] | None = None,
     units: bool = True,
     progress: bool = True,
-) -> Comparison:
+) -> EdgeComparison:
     """Read ``network`` and every weight set of ``edges`` on ``data``; ``units`` counts those that merging silences.
 
     ``reference`` is the input that stands for 0, one tensor for each placeholder.
@@ -60,7 +60,7 @@ def compare(
     batches = _Counted(Batches(edges, data, max_samples, device), progress)
     pairs = observe(own, others, batches)
     rows = layer_rows(own, others, pairs if units else [], kept)
-    return Comparison(rows, batches.samples, own.outputs, tuple(one.outputs for one in others))
+    return EdgeComparison(rows, batches.samples, own.outputs, tuple(one.outputs for one in others))
 
 
 class _Counted:

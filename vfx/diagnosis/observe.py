@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from vfx.capture.outputs import named_tensors
 from vfx.complex_numbers import real_parts
-from vfx.diagnosis.taps import Key, Tap
+from vfx.diagnosis.taps import Key, LayerTap
 from vfx.program import Execution, Program
 from vfx.statistics.moments import Moments, batch_moments
 
@@ -58,7 +58,7 @@ class Observed:
 
 
 @dataclass
-class Pair:
+class SilencedUnits:
     """Units active in one edge, and those of them that are silent in the merged network."""
 
     active: int = 0
@@ -72,7 +72,9 @@ class Pair:
 class Observer:
     """One network (the weights of one edge of a Program) with its taps, read batch by batch."""
 
-    def __init__(self, program: Program, edge: int, taps: Mapping[Key, Tap], reference: list[Tensor] | None = None):
+    def __init__(
+        self, program: Program, edge: int, taps: Mapping[Key, LayerTap], reference: list[Tensor] | None = None
+    ):
         self.graph, self.weights = program.graph, program.weights[edge]
         self.placeholders, self.taps = program.placeholders, taps
         self.plan = program.plan
@@ -181,9 +183,9 @@ class _Run:
 
 def observe(
     merged: Observer, edges: list[Observer], batches: Iterable[tuple[list[Tensor], int]]
-) -> list[dict[Key, Pair]]:
+) -> list[dict[Key, SilencedUnits]]:
     """Feed every batch to all networks; the units silenced of each edge by layer."""
-    pairs: list[dict[Key, Pair]] = [{} for _ in edges]
+    pairs: list[dict[Key, SilencedUnits]] = [{} for _ in edges]
     for batch, samples in batches:
         observers = [merged, *edges]
         for one in observers:
@@ -203,12 +205,12 @@ def observe(
     return pairs
 
 
-def _compare(key: Key, masks: dict[int, Tensor], pairs: list[dict[Key, Pair]]) -> None:
+def _compare(key: Key, masks: dict[int, Tensor], pairs: list[dict[Key, SilencedUnits]]) -> None:
     merged = masks.pop(0)
     for index, active in masks.items():
         if active.shape != merged.shape:
             continue
-        pair = pairs[index - 1].setdefault(key, Pair())
+        pair = pairs[index - 1].setdefault(key, SilencedUnits())
         pair.active += int(active.sum())
         pair.silenced += int((active & ~merged).sum())
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from vfx.diagnosis.measures import GAMMA, mean, ratio, vanishing_bound
-from vfx.diagnosis.observe import Observer, Pair
-from vfx.diagnosis.taps import Key, Tap
+from vfx.diagnosis.observe import Observer, SilencedUnits
+from vfx.diagnosis.taps import Key, LayerTap
 from vfx.statistics.moments import Moments
 
 Number = float | None
@@ -86,7 +86,7 @@ def finite(value: Any) -> Any:
 
 
 def layer_rows(
-    merged: Observer, edges: Sequence[Observer], pairs: Sequence[Mapping[Key, Pair]], preserved: set[str]
+    merged: Observer, edges: Sequence[Observer], pairs: Sequence[Mapping[Key, SilencedUnits]], preserved: set[str]
 ) -> tuple[LayerRow, ...]:
     """Rows in the edges' order of layers, with the bounds filled in from the last to the first."""
     rows = [_values(key, tap, merged, edges, pairs, preserved) for key, tap in edges[0].taps.items()]
@@ -100,7 +100,7 @@ def layer_rows(
 
 
 def _values(
-    key: Key, tap: Tap, merged: Observer, edges: Sequence[Observer], pairs: Any, preserved: set[str]
+    key: Key, tap: LayerTap, merged: Observer, edges: Sequence[Observer], pairs: Any, preserved: set[str]
 ) -> dict[str, Any]:
     own, seen = merged.layers.get(key), [edge.layers[key] for edge in edges]
     there = merged.taps.get(key)
@@ -131,7 +131,7 @@ def _values(
     return values
 
 
-def _magnitude(observer: Observer, tap: Tap | None) -> Number:
+def _magnitude(observer: Observer, tap: LayerTap | None) -> Number:
     """Mean |θ| of a layer's weight."""
     if tap is None or tap.weight is None or not observer.weights[tap.weight].numel():
         return None

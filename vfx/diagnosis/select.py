@@ -26,7 +26,7 @@ Strategy = Literal["random", "easy", "hard", "balanced"]
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class SampleSelection:
     """Chosen samples: ``indices`` (n,) into the data in their fixed order, and ``batches`` to be used as ``data=``.
 
     Iterating gives the batches, built like the data's own. ``scores`` are the EL2N of all samples and ``labels`` their
@@ -65,7 +65,7 @@ def select(
     max_samples: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Selection:
+) -> SampleSelection:
     """Choose ``n`` samples (a number, or a share below 1) of ``data``: a tensor, or batches as for ``vfx.merge``.
 
     ``strategy``: "random"; "easy" or "hard", the lowest or highest EL2N of ``models`` (modules, Results or Programs);
@@ -93,7 +93,7 @@ def select(
     if len(order) < count:
         raise ArgumentError(f"{count} samples asked for, {len(order)} lie between the quantiles {quantiles}")
     indices = torch.from_numpy(np.sort(order[:count]))
-    return Selection(indices, tuple(_gather(data, indices, facts)), strategy, facts.scores, facts.labels)
+    return SampleSelection(indices, tuple(_gather(data, indices, facts)), strategy, facts.scores, facts.labels)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _BRANCH = re.compile(r"^branches(_\d+)?\.\d+\.")  # where PFM keeps the edges' o
 
 
 @dataclass(frozen=True)
-class Tap:
+class LayerTap:
     """One layer: ``output`` with its channel axis, ``activation`` (or None), and the FQN of its weight."""
 
     layer: Layer
@@ -45,7 +45,7 @@ class Tap:
         return self.activation if self.activation is not None else self.output
 
 
-def layer_taps(program: Program, like: Mapping[Key, Tap] = MappingProxyType({})) -> dict[Key, Tap]:
+def layer_taps(program: Program, like: Mapping[Key, LayerTap] = MappingProxyType({})) -> dict[Key, LayerTap]:
     """The taps of a network's layers in execution order, those of preserved branches included under their own names.
 
     A merged network also has one where the pre-activations of its last preserved layers are joined. ``like``: the taps
@@ -57,15 +57,15 @@ def layer_taps(program: Program, like: Mapping[Key, Tap] = MappingProxyType({}))
     places = [(layer, nodes[layer.node]) for layer in known.values()]
     outputs = {layer.node: LayerView(layer, node, inserted.get(node)).output for layer, node in places}
     owners = _owners(places, outputs)
-    taps: dict[Key, Tap] = {}
+    taps: dict[Key, LayerTap] = {}
     for key, layer in known.items():
         joined = not is_layer(nodes[layer.node])
         weight = None if joined else weight_name(nodes[layer.node])
-        taps[key] = Tap(layer, outputs[layer.node], owners.get(layer.node), weight, joined)
+        taps[key] = LayerTap(layer, outputs[layer.node], owners.get(layer.node), weight, joined)
     return taps
 
 
-def _keyed(program: Program, like: Mapping[Key, Tap]) -> Iterator[tuple[Key, Layer]]:
+def _keyed(program: Program, like: Mapping[Key, LayerTap]) -> Iterator[tuple[Key, Layer]]:
     calls: Counter[str] = Counter()
     for layer in program.layers or number_layers(program):
         key = (layer.fqn, calls[layer.fqn])
@@ -73,7 +73,7 @@ def _keyed(program: Program, like: Mapping[Key, Tap]) -> Iterator[tuple[Key, Lay
         yield key, replace(layer, shortcut=like[key].layer.shortcut) if key in like else layer
 
 
-def preserved(taps: Mapping[Key, Tap], program: Program) -> set[str]:
+def preserved(taps: Mapping[Key, LayerTap], program: Program) -> set[str]:
     """Names of the layers that a merged network keeps for each edge."""
     inside = {tap.layer.fqn for tap in taps.values()}
     owners = {name.rpartition(".")[0] for name in program.names()}

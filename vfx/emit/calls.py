@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from vfx.emit.layers import Layer, layer_of
+from vfx.emit.layers import ModuleCall, layer_of
 from vfx.operators import arguments, is_in_place, operator, operator_of
 from vfx.program import Program, Value, readers_of
 
@@ -72,10 +72,12 @@ class FunctionalBatchNorm(nn.Module):
 # layers ---------------------------------------------------------------------------------------------------------------
 
 
-def _layer_calls(graph: fx.Graph, program: Program, weights: Mapping[str, Tensor]) -> dict[str, dict[fx.Node, Layer]]:
+def _layer_calls(
+    graph: fx.Graph, program: Program, weights: Mapping[str, Tensor]
+) -> dict[str, dict[fx.Node, ModuleCall]]:
     """The calls of each module, by the path that its tensors stand under."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found: dict[str, dict[fx.Node, Layer]] = {}
+    found: dict[str, dict[fx.Node, ModuleCall]] = {}
     for node in graph.nodes:
         layer = layer_of(node, shapes)
         if layer is not None and layer.path:
@@ -99,11 +101,11 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def _own(calls: Mapping[fx.Node, Layer], path: str, name: str) -> bool:
+def _own(calls: Mapping[fx.Node, ModuleCall], path: str, name: str) -> bool:
     return any(name == f"{path}.{leaf}" for layer in calls.values() for leaf in layer.tensors)
 
 
-def _one_module(layers: list[Layer], path: str, program: Program, weights: Mapping[str, Tensor]) -> bool:
+def _one_module(layers: list[ModuleCall], path: str, program: Program, weights: Mapping[str, Tensor]) -> bool:
     """Whether one module makes all of these calls, and holds tensors of these shapes and kinds alone."""
     first = layers[0]
     if any(layer.construction != first.construction for layer in layers):
@@ -117,14 +119,14 @@ def _one_module(layers: list[Layer], path: str, program: Program, weights: Mappi
     )
 
 
-def _constructed(layer: Layer) -> nn.Module:
+def _constructed(layer: ModuleCall) -> nn.Module:
     """The module without data."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initial values that a tensor without elements cannot have
         return layer.kind(**layer.options, device="meta")
 
 
-def _built(layer: Layer, path: str, program: Program, weights: Mapping[str, Tensor]) -> nn.Module:
+def _built(layer: ModuleCall, path: str, program: Program, weights: Mapping[str, Tensor]) -> nn.Module:
     """The module with copies of its tensors; a norm follows the momentum of the user's."""
     if "momentum" in layer.options:
         momentum = _momentum(program, path, layer.options["momentum"])

@@ -32,7 +32,7 @@ _SHOWN = 8  # names in a message
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateDictEntry:
     """A state dict in a file: the path of keys to it, and its tensors."""
 
     name: str
@@ -40,23 +40,23 @@ class Entry:
     known: bool
 
 
-def entries(value: Any) -> list[Entry]:
+def entries(value: Any) -> list[StateDictEntry]:
     """Every state dict in what a file holds, in the order in which they are taken."""
     return list(_entries(value, "", True, _DEPTH))
 
 
-def _entries(value: Any, name: str, known: bool, depth: int) -> Iterator[Entry]:
+def _entries(value: Any, name: str, known: bool, depth: int) -> Iterator[StateDictEntry]:
     if not isinstance(value, Mapping) or "param_groups" in value or not depth:  # an optimizer's state
         return
     tensors = {key: x for key, x in value.items() if isinstance(key, str) and isinstance(x, Tensor)}
     if tensors and len(tensors) == len(value):
-        yield Entry(name, tensors, known)
+        yield StateDictEntry(name, tensors, known)
         return
     named = [key for key in (*WEIGHTS, *AVERAGES) if key in value]
     for key in [*named, *(key for key in value if key not in named)]:
         yield from _entries(value[key], f"{name}.{key}" if name else str(key), known and key in named, depth - 1)
     if any(x.ndim for x in tensors.values()):  # weights beside counters and settings
-        yield Entry(name, tensors, known)
+        yield StateDictEntry(name, tensors, known)
 
 
 def choose(
@@ -86,7 +86,7 @@ def choose(
     return chosen.tensors
 
 
-def _named(every: list[Entry], entry: str, file: str, value: Any) -> dict[str, Tensor]:
+def _named(every: list[StateDictEntry], entry: str, file: str, value: Any) -> dict[str, Tensor]:
     for one in every:
         if one.name == entry or one.name.startswith(f"{entry}."):
             return one.tensors

@@ -27,7 +27,7 @@ _BATCH_NORM_OF_RANK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 
 _INSTANCE_NORM_OF_RANK = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
 
 
-class Layer(NamedTuple):
+class ModuleCall(NamedTuple):
     """A call as a module's: the class, its constructor's arguments, its tensors by name, and what it is called with."""
 
     kind: type[nn.Module]
@@ -57,7 +57,7 @@ class _Kind:
     inputs: tuple[str, ...] = ("input",)
 
 
-def layer_of(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> Layer | None:
+def layer_of(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> ModuleCall | None:
     """The layer that a node calls, None where it is none; ``shapes`` are those of the tensors that the graph reads."""
     kind = KINDS.get(operator_of(node).module)
     if kind is None:
@@ -75,7 +75,7 @@ def layer_of(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> Layer | No
     built = kind.build(node, a, {leaf: shapes[str(t.target)] for leaf, t in tensors.items()})
     if "hx" in kind.inputs and all(operator(state) == "aten.zeros" for state in _nodes(inputs[1:])):
         inputs = inputs[:1]  # where recurrent layers start by themselves
-    return Layer(*built, tensors, inputs) if built is not None else None
+    return ModuleCall(*built, tensors, inputs) if built is not None else None
 
 
 def _nodes(arguments: Any) -> list[fx.Node]:

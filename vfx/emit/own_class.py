@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.complex_numbers import restored
-from vfx.emit.layers import Layer, layer_of
+from vfx.emit.layers import ModuleCall, layer_of
 from vfx.emit.scales import with_default_scales
 from vfx.errors import WeightError, listed
 from vfx.operators import arguments
@@ -86,7 +86,7 @@ def _resize(module: nn.Module, program: Program, edge: int) -> None:
             part.flatten_parameters()
 
 
-def _sizes(node: fx.Node, layer: Layer | None) -> dict[str, Any]:
+def _sizes(node: fx.Node, layer: ModuleCall | None) -> dict[str, Any]:
     """The sizes that a call names; of one whose weights are computed or absent those among its arguments."""
     given = layer.options if layer is not None else arguments(node) if node.op == "call_function" else {}
     sizes = {

@@ -26,13 +26,13 @@ from vfx.reading import require_file
 _PICKLE, _ZIP = b"\x80", b"PK"  # how torch's files begin, old and new
 
 
-class Setting:
+class Placeholder:
     """Stands for an object that is no weight; it holds nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Setting:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -68,7 +68,7 @@ _SETTING_DICTS = (
     "ml_collections.config_dict.config_dict.ConfigDict",
 )
 _STANDINS: list[Any] = [
-    *((Setting, name) for name in _SETTINGS),
+    *((Placeholder, name) for name in _SETTINGS),
     *((OrderedDict, name) for name in _SETTING_DICTS),
     (_default_dict, "collections.defaultdict"),
 ]

@@ -21,7 +21,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Permutations, still_permutations
 from vfx.elements.permutations import moved
 from vfx.match.matcher import Gain, assign, best_over_blocks
-from vfx.match.units import PairOrders, Unit, assign_pairs, assign_unit, units
+from vfx.match.units import GroupUnit, PairOrders, assign_pairs, assign_unit, units
 from vfx.statistics.collect import Statistics
 from vfx.statistics.moments import CrossMoments
 from vfx.statistics.taps import Tap
@@ -88,7 +88,7 @@ class Ascent:
         permutation, value = assign(np.sum(gains, axis=0))
         return {group.index: permutation}, value
 
-    def _blocks(self, unit: Unit) -> tuple[dict[int, Any], float]:
+    def _blocks(self, unit: GroupUnit) -> tuple[dict[int, Any], float]:
         """What taps of the outer group alone give counts whatever the inner order."""
         outer = np.zeros((unit.outer.size,) * 2)
         for tap, gain in self.taps_of.get(unit.outer.index, ()):
@@ -97,11 +97,11 @@ class Ascent:
         inner = lambda group, orders: self._inner(unit, group, orders)  # noqa: E731
         return assign_unit(unit, outer, inner, self._in_turn(unit), self.solve)
 
-    def _in_turn(self, unit: Unit) -> Sequence[Group]:
+    def _in_turn(self, unit: GroupUnit) -> Sequence[Group]:
         """The inner groups in the order in which they are solved."""
         return unit.inner
 
-    def _inner(self, unit: Unit, group: Group, orders: PairOrders) -> Gain:
+    def _inner(self, unit: GroupUnit, group: Group, orders: PairOrders) -> Gain:
         total = np.zeros((unit.outer.size,) * 2 + (group.size,) * 2)
         for tap, gain in self.taps_of.get(group.index, ()):
             if unit.outer.index not in tap.groups:

@@ -13,7 +13,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.elements.pieces import Entry, Piece, combinations, entries, piece
 from vfx.match.matcher import Gain, best_over_blocks
 from vfx.match.solve import SignedOrders, Signs
-from vfx.match.units import PairOrders, Unit
+from vfx.match.units import GroupUnit, PairOrders
 from vfx.program import Weights
 
 
@@ -58,14 +58,14 @@ class BlockGains:
         self.symmetry, self.signs = symmetry, signs or {}
         self._parts: dict[tuple[int, str], list[BlockPiece]] = {}
 
-    def parts(self, unit: Unit, fqn: str) -> list[BlockPiece]:
+    def parts(self, unit: GroupUnit, fqn: str) -> list[BlockPiece]:
         """The parts of one weight that hold the unit's outer group."""
         key = unit.outer.index, fqn
         if key not in self._parts:
             self._parts[key] = list(self._find(unit, fqn))
         return self._parts[key]
 
-    def _find(self, unit: Unit, fqn: str) -> Iterator[BlockPiece]:
+    def _find(self, unit: GroupUnit, fqn: str) -> Iterator[BlockPiece]:
         outer = unit.outer.index
         whole = [entries(self.symmetry, dim, labels, unit.groups) or [] for dim, labels in self.symmetry.axes_of(fqn)]
         axes = [[own for entry in found for own in self._by_signs(fqn, entry)] for found in whole]
@@ -100,7 +100,7 @@ class BlockGains:
         return found
 
     @staticmethod
-    def outer(unit: Unit, arrays: Arrays) -> Gain:
+    def outer(unit: GroupUnit, arrays: Arrays) -> Gain:
         """What pairs of blocks give whatever their inner order (n, n)."""
         total = np.zeros((unit.outer.size, unit.outer.size))
         for part, one, other in arrays:
@@ -109,7 +109,7 @@ class BlockGains:
         return total
 
     @staticmethod
-    def inner(unit: Unit, group: Group, orders: PairOrders, arrays: Arrays) -> dict[Signs, Gain]:
+    def inner(unit: GroupUnit, group: Group, orders: PairOrders, arrays: Arrays) -> dict[Signs, Gain]:
         """(n, n, size, size) for one inner group by its signs; those in ``orders`` stand in their order for each pair.
 
         Where each of its parts has others, too, these count at their best order.

@@ -35,7 +35,7 @@ from vfx.match.ascent import Ascent
 from vfx.match.class_descent import compact, inside, sign_vectors, solved
 from vfx.match.matcher import Gain
 from vfx.match.solve import Signs, assign_signed, procrustes
-from vfx.match.units import Unit
+from vfx.match.units import GroupUnit
 from vfx.program import Weights
 from vfx.statistics.collect import Statistics
 from vfx.statistics.moments import CrossMoments
@@ -128,7 +128,7 @@ class ClassAscent(Ascent):
         """Orders, or maps, of each pair of blocks."""
         return solved(group, gains, self.kinds[group.index])
 
-    def _in_turn(self, unit: Unit) -> Sequence[Group]:
+    def _in_turn(self, unit: GroupUnit) -> Sequence[Group]:
         """Maps that mix channels last: they need the others' order, which does not need theirs."""
         return sorted(unit.inner, key=lambda group: self.kinds[group.index].mixes)
 
@@ -189,7 +189,7 @@ class ClassAscent(Ascent):
             total += float((sign * gain[rows, permutation]).sum())
         return total
 
-    def _blocks(self, unit: Unit) -> tuple[dict[int, Any], float]:
+    def _blocks(self, unit: GroupUnit) -> tuple[dict[int, Any], float]:
         found, value = super()._blocks(unit)
         for group in unit.inner:
             element = inside(group, found[group.index], self.kinds[group.index], self.signs[group.index])

@@ -32,7 +32,7 @@ from vfx.match.descent import Descent
 from vfx.match.isomorphism import isomorphism
 from vfx.match.matcher import Gain
 from vfx.match.solve import SignedOrders, Signs, assign_signed, assign_signed_pairs, procrustes
-from vfx.match.units import Unit, assign_pairs
+from vfx.match.units import GroupUnit, assign_pairs
 from vfx.program import Weights
 
 ROUNDED = 1e-5  # of entries, up to which an element counts as the smaller one that is nearest
@@ -144,7 +144,7 @@ class ClassDescent(Descent):
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
         super().__init__(symmetry, target, other, heads)
-        self.units += [Unit(group) for group in symmetry.rotations if group.parent is None]
+        self.units += [GroupUnit(group) for group in symmetry.rotations if group.parent is None]
 
     def _groups(self) -> tuple[Group, ...]:
         return (*self.symmetry.groups, *(group for group in self.symmetry.rotations if group.parent is None))
@@ -207,7 +207,7 @@ class ClassDescent(Descent):
         ones = np.ones(group.size)
         return {side: np.prod([signs.get(x, ones) for x in own], axis=0) for side, own in vectors.items() if own}
 
-    def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
+    def _best_in_blocks(self, unit: GroupUnit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
         if settled is not None:
             names = self._known(unit, names, settled)
         found = super()._best_in_blocks(unit, names, settled, sweep)
@@ -218,14 +218,14 @@ class ClassDescent(Descent):
             result[index] = planes.turned(numbers[np.arange(len(blocks)), blocks])
         return result
 
-    def _in_blocks(self, unit: Unit) -> bool:
+    def _in_blocks(self, unit: GroupUnit) -> bool:
         return super()._in_blocks(unit) or any(g.parent == unit.outer.index for g in self.symmetry.rotations)
 
-    def _beside(self, unit: Unit, names: set[str]) -> Gain | float:
+    def _beside(self, unit: GroupUnit, names: set[str]) -> Gain | float:
         """What the best turns of rotary planes add."""
         return sum((planes.at_best(numbers) for numbers in self._planes(unit, names).values()), 0.0)
 
-    def _planes(self, unit: Unit, names: set[str]) -> dict[int, planes.Numbers]:
+    def _planes(self, unit: GroupUnit, names: set[str]) -> dict[int, planes.Numbers]:
         """The products of rotary planes inside a unit's blocks, where all that they stand on counts."""
         inside = [g for g in self.symmetry.rotations if g.parent == unit.outer.index]
         chosen = [g for g in inside if {m.fqn for m in g.members} <= names]

@@ -33,7 +33,7 @@ from vfx.elements import (
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.solve import Signs
-from vfx.match.units import Unit, assign_pairs, assign_unit, units
+from vfx.match.units import GroupUnit, assign_pairs, assign_unit, units
 from vfx.match.universe import scored_names
 from vfx.program import Weights
 
@@ -105,7 +105,7 @@ class Descent:
         """The maps without a balanced form that bring the networks nearest as they stand: none among permutations."""
         return {}
 
-    def _improve(self, unit: Unit, settled: set[int] | None, sweep: int) -> None:
+    def _improve(self, unit: GroupUnit, settled: set[int] | None, sweep: int) -> None:
         """The best permutation of one unit, all others held; nothing to do if none of its weights changed since."""
         names = {m.fqn for g in (unit.outer, *unit.inner) for m in g.members if m.fqn in self.target}
         if not names or not unit.groups & self.stale:
@@ -152,11 +152,11 @@ class Descent:
         """A random element of the groups that are permuted."""
         return dict(permutations)
 
-    def _in_blocks(self, unit: Unit) -> bool:
+    def _in_blocks(self, unit: GroupUnit) -> bool:
         """Whether anything stands inside the unit's blocks."""
         return bool(unit.inner)
 
-    def _exact(self, unit: Unit) -> bool:
+    def _exact(self, unit: GroupUnit) -> bool:
         """Whether a step is at its optimum when it is done, so that no further one is needed."""
         return True
 
@@ -209,7 +209,7 @@ class Descent:
     def _block_gains(self) -> BlockGains:
         return BlockGains(self.symmetry)
 
-    def _best_in_blocks(self, unit: Unit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
+    def _best_in_blocks(self, unit: GroupUnit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
         """Inner groups take turns in going first: two that share a weight see each other's order."""
         if settled is not None:
             names = self._known(unit, names, settled)
@@ -227,13 +227,13 @@ class Descent:
         """Gains of an inner group as ``solve`` takes them."""
         return sum(gains.values())
 
-    def _known(self, unit: Unit, names: set[str], settled: set[int]) -> set[str]:
+    def _known(self, unit: GroupUnit, names: set[str], settled: set[int]) -> set[str]:
         """The weights whose other groups are settled; of a group that none of them holds, all weights."""
         known = {n for n in names if self.groups_of[n] - unit.groups <= settled}
         unseen = unit.groups - {group for name in known for group in self.groups_of[name]}
         return known | {n for n in names if self.groups_of[n] & unseen}
 
-    def _beside(self, unit: Unit, names: set[str]) -> Gain | float:
+    def _beside(self, unit: GroupUnit, names: set[str]) -> Gain | float:
         """What pairs of blocks give beside their parts."""
         return 0.0
 

@@ -22,7 +22,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Permutations
 from vfx.elements.pieces import Piece, Standing, combinations, entries, piece
 from vfx.match.matcher import Gain
-from vfx.match.units import Unit, assign_unit, units
+from vfx.match.units import GroupUnit, assign_unit, units
 from vfx.match.universe import scored_names
 
 Point = dict[int, Tensor]  # a relaxed element: group index -> its matrix
@@ -172,5 +172,5 @@ def best_vertex(symmetry: Symmetry, gain: Point) -> dict[int, Index]:
     return element
 
 
-def _best(unit: Unit, arrays: dict[int, Gain]) -> dict[int, Index]:
+def _best(unit: GroupUnit, arrays: dict[int, Gain]) -> dict[int, Index]:
     return assign_unit(unit, arrays[unit.outer.index], lambda group, _: arrays[group.index], unit.inner)[0]

@@ -34,7 +34,7 @@ from vfx.match import coupling
 from vfx.match.carry import Carrier, Crossing, Pairing, Reading
 from vfx.match.maps import mappable, places
 from vfx.match.matcher import Gain, Matching, Problem
-from vfx.match.units import Unit, units
+from vfx.match.units import GroupUnit, units
 from vfx.program import Weights
 from vfx.statistics.moments import CrossMoments
 from vfx.statistics.taps import Tap
@@ -262,7 +262,7 @@ class _Fusion:
             return Element(nearest)
         return Element(nearest, found * sizes[0], dual=found * sizes[1])
 
-    def _blocks(self, unit: Unit, spent: list[float]) -> None:
+    def _blocks(self, unit: GroupUnit, spent: list[float]) -> None:
         """Blocks are assigned one to one, on what the transport of their channels costs."""
         counts = self._size(unit.outer)
         outer = self.costs.single(unit.outer)

@@ -23,7 +23,7 @@ Solve = Callable[[Group, Gain], tuple[Any, Gain]]  # the best order or map of ea
 
 
 @dataclass(frozen=True)
-class Unit:
+class GroupUnit:
     """A group and its inner groups, if any."""
 
     outer: Group
@@ -34,13 +34,13 @@ class Unit:
         return frozenset(group.index for group in (self.outer, *self.inner))
 
 
-def units(symmetry: Symmetry) -> list[Unit]:
+def units(symmetry: Symmetry) -> list[GroupUnit]:
     """Every group in one unit, in the order of the graph."""
     inner: dict[int, list[Group]] = {}
     for group in symmetry.groups:
         if group.parent is not None:
             inner.setdefault(group.parent, []).append(group)
-    found = [Unit(g, tuple(inner.get(g.index, ()))) for g in symmetry.groups if g.parent is None]
+    found = [GroupUnit(g, tuple(inner.get(g.index, ()))) for g in symmetry.groups if g.parent is None]
     return sorted(found, key=lambda unit: min(unit.groups))
 
 
@@ -54,7 +54,7 @@ def assign_pairs(group: Group, gains: Gain) -> tuple[Index, Gain]:
 
 
 def assign_unit(
-    unit: Unit,
+    unit: GroupUnit,
     outer: Gain,
     gain: Callable[[Group, PairOrders], Gain],
     order: Sequence[Group],

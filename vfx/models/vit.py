@@ -23,7 +23,7 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and a GELU network of four times the width, each behind a LayerNorm and added to the stream."""
 
     def __init__(self, width: int, heads: int, causal: bool = False) -> None:
@@ -47,7 +47,7 @@ class ViT(nn.Module):
             raise ValueError(f"patches of {patch} must tile {size} pixels")
         self.patch = nn.Conv2d(in_channels, width, patch, patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vfx.judge import Judge, Score
+from vfx.judge import HeldOutScore, Judge
 from vfx.normalization import Direction, removed_biases, without
 from vfx.program import Execution, Program, Step, Weights
 
@@ -17,16 +17,18 @@ FEW = 256  # held-out samples on which "auto" finds the layers of bias removal, 
 
 
 @dataclass(frozen=True)
-class Removal:
+class BiasRemoval:
     """Bias removal in ``count`` layers from one end, and its score."""
 
     count: int
     direction: Direction
-    score: Score
+    score: HeldOutScore
 
 
 @torch.no_grad()
-def removals(program: Program, judge: Judge, directions: Sequence[Direction], counts: Sequence[int]) -> list[Removal]:
+def removals(
+    program: Program, judge: Judge, directions: Sequence[Direction], counts: Sequence[int]
+) -> list[BiasRemoval]:
     """Score the removal of the biases of each number of layers, at about half of the price of running each network.
 
     Networks that differ only behind a layer share what runs before it: one execution advances and leaves a copy at each
@@ -48,7 +50,7 @@ def removals(program: Program, judge: Judge, directions: Sequence[Direction], co
         for batch in judge.held.batches:
             for count, output in _forked(program, plan, start, forks, batch):
                 outputs[count].append(output)
-        found += [Removal(count, direction, judge.score(outputs[count])) for count in counts]
+        found += [BiasRemoval(count, direction, judge.score(outputs[count])) for count in counts]
     return found
 
 
@@ -73,6 +75,6 @@ def _forked(
         yield count, fork.finish()
 
 
-def best_removal(found: Sequence[Removal]) -> Removal:
+def best_removal(found: Sequence[BiasRemoval]) -> BiasRemoval:
     """The best score; of equals the fewest layers."""
     return min(found, key=lambda one: (one.score.value, one.count))

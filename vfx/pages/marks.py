@@ -27,7 +27,7 @@ _RULES = 6  # horizontal ones of an axis, at most
 _SPAN = 1e4  # of values on a logarithmic axis; where they span more, 0 is among them as good as
 
 
-class Axis(NamedTuple):
+class Ruler(NamedTuple):
     """A vertical axis: the values of its rules, the lowest and the highest among them; ``log`` is its scale."""
 
     rules: tuple[float, ...]
@@ -111,15 +111,15 @@ def _chosen(x: float, y: float) -> str:
     )
 
 
-def _linear(values: Sequence[float]) -> Axis:
+def _linear(values: Sequence[float]) -> Ruler:
     """From 0 on, or from below it."""
     step = _step(max(values) - min(0.0, *values))
     low = step * math.floor(min(0.0, *values) / step)
     high = max(step * math.ceil(max(values) / step), low + step)
-    return Axis(tuple(low + step * index for index in range(round((high - low) / step) + 1)), log=False)
+    return Ruler(tuple(low + step * index for index in range(round((high - low) / step) + 1)), log=False)
 
 
-def _logarithmic(values: Sequence[float], rule: float | None) -> Axis:
+def _logarithmic(values: Sequence[float], rule: float | None) -> Ruler:
     """Over the values alone: 1, 2 and 5 with zeros, or powers of ten where these are many."""
     shown = [*values, *([] if rule is None else [rule])]
     decades = range(math.floor(math.log10(min(shown))) - 1, math.ceil(math.log10(max(shown))) + 2)
@@ -130,7 +130,7 @@ def _logarithmic(values: Sequence[float], rule: float | None) -> Axis:
         if high - low < _RULES:
             break
     every = math.ceil((high - low) / _RULES)
-    return Axis(tuple(rules[low : high + every : every]), log=True)
+    return Ruler(tuple(rules[low : high + every : every]), log=True)
 
 
 def _step(span: float) -> float:
@@ -139,7 +139,7 @@ def _step(span: float) -> float:
     return next((factor * size for factor in (1, 2, 5) if span / (factor * size) <= 5), 10 * size)
 
 
-def _grid(axis: Axis, right: float, unit: str, against: float | None) -> str:
+def _grid(axis: Ruler, right: float, unit: str, against: float | None) -> str:
     """Horizontal rules and what they stand for; the one of ``against`` is darker."""
     parts = []
     for value in axis.rules:

@@ -17,7 +17,7 @@ from vfx.program import Program
 from vfx.pruning.groups import Scores
 from vfx.pruning.left import left_alone, shares_missed, total_missed
 from vfx.pruning.widths import BUDGETS, Widths, by_mean, within
-from vfx.resize import Slots, resize
+from vfx.resize import RemovalUnits, resize
 
 REPEATS = 7  # timed runs of a network, of which the median counts
 
@@ -25,7 +25,7 @@ REPEATS = 7  # timed runs of a network, of which the median counts
 def choose_sizes(
     program: Program,
     facts: Symmetry,
-    slots: Slots,
+    slots: RemovalUnits,
     scores: Scores,
     widths: Widths,
     sparsity: float,
@@ -59,7 +59,7 @@ def choose_sizes(
     return slots.sizes(units), notes
 
 
-def _measure(program: Program, facts: Symmetry, slots: Slots, budget: str) -> Callable[[list[int]], float]:
+def _measure(program: Program, facts: Symmetry, slots: RemovalUnits, budget: str) -> Callable[[list[int]], float]:
     """Parameters, FLOPs or seconds of the network with these units."""
     light = program if budget == "latency" else program.to("meta")
 

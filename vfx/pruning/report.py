@@ -23,7 +23,7 @@ from vfx.terminal import largest, titled
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class PrunedLayer:
     """One weight: how much of it is left, its FLOPs, and its output's statistics against the unpruned network's.
 
     ``variance`` is Σ variances over the channels, as a multiple of the unpruned network's; ``shift`` is the distance of
@@ -56,7 +56,7 @@ class PruneReport(Report):
     prunable weights, ``flops_after`` the FLOPs without the products with them (a dense kernel still computes them).
     """
 
-    layers: tuple[LayerRow, ...]
+    layers: tuple[PrunedLayer, ...]
 
     @property
     def params(self) -> int:
@@ -122,7 +122,7 @@ Moved = Mapping[str, tuple[float | None, float | None]]  # variance and shift by
 
 def layer_rows(
     dense: Program, pruned: Program, chosen: Iterable[str], before: Moved | None = None, after: Moved | None = None
-) -> tuple[LayerRow, ...]:
+) -> tuple[PrunedLayer, ...]:
     """A row for each prunable weight; ``before`` and ``after`` are ``moved_statistics`` around the repair."""
     targets, _ = find_targets(dense)
     pruning = set(chosen)
@@ -132,14 +132,14 @@ def layer_rows(
 
 def _row(
     target: Target, pruned: Program, protected: bool, profile: Mapping[str, Any], before: Moved | None, after: Any
-) -> LayerRow:
+) -> PrunedLayer:
     nonzeros = int(torch.count_nonzero(pruned.weights[0][target.name]))
     calls = [profile[node.name] for node in target.nodes]
     flops, macs = sum(row.flops for row in calls), sum(row.macs for row in calls)
     left = flops - round(macs * (1 - nonzeros / max(target.numel, 1)))
     node = target.nodes[0].name
     first, last = ((found or {}).get(node, (None, None)) for found in (before, after))
-    return LayerRow(
+    return PrunedLayer(
         target.name, target.shape, protected, target.numel, nonzeros, flops, left, first[0], last[0], first[1], last[1]
     )
 

@@ -15,7 +15,7 @@ import networkx as nx
 import numpy as np
 
 from vfx.analyse.rows import unique_rows
-from vfx.resize.slots import Slots
+from vfx.resize.slots import RemovalUnits
 
 NEAR = 0.1  # a share of a stream's channels this far from the one asked for counts as missed
 
@@ -28,7 +28,7 @@ class Streams:
     what is inside them are factors of one share; else each goes by itself.
     """
 
-    slots: Slots
+    slots: RemovalUnits
     free: frozenset[int]
     blocks: frozenset[int] = frozenset()
     nested: bool = False

@@ -21,7 +21,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.pruning.groups import Scores
 from vfx.pruning.shares import Streams
-from vfx.resize.slots import Bundle, Slots
+from vfx.resize.slots import Bundle, RemovalUnits
 
 ALLOCATIONS = ("uniform", "global")
 BUDGETS = ("channels", "params", "flops", "latency")
@@ -54,7 +54,7 @@ class Widths:
 
     # which ----------------------------------------------------------------------------------------------------------
 
-    def streams(self, slots: Slots) -> Streams:
+    def streams(self, slots: RemovalUnits) -> Streams:
         """What the bundles make up of which units may be removed."""
         movable = {k for k, bundle in enumerate(slots.bundles) if not (bundle.fixed or self._stays(slots, bundle))}
         outer = {group.parent for group in slots.facts.groups}
@@ -63,7 +63,7 @@ class Widths:
         free = movable - {"blocks": inside, "both": set()}.get(self.units, blocks)
         return Streams(slots, frozenset(free), frozenset(blocks - free if self.units == "auto" else ()))
 
-    def _stays(self, slots: Slots, bundle: Bundle) -> bool:
+    def _stays(self, slots: RemovalUnits, bundle: Bundle) -> bool:
         """Whether a bundle is of positions or protected."""
         members = [m for g in bundle.groups for m in slots.facts.groups[g].members]
         protected = any(f"{m.fqn}.".startswith(f"{name}.") for m in members for name in self.protect)
@@ -93,16 +93,16 @@ class Widths:
             return streams.met(units, 1 - ratio, lambda k: self._allowed(slots, k))
         return units
 
-    def _step(self, slots: Slots, bundle: Bundle) -> int:
+    def _step(self, slots: RemovalUnits, bundle: Bundle) -> int:
         outer = any(other.parent == g for other in slots.facts.groups for g in bundle.groups)
         return 1 if outer or bundle.units < self.round_to else self.round_to
 
-    def _rounded(self, slots: Slots, index: int, count: float) -> int:
+    def _rounded(self, slots: RemovalUnits, index: int, count: float) -> int:
         bundle, least = slots.bundles[index], slots.least[index]
         step = self._step(slots, bundle)
         return min(bundle.units, max(step, least, int(np.floor(count / step + 0.5)) * step))
 
-    def _allowed(self, slots: Slots, index: int) -> list[int]:
+    def _allowed(self, slots: RemovalUnits, index: int) -> list[int]:
         return sorted({self._rounded(slots, index, count) for count in range(1, slots.bundles[index].units + 1)})
 
     def _best(self, streams: Streams, scores: Scores, ratio: float) -> list[float]:

@@ -28,7 +28,7 @@ GATHERED = 1 << 26  # elements of small systems that are held at once
 
 
 @dataclass(frozen=True)
-class Problem:
+class RidgeProblem:
     """What there is to solve, beside the sums.
 
     The ridge draws to ``centre`` (G, K, O) and ``bias`` (G, O), None for a layer without one; only the entries of
@@ -39,17 +39,17 @@ class Problem:
     bias: Tensor | None
     support: Tensor | None = None
 
-    def part(self, outputs: Tensor) -> Problem:
+    def part(self, outputs: Tensor) -> RidgeProblem:
         """The problem of some outputs."""
         bias = None if self.bias is None else self.bias[:, outputs]
         support = None if self.support is None else self.support[:, :, outputs]
-        return Problem(self.centre[:, :, outputs], bias, support)
+        return RidgeProblem(self.centre[:, :, outputs], bias, support)
 
 
 class System:
     """The equations of a problem for the change of its matrix (and bias), whatever the ridge."""
 
-    def __init__(self, problem: Problem, sums: Sums):
+    def __init__(self, problem: RidgeProblem, sums: Sums):
         self.biased, self.support = problem.bias is not None, problem.support
         if problem.bias is None:
             self.gram, cross, start = sums.gram, sums.cross, problem.centre
@@ -71,7 +71,7 @@ class System:
         return (solution[:, :-1], solution[:, -1]) if self.biased else (solution, None)
 
 
-def chosen_ridge(problem: Problem, fit: Sums, held: Sums) -> float:
+def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums) -> float:
     """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``; some outputs, spread evenly, tell."""
     asked, outputs = ASKED if problem.support is None else ASKED_WITHIN, problem.centre.shape[2]
     if outputs > asked:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from vfx.analyse.layer_view import BatchNorm
 from vfx.program import Weights
 from vfx.reconstruct.forms import Form
-from vfx.reconstruct.solve import Problem
+from vfx.reconstruct.solve import RidgeProblem
 from vfx.reconstruct.sums import Sums
 
 Evaluate = Any  # fx.Node -> Tensor: the student's values
@@ -68,8 +68,8 @@ class Unit(ABC):
         """The entries of the matrix that may differ from zero; None for all."""
         return None
 
-    def problem(self, centre: tuple[Tensor, Tensor | None], masks: Mapping[str, Tensor]) -> Problem:
-        return Problem(*centre, self.support(masks))
+    def problem(self, centre: tuple[Tensor, Tensor | None], masks: Mapping[str, Tensor]) -> RidgeProblem:
+        return RidgeProblem(*centre, self.support(masks))
 
 
 class MatrixUnit(Unit):

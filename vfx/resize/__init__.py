@@ -4,6 +4,6 @@ comes from), ``operators`` (sizes in arguments), ``weights`` (tensors), ``progra
 from __future__ import annotations
 
 from vfx.resize.program import Resized, resize
-from vfx.resize.slots import Bundle, Slots
+from vfx.resize.slots import Bundle, RemovalUnits
 
-__all__ = ["Bundle", "Resized", "Slots", "resize"]
+__all__ = ["Bundle", "RemovalUnits", "Resized", "resize"]

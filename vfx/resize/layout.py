@@ -27,7 +27,7 @@ from vfx.program import BATCH, Value
 
 
 class Layout:
-    """Sizes and positions of every axis, given how often each slot stands (``Slots.multiplicity``)."""
+    """Sizes and positions of every axis, given how often each slot stands (``RemovalUnits.multiplicity``)."""
 
     def __init__(self, facts: Symmetry, times: Index):
         self.facts, self.times = facts, times

@@ -53,7 +53,7 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
     moved = act(facts, permuted(to_slots(facts, small.layout, kept)), program.weights[0])
     full = in_double(fewer_samples(program).with_weights([moved]))
     exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]))
-    masked = Masked(full, small.layout, facts)
+    masked = MaskedRun(full, small.layout, facts)
     for cut in fewer_positions(full):
         try:
             if (error := _error(masked, exact, cut, seed)) <= PRESERVED:
@@ -65,7 +65,7 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
     return _error(masked, exact, full, seed)
 
 
-def _error(masked: Masked, exact: Program, examples: Program, seed: int) -> float:
+def _error(masked: MaskedRun, exact: Program, examples: Program, seed: int) -> float:
     masked.is_cut, masked.sizes = examples is not masked.program, {}
     # the masked network runs first, and says which sizes its inputs have
     return function_error(examples, lambda inputs: rewritten(exact, masked.sizes)(*inputs), seed, masked.given)
@@ -96,7 +96,7 @@ def _placed(alive: Any, chosen: Index) -> Index:
     return permutation
 
 
-class Masked(fx.Interpreter):
+class MaskedRun(fx.Interpreter):
     """Runs an analysed graph at full size without the channels that a Layout removes."""
 
     def __init__(self, program: Program, layout: Layout, facts: Symmetry):

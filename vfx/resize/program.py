@@ -24,7 +24,7 @@ from vfx.operators import arguments, operator, operator_of, weight_name
 from vfx.program import RESIZED, Execution, Goal, Program, Value, Weights, copy_graph
 from vfx.resize.layout import Layout
 from vfx.resize.operators import Rewriter
-from vfx.resize.slots import Slots
+from vfx.resize.slots import RemovalUnits
 from vfx.resize.weights import Gather, Kept
 
 
@@ -56,7 +56,7 @@ def resize(
     facts: Symmetry,
     kept: Kept | Sequence[Kept],
     *,
-    slots: Slots | None = None,
+    slots: RemovalUnits | None = None,
     note: str = "",
     check: bool = True,
 ) -> Resized:
@@ -73,7 +73,7 @@ def resize(
     sizes = {g: p.shape[-1] for g, p in choices[0].items()}
     if len(choices) != program.edges or any({g: p.shape[-1] for g, p in c.items()} != sizes for c in choices):
         raise ArgumentError("one choice of channels is needed for each edge, all of the same sizes")
-    slots = slots or Slots(facts)
+    slots = slots or RemovalUnits(facts)
     layout = Layout(facts, slots.multiplicity(slots.units(sizes)))
     gathers = tuple(Gather(facts, layout, choice) for choice in choices)
     graph, made = _graph(program, facts, layout)

@@ -30,7 +30,7 @@ from vfx.resize.least import least_units
 from vfx.resize.roles import positions
 
 
-class Slots:
+class RemovalUnits:
     """The units of removal of a network: ``bundles``, in the order of the groups they hold."""
 
     def __init__(self, facts: Symmetry):

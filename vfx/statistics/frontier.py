@@ -34,7 +34,7 @@ Sweep = Literal["exact", "train", "uncorrected"]
 
 
 @dataclass(frozen=True)
-class Observed:
+class ChannelMoments:
     """Mean and variance (C,) of a node's channels in float64; ``unbiased`` is the variance that a BatchNorm stores."""
 
     mean: Tensor
@@ -59,7 +59,7 @@ class Reader:
     """
 
     channel: int
-    write: Callable[[Observed, dict[str, Tensor]], str]
+    write: Callable[[ChannelMoments, dict[str, Tensor]], str]
 
 
 ValueReader = Callable[[list[Tensor]], None]  # of a node's values in all batches
@@ -137,9 +137,9 @@ def _advance(run: Execution, stop: int) -> Tensor:
     return run.step()[1]
 
 
-def _exactly(moments: Moments) -> Observed:
+def _exactly(moments: Moments) -> ChannelMoments:
     count = max(moments.count, 1)
-    return Observed(moments.mean, moments.m2 / count, moments.m2 / max(count - 1, 1))
+    return ChannelMoments(moments.mean, moments.m2 / count, moments.m2 / max(count - 1, 1))
 
 
 def _uncorrected(
@@ -162,7 +162,7 @@ def _train(
     program: Program, weights: dict[str, Tensor], batches: Iterable[list[Tensor]], readers: Readers,
     plan: list[Step], stops: list[int],
 ) -> Iterator[str]:  # fmt: skip
-    seen: dict[tuple[int, int], list[Observed]] = {}
+    seen: dict[tuple[int, int], list[ChannelMoments]] = {}
     for batch in batches:
         own = dict(weights)
         run = Execution(program.graph, own, batch, plan)
@@ -170,11 +170,13 @@ def _train(
             value = _advance(run, stop)
             for index, reader in enumerate(readers[plan[stop].node]):
                 count, mean, m2 = batch_moments(value, reader.channel)
-                seen.setdefault((stop, index), []).append(Observed(mean, m2 / count, m2 / max(count - 1, 1)))
-                reader.write(Observed(mean, m2 / count, m2 / count), own)
+                seen.setdefault((stop, index), []).append(ChannelMoments(mean, m2 / count, m2 / max(count - 1, 1)))
+                reader.write(ChannelMoments(mean, m2 / count, m2 / count), own)
     for (stop, index), found in seen.items():
         mean, variance = (torch.stack(x).mean(0) for x in ([o.mean for o in found], [o.unbiased for o in found]))
-        yield from filter(None, [readers[plan[stop].node][index].write(Observed(mean, variance, variance), weights)])
+        yield from filter(
+            None, [readers[plan[stop].node][index].write(ChannelMoments(mean, variance, variance), weights)]
+        )
 
 
 @torch.no_grad()
