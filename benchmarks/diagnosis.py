@@ -114,7 +114,7 @@ class Subject:
                     **self._on(statistics[matched], statistics[calibrated], subset),
                 }
 
-    def _on(self, matched: Any, calibrated: Any, subset: vfx.Selection) -> dict[str, Any]:
+    def _on(self, matched: Any, calibrated: Any, subset: vfx.SampleSelection) -> dict[str, Any]:
         """Match on one subset; goals and calibration on another."""
         method = "reset" if self.pair.batch_norm else "repair"
         aligned = vfx.Align("activation", statistics=matched)(self.program)

@@ -16,7 +16,7 @@ from benchmarks.bad_inputs import CASES, RESULTS, X, _net, refusal, table
 from vfx.arguments import LEAST, check_argument
 from vfx.errors import ArgumentError, VfxError
 
-MADE_BY_VFX = {"Result", "Selection", "Program", "Matching", "Problem"}  # dataclasses that users are handed
+MADE_BY_VFX = {"Result", "SampleSelection", "Program", "Matching", "Problem"}  # dataclasses that users are handed
 WITHOUT_ARGUMENTS = {"Pass", "Matcher", "Score", "Allocation", "Magnitude", "Random", "Transform", "LinearMatching"}
 CHECKED_FIELDS = {"Normalization", "PartialMatching", "Reference"}
 

@@ -119,7 +119,7 @@ _LAZY = {
     "diagnose": "vfx.diagnosis.diagnose",
     "barrier": "vfx.diagnosis.barrier",
     "evaluate": "vfx.diagnosis.evaluation",
-    **dict.fromkeys(["Selection", "select"], "vfx.diagnosis.select"),
+    **dict.fromkeys(["SampleSelection", "select"], "vfx.diagnosis.select"),
     "Program": "vfx.program",
     "Pass": "vfx.rewrite",
     "Matcher": "vfx.match.matcher",
