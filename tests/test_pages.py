@@ -87,6 +87,11 @@ def test_a_page_is_whole(name: str) -> None:
     assert page(RUNS[name]) == page(RUNS[name])
 
 
+def test_no_heading_stands_over_nothing_where_an_edge_is_taken() -> None:
+    assert "What was done" in page(_run())
+    assert "What was done" not in page(_run(passes=[]))
+
+
 def test_all_candidates_stand_in_the_page() -> None:
     text = _read(page(RUNS["merge"]))
     assert all(f"way {i} " in text for i in range(SHOWN + 3))
