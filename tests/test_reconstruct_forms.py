@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from vfx.passes.reconstruct import Reconstruct
 
 from vfx.api import trace
+from vfx.reconstruct.collect import Collected
 from vfx.reconstruct.forms import Form, form_of
 from vfx.reconstruct.references import Reference
 from vfx.reconstruct.sums import Sums, sums_of
@@ -114,6 +115,41 @@ def test_sums_of_a_call_are_those_of_its_written_rows(name: str) -> None:
         few = form.thinned(x, goals, 3, 0)
         assert few.count == 3
         assert torch.linalg.matrix_rank(few.gram).max() <= 3
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_small_batches_are_multiplied_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, x, y, _, _ = _call(name)
+    rows, goals = form.rows(x), form.goals(y)
+    assert form.entries == rows.shape[0] * rows.shape[2] ** 2
+    taken = []
+    products = form.products
+    monkeypatch.setattr(form, "products", lambda *pair: taken.append(pair[1].shape[form.along]) or products(*pair))
+    arranged = form.arranged(x, y)
+    for entries, together in ((10**9, 3), (sum(part.numel() for part in arranged) + 1, 2), (1, 1)):
+        monkeypatch.setattr(type(form), "entries", entries)
+        collected = Collected()
+        collected.add(form.sums(x, 2 * y))
+        taken.clear()
+        for scale in (1.0, -0.5, 3.0):
+            collected.wait(form, x, scale * y)
+        batches = [(rows, scale * goals) for scale in (2.0, 1.0, -0.5, 3.0)]
+        _close_sums(collected.sums(), _literal_sums(*(torch.cat(parts, 1) for parts in zip(*batches))))
+        single = arranged[1].shape[form.along]
+        assert taken == [min(together, 3 - start) * single for start in range(0, 3, together)]
+
+
+def test_batches_of_other_sizes_do_not_wait_for_each_other() -> None:
+    form = _call("conv2d")[0]
+    collected, parts = Collected(), []
+    for seed, size in enumerate([(3, 8, 6, 7), (2, 8, 6, 9), (2, 8, 6, 9), (3, 8, 6, 7)]):
+        x = drawn(*size, seed=seed)
+        rows = form.rows(x)
+        y = drawn(rows.shape[1], 5, seed=seed + 9).reshape(size[0], -1, 5).mT
+        y = y.reshape(size[0], 5, *form.window.outputs(size[2:]))  # type: ignore[attr-defined]
+        collected.wait(form, x, y)
+        parts.append((rows, form.goals(y)))
+    _close_sums(collected.sums(), _literal_sums(*(torch.cat(columns, 1) for columns in zip(*parts))))
 
 
 @pytest.mark.parametrize("name", ["conv2d", "grouped", "transposed 2d"])

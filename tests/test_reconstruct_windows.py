@@ -11,7 +11,7 @@ from conftest import close
 from literal import drawn
 from torch import Tensor
 
-from vfx.reconstruct.windows import Window, patches, shares_products, window_gram, window_sums
+from vfx.reconstruct.windows import Window, patches, shares_products, window_cross, window_gram, window_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -27,6 +27,8 @@ PLAIN = [  # stride 1, no further padding than the kernel reaches
     (Window((4, 1), (1, 1), (1, 1), ((3, 3), (0, 0))), (2, 4)),
     (Window((1, 3), (1, 1), (1, 2), ((0, 0), (1, 4))), (3, 6)),
     (Window((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0))), (3, 4)),
+    (Window((3, 2, 3), (1, 1, 1), (1, 2, 1), ((1, 1), (0, 2), (2, 0))), (3, 4, 2)),
+    (Window((2, 1, 3), (1, 1, 1), (1, 1, 2), ((1, 0), (0, 0), (4, 2))), (3, 4, 5)),
 ]
 OTHERS = [
     (Window((4,), (2,), (2,), ((3, 1),)), (9,)),
@@ -86,22 +88,27 @@ def test_gram_matrices_of_all_small_windows_of_one_axis() -> None:
                 _check_gram(window, (size,))
 
 
-def test_gram_matrices_of_many_small_windows_of_two_axes() -> None:
+@pytest.mark.parametrize("axes", [2, 3])
+def test_products_of_many_small_windows_of_several_axes(axes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(150):
-        kernel, step, sizes = (torch.randint(1, n, (2,), generator=generator).tolist() for n in (4, 4, 6))
+        kernel, step, sizes = (torch.randint(1, n, (axes,), generator=generator).tolist() for n in (4, 4, 6))
         reach = [d * (k - 1) for d, k in zip(step, kernel)]
-        pairs = [torch.randint(0, r + 1, (2,), generator=generator).tolist() for r in reach]
-        padding = tuple((before if k > 1 else 0, behind if k > 1 else 0) for (before, behind), k in zip(pairs, kernel))
-        window = Window(tuple(kernel), (1, 1), tuple(step), padding)
+        padding = tuple(tuple(torch.randint(0, r + 1, (2,), generator=generator).tolist()) for r in reach)
+        window = Window(tuple(kernel), (1,) * axes, tuple(step), padding)
         if min(window.outputs(sizes)) > 0:
             _check_gram(window, tuple(sizes))
 
 
 def _check_gram(window: Window, sizes: tuple[int, ...]) -> None:
-    x = drawn(2, 2, *sizes)
+    x, y = drawn(2, 2, *sizes), drawn(2, 3, *window.outputs(sizes), seed=1)
     rows = patches(window, x).flatten(0, -2)
     assert (window_gram(window, x) - rows.T @ rows).abs().max() < 1e-11
+    for overlap in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vfx.reconstruct.windows.OVERLAP", overlap)
+            cross = window_cross(window, x, y)
+        assert (cross - rows.T @ y.movedim(1, -1).flatten(0, -2)).abs().max() < 1e-11
 
 
 @pytest.mark.parametrize(
@@ -128,5 +135,6 @@ def test_products_are_shared_only_where_the_formula_holds() -> None:
     assert not shares_products(replace(plain, padding=((1, 3), (1, 1))), 8, (32, 32))
     assert not shares_products(replace(plain, padding=((1, -1), (1, 1))), 8, (32, 32))
     assert not shares_products(Window((1, 1), (1, 1), (1, 1), ((0, 0), (0, 0))), 8, (32, 32))
-    assert not shares_products(Window((3,) * 3, (1,) * 3, (1,) * 3, ((1, 1),) * 3), 8, (32,) * 3)
-    assert not shares_products(plain, 8, (2, 2)), "borders cost more than they save"
+    assert shares_products(Window((3,) * 3, (1,) * 3, (1,) * 3, ((1, 1),) * 3), 8, (8,) * 3)
+    assert shares_products(plain, 8, (2, 2))
+    assert not shares_products(Window((7, 7), (1, 1), (1, 1), ((0, 0), (0, 0))), 8, (8, 8)), "borders cost more"

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from vfx.operators import arguments, is_product, is_transposed, layer_arguments, operator_of
 from vfx.program import Value
 from vfx.reconstruct.sums import Sums, sums_of
-from vfx.reconstruct.windows import Window, patches, shares_products, window_gram, window_sums
+from vfx.reconstruct.windows import Window, patches, shares_products, window_cross, window_gram, window_sums
 
 WRITTEN = 1 << 24  # elements of rows that are written out at once
 
@@ -32,10 +31,17 @@ WRITTEN = 1 << 24  # elements of rows that are written out at once
 class Form(ABC):
     """A call's rows, goals and matrix: (groups, rows, K), (groups, rows, O) and (groups, K, O).
 
-    ``taps``: how many of K follow each other for one input, the positions of a kernel.
+    ``taps``: how many of K follow each other for one input, the positions of a kernel; ``along``: the axis on which
+    ``arranged`` batches are joined.
     """
 
     taps: int = 1
+    along: int = 1
+
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """Entries of all groups' Gram matrices."""
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor: ...
@@ -52,7 +58,15 @@ class Form(ABC):
 
     def sums(self, x: Tensor, y: Tensor) -> Sums:
         """The sums of one batch of inputs and wanted outputs."""
-        return sums_of(self.rows(x), self.goals(y))
+        return self.products(*self.arranged(x, y))
+
+    def arranged(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and wanted outputs as ``products`` takes them; batches of them may be joined."""
+        return self.rows(x), self.goals(y)
+
+    def products(self, inputs: Tensor, goals: Tensor) -> Sums:
+        """The sums of arranged inputs and goals."""
+        return sums_of(inputs, goals)
 
     def gram(self, x: Tensor) -> Tensor:
         """Σ rowsᵀ rows of one batch of inputs, (groups, K, K), in its own precision."""
@@ -93,6 +107,11 @@ class Contraction(Form):
             and len(self.shared + self.made + self.free) == len(self.y)
         )
 
+    @property
+    def entries(self) -> int:
+        groups, inputs = (math.prod(self.sizes[c] for c in letters) for letters in (self.shared, self.read))
+        return groups * inputs**2
+
     def rows(self, x: Tensor) -> Tensor:
         return self._arranged(x, self.x, self.shared, self.free, self.read)
 
@@ -120,6 +139,8 @@ class Contraction(Form):
 class Convolution(Form):
     """A convolution or transposed convolution of any rank."""
 
+    along = 0
+
     def __init__(self, node: fx.Node, shape: tuple[int, ...]):
         options, rank = arguments(node), len(shape) - 2
         self.shape, self.rank, self.groups = shape, rank, int(options.get("groups", 1))
@@ -136,6 +157,11 @@ class Convolution(Form):
             stride = (1,) * rank
         self.window = Window(kernel, stride, dilation, pairs)
         self.taps = self.window.size
+
+    @property
+    def entries(self) -> int:
+        inputs = self.shape[0] // self.groups if self.transposed else self.shape[1]
+        return self.groups * (inputs * self.taps) ** 2
 
     def rows(self, x: Tensor) -> Tensor:
         return self._written(self._stuffed(x))
@@ -165,12 +191,14 @@ class Convolution(Form):
         rows = (self._written(part) for part in x.split(self._samples_written(x)))
         return sum((part.mT @ part).double() for part in rows)  # type: ignore[return-value]
 
-    def sums(self, x: Tensor, y: Tensor) -> Sums:
-        x, y = self._stuffed(x), self._batched(y)
-        if self._shares_products(x):
-            return self._shared_sums(x, y)
-        size = self._samples_written(x)
-        plain = [sums_of(self._written(a), self.goals(b)) for a, b in zip(x.split(size), y.split(size))]
+    def arranged(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._stuffed(x), self._batched(y)
+
+    def products(self, inputs: Tensor, goals: Tensor) -> Sums:
+        if self._shares_products(inputs):
+            return self._shared_sums(inputs, goals)
+        size = self._samples_written(inputs)
+        plain = [sums_of(self._written(a), self.goals(b)) for a, b in zip(inputs.split(size), goals.split(size))]
         total = plain[0] if len(plain) == 1 else plain[0].double()
         for part in plain[1:]:
             total += part
@@ -189,14 +217,11 @@ class Convolution(Form):
         return written.reshape(-1, self.groups, written.shape[-1] // self.groups).transpose(0, 1)
 
     def _shared_sums(self, x: Tensor, y: Tensor) -> Sums:
-        """The same sums without written rows: Σ x yᵀ is the gradient of a convolution by its weight."""
-        shape = (y.shape[1], x.shape[1], *self.window.kernel)
-        reach, others = self.window.padded(x), [0, *range(2, y.ndim)]
-        conv = {1: conv1d_weight, 2: conv2d_weight}[self.rank]
-        cross = conv(reach, shape, y.contiguous(), dilation=self.window.dilation)
+        """The same sums without written rows."""
+        others = [0, *range(2, y.ndim)]
         return Sums(
             window_gram(self.window, x)[None],
-            cross.flatten(1).T[None],
+            window_cross(self.window, x, y)[None],
             window_sums(self.window, x)[None],
             y.sum(others, dtype=torch.float64)[None],
             torch.linalg.vector_norm(y, dim=others).double().square()[None],

@@ -5,11 +5,12 @@ solved for: what no input tells stays as it was. A mask leaves each output its o
 Cholesky factors of many small systems at once, or, where those would cost more, by conjugate gradients on all outputs
 together with the diagonal as preconditioner (ALPS, Meng et al., NeurIPS 2024, §3.3).
 
-A ridge that is not given is chosen on held-out rows, among a few decades, by walking downhill from the middle.
+A ridge that is not given is chosen on held-out rows, among a few decades, by walking downhill.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,20 @@ class RidgeProblem:
         return RidgeProblem(self.centre[:, :, outputs], bias, support)
 
 
+@dataclass(frozen=True)
+class Solution:
+    """The matrix (G, K, O), the bias (G, O) or None without one, and ‖X W + b − Y‖² that they leave."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    error: float
+
+
 class System:
     """The equations of a problem for the change of its matrix (and bias), whatever the ridge."""
 
     def __init__(self, problem: RidgeProblem, sums: Sums):
+        self.squares = sums.squares.sum()
         self.biased, self.support = problem.bias is not None, problem.support
         if problem.bias is None:
             self.gram, cross, start = sums.gram, sums.cross, problem.centre
@@ -61,46 +72,66 @@ class System:
         self.start = start if self.support is None else start * self.support
         self.missing = cross - self.gram @ self.start
         self.scale = self.gram.diagonal(dim1=1, dim2=2).mean(1)
+        self.before = float(self.squares - (self.start * (cross + self.missing)).sum())  # ‖X W₀ + b₀ − Y‖²
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """The matrix (G, K, O) and the bias (G, O), or None without one."""
+    def inverse(self, ridge: float) -> Callable[[Tensor], Tensor]:
+        """What solves (G + λI) Δ = R for Δ."""
         system = self.gram.clone()
         system.diagonal(dim1=1, dim2=2).add_(ridge * self.scale[:, None])
-        change = _solved(system, self.missing) if self.support is None else within(system, self.missing, self.support)
+        if self.support is None:
+            return _inverse(system)
+        support = self.support
+        return lambda right: within(system, right, support)
+
+    def solve(self, ridge: float) -> Solution:
+        """The least solution for a ridge."""
+        change = self.inverse(ridge)(self.missing)
+        # (G + λI) Δ = R wherever Δ is not zero, so ΔᵀGΔ − 2 ΔᵀR takes no product with G.
+        gained = (change * (self.missing + ridge * self.scale[:, None, None] * change)).sum()
         solution = self.start + change
-        return (solution[:, :-1], solution[:, -1]) if self.biased else (solution, None)
+        matrix, bias = (solution[:, :-1], solution[:, -1]) if self.biased else (solution, None)
+        return Solution(matrix, bias, self.before - float(gained))
 
 
-def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums) -> float:
-    """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``; some outputs, spread evenly, tell."""
+def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RIDGES[START]) -> float:
+    """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``; some outputs, spread evenly, tell.
+
+    The walk begins at ``start``, the way that the error falls there.
+    """
     asked, outputs = ASKED if problem.support is None else ASKED_WITHIN, problem.centre.shape[2]
     if outputs > asked:
         columns = torch.arange(asked, device=fit.gram.device) * outputs // asked
         problem, fit, held = problem.part(columns), fit.part(columns), held.part(columns)
-    system = System(problem, fit)
-    errors: dict[int, float] = {}
+    fitted, judged = System(problem, fit), System(problem, held)
 
-    def error(index: int) -> float:
-        if index not in errors:
-            errors[index] = float(held.error(*system.solve(RIDGES[index])))
-        return errors[index]
+    def judge(inverse: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, float]:
+        """A ridge's change Δ, the held rows' R − GΔ, and their error apart from what all ridges share."""
+        change = inverse(fitted.missing)
+        left = judged.missing - judged.gram @ change
+        return change, left, -float((change * (judged.missing + left)).sum())
 
-    best = START
-    for step in (-1, 1):
-        while 0 <= best + step < len(RIDGES) and error(best + step) < error(best):
-            best += step
-        if best != START:
+    best = RIDGES.index(start)
+    inverse = fitted.inverse(start)
+    change, left, least = judge(inverse)
+    # dΔ/d log λ = −λ (G + λI)⁻¹ Δ
+    falling = float((left * inverse(fitted.scale[:, None, None] * change)).sum()) < 0
+    step = 1 if falling else -1
+    while 0 <= best + step < len(RIDGES):
+        error = judge(fitted.inverse(RIDGES[best + step]))[2]
+        if not error < least:
             break
+        best, least = best + step, error
     return RIDGES[best]
 
 
-def _solved(system: Tensor, right: Tensor) -> Tensor:
-    """The least solution of symmetric positive systems that may be singular."""
+def _inverse(system: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives the least solution of symmetric positive systems that may be singular."""
     factor, failed = torch.linalg.cholesky_ex(system)
     pivots = factor.diagonal(dim1=1, dim2=2)
     if not failed.any() and bool((pivots.amin(1) > SINGULAR * pivots.amax(1)).all()):
-        return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(system, hermitian=True, rtol=1e-12) @ right
+        return lambda right: torch.cholesky_solve(right, factor)
+    inverse = torch.linalg.pinv(system, hermitian=True, rtol=1e-12)
+    return lambda right: inverse @ right
 
 
 def within(system: Tensor, right: Tensor, support: Tensor) -> Tensor:
@@ -131,7 +162,7 @@ def _small_systems(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
         small = small.masked_fill(~(inside[:, :, None] & inside[:, None, :]), 0.0)
         small.diagonal(dim1=1, dim2=2).add_(~inside * system.diagonal().mean())
         goals = right[:, columns].T.gather(1, chosen).masked_fill(~inside, 0.0)
-        found = _solved(small, goals[:, :, None])[:, :, 0]
+        found = _inverse(small)(goals[:, :, None])[:, :, 0]
         result[:, columns] = torch.zeros_like(right[:, columns]).T.scatter(1, chosen, found * inside).T
     return result
 

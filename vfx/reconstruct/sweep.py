@@ -11,6 +11,7 @@ it is, and the sums of all its calls are added up.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,11 @@ from torch import Tensor, fx
 
 from vfx.program import Execution, Program
 from vfx.progress import track
+from vfx.reconstruct.collect import Collected
 from vfx.reconstruct.logits import RIDGE as LOGITS
 from vfx.reconstruct.logits import LogitUnit
 from vfx.reconstruct.references import References
-from vfx.reconstruct.solve import System, chosen_ridge
+from vfx.reconstruct.solve import RIDGES, START, System, chosen_ridge
 from vfx.reconstruct.sums import Sums
 from vfx.reconstruct.units import Unit
 from vfx.statistics.data import Batches
@@ -77,6 +79,7 @@ class Sweep:
         self.plan = program.plan
         self.position = {step.node: index for index, step in enumerate(self.plan)}
         self._bundles: list[_Bundle] = []
+        self._ridge = RIDGES[START]  # the last unit's; the next one's is mostly near it
 
     @torch.no_grad()
     def run(
@@ -101,23 +104,19 @@ class Sweep:
 
     def _sums(self, unit: Unit, batches: Batches, spill: Spill, last: bool) -> tuple[Sums, Sums | None]:
         """The sums of all batches, those of the held-out samples apart."""
-        parts: dict[bool, Sums] = {}
+        parts: defaultdict[bool, Collected] = defaultdict(Collected)
         spill.next_stage()
         for bundle in list(self._bundles) or self._started(batches):
             self._fetched(bundle, spill)
-            for sums in self._of_batch(unit, bundle):
-                if bundle.held in parts:
-                    parts[bundle.held] += sums
-                else:
-                    parts[bundle.held] = sums.double()
+            self._collect(unit, bundle, parts[bundle.held])
             if not last:
                 self._kept(bundle, spill)
                 continue
             for run in (bundle.network, *bundle.references):
                 run.values.clear()
         if False not in parts:  # too few samples to hold any out
-            return parts[True], None
-        return parts[False], parts.get(True)
+            return parts[True].sums(), None
+        return parts[False].sums(), parts[True].sums() if True in parts else None
 
     def _turn(self, unit: LogitUnit, batches: Batches, spill: Spill) -> None:
         """Fit an attention call's queries to the reference's logits; the values that wait are turned alike."""
@@ -155,7 +154,7 @@ class Sweep:
             self._bundles.append(_Bundle(network, self.references.start(batch), held))
             yield self._bundles[-1]
 
-    def _of_batch(self, unit: Unit, bundle: _Bundle) -> Iterator[Sums]:
+    def _collect(self, unit: Unit, bundle: _Bundle, collected: Collected) -> None:
         self._advance(bundle.network, unit.uses[0].node)
         if len(unit.uses) > 1:
             bundle = bundle.ahead(_careful(self.plan), [_careful(plan) for plan in self.references.plans])
@@ -164,7 +163,7 @@ class Sweep:
             goal = self.references.goal(bundle.references, use.goal.name)
             if use.other is not None:
                 goal = goal - bundle.network.value(use.other)
-            yield unit.sums(index, bundle.network.value, goal, self.options.max_rows)
+            unit.collect(collected, index, bundle.network.value, goal, self.options.max_rows)
 
     def _advance(self, run: Execution, node: fx.Node) -> None:
         """Run up to a node, which is the next to run then."""
@@ -174,15 +173,16 @@ class Sweep:
     def _solve(self, unit: Unit, problem, fit: Sums, held: Sums | None) -> Solved:  # type: ignore[no-untyped-def]
         ridge = self.options.ridge
         if ridge is None:
-            ridge = 1e-3 if held is None else chosen_ridge(problem, fit, held)
+            if held is not None:
+                self._ridge = chosen_ridge(problem, fit, held, self._ridge)
+            ridge = self._ridge
         total = fit if held is None else fit + held
-        matrix, bias = System(problem, total).solve(ridge)
+        system = System(problem, total)
+        solution = system.solve(ridge)
         spread = float((total.squares - total.goals.square() / max(total.count, 1)).sum())
-        before = float(total.error(problem.centre, problem.bias))
-        after = float(total.error(matrix, bias))
         scale = max(spread, 1e-300)
-        self.weights.update(unit.write(self.weights, matrix, bias, total))
-        return Solved(unit.uses[0].node.name, ridge, before / scale, after / scale)
+        self.weights.update(unit.write(self.weights, solution.matrix, solution.bias, total))
+        return Solved(unit.uses[0].node.name, ridge, system.before / scale, max(solution.error, 0.0) / scale)
 
 
 def _careful(plan: list) -> list:  # type: ignore[type-arg]

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from vfx.analyse.layer_view import BatchNorm
 from vfx.program import Weights
+from vfx.reconstruct.collect import Collected
 from vfx.reconstruct.forms import Form
 from vfx.reconstruct.solve import RidgeProblem
 from vfx.reconstruct.sums import Sums
@@ -53,8 +54,8 @@ class Unit(ABC):
         """FQNs of what a solution changes."""
 
     @abstractmethod
-    def sums(self, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> Sums:
-        """The sums of one batch at one use."""
+    def collect(self, collected: Collected, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> None:
+        """Add one batch at one use."""
 
     @abstractmethod
     def read(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
@@ -90,9 +91,12 @@ class MatrixUnit(Unit):
         own = (self.weight, *([self.bias] if self.bias else []))
         return own if self.norm is None else (*own, *self.norm.names.values())
 
-    def sums(self, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> Sums:
+    def collect(self, collected: Collected, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> None:
         x, form = value(self.sources[use]), self.forms[use]
-        return form.sums(x, goal) if max_rows is None else form.thinned(x, goal, max_rows, use)
+        if max_rows is None:
+            collected.wait(form, x, goal)
+        else:
+            collected.add(form.thinned(x, goal, max_rows, use))
 
     def read(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         matrix = self.forms[0].matrix(weights[self.weight].double())
@@ -162,7 +166,10 @@ class DiagonalUnit(Unit):
     def parameters(self) -> tuple[str, ...]:
         return tuple(str(node.target) for node in (self.gain, self.shift) if node is not None)
 
-    def sums(self, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> Sums:
+    def collect(self, collected: Collected, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> None:
+        collected.add(self._sums(value, goal))
+
+    def _sums(self, value: Evaluate, goal: Tensor) -> Sums:
         base = self._run(value, 0.0)
         slope = None if self.gain is None else self._run(value, 1.0) - base
         wanted = (goal - base).double()

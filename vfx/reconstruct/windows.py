@@ -1,9 +1,10 @@
-"""What convolutions read: windows as rows of a matrix, and their Gram matrix without writing the rows out.
+"""What convolutions read: windows as rows of a matrix, and their products without writing the rows out.
 
 Two offsets i and j of a window meet in Σ_p x[p + i] x[p + j]ᵀ, which depends on j − i alone but at the borders. So the
 Gram matrix of all windows that touch the picture takes one product for each of the (2k−1)^r / 2 displacements instead
-of k^2r, and the windows that hang over the border further than the convolution's own are taken off again: strips of one
-row or column, which see a part of the kernel only. Along one axis alone the borders follow from offset to offset.
+of k^2r, and the windows that hang over the border further than the convolution's own are taken off again, one line of
+the picture with another: by inclusion and exclusion, for those that hang over along several axes. Along one axis alone
+the borders follow from offset to offset.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 NARROW, SHORT = 8, 4  # channels, and positions of an output, below which rows are written out
 SHARING = 1 / 3  # of the rows written out, above which sharing is not worth putting the products together
 CROPPING = 1.5  # times fewer rows from where cropping a picture is worth the copies that it takes
+OVERLAP = 0.9  # share of what a kernel reads that lies in the picture, up to which it is cropped for the goals
 Padding = tuple[tuple[int, int], ...]  # before and behind each spatial axis
 
 
@@ -86,34 +89,64 @@ def shares_products(window: Window, channels: int, sizes: Sequence[int]) -> bool
     regular = all(s == 1 for s in window.stride) and all(
         0 <= p <= r for pair, r in zip(window.padding, window.reach) for p in pair
     )
-    if not regular or window.size == 1 or channels < NARROW or len(window.kernel) > 2:
+    if not regular or window.size == 1 or channels < NARROW:
         return False
-    outputs = window.outputs(sizes)
+    outputs = math.prod(window.outputs(sizes))
     if _line(window) is not None:
-        return math.prod(outputs) >= SHORT
-    spread, cropped = _displaced_rows(window, sizes)
-    return min(spread, cropped) + _overhanging_rows(window, sizes) < SHARING * window.size**2 * math.prod(outputs)
+        return outputs >= SHORT
+    spread, products = _spread_rows(window, sizes), 0
+    for meetings in _meetings(window, sizes):
+        products += math.prod(meeting.rows for meeting in meetings)
+    return min(spread, products) < SHARING * window.size**2 * outputs
 
 
 def window_gram(window: Window, x: Tensor) -> Tensor:
-    """Σ rowsᵀ rows of ``patches``, (C · window, C · window), for stride 1 and one or two spatial axes."""
+    """Σ rowsᵀ rows of ``patches``, (C · window, C · window), for stride 1."""
     line = _line(window)
     if line is not None:
         return _line_gram(window, x, line)
-    channels, offsets = x.shape[1], window.offsets
-    number = {offset: index for index, offset in enumerate(offsets)}
-    gram = x.new_zeros(len(offsets), len(offsets), channels, channels)
-    for shift, product in _displaced(window, x):
-        for first, i in number.items():
-            j = number.get((first[0] + shift[0], first[1] + shift[1]))
-            if j is not None:
-                gram[i, j] = product
-                gram[j, i] = product.T
-    for chosen, rows in _overhanging(window, x):
-        strip = (rows.T @ rows).reshape(channels, len(chosen), channels, len(chosen)).permute(1, 3, 0, 2)
-        index = torch.tensor(chosen, device=x.device)
-        gram[index[:, None], index[None, :]] -= strip
-    return gram.permute(2, 0, 3, 1).reshape(channels * len(offsets), -1)
+    channels, size = x.shape[1], window.size
+    gram = x.new_zeros(size, size, channels, channels)
+    for meetings, product in _products(window, x):
+        sign, moved = math.prod(meeting.sign for meeting in meetings), any(meeting.shift for meeting in meetings)
+        for first, second in zip(*(_numbers(window, [m.pairs for m in meetings], side) for side in (0, 1))):
+            gram[first, second].add_(product, alpha=sign)
+            if moved:
+                gram[second, first].add_(product.T, alpha=sign)
+    return gram.permute(2, 0, 3, 1).reshape(channels * size, -1)
+
+
+def window_cross(window: Window, x: Tensor, y: Tensor) -> Tensor:
+    """Σ rowsᵀ y of ``patches`` and an output y (samples, O, positions…), (C · window, O), for stride 1.
+
+    It is the gradient of a convolution by its weight; what small pictures read is zeros for a good part, so there each
+    offset meets what it overlaps with.
+    """
+    sizes, outputs = x.shape[2:], y.shape[2:]
+    axes = [_overlaps(window, axis, size, out) for axis, (size, out) in enumerate(zip(sizes, outputs))]
+    read = math.prod(sum(here.stop - here.start for here, _ in overlaps) for overlaps in axes)
+    if read > OVERLAP * window.size * math.prod(outputs):
+        conv = (conv1d_weight, conv2d_weight, conv3d_weight)[len(sizes) - 1]
+        shape = (y.shape[1], x.shape[1], *window.kernel)
+        cross = conv(window.padded(x), shape, y.contiguous(), dilation=window.dilation)
+        return cross.flatten(1).T  # type: ignore[no-any-return]
+    x, y = x.movedim(1, -1).contiguous(), y.movedim(1, -1).contiguous()
+    products = []
+    for overlaps in itertools.product(*axes):
+        here = x[(slice(None), *(inside for inside, _ in overlaps))]
+        goal = y[(slice(None), *(position for _, position in overlaps))]
+        products.append(here.reshape(-1, x.shape[-1]).T @ goal.reshape(-1, y.shape[-1]))
+    return torch.stack(products, 1).flatten(0, 1)
+
+
+def _overlaps(window: Window, axis: int, size: int, outputs: int) -> list[tuple[slice, slice]]:
+    """For each offset along an axis the positions of the picture that it reads, and those of the output that read."""
+    result = []
+    for offset in range(0, window.reach[axis] + 1, window.dilation[axis]):
+        start = offset - window.padding[axis][0]  # output p reads p + start
+        first, last = max(0, -start), max(0, -start, min(outputs, size - start))
+        result.append((slice(first + start, last + start), slice(first, last)))
+    return result
 
 
 # windows along one axis -----------------------------------------------------------------------------------------------
@@ -153,105 +186,99 @@ def _ends(rows: Tensor, k: int, d: int) -> Tensor:
     return (parts.T @ parts).reshape(k - 1, rows.shape[2], k - 1, rows.shape[2]).transpose(1, 2)
 
 
-# windows along two axes -----------------------------------------------------------------------------------------------
+# windows along several axes -------------------------------------------------------------------------------------------
 
 
-def _displacements(window: Window) -> list[tuple[int, int]]:
-    """Half of all displacements between two offsets of a window; the others are their negatives."""
-    down, right = ([*range(0, reach + 1, step)] for reach, step in zip(window.reach, window.dilation))
-    left = [-columns for columns in right[:0:-1]]
-    return [(rows, columns) for rows in down for columns in (right if rows == 0 else left + right)]
+@dataclass(frozen=True)
+class _Meeting:
+    """Positions ``here`` and ``there`` of one axis that meet as windows' offsets ``pairs``, ``shift`` apart.
 
-
-def _displaced_rows(window: Window, sizes: Sequence[int]) -> tuple[int, int]:
-    """Rows of all products with zeros between the pictures, and of those of cropped pictures, per sample."""
-    spread = math.prod(size + reach for size, reach in zip(sizes, window.reach))
-    shifts = _displacements(window)
-    cropped = sum(max(0, sizes[0] - rows) * max(0, sizes[1] - abs(columns)) for rows, columns in shifts)
-    return len(shifts) * spread, cropped
-
-
-def _displaced(window: Window, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Σ_q x[q] x[q + shift]ᵀ over the whole picture, for half of all displacements.
-
-    In large pictures samples, rows and columns stand in one long axis, with as many zeros between them as a window
-    reaches, so that a displacement is one offset in it. Small pictures, which would be zeros for the most part, are
-    cropped to what overlaps with the displaced one.
+    ``sign`` is 1 for all positions of the picture, −1 for single ones, which overhanging windows see.
     """
-    spread, cropped = _displaced_rows(window, x.shape[2:])
-    if spread > CROPPING * cropped:
-        yield from _displaced_crops(window, x)
-        return
-    height, width = window.reach
-    flat = F.pad(x, (0, width, 0, height)).permute(0, 2, 3, 1).contiguous()
-    columns = flat.shape[2]
-    flat = flat.reshape(-1, x.shape[1])
-    for shift in _displacements(window):
-        offset = shift[0] * columns + shift[1]
-        yield shift, flat[: len(flat) - offset].T @ flat[offset:]
+
+    here: slice
+    there: slice
+    pairs: list[tuple[int, int]]
+    shift: int
+    sign: int
+
+    @property
+    def rows(self) -> int:
+        return self.here.stop - self.here.start
 
 
-def _displaced_crops(window: Window, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    height, width, channels = x.shape[2], x.shape[3], x.shape[1]
-    x = x.permute(0, 2, 3, 1).contiguous()
-    for rows, columns in _displacements(window):
-        if rows < height and abs(columns) < width:
-            here = x[:, : height - rows, max(0, -columns) : width - max(0, columns)]
-            there = x[:, rows:, max(0, columns) : width + min(0, columns)]
-            yield (rows, columns), here.reshape(-1, channels).T @ there.reshape(-1, channels)
-
-
-def _overhanging_rows(window: Window, sizes: Sequence[int]) -> int:
-    """What the strips cost, in rows of one product of all channels with themselves, per sample."""
-    total = 0
-    for axis, other in ((0, 1), (1, 0)):
-        along = sizes[1] + window.reach[1] if axis == 0 else window.outputs(sizes)[0]
-        total += along * sum((len(seen) * window.kernel[other]) ** 2 for _, seen in _hanging_over(window, sizes, axis))
-    return total
-
-
-def _hanging_over(window: Window, sizes: Sequence[int], axis: int) -> Iterator[tuple[int, list[int]]]:
-    """Positions along an axis whose windows touch the picture but are none of the convolution's; offsets that they see.
-
-    In coordinates where window p reads x[p + offset], p runs from −reach to size − 1; the convolution's own from
-    −padding to size − 1 + padding − reach.
-    """
-    size, reach, (before, behind) = sizes[axis], window.reach[axis], window.padding[axis]
+def _axis_meetings(window: Window, sizes: Sequence[int], axis: int) -> list[_Meeting]:
+    """How offsets of a window meet along an axis, in coordinates where window p reads x[p + offset]."""
+    size, reach, step = sizes[axis], window.reach[axis], window.dilation[axis]
+    before, behind = window.padding[axis]
+    offsets = range(0, reach + 1, step)
+    apart: dict[int, list[tuple[int, int]]] = {}
+    for first, second in itertools.product(offsets, repeat=2):
+        if abs(second - first) < size:
+            apart.setdefault(second - first, []).append((first, second))
+    meetings = [
+        _Meeting(slice(max(0, -s), size - max(0, s)), slice(max(0, s), size + min(0, s)), pairs, s, 1)
+        for s, pairs in apart.items()
+    ]
+    lines: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for p in range(-reach, size):
-        if not -before <= p <= size - 1 + behind - reach:
-            seen = [o for o in range(0, reach + 1, window.dilation[axis]) if 0 <= p + o < size]
-            if seen:
-                yield p, seen
+        if not -before <= p <= size - 1 + behind - reach:  # none of the convolution's own windows
+            seen = [o for o in offsets if 0 <= p + o < size]
+            for first, second in itertools.product(seen, repeat=2):
+                lines.setdefault((p + first, p + second), []).append((first, second))
+    for (u, v), pairs in lines.items():
+        meetings.append(_Meeting(slice(u, u + 1), slice(v, v + 1), pairs, v - u, -1))
+    return meetings
 
 
-def _overhanging(window: Window, x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-    """Windows that touch the picture, but are none of the convolution's: rows of those offsets that they see.
+def _meetings(window: Window, sizes: Sequence[int]) -> Iterator[tuple[_Meeting, ...]]:
+    """One meeting for each axis; of two that mirror each other the one whose first shift is positive."""
+    axes = [_axis_meetings(window, sizes, axis) for axis in range(len(sizes))]
+    for meetings in itertools.product(*axes):
+        if next((meeting.shift for meeting in meetings if meeting.shift), 0) >= 0:
+            yield meetings
 
-    Strips above and below take all columns, those left and right the rows between.
+
+def _numbers(window: Window, pairs: Sequence[Sequence[tuple[int, int]]], side: int) -> list[int]:
+    """The numbers of offsets in a window, for all combinations of the axes' ``pairs``."""
+    result = []
+    for combination in itertools.product(*pairs):
+        number = 0
+        for pair, kernel, step in zip(combination, window.kernel, window.dilation):
+            number = number * kernel + pair[side] // step
+        result.append(number)
+    return result
+
+
+def _spread_rows(window: Window, sizes: Sequence[int]) -> int:
+    """Rows of all products of displaced pictures with zeros between them, per sample."""
+    displacements = (math.prod(2 * k - 1 for k in window.kernel) + 1) // 2
+    return displacements * math.prod(size + reach for size, reach in zip(sizes, window.reach))
+
+
+def _products(window: Window, x: Tensor) -> Iterator[tuple[tuple[_Meeting, ...], Tensor]]:
+    """Σ x[here] x[there]ᵀ for all meetings.
+
+    In large pictures samples and positions stand in one long axis, with as many zeros between them as a window
+    reaches, so that a displacement of the whole picture is one offset in it. Small pictures, which would be zeros for
+    the most part, are cropped to what overlaps with the displaced one.
     """
-    reach = window.reach
-    for p, seen in _hanging_over(window, x.shape[2:], 0):
-        picture = F.pad(x[:, :, [p + o for o in seen]], (reach[1], reach[1]))
-        yield _strip(window, picture, seen, None)
-    for p, seen in _hanging_over(window, x.shape[2:], 1):
-        picture = F.pad(x[..., [p + o for o in seen]], (0, 0, window.padding[0][0], window.padding[0][1]))
-        yield _strip(window, picture, None, seen)
-
-
-def _strip(
-    window: Window, picture: Tensor, rows: list[int] | None, columns: list[int] | None
-) -> tuple[list[int], Tensor]:
-    """The windows of one strip: the offsets that they see, by number, and (windows, C · offsets)."""
-    along = 3 if rows is not None else 2
-    reach, step = window.reach[along - 2], window.dilation[along - 2]
-    steps = list(range(0, reach + 1, step))
-    parts = picture.unfold(along, reach + 1, 1)[..., ::step]
-    if rows is not None:  # (samples, C, seen rows, positions, columns)
-        chosen = [(r, c) for r in rows for c in steps]
-        parts = parts.permute(0, 3, 1, 2, 4)
-    else:  # (samples, C, positions, seen columns, rows)
-        assert columns is not None
-        chosen = [(r, c) for r in steps for c in columns]
-        parts = parts.permute(0, 2, 1, 4, 3)
-    number = {offset: index for index, offset in enumerate(window.offsets)}
-    return [number[offset] for offset in chosen], parts.reshape(-1, picture.shape[1] * len(chosen))
+    sizes, channels = x.shape[2:], x.shape[1]
+    every = list(_meetings(window, sizes))
+    whole = [m for m in every if all(meeting.sign == 1 for meeting in m)]
+    cropped = sum(math.prod(meeting.rows for meeting in m) for m in whole)
+    last = x.movedim(1, -1).contiguous()
+    if _spread_rows(window, sizes) <= CROPPING * cropped:
+        padding = [p for reach in reversed(window.reach) for p in (0, reach)]
+        flat = F.pad(last, [0, 0, *padding])
+        strides = [math.prod(flat.shape[axis + 1 : -1]) for axis in range(1, flat.ndim - 1)]
+        flat = flat.reshape(-1, channels)
+        for meetings in whole:
+            offset = sum(meeting.shift * stride for meeting, stride in zip(meetings, strides))
+            yield meetings, flat[: len(flat) - offset].T @ flat[offset:]
+        del flat
+        every = [m for m in every if any(meeting.sign < 0 for meeting in m)]
+    for meetings in every:
+        here = last[(slice(None), *(meeting.here for meeting in meetings))]
+        there = last[(slice(None), *(meeting.there for meeting in meetings))]
+        yield meetings, here.reshape(-1, channels).T @ there.reshape(-1, channels)
