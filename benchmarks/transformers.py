@@ -31,7 +31,8 @@ from benchmarks.options import Cache, DataFolder, Fresh, Output, Render
 from benchmarks.transformers_report import draw, markdown
 from vfx.api import merge, trace
 from vfx.data import digits, text
-from vfx.diagnosis.barrier import Curve, Evaluator
+from vfx.diagnosis.barrier import Evaluator
+from vfx.diagnosis.curve import Curve
 from vfx.files import write_atomic
 from vfx.match.matcher import Known
 from vfx.models import ViT, fit, gpt_tiny

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vfx
 from tests.conftest import edges
-from vfx.diagnosis.barrier import Curve
+from vfx.diagnosis.curve import Curve
 from vfx.errors import ArgumentError, DataError
 
 X = torch.randn(48, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -27,11 +27,8 @@ INNER_IMPORTS = {
     "vfx/diagnosis/barrier.py": 1,
     "vfx/diagnosis/comparison.py": 1,
     "vfx/diagnosis/diagnosis.py": 2,
-    "vfx/diagnosis/page.py": 1,
     "vfx/emit/files.py": 2,
-    "vfx/emit/pretrained.py": 1,
-    "vfx/models/named.py": 1,
-}  # imports of vfx inside functions; those of the command line keep its help fast and are not counted
+}  # imports of vfx inside functions, of what reads an optional package; the command line's keep its help fast
 
 
 @cache

@@ -20,7 +20,8 @@ from vfx.api.sharing import SharedStatistics
 from vfx.api.tracing import program_of
 from vfx.arguments import check_names, checked
 from vfx.diagnosis.cells import Cells
-from vfx.diagnosis.comparison import Comparison, Point
+from vfx.diagnosis.comparison import Comparison
+from vfx.diagnosis.point import Point
 from vfx.errors import ArchitectureError, ArgumentError, DataError, PassError, VerificationError
 from vfx.program import Program
 from vfx.progress import stage, track

@@ -20,8 +20,8 @@ from vfx import __version__
 from vfx.analyse.cost import Profile, cost
 from vfx.api.results import Result
 from vfx.diagnosis.cells import identity
-from vfx.diagnosis.comparison import Point
 from vfx.diagnosis.decisions import check_labels, class_scores, ensemble, log_probabilities
+from vfx.diagnosis.point import Point
 from vfx.duplication import edge_alone
 from vfx.errors import ArgumentError
 from vfx.program import Program

@@ -1,7 +1,6 @@
 """``vfx.barrier``: loss and accuracy along the line between two edges, before and after alignment and normalization.
 
-The barrier of a curve m is max_α [(1 − α) m(f_0) + α m(f_1) − m(f_α)] for accuracy, and the same with the sign turned
-for loss (Frankle et al. 2020; 11 points). Statistics are collected once and the permutations found once; every α and
+11 points, as in Frankle et al. 2020. Statistics are collected once and the permutations found once; every α and
 every normalization uses them. Without labels the target is the edges' ensemble: accuracy is the agreement with its
 class, loss the cross-entropy against its softmax. Matchers that find linear maps look again at every α.
 """
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from vfx.analyse.layer_view import batch_norms
 from vfx.api import collect, merge, symmetry, trace
 from vfx.arguments import checked
+from vfx.diagnosis.curve import Curve
 from vfx.diagnosis.observe import class_axis, first_output
-from vfx.diagnosis.rows import finite
 from vfx.errors import ArgumentError, DataError
-from vfx.files import write_atomic
+from vfx.files import written
 from vfx.match.catalogue import matcher, name_of
 from vfx.match.matcher import Known, Matcher, Problem
 from vfx.program import Program
@@ -38,48 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GOALS = ("repair", "rescale")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Accuracy (share, 0 to 1) and loss (nats) of the merged network at each α, which weighs the second edge."""
-
-    match: str | None
-    normalize: str | None
-    alphas: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    loss: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        matched = "direct" if self.match is None else f"{self.match} matching"
-        return matched if self.normalize is None else f"{matched}, {self.normalize}"
-
-    @property
-    def accuracy_barrier(self) -> float:
-        """max_α [(1 − α) m(f_0) + α m(f_1) − m(f_α)], at least 0 (at the ends)."""
-        return _barrier(self.alphas, self.accuracy, 1.0)
-
-    @property
-    def loss_barrier(self) -> float:
-        """max_α [m(f_α) − (1 − α) m(f_0) − α m(f_1)], at least 0; infinite if a loss is."""
-        return _barrier(self.alphas, self.loss, -1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "match": self.match,
-            "normalize": self.normalize,
-            "alphas": list(self.alphas),
-            "accuracy": [finite(x) for x in self.accuracy],
-            "loss": [finite(x) for x in self.loss],
-            "accuracy_barrier": finite(self.accuracy_barrier),
-            "loss_barrier": finite(self.loss_barrier),
-        }
-
-
-def _barrier(alphas: Sequence[float], values: Sequence[float], sign: float) -> float:
-    gaps = (sign * ((1 - a) * values[0] + a * values[-1] - m) for a, m in zip(alphas, values))
-    return max(0.0, *gaps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +61,13 @@ class Barrier:
         return {"target": self.target, "samples": self.samples, "curves": [one.to_dict() for one in self.curves]}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        if path is not None:
-            write_atomic(path, text)
-        return text
+        return written(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", path)
 
     def figure(self) -> Figure:
         """Accuracy and loss against α, as in the papers' Figure 1."""
         from vfx.diagnosis.figures import barrier_figure
 
-        return barrier_figure(self)
+        return barrier_figure(self.curves, self.target)
 
     def table(self) -> Table:
         table = Table(title=f"barriers on {self.samples} samples against {_TARGETS[self.target]}")

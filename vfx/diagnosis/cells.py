@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vfx.diagnosis.comparison import Point
+from vfx.diagnosis.point import Point
 from vfx.errors import ArgumentError
 from vfx.files import check_writable, write_atomic
 

@@ -6,39 +6,18 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vfx.files import write_atomic
+from vfx.diagnosis.point import Point
+from vfx.files import written
 from vfx.terminal import rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Point:
-    """One network: its ``options``, ``accuracy`` (a share), and costs as multiples of one edge (or the dense network).
-
-    ``latency`` is the median time of one batch, ``seconds`` the time it took to make the network, ``loss``
-    the cross-entropy against labels; ``each`` the accuracy of every edge's head, where a network has several or each
-    edge its own labels; ``error`` says why there is no network.
-    """
-
-    name: str
-    options: Mapping[str, Any]
-    accuracy: float | None
-    params: float
-    flops: float
-    latency: float | None = None
-    outcome: str = ""
-    error: str = ""
-    seconds: float | None = None
-    loss: float | None = None
-    each: Sequence[float] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +73,7 @@ class Comparison:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The points as JSON; also written to ``path`` if given. Raises OSError."""
-        text = json.dumps(self.to_dict(), indent=1, default=str) + "\n"
-        if path is not None:
-            write_atomic(path, text)
-        return text
+        return written(json.dumps(self.to_dict(), indent=1, default=str) + "\n", path)
 
     def to_csv(self) -> str:
         """A line for each network; its options as JSON, a cell empty where nothing was measured."""
@@ -119,7 +95,8 @@ class Comparison:
         """Accuracy against parameters, with the frontier and the networks that all were made from."""
         from vfx.diagnosis.figures import comparison_figure
 
-        return comparison_figure(self)
+        given = self.points[: self.references]
+        return comparison_figure(given, self.made, self.frontier(), self.measure)
 
     @property
     def measure(self) -> str:

@@ -15,7 +15,8 @@ from vfx.api.merge_report import MergeReport
 from vfx.arguments import checked
 from vfx.capture.signature import as_call
 from vfx.diagnosis.compare import compare
-from vfx.diagnosis.diagnosis import Diagnosis, Logits
+from vfx.diagnosis.diagnosis import Diagnosis
+from vfx.diagnosis.logits import Logits
 from vfx.diagnosis.rows import LayerRow, overall
 from vfx.diagnosis.verdict import judge
 from vfx.elements import exact_part

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from vfx.diagnosis.rows import LayerRow, finite, overall
+from vfx.diagnosis.logits import Logits
+from vfx.diagnosis.page import page
+from vfx.diagnosis.rows import LayerRow, shown
 from vfx.diagnosis.verdict import Verdict
 from vfx.files import written
-from vfx.statistics.moments import Moments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,30 +31,6 @@ _SHOWN = {
     "silenced": "silenced",
     "magnitude_ratio": "|θ| ratio",
 }
-
-
-@dataclass(frozen=True)
-class Logits:
-    """Mean and standard deviation of a network's outputs over the data: by class, and over all of them."""
-
-    means: tuple[float, ...] = ()
-    stds: tuple[float, ...] = ()
-    mean: float | None = None
-    std: float | None = None
-
-    @classmethod
-    def of(cls, moments: Moments | None) -> Logits:
-        if moments is None:
-            return cls()
-        return cls(tuple(moments.mean.tolist()), tuple(moments.std.tolist()), *overall(moments))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "means": [finite(x) for x in self.means],
-            "stds": [finite(x) for x in self.stds],
-            "mean": finite(self.mean),
-            "std": finite(self.std),
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +86,15 @@ class Diagnosis:
         """Matplotlib figures by name, after the papers' figures."""
         from vfx.diagnosis.figures import figures
 
-        return figures(self)
+        return figures(self.rows, self.logits, self.edge_logits)
 
     def to_html(self, path: str | os.PathLike[str] | None = None, title: str = "Diagnosis of a merged network") -> str:
         """One page with verdict, figures and table that needs no other file and no network."""
-        from vfx.diagnosis.page import page
+        from vfx.diagnosis.figures import svg
 
-        return written(page(self, title), path)
+        drawn = {name: svg(figure) for name, figure in self.figures().items()}
+        summary = f"{len(self.rows)} layers, {self.edges} edges, {self.samples} samples."
+        return written(page(title, self.verdict, summary, self.notes, drawn, self.rows), path)
 
     def table(self) -> Table:
         table = Table(title=f"{len(self.rows)} layers, {self.samples} samples, {self.edges} edges")
@@ -133,9 +112,3 @@ class Diagnosis:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get() + str(self.verdict) + "".join(f"\nnote: {note}" for note in self.notes)
-
-
-def shown(value: float | None) -> str:
-    """Three significant digits, or a dash."""
-    value = finite(value)
-    return "–" if value is None else f"{value:.3g}"

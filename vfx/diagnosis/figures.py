@@ -18,10 +18,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vfx.diagnosis.curve import Curve
+from vfx.diagnosis.logits import Logits
+from vfx.diagnosis.point import Point
 from vfx.diagnosis.rows import LayerRow, Number
 from vfx.diagnosis.verdict import COLLAPSED, EXPLODED, VANISHED
 from vfx.extras import needed_for
@@ -32,33 +34,25 @@ with needed_for("a figure"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-if TYPE_CHECKING:
-    from vfx.diagnosis.barrier import Barrier
-    from vfx.diagnosis.comparison import Comparison
-    from vfx.diagnosis.diagnosis import Diagnosis, Logits
-
 MERGED = "#c1272d"
 EDGES = ("#0b559f", "#6aaed6", "#2a7f62", "#8fc6ac", "#7a5195", "#bc8cbf")
 CURVES = ("#444444", "#0b559f", "#2a7f62", "#c1272d", "#7a5195", "#e08214", "#1b9e9e")
 WIDTH, HEIGHT = 5.2, 3.5
 
 
-def figures(diagnosis: Diagnosis) -> dict[str, Figure]:
-    """Every figure that the diagnosis has data for, by name."""
+def figures(rows: Sequence[LayerRow], logits: Logits, edge_logits: Sequence[Logits]) -> dict[str, Figure]:
+    """Every figure of a diagnosis that it has data for, by name."""
+    chain = [row for row in rows if not row.shortcut]
     drawn = {
-        "features": _features(diagnosis),
-        "bound": _bound(diagnosis),
-        "variance": _variance(diagnosis),
-        "activation": _activation(diagnosis),
-        "statistics": _statistics(diagnosis),
-        "magnitude": _magnitude(diagnosis),
-        "logits": _logits(diagnosis),
+        "features": _features(chain),
+        "bound": _bound(chain),
+        "variance": _variance(chain, len(edge_logits)),
+        "activation": _activation(chain),
+        "statistics": _statistics(chain),
+        "magnitude": _magnitude(chain),
+        "logits": _logits(logits, edge_logits),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _chain(diagnosis: Diagnosis) -> list[LayerRow]:
-    return [row for row in diagnosis.rows if not row.shortcut]
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -116,18 +110,16 @@ def _logarithmic(axis: Axes) -> None:
         axis.yaxis.set_minor_formatter("")
 
 
-def _features(diagnosis: Diagnosis) -> Figure:
+def _features(chain: Sequence[LayerRow]) -> Figure:
     figure, (left, right) = _panels(1, 2)
-    chain = _chain(diagnosis)
     _compare(left, chain, "feature", "edge_features", "feature  E‖g‖", log=True)
     _compare(right, chain, "offset", "edge_offsets", "offset  ‖h‖", log=True)
     left.legend(fontsize=8)
     return figure
 
 
-def _bound(diagnosis: Diagnosis) -> Figure:
+def _bound(chain: Sequence[LayerRow]) -> Figure:
     figure, (axis,) = _panels(1, 1)
-    chain = _chain(diagnosis)
     _layers_axis(axis, chain)
     _line(axis, chain, [row.feature_ratio for row in chain], "feature ratio", MERGED, linestyle="none")
     _line(axis, chain, [row.bound for row in chain], "bound ε", "#0b559f", marker="")
@@ -140,17 +132,16 @@ def _bound(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
-def _variance(diagnosis: Diagnosis) -> Figure:
+def _variance(chain: Sequence[LayerRow], edges: int) -> Figure:
     figure, (axis,) = _panels(1, 1)
-    chain = _chain(diagnosis)
     _layers_axis(axis, chain)
     _line(axis, chain, [row.variance_ratio for row in chain], "merged", MERGED)
     axis.axhline(1, color="0.4", linewidth=0.8)
     for bound in (COLLAPSED, EXPLODED):
         axis.axhline(bound, color="0.4", linewidth=0.8, linestyle=":")
     _logarithmic(axis)
-    edges = " + ".join(f"v{_subscript(edge)}" for edge in range(diagnosis.edges))
-    axis.set_ylabel(f"variance ratio  {diagnosis.edges} v / ({edges})" if diagnosis.edges <= 3 else "variance ratio")
+    average = " + ".join(f"v{_subscript(edge)}" for edge in range(edges))
+    axis.set_ylabel(f"variance ratio  {edges} v / ({average})" if edges <= 3 else "variance ratio")
     axis.set_title("dotted: half and twice the deviation", fontsize=9)
     return figure
 
@@ -159,9 +150,8 @@ def _subscript(number: int) -> str:
     return "₀₁₂₃₄₅₆₇₈₉"[number % 10]
 
 
-def _activation(diagnosis: Diagnosis) -> Figure | None:
+def _activation(chain: Sequence[LayerRow]) -> Figure | None:
     figure, (left, right) = _panels(1, 2)
-    chain = _chain(diagnosis)
     if not _compare(left, chain, "zero_share", "edge_zero_shares", "share of zero activations"):
         return None
     left.set_ylim(0, 1)
@@ -175,8 +165,7 @@ def _activation(diagnosis: Diagnosis) -> Figure | None:
     return figure
 
 
-def _statistics(diagnosis: Diagnosis) -> Figure:
-    chain = _chain(diagnosis)
+def _statistics(chain: Sequence[LayerRow]) -> Figure:
     behind = any(row.activation_mean is not None for row in chain)
     figure, axes = _panels(2 if behind else 1, 2)
     _compare(axes[0], chain, "output_mean", "edge_output_means", "output: mean")
@@ -188,9 +177,8 @@ def _statistics(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
-def _magnitude(diagnosis: Diagnosis) -> Figure | None:
+def _magnitude(chain: Sequence[LayerRow]) -> Figure | None:
     figure, (axis,) = _panels(1, 1)
-    chain = _chain(diagnosis)
     _layers_axis(axis, chain)
     if not _line(axis, chain, [row.magnitude_ratio for row in chain], "merged", MERGED):
         return None
@@ -200,10 +188,10 @@ def _magnitude(diagnosis: Diagnosis) -> Figure | None:
     return figure
 
 
-def _logits(diagnosis: Diagnosis) -> Figure | None:
+def _logits(merged: Logits, edges: Sequence[Logits]) -> Figure | None:
     networks: list[tuple[str, str, Logits]] = [
-        *((f"edge {i}", EDGES[i % len(EDGES)], one) for i, one in enumerate(diagnosis.edge_logits)),
-        ("merged", MERGED, diagnosis.logits),
+        *((f"edge {i}", EDGES[i % len(EDGES)], one) for i, one in enumerate(edges)),
+        ("merged", MERGED, merged),
     ]
     networks = [one for one in networks if one[2].means]
     if not networks:
@@ -235,19 +223,19 @@ def _logits_summary(axis: Axes, networks: Sequence[tuple[str, str, Logits]]) -> 
     axis.legend(fontsize=8)
 
 
-def barrier_figure(barrier: Barrier) -> Figure:
+def barrier_figure(curves: Sequence[Curve], target: str) -> Figure:
     """Accuracy (%) and loss against α for every curve; one colour a normalization, dashed before alignment."""
     figure, (left, right) = _panels(1, 2)
-    methods = list(dict.fromkeys(curve.normalize for curve in barrier))
-    for curve in barrier:
+    methods = list(dict.fromkeys(curve.normalize for curve in curves))
+    for curve in curves:
         color = CURVES[methods.index(curve.normalize) % len(CURVES)]
         style = {"linestyle": "--" if curve.match is None else "-", "marker": "o", "markersize": 3.5, "color": color}
         left.plot(curve.alphas, [100 * x for x in curve.accuracy], label=curve.name, **style)  # type: ignore[arg-type]
         right.plot(curve.alphas, curve.loss, **style)  # type: ignore[arg-type]
-    against = "accuracy (%)" if barrier.target == "labels" else "agreement with the ensemble (%)"
+    against = "accuracy (%)" if target == "labels" else "agreement with the ensemble (%)"
     left.set(xlabel="α (weight of the second edge)", ylabel=against, ylim=(0, 100))
     right.set(xlabel="α (weight of the second edge)", ylabel="loss (cross-entropy, nats)")
-    losses = [x for curve in barrier for x in curve.loss if math.isfinite(x)]
+    losses = [x for curve in curves for x in curve.loss if math.isfinite(x)]
     if losses and max(losses) > 20 * max(min(losses), 1e-3):
         right.set_yscale("log")
     for axis in (left, right):
@@ -256,32 +244,27 @@ def barrier_figure(barrier: Barrier) -> Figure:
     return figure
 
 
-def comparison_figure(comparison: Comparison, cost: str = "params") -> Figure:
-    """Accuracy (%) against a cost as multiples of one network; the frontier as a line, the given networks beside it."""
+def comparison_figure(given: Sequence[Point], made: Sequence[Point], front: Sequence[Point], measure: str) -> Figure:
+    """Accuracy (%) against parameters, with the frontier as a line and the given networks beside it."""
     figure, (axis,) = _panels(1, 1)
-    front = comparison.frontier(cost)
-    costs = [getattr(p, cost) for p in (*comparison.made, *comparison.points[: comparison.references])]
+    costs = [point.params for point in (*made, *given)]
     middle = (min(costs, default=0) + max(costs, default=0)) / 2
-    for point in comparison.made:
-        place, best = (getattr(point, cost), 100 * (point.accuracy or 0)), point in front
+    for point in made:
+        place, best = (point.params, 100 * (point.accuracy or 0)), point in front
         axis.plot(*place, "o", markersize=5 if best else 3.5, color=MERGED if best else "#999999")
         if best:  # names stay inside the axes, those of neighbours above and below the line
             right, above = place[0] > middle, front.index(point) % 2
             offset, side = (-6 if right else 6, 5 if above else -10), "right" if right else "left"
             axis.annotate(point.name, place, fontsize=7, xytext=offset, textcoords="offset points", ha=side)
     axis.margins(y=0.1)
-    axis.plot([getattr(p, cost) for p in front], [100 * (p.accuracy or 0) for p in front], color=MERGED, linewidth=1)
-    for number, point in enumerate(comparison.points[: comparison.references]):
-        axis.plot(
-            getattr(point, cost), 100 * (point.accuracy or 0), "s", color=EDGES[number % len(EDGES)], label=point.name
-        )
-    axis.set(xlabel=f"{_COSTS[cost]} (multiples of one network)", ylabel=f"{comparison.measure} (%)")
+    axis.plot([p.params for p in front], [100 * (p.accuracy or 0) for p in front], color=MERGED, linewidth=1)
+    for number, point in enumerate(given):
+        color = EDGES[number % len(EDGES)]
+        axis.plot(point.params, 100 * (point.accuracy or 0), "s", color=color, label=point.name)
+    axis.set(xlabel="parameters (multiples of one network)", ylabel=f"{measure} (%)")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, loc="best")
     return figure
-
-
-_COSTS = {"params": "parameters", "flops": "FLOPs", "latency": "time of a batch"}
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:

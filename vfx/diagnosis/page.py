@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from vfx.diagnosis.figures import svg
-from vfx.diagnosis.rows import LayerRow
-
-if TYPE_CHECKING:
-    from vfx.diagnosis.diagnosis import Diagnosis
+from vfx.diagnosis.rows import LayerRow, shown
+from vfx.diagnosis.verdict import Verdict
 
 _CAPTIONS = {
     "features": "What each layer hands on: the part that depends on the input, g(x) = f(x) − f(0), and the part that "
@@ -50,13 +46,20 @@ th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left } tr.preserved td { co
 """
 
 
-def page(diagnosis: Diagnosis, title: str) -> str:
-    """The page as text."""
-    return "\n".join(_parts(diagnosis, title)) + "\n"
+def page(
+    title: str,
+    verdict: Verdict,
+    summary: str,
+    notes: Sequence[str],
+    figures: Mapping[str, str],
+    rows: Sequence[LayerRow],
+) -> str:
+    """The page as text; ``figures`` are ``<svg>`` elements by name."""
+    parts = (*_head(title, verdict), *_text(summary, notes), *_figures(figures), *_table(rows), "</body>\n</html>\n")
+    return "\n".join(parts)
 
 
-def _parts(diagnosis: Diagnosis, title: str) -> Iterator[str]:
-    verdict = diagnosis.verdict
+def _head(title: str, verdict: Verdict) -> Iterator[str]:
     yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>"
@@ -65,15 +68,18 @@ def _parts(diagnosis: Diagnosis, title: str) -> Iterator[str]:
     if verdict.remedies:
         yield "<p>Try:</p><ul>" + "".join(f"<li>{escape(text)}</li>" for text in verdict.remedies) + "</ul>"
     yield "</div>"
-    yield f"<p>{len(diagnosis.rows)} layers, {diagnosis.edges} edges, {diagnosis.samples} samples.</p>"
-    for note in diagnosis.notes:
+
+
+def _text(summary: str, notes: Sequence[str]) -> Iterator[str]:
+    yield f"<p>{summary}</p>"
+    for note in notes:
         yield f"<p>Note: {escape(note)}</p>"
-    for name, figure in diagnosis.figures().items():
+
+
+def _figures(figures: Mapping[str, str]) -> Iterator[str]:
+    for name, drawn in figures.items():
         caption = f"<figcaption>{escape(_CAPTIONS[name])}</figcaption>"
-        yield f"<figure>{_own_ids(svg(figure), name)}{caption}</figure>"
-    yield "<h2>Layers</h2>"
-    yield from _table(diagnosis)
-    yield "</body>\n</html>"
+        yield f"<figure>{_own_ids(drawn, name)}{caption}</figure>"
 
 
 def _own_ids(text: str, name: str) -> str:
@@ -83,18 +89,17 @@ def _own_ids(text: str, name: str) -> str:
     return text
 
 
-def _table(diagnosis: Diagnosis) -> Iterator[str]:
+def _table(rows: Sequence[LayerRow]) -> Iterator[str]:
+    yield "<h2>Layers</h2>"
     head = "".join(f"<th>{escape(title)}</th>" for title in _COLUMNS.values())
     yield f'<div class="wide"><table>\n<tr>{head}</tr>'
-    for row in diagnosis.rows:
+    for row in rows:
         cells = "".join(f"<td>{escape(_cell(row, name))}</td>" for name in _COLUMNS)
         yield f'<tr class="{row.state}">{cells}</tr>'
     yield "</table></div>"
 
 
 def _cell(row: LayerRow, name: str) -> str:
-    from vfx.diagnosis.diagnosis import shown
-
     value = getattr(row, name)
     if name == "number":
         return f"({value})" if row.shortcut else str(value)

@@ -85,6 +85,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def shown(value: float | None) -> str:
+    """Three significant digits, or a dash."""
+    value = finite(value)
+    return "–" if value is None else f"{value:.3g}"
+
+
 def layer_rows(
     merged: Observer, edges: Sequence[Observer], pairs: Sequence[Mapping[Key, SilencedUnits]], preserved: set[str]
 ) -> tuple[LayerRow, ...]:

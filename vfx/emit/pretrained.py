@@ -30,6 +30,7 @@ from vfx.emit.provenance import provenance
 from vfx.emit.tensors import read_safetensors
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
 from vfx.files import check_writable, make_folder, write_atomic
+from vfx.models.named import build
 from vfx.program import Program
 from vfx.proof import error_to_size
 from vfx.pruning.masks import make_permanent
@@ -186,8 +187,6 @@ def _named(config: Mapping[str, Any], folder: Path) -> str:
 
 def _built(model: nn.Module | Callable[..., Any] | str) -> nn.Module:
     if isinstance(model, str):
-        from vfx.models.named import build
-
         return build(model)
     network = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
     if not isinstance(network, nn.Module):

@@ -16,6 +16,7 @@ from vfx.address import Address, address
 from vfx.errors import ArgumentError
 from vfx.extras import extra_of, missing
 from vfx.imports import is_code, load_object
+from vfx.models import MODELS
 
 
 class Family(NamedTuple):
@@ -143,8 +144,6 @@ def _hf_inputs(folder: str) -> list[str]:
 
 
 def _vfx(name: str, options: Mapping[str, Any]) -> nn.Module:
-    from vfx.models import MODELS
-
     if name not in MODELS:
         raise ArgumentError(f"vfx has no model {name!r}; it has {', '.join(MODELS)}")
     return MODELS[name](**options)
