@@ -16,9 +16,9 @@ from micro_models import conv, net
 from scipy.linalg import polar
 from test_matching import Attention
 from torch import Tensor, nn
+from vfx.passes.to_first_width import ToFirstWidth
 
 from vfx.analyse.classes import Maps
-from vfx.analyse.symmetry import Symmetry
 from vfx.api import merge, symmetry, trace
 from vfx.elements import act, permuted, random_permutations
 from vfx.errors import ArgumentError
@@ -29,7 +29,6 @@ from vfx.match.solve import procrustes
 from vfx.match.transport import OptimalTransport
 from vfx.match.weight import WeightMatching
 from vfx.program import Program, run
-from vfx.widths import to_first_width
 
 X = images(12, 8, dtype=torch.float64)
 V = torch.randn(64, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -182,10 +181,9 @@ def test_weight_matching_finds_the_best_semi_permutations(sizes: Any) -> None:
 @pytest.mark.parametrize("sizes", [((5, 3), (3, 4)), ((3, 4), (5, 3)), ((4, 2), (6, 5))])
 def test_activation_matching_finds_the_best_semi_permutations(sizes: Any) -> None:
     first, other = (network(lambda s=s: mlp(*s), V, k) for k, s in enumerate(sizes))
-    programs = [trace(model, V[:2]) for model in (first, other)]
-    facts = [symmetry(program) for program in programs]
-    matcher = ActivationMatching("permutation")
-    found = to_first_width(programs, facts, matcher, V, progress=False).matching.objective
+    program, narrow = (trace(model, V[:2]) for model in (first, other))
+    crossing = ToFirstWidth([narrow], ActivationMatching("permutation"), V, progress=False)
+    found = crossing.run(program).record.matching.objective
     features = []
     for model in (first, other):
         one = F.relu(model.a(V))  # type: ignore[operator]
@@ -240,11 +238,11 @@ def test_a_frame_holds_both_networks() -> None:
 
 
 @cache
-def _programs(name: str) -> tuple[list[Program], list[Symmetry], list[Tensor], Tensor]:
-    """The wide network and the narrow one, with their symmetries and outputs."""
+def _programs(name: str) -> tuple[list[Program], list[Tensor], Tensor]:
+    """The wide network and the narrow one, with their outputs."""
     narrow, wide, x = _pair(name)
     programs = [trace(model, x[:2]) for model in (wide, narrow)]
-    return programs, [symmetry(program) for program in programs], [wide(x).detach(), narrow(x).detach()], x
+    return programs, [wide(x).detach(), narrow(x).detach()], x
 
 
 def _distance(program: Program, expected: Tensor, x: Tensor, *shares: float) -> float:
@@ -257,9 +255,9 @@ def _distance(program: Program, expected: Tensor, x: Tensor, *shares: float) -> 
 
 @pytest.mark.parametrize("name", WIDENED)
 def test_a_narrow_network_keeps_its_function_in_a_wide_one(name: str) -> None:
-    programs, facts, outputs, x = _programs(name)
+    programs, outputs, x = _programs(name)
     for matcher in (WeightMatching(), ActivationMatching(), WeightMatching(classes="permutation")):
-        carried = to_first_width(programs, facts, matcher, x, progress=False).program
+        carried = ToFirstWidth(programs[1:], matcher, x, progress=False)(programs[0])
         assert _distance(carried, outputs[1], x, 0, 1) < 1e-10
         assert "keeps its function" in carried.notes[0]
         assert _distance(carried, outputs[0], x, 0, 1) > 1e-2, "negative control"
@@ -268,13 +266,14 @@ def test_a_narrow_network_keeps_its_function_in_a_wide_one(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in WIDENED if n not in SLOW])
 def test_a_widened_and_permuted_copy_comes_back(name: str) -> None:
     """A network embedded in a wide one, all of whose groups are permuted then."""
-    programs, facts, outputs, x = _programs(name)
-    embedded = to_first_width(programs, facts, WeightMatching(), progress=False).program.weights[1]
-    moved = act(facts[0], permuted(random_permutations(facts[0].groups, np.random.default_rng(0))), embedded)
+    programs, outputs, x = _programs(name)
+    embedded = ToFirstWidth(programs[1:], WeightMatching(), progress=False)(programs[0]).weights[1]
+    facts = symmetry(programs[0])
+    moved = act(facts, permuted(random_permutations(facts.groups, np.random.default_rng(0))), embedded)
     for matcher in (WeightMatching(), ActivationMatching()):
         for start, back in ((moved, True), (programs[0].weights[0], False)):
-            edges = [programs[1], programs[0].with_weights([start])]
-            carried = to_first_width(edges, facts[::-1], matcher, x, progress=False).program
+            wide = programs[0].with_weights([start])
+            carried = ToFirstWidth([wide], matcher, x, progress=False)(programs[1])
             errors = [_distance(carried, outputs[1], x, *shares) for shares in ((0, 1), (0.5, 0.5))]
             assert (max(errors) < 1e-8) if back else (min(errors) > 1e-2), "negative control: another network"
 
@@ -319,12 +318,12 @@ def test_permuting_an_edge_first_changes_nothing(method: str) -> None:
 @pytest.mark.parametrize("name", ["relu", "tanh", "rms norm", "rms norm without gain", "batch norm"])
 def test_goals_are_the_statistics_of_carried_layers(name: str) -> None:
     """Embedded exactly, a layer's outputs are those of the carried network itself."""
-    programs, facts, _, x = _programs(name)
-    carried = to_first_width(programs, facts, WeightMatching(), x, layers=True, progress=False)
-    assert carried.statistics is not None
+    programs, _, x = _programs(name)
+    carried = ToFirstWidth(programs[1:], WeightMatching(), x, layers=True, progress=False).run(programs[0])
+    assert carried.record.statistics is not None
     values = node_values(carried.program, x, 1)
-    assert len(carried.statistics.layers) > 2
-    for node, moments in carried.statistics.layers.items():
+    assert len(carried.record.statistics.layers) > 2
+    for node, moments in carried.record.statistics.layers.items():
         rows = values[node].detach().movedim(1 if "conv" in node else -1, 0).flatten(1)
         close(moments[1].mean, rows.mean(1), 1e-6)
         close(moments[1].std, rows.std(1, correction=0), 1e-6)

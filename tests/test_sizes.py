@@ -20,7 +20,6 @@ MANY_PARAMETERS = {
     "vfx/api/comparing.py: _cell": 10,
     "vfx/diagnosis/barrier.py: _matches": 10,
     "vfx/models/training.py: fit": 19,
-    "vfx/widths.py: to_first_width": 9,
 }  # functions that users do not call, with more than MOST parameters
 INNER_IMPORTS = {
     "vfx/demo.py": 1,

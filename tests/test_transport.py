@@ -15,6 +15,7 @@ from scipy.optimize import linprog
 from scipy.spatial.distance import cdist
 from test_matching import Attention, concatenated, depthwise, grouped, residual
 from torch import Tensor, nn
+from vfx.passes.to_first_width import ToFirstWidth
 
 from vfx.api import collect, merge, symmetry, trace
 from vfx.elements import Element, behind_exact
@@ -24,7 +25,6 @@ from vfx.match.carry import Crossing, Pairing
 from vfx.match.coupling import exact, sinkhorn
 from vfx.match.transport import OptimalTransport, distances
 from vfx.models import resnet20_bn
-from vfx.widths import to_first_width
 
 X = images(12, 8, dtype=torch.float64)
 PICTURES = images(6, 32, dtype=torch.float64)
@@ -271,10 +271,9 @@ def test_goals_are_the_statistics_of_carried_outputs() -> None:
     """Against T y on explicit outputs of the wide edge's layers."""
     models = [network(lambda: branched(1), X, seed=1), network(lambda: branched(2), X, seed=2)]
     programs = [trace(model, X[:2]) for model in models]
-    facts = [symmetry(program) for program in programs]
     method = OptimalTransport("sinkhorn", regularization=0.3)
-    carried = to_first_width(programs, facts, method, X, layers=True, progress=False)
-    assert carried.statistics is not None
+    carried = ToFirstWidth(programs[1:], method, X, layers=True, progress=False).run(programs[0])
+    assert carried.record.statistics is not None
     moments = {program: {} for program in range(2)}  # type: dict[int, dict[str, Tensor]]
     for edge, model in enumerate(models):
         s = F.relu(model.stem(X))  # type: ignore[operator]
@@ -286,9 +285,9 @@ def test_goals_are_the_statistics_of_carried_outputs() -> None:
     )
     assert product[0].shape[1] * 2 == product[1].shape[1]
     y = models[1].stem(X).movedim(1, -1).reshape(-1, 8) @ T  # type: ignore[operator]
-    node = next(name for name in carried.statistics.layers if "conv2d" in name)
-    close(carried.statistics.layers[node][1].mean, y.mean(0), 1e-6)
-    close(carried.statistics.layers[node][1].std, y.std(0, correction=0), 1e-6)
+    node = next(name for name in carried.record.statistics.layers if "conv2d" in name)
+    close(carried.record.statistics.layers[node][1].mean, y.mean(0), 1e-6)
+    close(carried.record.statistics.layers[node][1].std, y.std(0, correction=0), 1e-6)
 
 
 @pytest.mark.parametrize("build", [lambda k: resnet20_bn(width=0.25 * k), lambda k: Attention(12 * k)])

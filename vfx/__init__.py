@@ -69,6 +69,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.passes.rescale_weights import RescaleWeights as RescaleWeights
     from vfx.passes.reset_batchnorm import ResetBatchNorm as ResetBatchNorm
     from vfx.passes.restore_structure import RestoreStructure as RestoreStructure
+    from vfx.passes.to_first_width import ToFirstWidth as ToFirstWidth
     from vfx.passes.transform import Transform as Transform
     from vfx.passes.untie_weights import UntieWeights as UntieWeights
     from vfx.passes.use_batch_statistics import UseBatchStatistics as UseBatchStatistics
@@ -172,6 +173,7 @@ _LAZY = {
     "RescaleWeights": "vfx.passes.rescale_weights",
     "ResetBatchNorm": "vfx.passes.reset_batchnorm",
     "RestoreStructure": "vfx.passes.restore_structure",
+    "ToFirstWidth": "vfx.passes.to_first_width",
     "Transform": "vfx.passes.transform",
     "UntieWeights": "vfx.passes.untie_weights",
     "UseBatchStatistics": "vfx.passes.use_batch_statistics",

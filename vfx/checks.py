@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +29,14 @@ def check_edges(models: Sequence[nn.Module], shapes: bool = True) -> None:
         check_same_tensors(states[0], state, "edge 0", f"edge {edge}", shapes)
     for edge, (model, state) in enumerate(zip(models, states)):
         check_finite(state, f"edge {edge}", masks_of(model))
+
+
+def differ_in_width(models: Any) -> bool:
+    """Whether models have the same tensors but not the same shapes."""
+    if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
+        return False
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
+    return any(own.keys() == shapes[0].keys() and own != shapes[0] for own in shapes[1:])
 
 
 def check_same_tensors(

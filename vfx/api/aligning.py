@@ -22,13 +22,14 @@ from vfx.match.matcher import Alignment, Matcher, Matching
 from vfx.normalize.catalogue import Normalization
 from vfx.options import MergeOptions
 from vfx.passes.align import Align
+from vfx.passes.to_first_width import Crossed, ToFirstWidth
 from vfx.program import Program
 from vfx.reconstruct.references import Reference
 from vfx.report import Stopwatch
+from vfx.rewrite import PassResult
 from vfx.statistics.collect import READS, Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches
-from vfx.widths import Carried, to_first_width
 from vfx.wrappers import plain_models
 
 
@@ -87,30 +88,28 @@ def align(ready: Ready, options: MergeOptions, watch: Stopwatch) -> Aligned:
     alphas = ready.captured.alphas
     growth = _grown(aligned.record.matching, edges, start.facts, alphas, options)
     if carried is not None:
-        references = carried.references(alphas)
-        return Aligned(ready, start, edges, statistics, Alignment(carried.matching), references, growth, alike=False)
+        references, alignment = carried.record.references(alphas), Alignment(carried.record.matching)
+        return Aligned(ready, start, edges, statistics, alignment, references, growth, alike=False)
     references = references_of(edges, alphas, edges.transport, growth)
     alike = growth is None and edges.transport is None
     return Aligned(ready, start, edges, statistics, aligned.record, references, growth, alike)
 
 
-def _start(ready: Ready, options: MergeOptions, carried: Carried | None) -> Start:
+def _start(ready: Ready, options: MergeOptions, carried: PassResult[Crossed] | None) -> Start:
     """The edges to be aligned; those that were carried to one width are so already."""
     if carried is None:
-        return Start(ready.programs[0], ready.facts[0], ready.finder, options.statistics)
+        return Start(ready.programs[0], ready.facts, ready.finder, options.statistics)
     check_weights(carried.program)
-    return Start(carried.program, symmetry(carried.program), None, carried.statistics)
+    return Start(carried.program, symmetry(carried.program), None, carried.record.statistics)
 
 
-def _carried(ready: Ready, options: MergeOptions, watch: Stopwatch) -> Carried:
+def _carried(ready: Ready, options: MergeOptions, watch: Stopwatch) -> PassResult[Crossed]:
     """Edges of different widths in the shapes of the first."""
     assert isinstance(ready.finder, AcrossWidths)
     layers = "layers" in reads_for(ready.asked, None, ready.programs[0])
-    with watch("match"):
-        return to_first_width(
-            ready.programs, ready.facts, ready.finder, ready.captured.data, layers=layers, seed=options.seed,
-            **options.reading,
-        )  # fmt: skip
+    own: dict[str, Any] = {"layers": layers, "seed": options.seed, **options.reading}
+    carrying = ToFirstWidth(ready.programs[1:], ready.finder, ready.captured.data, **own)
+    return run_pass(ready.programs[0], carrying, watch)
 
 
 def _aligner(start: Start, statistics: Statistics | None, captured: Captured, options: MergeOptions) -> Align:

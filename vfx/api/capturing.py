@@ -13,7 +13,7 @@ from vfx.api.budgets import check_budget
 from vfx.api.normalizing import uncorrected
 from vfx.api.reconstructing import Solving
 from vfx.api.tracing import program_of
-from vfx.checks import check_edges, check_finite, check_same_masks
+from vfx.checks import check_edges, check_finite, check_same_masks, differ_in_width
 from vfx.errors import ArgumentError
 from vfx.match.carry import AcrossWidths
 from vfx.match.catalogue import matcher
@@ -21,7 +21,6 @@ from vfx.options import MergeOptions
 from vfx.program import Program
 from vfx.report import Stopwatch
 from vfx.statistics.labels import counted
-from vfx.widths import differ_in_width
 from vfx.wrappers import plain_models
 
 

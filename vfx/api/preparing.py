@@ -30,12 +30,12 @@ from vfx.rewrite import Pass
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """Edges that can be matched: their ``programs`` (as of ``Captured``) and symmetries, the matcher, and what was
-    asked for as normalization."""
+    """Edges that can be matched: their ``programs`` (as of ``Captured``), the symmetries of the first, the matcher, and
+    what was asked for as normalization."""
 
     captured: Captured
     programs: Sequence[Program]
-    facts: Sequence[Symmetry]
+    facts: Symmetry
     finder: Matcher | None
     asked: Normalization | None
 
@@ -55,7 +55,7 @@ def prepare(captured: Captured, options: MergeOptions, watch: Stopwatch) -> Read
     if options.device is not None:
         programs = [program.to(options.device) for program in programs]
     with watch("symmetry"):
-        facts = [symmetry(program) for program in programs]
+        facts = symmetry(programs[0])
     return Ready(captured, programs, facts, finder, asked)
 
 

@@ -63,10 +63,11 @@ class Frame:
         ``bases`` give for a tap of each edge the matrix that its features are seen through, or None.
         """
         found = {}
-        known = {_place(self.into[0].pairing, one): (one, other, moments) for one, other, moments in readings}
-        taps = [tap for tap in feature_taps(self.facts) if _own_place(tap) in known]
+        in_frame = {twin: group for group, twin in self.into[0].pairing.twin.items()}
+        known = {reading[0].place(in_frame): reading for reading in readings}
+        taps = [tap for tap in feature_taps(self.facts) if tap.place() in known]
         for tap in taps:
-            one, other, moments = known[_own_place(tap)]
+            one, other, moments = known[tap.place()]
             tables = []
             for carrier, own, base in zip(self.into, (one, other), bases):
                 table, seen = carrier.between(tap, own), base(own)
@@ -121,16 +122,6 @@ def _widest(pairing: Pairing) -> Symmetry:
             f"edge 0 is the wider one in some layers and {pairing.name} in others, and no network holds both: {error}; "
             "match='ot' does without"
         ) from error
-
-
-def _own_place(tap: Tap) -> tuple[object, ...]:
-    return tap.node, tap.dim, frozenset(tap.groups), tap.part
-
-
-def _place(pairing: Pairing, tap: Tap) -> tuple[object, ...]:
-    """Where a tap of an edge stands in the frame."""
-    back = {twin: group for group, twin in pairing.twin.items()}
-    return tap.node, tap.dim, frozenset(back[g] for g in tap.groups), tap.part
 
 
 def _seen(moments: CrossMoments, edge: int, tables: Sequence[Gain]) -> CrossMoments:

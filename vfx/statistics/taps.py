@@ -7,8 +7,9 @@ A residual stream feeds many layers and so has many taps. Queries and keys feed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -49,6 +50,11 @@ class Tap:
     @property
     def key(self) -> str:
         return f"{self.node}:{self.dim}:{','.join(map(str, self.groups))}:{self.part}"
+
+    def place(self, twin: Mapping[int, int] | None = None) -> tuple[Any, ...]:
+        """What a tap at the same place in another network has alike; ``twin`` gives its groups' numbers there."""
+        groups = self.groups if twin is None else [twin[group] for group in self.groups]
+        return self.node, self.dim, frozenset(groups), self.part
 
 
 def feature_taps(symmetry: Symmetry) -> list[Tap]:
