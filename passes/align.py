@@ -21,7 +21,6 @@ from vfx.analyse.pins import pin_notes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.arguments import checked
-from vfx.duplication import read_only_in
 from vfx.elements import Elements, OnAxis, Pending, act_on, behind_exact, exact_part
 from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
@@ -30,6 +29,7 @@ from vfx.match.matcher import Alignment, Matcher, Matching, Problem
 from vfx.program import Goal, Program
 from vfx.proof import PRESERVED
 from vfx.rewrite import Pass, PassResult
+from vfx.rewrite.copies import read_only_in
 from vfx.statistics.collect import Statistics, collect
 
 

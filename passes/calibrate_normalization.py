@@ -24,7 +24,7 @@ from vfx.analyse.layer_view import statistics_channels
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
-from vfx.normalization import reset_readers
+from vfx.normalize.batch_norms import reset_readers
 from vfx.program import Goal, Program
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches

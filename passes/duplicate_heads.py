@@ -13,20 +13,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from vfx.alphas import edge_weights
 from vfx.analyse.layers import Cut, number_layers
 from vfx.arguments import checked
-from vfx.duplication import call, own_values, own_weights, prefixes, product, weighted_sum
-from vfx.elements.parts import multiplied
 from vfx.errors import ArchitectureError, ArgumentError, PassError
 from vfx.operators import arguments, operator_of
 from vfx.options import HeadOutput
 from vfx.program import Program, Value, copy_node, readers_of
 from vfx.rewrite import Pass, PassResult
+from vfx.rewrite.copies import Duplicator, call, weighted_sum
+from vfx.rewrite.edges import own_values
 
 
 class DuplicateHeads(Pass[None]):
@@ -53,24 +52,9 @@ class DuplicateHeads(Pass[None]):
         cut = layers.heads(self.heads)
         if not cut.branch:
             return PassResult(program)
-        names = prefixes(program, "heads")
-        duplicator = _Duplicator(program, cut, edge_weights(self.weights, program.edges), names, self.output)
-        graph = duplicator.build()
-        weights, private = own_weights(program, graph, names)
-        weights = [duplicator.with_maps(own) for own in weights]
-        private |= dict.fromkeys(duplicator.matrices, "")
-        buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
         count = sum(program.node(layer.node) in cut.branch and not layer.shortcut for layer in layers)
-        return PassResult(
-            program.with_graph(
-                graph,
-                weights,
-                f"DuplicateHeads({count} layers, {self.output})",
-                private=program.private | frozenset(private),
-                buffers=buffers,
-                layers=program.layers or layers.layers,
-            )
-        )
+        heads = _Heads(program, cut, edge_weights(self.weights, program.edges), self.output)
+        return heads.result(f"DuplicateHeads({count} layers, {self.output})")
 
     def ensures(self, program: Program, result: PassResult[None]) -> None:
         """What is merged must have one shape in all edges."""
@@ -83,82 +67,43 @@ class DuplicateHeads(Pass[None]):
                 )
 
 
-class _Duplicator:
-    """Copies the graph with the heads repeated for each edge.
+class _Heads(Duplicator):
+    """The heads repeated for each edge; ``folded`` are maps of the channels that a head's first layer reads: W U."""
 
-    ``matrices`` collects maps of their own by FQN, ``folded`` those that go into a weight: its input axis is mixed.
-    """
+    root, single = "heads", "head"
 
-    def __init__(self, program: Program, cut: Cut, alphas: list[float], names: list[str], output: HeadOutput):
-        self.program, self.cut, self.alphas, self.names, self.output = program, cut, alphas, names, output
-        self.matrices: dict[str, Tensor] = {}
-        self.folded: dict[str, Tensor] = {}
-        self.graph = fx.Graph()
-        self.rest: dict[fx.Node, fx.Node] = {}
-        self.heads: list[dict[fx.Node, fx.Node]] = [{} for _ in alphas]
+    def __init__(self, program: Program, cut: Cut, alphas: Sequence[float], output: HeadOutput):
+        super().__init__(program, cut, alphas)
+        self.output = output
         self.products: dict[tuple[int, fx.Node], fx.Node] = {}
         self.channel = {layer.node: layer.channel for layer in number_layers(program)}
 
-    def build(self) -> fx.Graph:
+    def build(self) -> None:
         values = [own_values(self.program, edge, self.cut.branch) for edge in range(len(self.alphas))]
         for node in self.program.graph.nodes:
             if node.op == "output":
                 self.graph.output(self._outputs(node.args[0]))
             elif node in self.cut.branch:
                 for edge, own in enumerate(values):
-                    self._copy(node, edge).meta["val"] = own[node]
+                    self.copy(node, edge).meta["val"] = own[node]
             else:
                 self.rest[node] = copy_node(self.graph, node, self.rest)
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        return self.graph
-
-    def with_maps(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A weight set with the maps in front of the heads."""
-        result = dict(weights)
-        for name, matrix in self.folded.items():
-            size = matrix.shape[0]
-            result[name] = multiplied(weights[name], 1, np.arange(size)[:, None], matrix.T.numpy())
-        example = next(t for t in weights.values() if t.is_floating_point())
-        return result | {name: matrix.to(example) for name, matrix in self.matrices.items()}
 
     # heads ----------------------------------------------------------------------------------------------------------
 
-    def _copy(self, node: fx.Node, edge: int) -> fx.Node:
-        mapping = {a: self._argument(node, a, edge) for a in node.all_input_nodes}
-        new = copy_node(self.graph, node, mapping)
-        new.name = f"head{edge}_{node.name}"
-        self.heads[edge][node] = new
-        return new
-
-    def _argument(self, node: fx.Node, argument: fx.Node, edge: int) -> fx.Node:
-        own = self.heads[edge]
-        if argument in own:
-            return own[argument]
-        if argument.op == "get_attr":
-            own[argument] = self.graph.create_node(
-                "get_attr", f"{self.names[edge]}{argument.target}", name=f"head{edge}_{argument.name}"
-            )
-            tensor = self.program.weights[edge][str(argument.target)]
-            own[argument].meta = {**argument.meta, "val": Value(tuple(tensor.shape), tensor.dtype)}
-            return own[argument]
-        return self._crossing(node, argument, edge)
-
-    def _crossing(self, node: fx.Node, argument: fx.Node, edge: int) -> fx.Node:
+    def crossing(self, node: fx.Node, argument: fx.Node, edge: int) -> fx.Node:
         """A value of the rest as one node of a head reads it: in the edge's own channels."""
         maps = self._maps(argument, edge)
         if not maps:
             return self.rest[argument]
         weight = _input_weight(self.program.graph, node, argument, list(maps), self.channel)
         if weight is not None:
-            self.folded[self.names[edge] + weight] = next(iter(maps.values()))
+            self.folded[self.prefixes[edge] + weight] = (1, next(iter(maps.values())).T)
             return self.rest[argument]
         if (edge, argument) not in self.products:
             value = self.rest[argument]
             for dim, matrix in maps.items():
-                fqn = f"{self.names[edge]}joins.{argument.name}_{dim}"
-                self.matrices[fqn] = matrix
-                value = product(self.graph, value, argument.meta["val"], fqn, dim)
+                value = self.mapped(argument, value, edge, dim, matrix)
             self.products[edge, argument] = value
         return self.products[edge, argument]
 
@@ -174,16 +119,16 @@ class _Duplicator:
 
     def _outputs(self, structure: Any) -> Any:
         if self.output == "list":
-            return [fx.node.map_arg(structure, partial(self._of_edge, edge)) for edge in range(len(self.heads))]
+            return [fx.node.map_arg(structure, partial(self._of_edge, edge)) for edge in range(len(self.copies))]
         return fx.node.map_arg(structure, self._together)
 
     def _of_edge(self, edge: int, node: fx.Node) -> fx.Node:
-        return self.heads[edge][node] if node in self.cut.branch else self.rest[node]
+        return self.copies[edge][node] if node in self.cut.branch else self.rest[node]
 
     def _together(self, node: fx.Node) -> fx.Node:
         if node not in self.cut.branch:
             return self.rest[node]
-        copies = [own[node] for own in self.heads]
+        copies = [own[node] for own in self.copies]
         values = [copy.meta["val"] for copy in copies]
         if self.output == "cat":
             dim = self._channel_axis(node)

@@ -24,10 +24,10 @@ from vfx.analyse.gains import Gain, gains
 from vfx.analyse.shift import shift_readers
 from vfx.analyse.symmetry import symmetry
 from vfx.arguments import checked
-from vfx.normalization import add_bias
 from vfx.operators import arguments, layer_arguments, weight_name
 from vfx.program import Program, Value, copy_graph, readers_of
 from vfx.rewrite import Pass, PassResult
+from vfx.rewrite.biases import add_bias
 
 Sets = list[dict[str, Tensor]]
 

@@ -17,7 +17,6 @@ from vfx.analyse.affines import Affine, affines
 from vfx.analyse.layer_view import BatchNorm, batch_norms, not_alone, not_its_own
 from vfx.analyse.layers import channel_axis
 from vfx.arguments import checked
-from vfx.normalization import add_bias
 from vfx.operators import (
     arguments,
     is_layer,
@@ -27,6 +26,7 @@ from vfx.operators import (
 )
 from vfx.program import Program, Weights, copy_graph, readers_of
 from vfx.rewrite import Pass, PassResult
+from vfx.rewrite.biases import add_bias
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from vfx.analyse.layers import number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
-from vfx.normalization import Direction, removed_biases, without
+from vfx.normalize.biases import Direction, removed_biases, without
 from vfx.program import Program
 from vfx.rewrite import Pass, PassResult
 

@@ -13,7 +13,7 @@ from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import Choice, number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
-from vfx.normalization import reset_readers
+from vfx.normalize.batch_norms import reset_readers
 from vfx.program import Program
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches

@@ -25,7 +25,7 @@ from vfx.analyse.layer_view import layer_views
 from vfx.analyse.layers import Choice, Layer, number_layers
 from vfx.arguments import checked
 from vfx.errors import PassError
-from vfx.normalization import merged_norms
+from vfx.normalize.batch_norms import merged_norms
 from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
 from vfx.rewrite import Pass, PassResult

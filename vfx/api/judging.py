@@ -22,9 +22,9 @@ from vfx.api.results import Result
 from vfx.diagnosis.cells import identity
 from vfx.diagnosis.decisions import check_labels, class_scores, ensemble, log_probabilities
 from vfx.diagnosis.point import Point
-from vfx.duplication import edge_alone
 from vfx.errors import ArgumentError
 from vfx.program import Program
+from vfx.rewrite.edges import edge_alone
 from vfx.statistics.data import Batches
 from vfx.statistics.labels import PADDING
 

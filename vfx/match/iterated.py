@@ -33,7 +33,7 @@ from vfx.match.activation import ActivationMatching
 from vfx.match.ascent import Ascent
 from vfx.match.matcher import Matching, Problem
 from vfx.match.universe import mean_weights, to_first
-from vfx.normalization import reset_readers
+from vfx.normalize.batch_norms import reset_readers
 from vfx.program import Goal, Program
 from vfx.statistics.collect import collect
 from vfx.statistics.data import Batches

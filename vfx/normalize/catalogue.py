@@ -10,7 +10,7 @@ from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import Choice, Join
 from vfx.arguments import check_fields
 from vfx.errors import ArgumentError
-from vfx.normalization import Direction
+from vfx.normalize.biases import Direction
 from vfx.program import Program
 
 

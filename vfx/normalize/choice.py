@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vfx.judge import HeldOutScore, Judge
-from vfx.normalization import Direction, removed_biases, without
+from vfx.normalize.biases import Direction, removed_biases, without
 from vfx.program import Execution, Program, Step, Weights
 
 FEW = 256  # held-out samples on which "auto" finds the layers of bias removal, one candidate among others
