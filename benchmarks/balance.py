@@ -29,7 +29,7 @@ from vfx.passes.fold_normalization import FoldNormalization
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, Pair, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Render
 from benchmarks.pairs_report import grid
-from vfx.analyse.balance import Place, Scales
+from vfx.analyse.scales import Place, Scales
 from vfx.analyse.symmetry import symmetry
 from vfx.api import collect, merge, trace
 from vfx.elements.parts import rows_of

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vfx.analyse.balance import Scales, rewritten
+from vfx.analyse.balance import rewritten
 from vfx.analyse.classes import Maps
 from vfx.analyse.groups import Group, Side
+from vfx.analyse.scales import Scales
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
 from vfx.errors import listed

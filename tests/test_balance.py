@@ -17,9 +17,10 @@ from vfx.passes.balance_attention import BalanceAttention
 from vfx.passes.balance_scales import BalanceScales
 from vfx.passes.fold_normalization import FoldNormalization
 
-from vfx.analyse import balance as balancing
-from vfx.analyse.balance import Scales
+from vfx.analyse import scales as scaling
+from vfx.analyse.balance import balance
 from vfx.analyse.classes import Maps
+from vfx.analyse.scales import Scales
 from vfx.analyse.symmetry import symmetry
 from vfx.api import merge, trace
 from vfx.elements import Element, act
@@ -405,7 +406,7 @@ def test_a_head_without_a_product_stays_and_the_others_are_balanced(dead: str, p
 
 
 def test_merge_balances_its_edges() -> None:
-    """A copy in other scales merges with its original without loss; without balancing it does not."""
+    """A copy in other scales merges with its original without loss; without scaling it does not."""
     model = network(_mlp, VECTORS)
     twin = network(_mlp, VECTORS)
     with torch.no_grad():
@@ -436,10 +437,10 @@ def _deep(depth: int) -> nn.Module:
 def _steps_a_feature(depth: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """How often the scales of a feature change until all are balanced, and how far from it they are in the end."""
     program = trace(_deep(depth), torch.randn(2, 16, dtype=torch.float64))
-    facts, calls, step = symmetry(program), [0], balancing._step
+    facts, calls, step = symmetry(program), [0], scaling._step
     with monkeypatch.context() as patch:
-        patch.setattr(balancing, "_step", lambda *given: calls.__setitem__(0, calls[0] + 1) or step(*given))
-        found = act(facts, balancing.balance(facts, program.weights[0]), program.weights[0])
+        patch.setattr(scaling, "_step", lambda *given: calls.__setitem__(0, calls[0] + 1) or step(*given))
+        found = act(facts, balance(facts, program.weights[0]), program.weights[0])
     worst = 0.0
     for k in range(0, 2 * depth, 2):
         made = found[f"{k}.weight"].square().sum(1) + found[f"{k}.bias"].square()
@@ -452,7 +453,7 @@ def test_deep_networks_are_balanced_in_as_many_sweeps_as_shallow_ones(monkeypatc
     deep, worst = _steps_a_feature(60, monkeypatch)
     assert worst < 1e-8
     assert deep < 2 * shallow + 5
-    monkeypatch.setattr(balancing._Whole, "steps", lambda self: iter(()))
+    monkeypatch.setattr(scaling._Whole, "steps", lambda self: iter(()))
     slow, _ = _steps_a_feature(60, monkeypatch)
     assert slow > 10 * deep
 
@@ -475,8 +476,8 @@ def test_maps_that_one_tensor_takes_on_several_axes_settle() -> None:
     program = _program(build, VECTORS)
     facts = symmetry(program)
     assert {facts.classes[g.index].kind for g in facts.moving} == {Maps.LINEAR}
-    balanced = act(facts, balancing.balance(facts, program.weights[0]), program.weights[0])
-    again = balancing.balance(facts, balanced)
+    balanced = act(facts, balance(facts, program.weights[0]), program.weights[0])
+    again = balance(facts, balanced)
     for element in again.values():
         assert element.matrix is not None
         gram = element.matrix @ element.matrix.swapaxes(-1, -2)

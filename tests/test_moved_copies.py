@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vfx
 from tests.conftest import close
-from vfx.analyse import balance as balance_module
+from vfx.analyse import scales as scales_module
 from vfx.analyse.balance import FEW_SWEEPS, _leaning, _leaning_on, balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import randomise
@@ -180,13 +180,13 @@ def test_forms_of_one_orbit_weigh_the_same() -> None:
 def test_scales_that_do_not_settle_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """With layers that stay apart in front of running statistics the balanced form may not exist."""
     rounds: list[int] = []
-    steps = balance_module._Whole.steps
+    steps = scales_module._Whole.steps
 
     def counted(self: Any) -> Any:
         rounds.append(1)
         return steps(self)
 
-    monkeypatch.setattr(balance_module._Whole, "steps", counted)
+    monkeypatch.setattr(scales_module._Whole, "steps", counted)
     models = []
     for seed in range(2):
         torch.manual_seed(seed)

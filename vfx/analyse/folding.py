@@ -21,12 +21,12 @@ from torch import fx
 
 from vfx.analyse.action.entries import Entries
 from vfx.analyse.action.walk import Walk
-from vfx.analyse.balance import restrained
 from vfx.analyse.classes import Maps
 from vfx.analyse.gains import Gain
 from vfx.analyse.groups import Class, Group, Member
 from vfx.analyse.kinds import Classes
 from vfx.analyse.places import Index
+from vfx.analyse.scales import restrained
 from vfx.analyse.shapes import Shape
 from vfx.analyse.slots import Vector
 from vfx.analyse.symmetry import Symmetry

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vfx.analyse.balance import restrained
 from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
+from vfx.analyse.scales import restrained
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Element, Elements, Permutations, act, compose, identity, inverse
 from vfx.elements.parts import parts, rows_of
