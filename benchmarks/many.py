@@ -32,7 +32,7 @@ from vfx.files import write_atomic
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Known, Matching, Problem
 from vfx.match.universe import pair_objective
-from vfx.models import MODELS, accuracy, fit, predict
+from vfx.models import MODELS, Training, accuracy, fit, predict
 
 COUNTS = (2, 3, 4, 5)
 BATCH, CALIBRATION = 128, 512
@@ -66,7 +66,7 @@ class Network:
             model.load_state_dict(load_file(file))
             return model.eval()
         console.print(f"training {self.name}, seed {seed}")
-        fit(model, data[0], data[1], epochs=self.epochs, lr=self.lr, batch_size=64, seed=seed)
+        fit(model, data[0], data[1], Training(self.epochs, self.lr, batch_size=64, seed=seed))
         cache.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), file)
         return model

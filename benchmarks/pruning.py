@@ -37,7 +37,7 @@ from benchmarks.pruning_report import draw, markdown
 from vfx.api import Result, prune, trace
 from vfx.data import digits
 from vfx.files import write_atomic
-from vfx.models import MODELS, accuracy, fit
+from vfx.models import MODELS, Training, accuracy, fit
 from vfx.pruning.scores.once import ScoreOnce
 
 ROUNDS = ((0.5, 0.8, 0.9, 0.95, 0.99), (0.1, 0.3, 0.6, 0.7), (0.2, 0.4))
@@ -84,7 +84,7 @@ def trained_on_digits(name: str, cache: Path) -> Net:
     if file.is_file():
         model.load_state_dict(load_file(file))
     else:
-        fit(model, x, y, epochs=epochs, lr=rate, batch_size=64, seed=0)
+        fit(model, x, y, Training(epochs, rate, batch_size=64))
         cache.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), file)
     return Net(model.eval(), x, y, test_x, test_y)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks.fashion import FASHION_MNIST, command, fashion_mnist
 from benchmarks.options import DataFolder, Device
 from vfx.files import write_atomic
-from vfx.models import MODELS, accuracy, fit
+from vfx.models import MODELS, Training, accuracy, fit
 
 TRAINED = Path("build") / "trained"
 console = Console(stderr=True)
@@ -103,8 +103,11 @@ def train(recipe: Recipe, data: Path, output: Path, device: str) -> tuple[float,
     torch.backends.cudnn.benchmark = True  # one size of batch, which is worth a search
     network = fit(
         recipe.built().to(device, memory_format=torch.channels_last), images[: recipe.images], labels[: recipe.images],
-        epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch, seed=recipe.seed, schedule=recipe.schedule,
-        flip=True, device=device, precision=torch.bfloat16 if device.startswith("cuda") else None, progress=False,
+        Training(
+            recipe.epochs, recipe.lr, recipe.batch, seed=recipe.seed, schedule=recipe.schedule, flip=True,
+            precision=torch.bfloat16 if device.startswith("cuda") else None,
+        ),
+        device=device, progress=False,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     percent = 100 * accuracy(network, tests, truth)

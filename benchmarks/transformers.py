@@ -35,7 +35,7 @@ from vfx.diagnosis.barrier import Evaluator
 from vfx.diagnosis.curve import Curve
 from vfx.files import write_atomic
 from vfx.match.matcher import Known
-from vfx.models import ViT, fit, gpt_tiny
+from vfx.models import Training, ViT, fit, gpt_tiny
 from vfx.program import Program
 
 SEEDS = (0, 1)
@@ -97,7 +97,7 @@ class Pair:
             return model.eval()
         console.print(f"training {self.title}, seed {seed}")
         own: dict[str, Any] = {"augment": self.augment, "shift": self.shift, "flip": self.flip, "seed": seed}
-        fit(model, *data[:2], epochs=epochs, lr=self.lr, batch_size=self.batch, weight_decay=0.05, adam=True, **own)
+        fit(model, *data[:2], Training(epochs, self.lr, self.batch, weight_decay=0.05, adam=True, **own))
         cache.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), file)
         return model

@@ -26,7 +26,7 @@ from vfx.analyse.verify import verify
 from vfx.api import collect, merge, symmetry, trace
 from vfx.data import digits
 from vfx.files import write_atomic
-from vfx.models import ViT, fit, predict, vit_tiny
+from vfx.models import Training, ViT, fit, predict, vit_tiny
 
 WIDTH, EPOCHS, LR = 1 / 3, 60, 1e-3
 ALPHAS = (0.25, 0.5, 0.75)
@@ -43,7 +43,7 @@ def trained(seed: int, data: tuple[Tensor, ...], cache: Path, epochs: int) -> Vi
     if file.is_file():
         model.load_state_dict(load_file(file))
         return model.eval()
-    fit(model, data[0], data[1], epochs=epochs, lr=LR, weight_decay=0.05, seed=seed, adam=True)
+    fit(model, data[0], data[1], Training(epochs, LR, weight_decay=0.05, seed=seed, adam=True))
     cache.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), file)
     return model

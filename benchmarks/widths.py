@@ -34,7 +34,7 @@ from vfx.match.activation import ActivationMatching
 from vfx.match.carry import AcrossWidths, Carrier, Crossing
 from vfx.match.transport import OptimalTransport
 from vfx.match.weight import WeightMatching
-from vfx.models import MODELS, accuracy, fit
+from vfx.models import MODELS, Training, accuracy, fit
 
 CALIBRATION, BATCH, TRAINING = 2000, 128, 20_000
 console = Console(stderr=True)
@@ -91,7 +91,7 @@ def trained(model: str, width: float, data: Path, cache: Path, epochs: int, seed
         network.load_state_dict(load_file(file))
         return network.eval()
     images, labels = fashion_mnist(data, "train", TRAINING)
-    fit(network, images, labels, epochs=epochs, lr=0.05, flip=True, seed=seed)
+    fit(network, images, labels, Training(epochs, lr=0.05, flip=True, seed=seed))
     cache.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, file)
     return network

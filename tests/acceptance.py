@@ -120,7 +120,7 @@ def prepare(trial: Trial) -> None:
             from PIL import Image
             from sklearn.datasets import load_digits
             from vfx.data import read
-            from vfx.models import fit
+            from vfx.models import Training, fit
             pixels, labels = load_digits(return_X_y=True)
             for index, (one, label) in enumerate(zip(pixels, labels)):
                 place = Path("photos", "val" if index % 5 == 0 else "train", str(label), f"{index}.png")
@@ -132,7 +132,7 @@ def prepare(trial: Trial) -> None:
             for seed, name in enumerate(("a.pth", "b.pth")):
                 torch.manual_seed(seed)
                 net = torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25, dropout=0.0)
-                fit(net, x, y, epochs=8, lr=0.1, batch_size=32, seed=seed)
+                fit(net, x, y, Training(epochs=8, lr=0.1, batch_size=32, seed=seed))
                 torch.save({"epoch": 8, "state_dict": torch.nn.DataParallel(net).state_dict()}, name)
                 print(f"trained {name}")
             """

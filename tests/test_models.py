@@ -12,6 +12,7 @@ from vfx.data.text import CHARACTERS
 from vfx.models import (
     MODELS,
     LayerNorm2d,
+    Training,
     accuracy,
     fit,
     gpt_tiny,
@@ -232,7 +233,7 @@ def test_fit_learns_sequences() -> None:
     model = nn.Sequential(nn.Embedding(5, 16), nn.Linear(16, 5))
     data = tokens[:, :-1], tokens[:, 1:]
     before = accuracy(model, *data)
-    fit(model, *data, epochs=40, lr=0.05, adam=True, augment=False, progress=False)
+    fit(model, *data, Training(epochs=40, lr=0.05, adam=True, augment=False), progress=False)
     assert before < 0.9
     assert accuracy(model, *data) == 1
 
@@ -251,7 +252,7 @@ def _tiny() -> tuple[nn.Module, Tensor, Tensor]:
 
 def _trained(**options: int) -> tuple[nn.Module, Tensor, Tensor]:
     model, images, labels = _tiny()
-    fit(model, images, labels, epochs=4, lr=0.05, batch_size=32, shift=1, progress=False, **options)
+    fit(model, images, labels, Training(epochs=4, lr=0.05, batch_size=32, shift=1, **options), progress=False)
     return model, images, labels
 
 
@@ -276,11 +277,11 @@ def test_fit_repeats_itself_bit_for_bit_and_the_seed_matters() -> None:
 def test_fit_refuses_what_it_cannot_train() -> None:
     model, images, labels = _tiny()
     with pytest.raises(ValueError, match="119 labels"):
-        fit(model, images, labels[1:], epochs=1, lr=0.1)
+        fit(model, images, labels[1:], Training(epochs=1, lr=0.1))
     with pytest.raises(ValueError, match="augment=False"):
-        fit(model, images.flatten(1), labels, epochs=1, lr=0.1)
+        fit(model, images.flatten(1), labels, Training(epochs=1, lr=0.1))
     with pytest.raises(FloatingPointError, match="epoch 1"):
-        fit(model, images * float("inf"), labels, epochs=1, lr=0.1, progress=False)
+        fit(model, images * float("inf"), labels, Training(epochs=1, lr=0.1), progress=False)
 
 
 def test_rate_rises_then_falls_to_zero() -> None:
@@ -307,8 +308,8 @@ def test_fit_refuses_an_unknown_schedule_and_trains_in_another_precision() -> No
     images[labels == 1] += 2
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     with pytest.raises(ValueError, match="linear, cosine, step, constant"):
-        fit(model, images, labels, epochs=1, lr=0.1, schedule="sudden")
-    fit(model, images, labels, epochs=20, lr=0.1, precision=torch.bfloat16, augment=False, progress=False)
+        Training(epochs=1, lr=0.1, schedule="sudden")
+    fit(model, images, labels, Training(epochs=20, lr=0.1, precision=torch.bfloat16, augment=False), progress=False)
     assert accuracy(model, images, labels) == 1
     assert next(model.parameters()).dtype == torch.float32
 

@@ -19,7 +19,7 @@ from vfx.choice import FOLDS
 from vfx.data import digits
 from vfx.errors import ArgumentError
 from vfx.judge import EVERY, HeldOutScore, Judge
-from vfx.models import fit
+from vfx.models import Training, fit
 from vfx.normalize.catalogue import BEHIND, METHODS, Normalization
 from vfx.normalize.choice import best_removal, removals
 from vfx.statistics.data import Batches, Prepared
@@ -199,7 +199,7 @@ def test_auto_is_close_to_the_best_on_trained_networks() -> None:
             nn.Conv2d(1, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1),
             nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
         )  # fmt: skip
-        models.append(fit(net, images_, labels, epochs=6, lr=0.05, seed=seed, progress=False))
+        models.append(fit(net, images_, labels, Training(epochs=6, lr=0.05, seed=seed), progress=False))
     program = trace(models, images_[:2])
 
     def accuracy(normalize: Any, data: Any = images_[:600]) -> float:

@@ -22,7 +22,7 @@ from vfx.errors import ArgumentError
 from vfx.judge import EVERY, LIMIT, HeldOutScore, Judge
 from vfx.match.partial import PartialMatching
 from vfx.match.transport import OptimalTransport
-from vfx.models import fit, vgg16_bn
+from vfx.models import Training, fit, vgg16_bn
 from vfx.statistics.data import Batches, Prepared
 
 X = images(48, 8, dtype=torch.float64)
@@ -44,7 +44,7 @@ def _classifier(seed: int, width: int = 8) -> nn.Module:
 def _trained() -> tuple[list[nn.Module], Tensor, Tensor, Tensor, Tensor]:
     """Two small classifiers of real digits, training and test data."""
     train_x, train_y, test_x, test_y = digits(size=8)
-    models = [fit(_classifier(seed), train_x, train_y, epochs=25, lr=0.1, seed=seed) for seed in (0, 1)]
+    models = [fit(_classifier(seed), train_x, train_y, Training(epochs=25, lr=0.1, seed=seed)) for seed in (0, 1)]
     return [model.eval() for model in models], train_x, train_y, test_x, test_y
 
 

@@ -23,7 +23,7 @@ from vfx.api import Result, collect, layers, merge, profile, trace
 from vfx.data import digits
 from vfx.emit.files import export, load
 from vfx.files import check_writable, make_folder, write_atomic
-from vfx.models import accuracy, fit, predict, vgg16
+from vfx.models import Training, accuracy, fit, predict, vgg16
 from vfx.statistics.collect import Statistics
 
 PRESERVED = (0, 3, 6, 8, 12)
@@ -81,7 +81,7 @@ def _edge(
         console.print(f"Edge {seed}: reusing {path}")
         return load(path, model)
     console.print(f"Edge {seed}: training VGG16 ×{width:g} for {epochs} epochs on {len(x)} digits")
-    fit(model, x, y, epochs=epochs, lr=0.1, batch_size=64, seed=seed)
+    fit(model, x, y, Training(epochs, lr=0.1, batch_size=64, seed=seed))
     export(model, path)
     return model
 

@@ -6,12 +6,13 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from vfx.analyse.cost import Profile, cost
+from vfx.analyse.cost import cost
 from vfx.api.judging import TaskJudge
 from vfx.api.merging import merge
 from vfx.api.pruning import prune, prune_structured
@@ -65,9 +66,8 @@ def compare(
     check_names("grid=", make, (name for one in combinations[:1] for name in one))
     check_names("compare", make, options)
     capturing: dict[str, Any] = {name: options.pop(name) for name in ("dynamic_shapes", "outputs") if name in options}
-    edges = _captured(
-        models, example_inputs, [one.get("heads", options.get("heads", 0)) for one in combinations], capturing
-    )
+    heads = [one.get("heads", options.get("heads", 0)) for one in combinations]
+    edges = _captured(models, example_inputs, heads, capturing)
     edges = edges if device is None else edges.to(device)
     judge = TaskJudge(edges, data if evaluate is None else evaluate, max_samples if evaluate is None else None, device)
     whole = cost(edges.select(0))
@@ -78,15 +78,15 @@ def compare(
     names = [", ".join(f"{key}={value}" for key, value in chosen.items()) or "default" for chosen in combinations]
     todo = [chosen for name, chosen in zip(names, combinations) if cells is None or cells.get(name) is None]
     once = None if single else SharedStatistics(edges, [shared | chosen for chosen in todo])
+    measure = partial(judge.point, whole=whole, latency=latency)
+    making = _Making(partial(make, edges, example_inputs), shared, once, measure)
     for name, chosen in track(list(zip(names, combinations)), "compare", len(names), progress):
         if progress:
             stage(name)
-        point = None if cells is None else cells.get(name)
-        if point is None:
-            point = _cell(make, edges, example_inputs, name, chosen, shared, once, judge, whole, latency)
-            if cells is not None:
-                cells.keep(point)
-        points.append(point)
+        kept = None if cells is None else cells.get(name)
+        points.append(kept or making(name, chosen))
+        if cells is not None and kept is None:
+            cells.keep(points[-1])
     return Comparison(tuple(points), judge.target, judge.samples, given, whole.unknown_ops, judge.note)
 
 
@@ -101,19 +101,25 @@ def _captured(models: Any, example_inputs: Any, heads: Sequence[Any], capturing:
     return program_of(models, example_inputs, asked[-1], **capturing)
 
 
-def _cell(
-    make: Callable[..., Result], edges: Program, example_inputs: Any, name: str, chosen: dict[str, Any],
-    shared: dict[str, Any], once: SharedStatistics | None, judge: TaskJudge, whole: Profile, latency: bool,
-) -> Point:  # fmt: skip
-    """One network made and measured, or why it cannot be made."""
-    start = time.perf_counter()
-    try:
-        given = {} if once is None else once.given(shared | chosen)
-        result = make(edges, example_inputs, **shared | chosen | given)
-    except (ArchitectureError, ArgumentError, DataError, PassError, VerificationError) as error:
-        return Point(name, chosen, None, float("nan"), float("nan"), error=str(error))
-    seconds = time.perf_counter() - start
-    return replace(judge.point(name, shared | chosen, result, whole, latency), options=chosen, seconds=seconds)
+@dataclass(frozen=True)
+class _Making:
+    """How the networks of a grid are made, of options ``shared`` and statistics collected ``once``, and measured."""
+
+    make: Callable[..., Result]
+    shared: dict[str, Any]
+    once: SharedStatistics | None
+    measure: Callable[..., Point]
+
+    def __call__(self, name: str, chosen: dict[str, Any]) -> Point:
+        """One network made and measured, or why it cannot be made."""
+        start, options = time.perf_counter(), self.shared | chosen
+        try:
+            given = {} if self.once is None else self.once.given(options)
+            result = self.make(**options | given)
+        except (ArchitectureError, ArgumentError, DataError, PassError, VerificationError) as error:
+            return Point(name, chosen, None, float("nan"), float("nan"), error=str(error))
+        seconds = time.perf_counter() - start
+        return replace(self.measure(name, options, result), options=chosen, seconds=seconds)
 
 
 def _merging(grid: Mapping[str, Values] | None) -> tuple[Callable[..., Result], list[dict[str, Any]]]:

@@ -8,7 +8,6 @@ without labels of its own (``vfx.data.tasks``) each head is held against the edg
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,8 +26,7 @@ from vfx.program import Program
 from vfx.rewrite.edges import edge_alone
 from vfx.statistics.data import Batches
 from vfx.statistics.labels import PADDING
-
-RUNS = 5  # of a batch, whose median time counts
+from vfx.timing import median_seconds
 
 Heads = list[Tensor]  # log-probabilities of a batch: one network's, or one for each head
 
@@ -162,16 +160,10 @@ class TaskJudge:
     def _probabilities(self, batch: list[Tensor], edge: int) -> Tensor:
         return log_probabilities(_scores(self.edges(*batch, edge=edge)))
 
-    @torch.no_grad()
     def _seconds(self, program: Program) -> float:
         """The median time of the first batch."""
-        batch, times = self.batches[0], []
-        program(*batch)
-        for _ in range(RUNS):
-            start = time.perf_counter()
-            program(*batch)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        batch = self.batches[0]
+        return median_seconds(lambda: program(*batch), batch[0].device)
 
 
 def _scores(output: Any) -> Tensor:

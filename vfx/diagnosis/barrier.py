@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,27 +121,28 @@ def barrier(
         raise ArgumentError(f"a barrier lies between two edges, got {program.edges}; merge pairs of them")
     data = in_order(reusable(data))
     methods = _methods(program) if normalize is None else list(normalize)
-    matches = _matches(program, match, before, data, statistics, methods, max_samples, device, seed, progress)
+    reading: dict[str, Any] = {"max_samples": max_samples, "device": device}
+    finder, reader = matcher(match), Batches(program, data, max_samples, device)
+    if statistics is None and _reads(finder, methods):
+        within = finder is not None and "within" in finder.needs and not batch_norms(program)
+        statistics = collect(program, data=data, within=within, **reading, progress=progress)
+    problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), reader, seed, progress)
+    matches = _matches(problem, finder, before)
     measured = Batches(program, data, max_samples) if evaluate is None else in_order(reusable(evaluate))
     test = Evaluator(program, measured, device)
     alphas = [index / (points - 1) for index in range(points)]
     ends = [test(program.select(edge)) for edge in range(2)]
     todo = [(found, method, alpha) for found in matches for method in methods for alpha in alphas[1:-1]]
+    make = partial(merge, program, data=data, preserve=preserve, **reading, progress=False)
     values: dict[tuple[str | None, str | None], list[tuple[float, float]]] = {}
     for found, method, alpha in track(todo, "barrier", len(todo), progress):
-        merged = merge(
-            program,
-            data=data,
-            match=found.matcher,
-            weights=alpha,
-            normalize=method,
-            preserve=preserve,
-            statistics=found.statistics,
-            max_samples=max_samples,
-            verify=(found.name, method) not in values,
-            device=device,
-            progress=False,
-        )
+        options: dict[str, Any] = {
+            "match": found.matcher,
+            "weights": alpha,
+            "normalize": method,
+            "statistics": found.statistics,
+        }
+        merged = make(**options, verify=(found.name, method) not in values)
         values.setdefault((found.name, method), []).append(test(merged.program))
     curves = []
     for (name, method), inner in values.items():
@@ -158,37 +160,26 @@ class _Match:
     statistics: Statistics | None
 
 
-def _matches(
-    program: Program,
-    match: str | Matcher | None,
-    before: bool,
-    data: Any,
-    statistics: Statistics | None,
-    methods: Sequence[str | None],
-    limit: int | None,
-    device: Any,
-    seed: int,
-    progress: bool,
-) -> list[_Match]:
+def _reads(finder: Matcher | None, methods: Sequence[str | None]) -> bool:
+    """Whether statistics of the edges are read."""
+    needs = finder.needs if finder is not None else frozenset()
+    return bool(needs & {"features", "within"}) or any(name in _GOALS for name in methods)
+
+
+def _matches(problem: Problem, finder: Matcher | None, before: bool) -> list[_Match]:
     """The alignments to draw curves for.
 
     Linear maps depend on α and act on networks without BatchNorm, so ``merge`` finds them for every point; statistics
     of a network whose BatchNorm it folds are no use to it.
     """
-    finder = matcher(match)
-    needs = finder.needs if finder is not None else frozenset()
-    if statistics is None and (needs & {"features", "within"} or any(name in _GOALS for name in methods)):
-        within = "within" in needs and not batch_norms(program)
-        statistics = collect(program, data=data, max_samples=limit, within=within, device=device, progress=progress)
-    found = [_Match(None, None, statistics)] if before or finder is None else []
+    statistics = problem.statistics
+    direct = [_Match(None, None, statistics)] if before or finder is None else []
     if finder is None:
-        return found
+        return direct
     name = name_of(finder)
     if not finder.exact:
-        return [*found, _Match(name, finder, None if batch_norms(program) else statistics)]
-    reader = Batches(program, data, limit, device)
-    problem = Problem(program, symmetry(program), statistics, (0.5, 0.5), reader, seed, progress)
-    return [*found, _Match(name, Known(finder(problem)), statistics)]
+        return [*direct, _Match(name, finder, None if batch_norms(problem.program) else statistics)]
+    return [*direct, _Match(name, Known(finder(problem)), statistics)]
 
 
 def _methods(program: Program) -> list[str | None]:

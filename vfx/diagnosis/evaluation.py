@@ -10,8 +10,6 @@ import copy
 import csv
 import io
 import json
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,9 +32,8 @@ from vfx.progress import track
 from vfx.statistics.data import Batches, reusable
 from vfx.statistics.labels import PADDING
 from vfx.terminal import percent, rendered
+from vfx.timing import median_seconds
 from vfx.wrappers import plain_model
-
-RUNS = 5  # of a batch, whose median time counts
 
 
 @dataclass(frozen=True)
@@ -197,17 +194,9 @@ class _Network:
         call = signature.signature.call(batch)
         return class_scores(self.module(*call.args, **call.kwargs), "evaluate")
 
-    @torch.no_grad()
     def seconds(self, signature: Program, batch: list[Tensor]) -> float:
-        call, times = signature.signature.call(batch), []
-        self.module(*call.args, **call.kwargs)  # the first run takes memory that the others find
-        for _ in range(RUNS):
-            start = time.perf_counter()
-            self.module(*call.args, **call.kwargs)
-            if batch[0].is_cuda:
-                torch.cuda.synchronize(batch[0].device)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        call = signature.signature.call(batch)
+        return median_seconds(lambda: self.module(*call.args, **call.kwargs), batch[0].device)
 
 
 @dataclass

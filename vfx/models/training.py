@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -11,67 +12,82 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+MOMENTUM, CLIP = 0.9, 1.0  # of SGD; the largest norm of a gradient
+WARMUP = 0.1  # the share of steps over which the rate rises
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained by SGD with Nesterov's momentum, in `epochs` over the data in batches of `batch_size`.
+
+    `adam` takes AdamW instead, which transformers need. The rate rises linearly to `lr`; `schedule` says how it goes
+    on: "linear" or "cosine" to 0, "step" (a tenth behind half and three quarters of all steps) or "constant".
+    `precision` is autocast's dtype. `augment` shifts images (N, C, H, W) by up to ±`shift` pixels and, with `flip`,
+    mirrors them. The order of the data and the augmentation depend on `seed` alone. Raises ValueError.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    seed: int = 0
+    adam: bool = False
+    augment: bool = True
+    shift: int = 2
+    flip: bool = False
+    schedule: str = "linear"
+    precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}")
+        if self.epochs < 0:
+            raise ValueError(f"epochs must be at least 0, got {self.epochs}")
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of a model's parameters."""
+        if self.adam:
+            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(model.parameters(), self.lr, MOMENTUM, weight_decay=self.weight_decay, nesterov=True)
 
 
 def fit(
     model: Model,
     inputs: Tensor,
     labels: Tensor,
+    how: Training,
     *,
-    epochs: int,
-    lr: float,
-    batch_size: int = 128,
-    weight_decay: float = 5e-4,
-    momentum: float = 0.9,
-    seed: int = 0,
-    warmup: float = 0.1,
-    clip: float = 1.0,
-    adam: bool = False,
-    augment: bool = True,
-    shift: int = 2,
-    flip: bool = False,
     progress: bool = True,
-    schedule: str = "linear",
-    precision: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Model:
-    """Train `model` in place by SGD on (N, …) inputs and class labels and return it in eval mode.
+    """Train `model` in place on (N, …) inputs and class labels and return it in eval mode.
 
     Labels (N,) go with outputs (N, C), labels (N, T) with those of a sequence, (N, T, C).
-    `adam` takes AdamW instead, which transformers need. `warmup` is the share of steps over which the rate rises
-    linearly to `lr`; `schedule` says how it goes on: "linear" or "cosine" to 0, "step" (a tenth behind half and three
-    quarters of all steps) or "constant". `precision` is autocast's dtype. `augment` shifts images (N, C, H, W) by up to
-    ±`shift` pixels and, with `flip`, mirrors them. The order of the data and the augmentation depend on `seed` alone.
     Raises ValueError on inputs that do not fit, FloatingPointError on divergence.
     """
-    _check(inputs, labels, epochs, augment)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+    _check(inputs, labels, how.augment)
     target = torch.device(device) if device is not None else _device(model)
     model.to(target).train()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer: torch.optim.Optimizer
-    if adam:
-        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-    steps = epochs * math.ceil(len(inputs) / batch_size)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, warmup, schedule))
+    generator = torch.Generator().manual_seed(how.seed)
+    optimizer = how.optimizer(model)
+    steps = how.epochs * math.ceil(len(inputs) / how.batch_size)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, WARMUP, how.schedule))
     with _bar(progress) as bar:
         task = bar.add_task("training", total=steps, note="")
-        for epoch in range(epochs):
+        for epoch in range(how.epochs):
             total = torch.zeros((), device=target)
-            for chosen in _batches(len(inputs), batch_size, generator):
+            for chosen in _batches(len(inputs), how.batch_size, generator):
                 batch = inputs[chosen]
-                if augment:
-                    batch = _augment(batch, shift, flip, generator)
-                with torch.autocast(target.type, precision, enabled=precision is not None):
+                if how.augment:
+                    batch = _augment(batch, how.shift, how.flip, generator)
+                with torch.autocast(target.type, how.precision, enabled=how.precision is not None):
                     loss = F.cross_entropy(model(batch.to(target)).movedim(-1, 1), labels[chosen].to(target))
-                _step(model, optimizer, loss, clip)
+                _step(model, optimizer, loss)
                 rates.step()
                 total += loss.detach() * len(chosen)
                 bar.advance(task)
-            bar.update(task, note=f"epoch {epoch + 1}/{epochs} loss {_mean(total, len(inputs), epoch, lr):.3f}")
+            mean = _mean(total, len(inputs), epoch, how.lr)
+            bar.update(task, note=f"epoch {epoch + 1}/{how.epochs} loss {mean:.3f}")
     return model.eval()
 
 
@@ -91,13 +107,11 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, batch_size: int =
     return (predict(model, inputs, batch_size).argmax(-1) == labels).double().mean().item()
 
 
-def _check(inputs: Tensor, labels: Tensor, epochs: int, augment: bool) -> None:
+def _check(inputs: Tensor, labels: Tensor, augment: bool) -> None:
     if len(inputs) != len(labels) or len(inputs) == 0:
         raise ValueError(f"fit needs one label per input and at least one: {len(inputs)} inputs, {len(labels)} labels")
     if augment and inputs.dim() != 4:
         raise ValueError(f"augment shifts images (N, C, H, W), got {tuple(inputs.shape)}; pass augment=False")
-    if epochs < 0:
-        raise ValueError(f"epochs must be at least 0, got {epochs}")
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -141,10 +155,10 @@ def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator)
     return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
 
 

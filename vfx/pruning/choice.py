@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import Symmetry
@@ -18,6 +15,7 @@ from vfx.pruning.groups import Scores
 from vfx.pruning.left import left_alone, shares_missed, total_missed
 from vfx.pruning.widths import BUDGETS, Widths, by_mean, within
 from vfx.resize import RemovalUnits, resize
+from vfx.timing import median_seconds
 
 REPEATS = 7  # timed runs of a network, of which the median counts
 
@@ -71,15 +69,8 @@ def _measure(program: Program, facts: Symmetry, slots: RemovalUnits, budget: str
     return measure
 
 
-@torch.no_grad()
 def seconds(program: Program) -> float:
     """Median time of a forward pass on the example inputs."""
-    module, times = graph_module(program), []
-    call = program.example_call
-    for _ in range(REPEATS + 2):
-        start = time.perf_counter()
-        module(*call.args, **call.kwargs)
-        if program.example_inputs and program.example_inputs[0].is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    module, call, inputs = graph_module(program), program.example_call, program.example_inputs
+    device = inputs[0].device if inputs else None
+    return median_seconds(lambda: module(*call.args, **call.kwargs), device, REPEATS, first=2)
