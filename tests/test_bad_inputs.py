@@ -120,6 +120,8 @@ def test_numbers_have_a_least_value(name: str) -> None:
 )  # fmt: skip
 def test_values_of_other_libraries_are_what_they_are(value: Any, hint: Any) -> None:
     check_argument("f", "x", value, hint)
+    with pytest.raises(ArgumentError, match="f: x must be "):
+        check_argument("f", "x", object(), hint)
 
 
 @pytest.mark.parametrize(

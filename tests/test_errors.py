@@ -406,3 +406,7 @@ def test_masks_with_infinities_are_exported(tmp_path: Path) -> None:
     masked.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0, 0.0]))
     for suffix in (".pt2", ".safetensors"):
         export(masked, tmp_path / f"model{suffix}", torch.randn(2, 4))
+        emptied = net(lambda self, x: self.a(x), a=nn.Linear(4, 4))
+        emptied.register_buffer("mask", torch.zeros(4))
+        found = load(tmp_path / f"model{suffix}", emptied)
+        assert torch.equal(found.state_dict()["mask"], masked.mask)

@@ -81,8 +81,10 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(vfx.data, "digits", lambda size=32: few)
     monkeypatch.setattr(vfx.models, "vgg16", lambda width, in_channels: _net(0))
     names = _readers_names()
-    for block in re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL)
+    for block in blocks:
         exec(compile(block, name, "exec"), names)
+    assert blocks
 
 
 WITH_COMMANDS = ["README.md", "vfx/cli/README.md"]
