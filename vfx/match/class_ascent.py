@@ -33,15 +33,13 @@ from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
 from vfx.match.ascent import Ascent
 from vfx.match.class_descent import compact, inside, sign_vectors, solved
-from vfx.match.matcher import Gain
+from vfx.match.matcher import Gain, Run
 from vfx.match.solve import Signs, assign_signed, procrustes
 from vfx.match.units import GroupUnit
 from vfx.program import Weights
 from vfx.statistics.collect import Statistics
 from vfx.statistics.moments import CrossMoments
 from vfx.statistics.taps import Tap
-
-Run = tuple[dict[int, Element], float, int]  # what an edge goes through, the objective and the number of sweeps
 
 
 class Classed:

@@ -12,18 +12,16 @@ in the end is not taken.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from vfx.analyse.classes import Maps
 from vfx.match.descent import Descent
+from vfx.match.matcher import Run
 
 TRIES = 20
 EQUAL = 1e-5  # relative difference of norms up to which networks count as copies
 SAME = 1e-5  # of a parameter's squares, up to which two copies agree in it
-
-Run = tuple[dict[int, Any], float, int]  # what an edge goes through, the objective and the number of sweeps
 
 
 @dataclass

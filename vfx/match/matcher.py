@@ -19,6 +19,7 @@ from vfx.program import Program, Weights
 from vfx.statistics.collect import Statistics
 
 Gain = NDArray[np.floating]
+Run = tuple[dict[int, Any], float, int]  # what an edge goes through, the objective and the number of sweeps
 
 
 @dataclass(frozen=True)

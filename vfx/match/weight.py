@@ -6,23 +6,19 @@ balanced first, and scales, signs, orthogonal and invertible maps are matched to
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
 
 from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
-from vfx.elements import Element, Elements, act, check_classes, identity, random_permutations
-from vfx.match.carry import Carriage, Crossing
-from vfx.match.class_descent import ClassDescent, between, beyond_permutations, settled
+from vfx.elements import Element, Elements, act
+from vfx.match.class_descent import ClassDescent, between
 from vfx.match.copies import again
 from vfx.match.descent import Descent
-from vfx.match.matcher import Matching, Problem
+from vfx.match.matcher import Problem, Run
+from vfx.match.pairwise import Match, Pairwise, Starts
 from vfx.match.rectangular import Bridge
 from vfx.match.universe import scored_names
 from vfx.program import Weights
@@ -30,72 +26,38 @@ from vfx.program import Weights
 SAME = 1e-8  # of the squares of all weights: what two copies may differ by when they are matched
 ALIKE, AGREED = 0.1, 0.1  # up to which running variances, and squares of matched weights, may differ in copies
 
-Run = tuple[Elements, float, int]  # what an edge goes through, the objective and the number of sweeps
 
-
-class WeightMatching:
+class WeightMatching(Pairwise):
     """Coordinate descent over groups; ``restarts`` further descents begin from random permutations.
 
     ``classes``: "full" or "permutation".
     """
 
-    needs: frozenset[str] = frozenset()
-    exact = True
-    through_norms = True
-
     @checked
     def __init__(self, restarts: int = 0, classes: str = "full"):
-        self.restarts, self.classes = restarts, check_classes(classes)
+        super().__init__(restarts, classes)
 
-    @torch.no_grad()
-    def __call__(self, problem: Problem) -> Matching:
-        begin = time.perf_counter()
-        symmetry, generator = problem.symmetry, np.random.default_rng(problem.seed)
-        full = self.classes == "full" and beyond_permutations(symmetry)
-        match = (_in_classes if full else _permuted)(problem, problem.program.weights[0])
-        best, attempts = [], []
-        for weights in problem.program.weights[1:]:
-            starts = (
-                None if attempt == 0 else random_permutations(symmetry.groups, generator)
-                for attempt in range(1 + self.restarts)
-            )
-            runs = match(weights, starts, generator)
-            attempts.append(tuple(objective for _, objective, _ in runs))
-            best.append(max(runs, key=lambda run: run[1]))
-        found = [settled(symmetry, element) for element, _, _ in best]
-        return Matching(
-            elements=(identity(symmetry), *found),
-            objective=tuple(objective for _, objective, _ in best),
-            sweeps=tuple(sweeps for _, _, sweeps in best),
-            seconds=time.perf_counter() - begin,
-            attempts=tuple(zip(*attempts)),
-        )
+    def matched(self, problem: Problem, full: bool) -> Match:
+        symmetry, heads, (first, *_) = problem.symmetry, problem.heads, problem.program.weights
+        if full:
+            return _in_classes(problem, first)
 
-    @torch.no_grad()
-    def carry(self, crossing: Crossing) -> tuple[Carriage, float]:
-        """The best of all runs between networks of two widths (``vfx.match.rectangular``), and its objective."""
-        bridge = Bridge(crossing, self.classes == "full")
-        generator = np.random.default_rng(crossing.seed)
-        starts = (
-            None if attempt == 0 else random_permutations(bridge.facts.groups, generator)
-            for attempt in range(1 + self.restarts)
-        )
-        runs = _runs(bridge.facts, *bridge.weights, starts, generator, {} if bridge.full else None)
-        element, objective, _ = max(runs, key=lambda run: run[1])
-        return bridge.carriage(element), objective
+        def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
+            return _runs(symmetry, first, problem.program.weights[edge], starts, generator, None, heads)
+
+        return match
+
+    def crossed(self, bridge: Bridge, starts: Starts, generator: np.random.Generator) -> list[Run]:
+        return _runs(bridge.facts, *bridge.weights, starts, generator, {} if bridge.full else None)
 
 
-def _permuted(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
-    symmetry, heads = problem.symmetry, problem.heads
-    return lambda other, starts, generator: _runs(symmetry, first, other, starts, generator, None, heads)
-
-
-def _in_classes(problem: Problem, first: Weights) -> Callable[..., list[Run]]:
+def _in_classes(problem: Problem, first: Weights) -> Match:
     symmetry = problem.symmetry
     usual, whole = _Balanced(problem, first), _Balanced(problem, first, running=True)
     measured = any(own.running and own.scales for own in symmetry.classes.values())
 
-    def match(other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
+    def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
+        other = problem.program.weights[edge]
         runs = usual.match(other, starts, generator)
         copy = whole.copies(other, generator) if measured else None
         best = max(runs, key=lambda run: run[1])[0]
@@ -126,7 +88,7 @@ class _Balanced:
     def _frame(self, weights: Weights) -> Elements:
         return balance(self.problem.symmetry, weights, self.problem.apart, leaning=True, running=self.running)
 
-    def match(self, other: Weights, starts: Iterable[Any], generator: np.random.Generator) -> list[Run]:
+    def match(self, other: Weights, starts: Starts, generator: np.random.Generator) -> list[Run]:
         """What brings another network to the first as it is, from each start."""
         symmetry, frame = self.problem.symmetry, self._frame(other)
         runs = _runs(symmetry, self.balanced, other, starts, generator, frame, self.problem.heads, self.running)
@@ -171,7 +133,7 @@ class _Balanced:
 
 
 def _runs(
-    symmetry: Symmetry, first: Weights, other: Weights, starts: Iterable[Any], generator: np.random.Generator,
+    symmetry: Symmetry, first: Weights, other: Weights, starts: Starts, generator: np.random.Generator,
     frame: Elements | None, heads: frozenset[str] = frozenset(), running: bool = False,
 ) -> list[Run]:  # fmt: skip
     """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations.
