@@ -27,6 +27,6 @@ class Mapped:
         return getattr(self._batches, "batch_size", None)
 
 
-def in_batches(tensors: Sequence[Tensor], size: int = BATCH_SIZE) -> list[tuple[Tensor, ...]]:
-    """Tensors of as many samples (N, …) each as a list of tuples of at most ``size`` samples."""
-    return list(zip(*(tensor.split(size) for tensor in tensors)))
+def in_batches(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Tensors of as many samples (N, …) each as a list of tuples of at most ``BATCH_SIZE`` samples."""
+    return list(zip(*(tensor.split(BATCH_SIZE) for tensor in tensors)))

@@ -99,16 +99,16 @@ def _through(layers: Sequence[LinearLayer], columns: Tensor) -> list[Tensor]:
     return terms
 
 
-def linear_layers(program: Program, edge: int = 0) -> list[LinearLayer]:
+def linear_layers(program: Program) -> list[LinearLayer]:
     """The layers of a Program that is a chain of linear layers, some with residuals; x enters the first flattened.
 
     Raises ArgumentError that names the operator which is none of these.
     """
-    return list(_layers(program, edge))
+    return list(_layers(program))
 
 
-def _layers(program: Program, edge: int) -> Iterator[LinearLayer]:
-    weights, current = program.weights[edge], program.placeholders[0]
+def _layers(program: Program) -> Iterator[LinearLayer]:
+    weights, current = program.weights[0], program.placeholders[0]
     while True:
         users = [user for user in current.users if user.op != "output"]
         if not users:

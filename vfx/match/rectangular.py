@@ -153,7 +153,7 @@ Step = _Moved | _Resized
 
 
 @torch.no_grad()
-def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing, seed: int = 0) -> float:
+def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing) -> float:
     """max |f − f_T| on random inputs, relative to the spread of f over them: an edge's network and itself carried.
 
     In float64; 0 up to rounding where the carriage keeps the function.
@@ -163,4 +163,4 @@ def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing, seed: in
         for own, weights in ((pairing.one, crossing.first), (pairing.other, crossing.other))
     )
     carried = carriage.weights(first.weights[0], other.weights[0])
-    return function_error(other, lambda inputs: run(first.graph, carried, inputs), seed)
+    return function_error(other, lambda inputs: run(first.graph, carried, inputs))

@@ -172,19 +172,22 @@ def _kept_run(r: Rewriter, x: Any, dim: int, old: range) -> range | Index:
     return where
 
 
+def _changed_dim(r: Rewriter, a: dict[str, Any]) -> int | None:
+    """The axis that a call is about, if it changes."""
+    shape = r.layout.shape(a["self"])
+    dim = None if shape is None else normal(a["dim"], len(shape.axes))
+    return dim if dim is not None and r.changed(a["self"], dim) else None
+
+
 def slice_(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
     """Start and end (of what is read, or written by slice_scatter) by the positions that are left."""
-    x = a["self"]
-    shape = r.layout.shape(x)
-    if shape is None:
-        return
-    dim = normal(a["dim"], len(shape.axes))
-    if not r.changed(x, dim):
+    x, dim = a["self"], _changed_dim(r, a)
+    if dim is None:
         return
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         raise PassError(f"{node.name}: a computed cut through an axis that changes")
     end = None if a["end"] is None or a["end"] >= _LAST else a["end"]
-    chosen = _kept_run(r, x, dim, range(*slice(a["start"], end, a["step"]).indices(shape.axes[dim].size)))
+    chosen = _kept_run(r, x, dim, range(*slice(a["start"], end, a["step"]).indices(r.entry(x, dim).size)))
     if isinstance(chosen, range):
         put(new, "dim", dim)
         put(new, "start", chosen.start)
@@ -198,11 +201,8 @@ def slice_(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
 
 
 def narrow(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
-    shape = r.layout.shape(a["self"])
-    if shape is None:
-        return
-    dim = normal(a["dim"], len(shape.axes))
-    if not r.changed(a["self"], dim):
+    dim = _changed_dim(r, a)
+    if dim is None:
         return
     chosen = _kept_run(r, a["self"], dim, range(a["start"], a["start"] + a["length"]))
     if not isinstance(chosen, range) or chosen.step != 1:
@@ -213,14 +213,11 @@ def narrow(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
 
 def select(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
     """One position, which nothing can remove (it is used apart from the rest), counted anew."""
-    shape = r.layout.shape(a["self"])
-    if shape is None:
+    dim = _changed_dim(r, a)
+    if dim is None:
         return
-    dim = normal(a["dim"], len(shape.axes))
-    if not r.changed(a["self"], dim):
-        return
-    size = shape.axes[dim].size
-    where = np.flatnonzero(r.layout.positions(shape.axes[dim]) == a["index"] % size)
+    axis = r.entry(a["self"], dim)
+    where = np.flatnonzero(r.layout.positions(axis) == a["index"] % axis.size)
     if len(where) != 1:
         raise PassError(f"{node.name}: the selected position is not among those kept")
     put(new, "index", int(where[0]))
@@ -228,20 +225,15 @@ def select(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
 
 def split(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
     """split, chunk, split_with_sizes: sizes of the results, one by one."""
-    shape = r.layout.shape(a["self"])
-    if shape is None:
+    dim = _changed_dim(r, a)
+    if dim is None:
         return
-    dim = normal(a["dim"], len(shape.axes))
-    if not r.changed(a["self"], dim):
-        return
-    results = r.layout.shapes[node]
-    sizes = [r.layout.size(result.axes[dim]) for result in results]
+    sizes = [r.layout.size(result.axes[dim]) for result in r.layout.shapes[node]]
     new.target, new.args, new.kwargs = torch.ops.aten.split_with_sizes.default, (new.args[0], sizes, dim), {}
 
 
 def unbind(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
-    shape = r.layout.shape(a["self"])
-    if shape is not None and r.changed(a["self"], normal(a["dim"], len(shape.axes))):
+    if _changed_dim(r, a) is not None:
         raise PassError(f"{node.name}: positions taken apart one by one cannot be removed")
 
 

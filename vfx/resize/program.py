@@ -41,9 +41,9 @@ class Resized:
     gathers: tuple[Gather, ...]
     exact: tuple[Weights, ...]
 
-    def gather(self, node: fx.Node, dim: int, edge: int = 0) -> Index:
+    def gather(self, node: fx.Node, dim: int) -> Index:
         """Old position of each new position along one axis of an activation (a node of the old graph)."""
-        return _along(self.layout, self.gathers[edge], node, dim)
+        return _along(self.layout, self.gathers[0], node, dim)
 
     def changes(self, node: fx.Node, dim: int) -> bool:
         """Whether an axis of an activation (a node of the old graph) has other channels now."""
