@@ -211,6 +211,12 @@ class Algebra(Axes):
             axes[d] = new[shape.axes[d].position]  # type: ignore[union-attr]
         return Shape(tuple(axes))
 
+    def broadcast_together(self, shapes: Sequence[Shape]) -> Shape:
+        """The same to the shape that they have together."""
+        rank = max(len(shape.axes) for shape in shapes)
+        padded = [[1] * (rank - len(shape.axes)) + list(shape.sizes) for shape in shapes]
+        return self.broadcast(shapes, [max(sizes) for sizes in zip(*padded)])
+
     def broadcast(self, shapes: Sequence[Shape], sizes: Sequence[int]) -> Shape:
         """The shape of an elementwise result: operands' axes tied wherever they are not broadcast."""
         rank = len(sizes)

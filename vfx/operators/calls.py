@@ -44,6 +44,13 @@ def defaults(target: Any) -> dict[str, Any] | None:
     return {n: a.default_value if a.has_default_value() else None for n, a in zip(names, schema.arguments)}
 
 
+def recurrent_cells(a: dict[str, Any]) -> list[list[fx.Node]]:
+    """The parameters of every cell of a recurrent call, layer by layer, direction by direction."""
+    count = (2 if a["bidirectional"] else 1) * a["num_layers"]
+    size = len(a["params"]) // count
+    return [a["params"][k * size : (k + 1) * size] for k in range(count)]
+
+
 def is_layer(node: fx.Node) -> bool:
     """A convolution or linear call, or a product with a parameter (x W or x W + b, as GPT-2 writes its layers)."""
     return operator_of(node).is_layer or is_product(node)

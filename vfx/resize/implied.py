@@ -13,6 +13,7 @@ from vfx.analyse.shapes import Block, Shape
 from vfx.analyse.store import Rows
 from vfx.analyse.symmetry import Symmetry
 from vfx.operators import arguments, operator_of
+from vfx.operators.calls import recurrent_cells
 
 
 def implied_blocks(facts: Symmetry) -> Iterator[Block]:
@@ -42,11 +43,9 @@ def whole_axes(facts: Symmetry) -> Iterator[Rows]:
 
 def _cells(facts: Symmetry, a: dict[str, Any]) -> Iterable[list[Rows]]:
     """The features of all cells of a recurrent call, which are of one size; with projections their memories, too."""
-    count = (2 if a["bidirectional"] else 1) * a["num_layers"]
-    per_cell = len(a["params"]) // count
-    cells = [a["params"][k * per_cell : (k + 1) * per_cell] for k in range(count)]
+    cells = recurrent_cells(a)
     found = [[cell[1] for cell in cells]]
-    if per_cell > 2 + 2 * a["has_biases"]:
+    if len(cells[0]) > 2 + 2 * a["has_biases"]:
         found.append([cell[-1] for cell in cells])
     labels = [[facts.labels(parameter, 1) for parameter in column] for column in found]
     return [[rows for rows in column if rows is not None] for column in labels]

@@ -25,8 +25,6 @@ from vfx.program import Value
 from vfx.resize.implied import recurrent_width
 from vfx.resize.layout import Layout
 
-_LAST = 1 << 62  # torch's "to the end" in slices
-
 
 class Rewriter:
     """One graph being resized: ``layout`` of the old nodes, new nodes, and constants made on the way."""
@@ -186,8 +184,7 @@ def slice_(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
         return
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         raise PassError(f"{node.name}: a computed cut through an axis that changes")
-    end = None if a["end"] is None or a["end"] >= _LAST else a["end"]
-    chosen = _kept_run(r, x, dim, range(*slice(a["start"], end, a["step"]).indices(r.entry(x, dim).size)))
+    chosen = _kept_run(r, x, dim, range(*slice(a["start"], a["end"], a["step"]).indices(r.entry(x, dim).size)))
     if isinstance(chosen, range):
         put(new, "dim", dim)
         put(new, "start", chosen.start)

@@ -86,12 +86,9 @@ def _reads_indices(node: fx.Node) -> bool:
 
 def compared(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Losses and distances of tensors compared entry by entry: each entry, or the sum or mean of all."""
-    shapes = t.operands(list(a.values()))
-    rank = max(len(shape.axes) for shape in shapes)
-    padded = [[1] * (rank - len(shape.axes)) + list(shape.sizes) for shape in shapes]
-    both = t.broadcast(shapes, tuple(max(sizes) for sizes in zip(*padded)))
-    whole = Shape(tuple(t.axis(both, d) for d in range(rank)))
-    return whole if len(t.sizes(node)) == rank else Shape(())
+    both = t.broadcast_together(t.operands(list(a.values())))
+    whole = Shape(tuple(t.axis(both, d) for d in range(len(both.axes))))
+    return whole if len(t.sizes(node)) == len(both.axes) else Shape(())
 
 
 def scan(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:

@@ -62,10 +62,7 @@ def _looked_up(t: ProgramTerms, nodes: list[fx.Node], sizes: Sequence[int] | Non
         rank = max(1 if _is_mask(node) else _rank(node) for node in nodes)
         own = sizes[first : first + rank] if sizes is not None else [0] * rank
         return [t.opaque(size, NUMBERED) for size in own]
-    shapes = [t.shape(node) for node in nodes]
-    rank = max(len(shape.axes) for shape in shapes)
-    grid = [[1] * (rank - len(shape.axes)) + list(shape.sizes) for shape in shapes]
-    return list(t.broadcast(shapes, [max(column) for column in zip(*grid)]).axes)
+    return list(t.broadcast_together([t.shape(node) for node in nodes]).axes)
 
 
 def index_put(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:

@@ -19,7 +19,6 @@ from vfx.operators import operator_of
 from vfx.program import BATCH
 
 MAX_COUNTS = 4
-_LAST = 1 << 62  # torch's "to the end" in slices
 
 
 def _first(t: ProgramTerms, a: dict[str, Any]) -> Shape:
@@ -119,8 +118,7 @@ def slice_(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
         return Shape((*x.axes[:d], t.opaque(t.sizes(node)[d], "part of a pinned axis"), *x.axes[d + 1 :]))
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         return None
-    end = None if a["end"] is None or a["end"] >= _LAST else a["end"]
-    return t.part(a["self"], x, d, slice(a["start"], end, a["step"]))
+    return t.part(a["self"], x, d, slice(a["start"], a["end"], a["step"]))
 
 
 def narrow(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:

@@ -15,6 +15,7 @@ from vfx.analyse.axis import Axis
 from vfx.analyse.program_terms import ProgramTerms
 from vfx.analyse.shapes import Shape
 from vfx.operators import is_in_place, operator_of
+from vfx.operators.calls import recurrent_cells
 
 RECURS = "a recurrence runs over these positions"
 
@@ -26,14 +27,12 @@ def layers(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape] | N
     x = t.shape(a["input"])
     batch, time = (0, 1) if a["batch_first"] else (1, 0)
     t.pin_dim(x, time, RECURS)
-    count = (2 if a["bidirectional"] else 1) * a["num_layers"]
-    per_cell = len(a["params"]) // count
-    cells = [a["params"][index * per_cell : (index + 1) * per_cell] for index in range(count)]
+    cells = recurrent_cells(a)
     states = list(a["hx"]) if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
     gates = operator_of(node).gates
     fed, outputs, memories = t.axis(x, 2), [], []
     for layer in range(a["num_layers"]):
-        directions = range(layer * count // a["num_layers"], (layer + 1) * count // a["num_layers"])
+        directions = range(layer * len(cells) // a["num_layers"], (layer + 1) * len(cells) // a["num_layers"])
         found = [_cell(t, cells[index], gates, fed, bool(a["has_biases"])) for index in directions]
         for index, (output, memory) in zip(directions, found):
             _start(t, states, index, (output, memory))

@@ -14,8 +14,6 @@ from vfx.analyse.shapes import Shape
 from vfx.analyse.terms import MAX_ENUMERATED
 from vfx.operators import is_in_place
 
-_LAST = 1 << 62
-
 
 def copy(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     """Written in place the source ties to what it overwrites; the functional form only takes its shape from there."""
@@ -30,8 +28,7 @@ def slice_scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | 
     d = normal(a.get("dim", 0), len(x.axes))
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         return None
-    end = None if a["end"] is None or a["end"] >= _LAST else a["end"]
-    return _replaced(t, x, t.shape(a["src"]), d, slice(a["start"], end, a["step"]))
+    return _replaced(t, x, t.shape(a["src"]), d, slice(a["start"], a["end"], a["step"]))
 
 
 def select_scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
