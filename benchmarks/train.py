@@ -1,9 +1,10 @@
-"""Train the networks of the benchmarks on Fashion-MNIST, each by its recipe, and keep them by the recipe's digest.
+"""Train the networks of the benchmarks, each by its recipe, and keep them by the recipe's digest.
 
-A recipe says the network, its width, how many training images, epochs, rate and schedule; SGD with Nesterov momentum
-0.9, weight decay 5e-4 and gradients clipped at norm 1, random flips and shifts of ±2 pixels. "pairs" makes the networks
-of ``shared/checkpoints`` anew; "wide" those of ``benchmarks.headline`` (full width, all 60,000 images, 30 epochs:
-minutes on a GPU, many hours on two cores). What the folder holds already is not trained again.
+A recipe says the network, its width, the data, how many training images, epochs, rate and schedule; SGD with Nesterov
+momentum 0.9 and weight decay 5e-4 or AdamW with 0.05, gradients clipped at norm 1, random shifts of ±2 pixels and, on
+Fashion-MNIST, flips. "pairs" makes the networks of ``shared/checkpoints`` anew; "wide" those of ``benchmarks.headline``
+(full width, all 60,000 images, 30 epochs: minutes on a GPU, many hours on two cores); "digits" and "small" those of
+``benchmarks.reproduce``. What the folder holds already is not trained again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.fashion import FASHION_MNIST, command, fashion_mnist
 from benchmarks.options import DataFolder, Device
+from vfx.data import digits
 from vfx.files import write_atomic
 from vfx.models import MODELS, Training, accuracy, fit
 
@@ -47,6 +49,8 @@ class Recipe:
     seed: int
     batch: int = 128
     schedule: str = "linear"
+    data: str = "fashion-mnist"
+    adam: bool = False
 
     @property
     def name(self) -> str:
@@ -69,8 +73,19 @@ class Recipe:
             return float(file.metadata()["accuracy"])
 
 
-def _family(model: str, width: float, images: int, epochs: int, lr: float, seeds: int, batch: int) -> list[Recipe]:
-    return [Recipe(model, width, images, epochs, lr, seed, batch) for seed in range(seeds)]
+def _family(
+    model: str, width: float, images: int, epochs: int, lr: float, seeds: int, batch: int, **others: Any
+) -> list[Recipe]:
+    return [Recipe(model, width, images, epochs, lr, seed, batch, **others) for seed in range(seeds)]
+
+
+def _papers(data: str, images: int, epochs: int, batch: int) -> dict[str, list[Recipe]]:
+    """The papers' architectures at widths that two cores train in minutes, three seeds each."""
+    narrow = {"vgg16": 0.1, "vgg16_bn": 0.1, "vgg16_ln": 0.05, "vgg11": 0.1}
+    residual = {"resnet20_bn": 0.2, "resnet20_plain": 0.05, "resnet20_fixup": 0.05}
+    rates = [(name, 0.25, lr) for name, lr in narrow.items()] + [(name, 0.5, lr) for name, lr in residual.items()]
+    found = {name: _family(name, width, images, epochs, lr, 3, batch, data=data) for name, width, lr in rates}
+    return found | {"vit": _family("vit_tiny", 1 / 3, images, 3 * epochs, 1e-3, 3, batch, data=data, adam=True)}
 
 
 FAMILIES: dict[str, dict[str, list[Recipe]]] = {
@@ -85,26 +100,30 @@ FAMILIES: dict[str, dict[str, list[Recipe]]] = {
         "vgg16_bn": _family("vgg16_bn", 1, 60_000, 30, 0.1, 3, 256),
         "resnet20_bn": _family("resnet20_bn", 1, 60_000, 30, 0.2, 3, 256),
     },
+    "digits": _papers("digits", 1297, 15, 64),
+    "small": _papers("fashion-mnist", 10_000, 8, 128),
 }
 
 
 @cache
-def _images(folder: Path, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def images_of(data: str, folder: Path, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, test images and labels, once a process."""
-    parts = (*fashion_mnist(folder, "train"), *fashion_mnist(folder, "test"))
+    fashion = data == "fashion-mnist"
+    parts = (*fashion_mnist(folder, "train"), *fashion_mnist(folder, "test")) if fashion else digits()
     images, labels, tests, truth = (part.to(device) for part in parts)
     return images, labels, tests, truth
 
 
 def train(recipe: Recipe, data: Path, output: Path, device: str) -> tuple[float, float]:
     """Train one network and write it; accuracy in percent, and seconds."""
-    images, labels, tests, truth = _images(data, device)
+    images, labels, tests, truth = images_of(recipe.data, data, device)
     start = time.perf_counter()
     torch.backends.cudnn.benchmark = True  # one size of batch, which is worth a search
     network = fit(
         recipe.built().to(device, memory_format=torch.channels_last), images[: recipe.images], labels[: recipe.images],
         Training(
-            recipe.epochs, recipe.lr, recipe.batch, seed=recipe.seed, schedule=recipe.schedule, flip=True,
+            recipe.epochs, recipe.lr, recipe.batch, seed=recipe.seed, schedule=recipe.schedule,
+            adam=recipe.adam, weight_decay=0.05 if recipe.adam else 5e-4, flip=recipe.data == "fashion-mnist",
             precision=torch.bfloat16 if device.startswith("cuda") else None,
         ),
         device=device, progress=False,

@@ -24,7 +24,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(64, 1, 32, 32, generator=generator), torch.arange(64) % 10
     parts = (images, labels, images[:20], labels[:20])
-    monkeypatch.setattr(train, "_images", lambda folder, device: parts)
+    monkeypatch.setattr(train, "images_of", lambda data, folder, device: parts)
     return parts
 
 
