@@ -1,10 +1,11 @@
 """The papers' tables by one command, on data that are at hand: trained, merged, measured, and held against the claims.
 
-``--scale quick`` takes scikit-learn's digits, one pair of networks and the default call once a table, ``small`` Fashion-MNIST (10,000 training images)
-and the three pairs of three seeds, ``full`` the full-width networks of ``benchmarks.train wide`` (a GPU's work). Widths
-are reduced in the first two (VGG ×0.25, ResNet20 ×0.5, ViT of 64 channels), so figures are those of this setting, not
-the papers'. Calibration reads training images without labels (512 of digits, 1,000 of Fashion-MNIST; 2,000 at full
-width); accuracy is over all test images, mean ± standard deviation over the pairs.
+``--scale quick`` takes scikit-learn's digits, one pair of networks and the default call once a table, ``small``
+Fashion-MNIST (10,000 training images) and the three pairs of three seeds, ``full`` the full-width networks of
+``benchmarks.train wide`` (a GPU's work). Widths are reduced in the first two (VGG ×0.25, ResNet20 ×0.5, ViT of 64
+channels), so figures are those of this setting, not the papers'. Calibration reads training images without labels (512
+of digits, 1,000 of Fashion-MNIST; 2,000 at full width); accuracy is over all test images, mean ± standard deviation
+over the pairs.
 
 Results go to ``benchmarks/results/reproduce``: one JSON file and one page for each table, and README.md with all claims
 of all tables. Each cell is written when it is measured; a run that was stopped goes on where it was.

@@ -4,7 +4,7 @@
   the two edges' and the average's, as the graph runs them; both in one process, the median of interleaved rounds;
 - memory: the peak above what the process held before, at 1,000 and at 8,000 images, each in a process of its own, with
   all activations that wait for other batches on disk (``memory_limit=0``); the images themselves are made batch by
-  batch.
+  batch; the median of interleaved rounds.
 
 Results go to ``benchmarks/results``: solving_cost.json and solving_cost.md.
 """
@@ -110,9 +110,9 @@ def markdown(found: dict[str, Any]) -> str:
         spread = f"{value:.2f}× ({min(row['ratios']):.2f}–{max(row['ratios']):.2f})"
         rows.append([name, f"{row['solve']} s / {row['forward']} s", spread, _verdict(value, TIME)])
     if "memory" in found:
-        few, many = (found["memory"][str(count)] for count in (FEW, MANY))
+        few, many = (statistics.median(found["memory"][str(count)]) for count in (FEW, MANY))
         value = many / max(few, 1)
-        rows.append(["memory", f"{many} MiB / {few} MiB", f"{value:.2f}×", _verdict(value, MEMORY)])
+        rows.append(["memory", f"{many:.0f} MiB / {few:.0f} MiB", f"{value:.2f}×", _verdict(value, MEMORY)])
     return "\n".join([*lines, *grid(["", "measured", "ratio", "target"], rows), ""])
 
 
@@ -133,10 +133,10 @@ def main(
         found["time"][f"VGG16 ×{width:g}, {IMAGES:,} images"] = measure_time(width, rounds if width < 1 else 1)
         console.print(found["time"])
     if memory:
-        found["memory"] = {}
-        for count in (FEW, MANY):
+        found["memory"] = {str(count): [] for count in (FEW, MANY)}
+        for count in (FEW, MANY) * rounds:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found["memory"][str(count)] = pool.submit(measure_memory, count).result()
+                found["memory"][str(count)].append(pool.submit(measure_memory, count).result())
         console.print(found["memory"])
     write_atomic(output / "solving_cost.json", json.dumps(found, indent=1) + "\n")
     write_atomic(output / "solving_cost.md", markdown(found))
