@@ -67,24 +67,26 @@ def choose(
         candidates(asked, aligned) if asked.method == "auto" else {asked.method: asked}
     )
     if not merging:
-        tried = {name: one for name, one in tried.items() if one is None or METHODS[one.method].data}
+        tried = {
+            name: candidate for name, candidate in tried.items() if candidate is None or METHODS[candidate.method].data
+        }
     if not set(aligned.goals) - {layer.node for layer in number_layers(aligned)}:  # nothing known behind activations
         tried.pop(BEHIND, None)
     merged = _after(aligned, merging)
-    own = dict(options) | {"max_samples": None, "progress": False}
+    calibrating = dict(options) | {"max_samples": None, "progress": False}
     scores = {}
-    for name, one in list(tried.items()):
-        if one is not None and one.chooses:
+    for name, candidate in list(tried.items()):
+        if candidate is not None and candidate.chooses:
             if not isinstance(trials[0].judge, Judge):  # its many numbers of layers share what runs before them
                 tried.pop(name)
                 continue
-            tried[name] = one = _removal(one, merged, trials[0].judge, FEW if len(tried) > 1 else LIMIT)
-        found = []
+            tried[name] = candidate = _removal(candidate, merged, trials[0].judge, FEW if len(tried) > 1 else LIMIT)
+        held_out = []
         for trial in trials:
-            before, after = normalizing(one, alphas, trial.fit, own, verify=False, fold=False)
+            before, after = normalizing(candidate, alphas, trial.fit, calibrating, verify=False, fold=False)
             network = _after(aligned, [*before, *merging]) if before else merged
-            found.append(trial.judge(_after(network, after)))
-        scores[name] = joined(found)
+            held_out.append(trial.judge(_after(network, after)))
+        scores[name] = joined(held_out)
     return tried, scores
 
 

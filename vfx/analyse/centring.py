@@ -66,10 +66,10 @@ class StreamNorms:
         last = len(w.sizes(node)) - 1
         stands = w.stands(a["input"])
         whole = [leaf for leaf in stands[last] if w.t.leaves.sizes[leaf] == w.sizes(node)[last]] if stands else []
-        own = w.on(a["input"], {last})
-        if len(a["normalized_shape"]) > 1 or len(whole) != 1 or len(stands[last]) > 1 or len(own) != 1:
+        read = w.on(a["input"], {last})
+        if len(a["normalized_shape"]) > 1 or len(whole) != 1 or len(stands[last]) > 1 or len(read) != 1:
             return None
-        ((key, ids),) = own.items()
+        ((key, ids),) = read.items()
         ids = w.slots.collapse(ids, range(ids.ndim))
         for value in (a["weight"], a["bias"]):
             w.hold(value)
@@ -77,9 +77,9 @@ class StreamNorms:
         if a["weight"] is not None or a["bias"] is not None:
             w.slots.lower(behind, Maps.PERMUTATION)
         self._ends[node.name] = _End(int(ids.flat[0]), behind)
-        others = {other: found for other, found in w.entries(a["input"]).items() if other != key}
-        for found in others.values():
-            w.slots.restrict(found, Maps.PERMUTATION)
+        others = {place: beside for place, beside in w.entries(a["input"]).items() if place != key}
+        for beside in others.values():
+            w.slots.restrict(beside, Maps.PERMUTATION)
         return others | {key: constant(behind, last + 1)}
 
     # what was found -------------------------------------------------------------------------------------------------

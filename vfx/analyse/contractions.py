@@ -24,17 +24,17 @@ def einsum(equation: str, shapes: Sequence[Sizes], path: Sequence[int] | None = 
     """The products of pairs of operands along ``path`` (pairs of places), by default from left to right."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     operands = [_labelled(term, shape) for term, shape in zip(inputs.split(","), shapes)]
-    sizes = {label: max(own.get(label, 0) for own in operands) for own in operands for label in own}
-    operands = [{label: size for label, size in own.items() if size == sizes[label]} for own in operands]
+    sizes = {label: max(labelled.get(label, 0) for labelled in operands) for labelled in operands for label in labelled}
+    operands = [{label: size for label, size in labelled.items() if size == sizes[label]} for labelled in operands]
     asked = _asked(inputs, output, sizes) if "->" in equation else _implied(inputs, sizes)
     steps = iter(path or ())
     while len(operands) > 1:
         places = (next(steps), next(steps)) if path else (0, 1)
-        one, other = (operands[place] for place in places)
-        operands = [own for place, own in enumerate(operands) if place not in places]
+        left, right = (operands[place] for place in places)
+        operands = [labelled for place, labelled in enumerate(operands) if place not in places]
         later = asked.union(*operands)
-        kept = {label: size for label, size in (one | other).items() if label in later}
-        summed = [label for label in one if label in other and label not in later]
+        kept = {label: size for label, size in (left | right).items() if label in later}
+        summed = [label for label in left if label in right and label not in later]
         if summed:
             outputs = math.prod(kept.values())
             yield ContractionCost(outputs * math.prod(sizes[label] for label in summed), outputs)

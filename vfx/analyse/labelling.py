@@ -113,19 +113,19 @@ class Labelling:
         """
         leaves = self.leaves.leaf_of(labels[:, 1:])
         signatures, inverse = unique_rows(leaves)
-        found = []
+        standing = []
         for index, signature in enumerate(signatures):
-            own = [int(leaf) for leaf in signature if leaf >= 0]
-            if not own or any(leaf not in self.group_of for leaf in own):
+            moving = [int(leaf) for leaf in signature if leaf >= 0]
+            if not moving or any(leaf not in self.group_of for leaf in moving):
                 continue
             where = np.flatnonzero(inverse == index)
-            elements = labels[where][:, 1 : 1 + len(own)]
+            elements = labels[where][:, 1 : 1 + len(moving)]
             digits, feature = unique_rows(elements)
             order = np.argsort(feature, kind="stable")
-            groups = tuple(self.group_of[leaf] for leaf in own)
-            starts = np.array([self.leaves.starts[leaf] for leaf in own])
-            found.append((groups, digits - starts, where[order].reshape(len(digits), -1)))
-        return found
+            groups = tuple(self.group_of[leaf] for leaf in moving)
+            starts = np.array([self.leaves.starts[leaf] for leaf in moving])
+            standing.append((groups, digits - starts, where[order].reshape(len(digits), -1)))
+        return standing
 
     # labels ---------------------------------------------------------------------------------------------------------
 

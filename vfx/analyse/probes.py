@@ -83,7 +83,7 @@ def probed(scores: Scores, layers: Sequence[fx.Node], tables: Mapping[fx.Node, I
 
     All blocks are probed at once; then all channels together, with numbers that tell which block each head reads.
     """
-    found: tuple[list[Tensor], list[Tensor]] = [], []
+    responses: tuple[list[Tensor], list[Tensor]] = [], []
     generator = torch.Generator().manual_seed(2)
     shares: list[Tensor] = []
     coded = [torch.zeros(()), torch.zeros(())]
@@ -92,12 +92,12 @@ def probed(scores: Scores, layers: Sequence[fx.Node], tables: Mapping[fx.Node, I
         shape = sizes(layer, 1)
         step = max(1, CHUNK // max(1, int(np.prod(shape))))
         for first in range(0, table.shape[1], step):
-            for own, end in zip(found, _response(scores, layer, table[:, first : first + step])):
-                own.append(end)
+            for side, end in zip(responses, _response(scores, layer, table[:, first : first + step])):
+                side.append(end)
         shares.append(0.5 + torch.rand(table.shape[1], generator=generator, dtype=torch.float64))
         for k, end in enumerate(_coded(scores, layer, table, shares[-1])):
             coded[k] = coded[k] + end[0]
-    sides = [_linear(torch.cat(own), torch.cat(shares), one) for own, one in zip(found, coded)]
+    sides = [_linear(torch.cat(side), torch.cat(shares), code) for side, code in zip(responses, coded)]
     if sides[0] is None or sides[1] is None or (sides[0].block != sides[1].block).any():
         return None
     return sides[0], sides[1]

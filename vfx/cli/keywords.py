@@ -66,20 +66,20 @@ def with_keywords(options: type) -> Callable[[Callable[..., None]], Callable[...
     """Give a command an option for each keyword of ``options``; it gets them in its parameter ``given``, by name."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        made = [_parameter(*one) for one in spoken(options).values()]
-        own = inspect.signature(function, eval_str=True).parameters
-        parameters = [p for name, one in own.items() for p in (made if name == "given" else [one])]
+        made = [_parameter(keyword, text) for keyword, text in spoken(options).values()]
+        declared = inspect.signature(function, eval_str=True).parameters
+        parameters = [p for name, parameter in declared.items() for p in (made if name == "given" else [parameter])]
 
         @functools.wraps(function)
         def command(**named: Any) -> None:
-            given = {one.name: named.pop(one.name) for one in made}
+            given = {parameter.name: named.pop(parameter.name) for parameter in made}
             _check(options, given)
             function(given=given, **named)
 
         keyword_only = inspect.Parameter.KEYWORD_ONLY
-        signature = inspect.Signature([one.replace(kind=keyword_only) for one in parameters])
+        signature = inspect.Signature([parameter.replace(kind=keyword_only) for parameter in parameters])
         command.__signature__ = signature  # type: ignore[attr-defined]
-        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 
     return decorate

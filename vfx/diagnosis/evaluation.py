@@ -242,14 +242,14 @@ def _read(
     held: list[Tensor] = []
     for index, (batch, labels) in enumerate(track(batches.labelled(), "evaluation", len(batches), progress)):
         held = held or batch
-        found = [one.scores(first, batch) for one in networks]
-        labels = None if labels is None else labels.to(found[0].device)
+        outputs = [network.scores(first, batch) for network in networks]
+        labels = None if labels is None else labels.to(outputs[0].device)
         if ensemble:
-            found.append(_together(found[:ensemble]))
-        for scores in found if labels is not None else ():
+            outputs.append(_together(outputs[:ensemble]))
+        for scores in outputs if labels is not None else ():
             check_labels(labels, scores, index)  # type: ignore[arg-type]
-        agreed = found[-1 if ensemble else 0].argmax(1)
-        for tally, scores in zip(tallies, found):
+        agreed = outputs[-1 if ensemble else 0].argmax(1)
+        for tally, scores in zip(tallies, outputs):
             if scores.argmax(1).shape != agreed.shape:
                 raise ArgumentError("evaluate compares networks that decide on the same: their outputs differ in shape")
             tally.add(scores, agreed, labels)

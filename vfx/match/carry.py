@@ -190,14 +190,14 @@ class Carrier:
         total = np.ones((len(digits[0]), len(digits[1])))
         for column, index in enumerate(groups):
             role = "out" if place is None else self.pairing.roles.get((*place, index), "elementwise")
-            own = self.found[index].table(role, self.pairing.other.groups[self.pairing.twin[index]].size)
-            one, other = digits[0][:, column], digits[1][:, column]
-            if own.ndim == 2:
-                total *= own[one][:, other]
+            table = self.found[index].table(role, self.pairing.other.groups[self.pairing.twin[index]].size)
+            rows, columns = digits[0][:, column], digits[1][:, column]
+            if table.ndim == 2:
+                total *= table[rows][:, columns]
                 continue
             parent = self.pairing.one.groups[index].parent
-            at = digits[0][:, groups.index(parent)] if block is None else np.full(len(one), block)  # type: ignore[arg-type]
-            total *= own[at[:, None], one[:, None], other[None]]
+            at = digits[0][:, groups.index(parent)] if block is None else np.full(len(rows), block)  # type: ignore[arg-type]
+            total *= table[at[:, None], rows[:, None], columns[None]]
         return total
 
 

@@ -267,19 +267,19 @@ class _Fusion:
         counts = self._size(unit.outer)
         outer = self.costs.single(unit.outer)
         total = np.zeros(counts) if outer is None else outer.copy()
-        known = outer is not None
+        costed = outer is not None
         solved: dict[int, tuple[Gain, Gain]] = {}
         for group in unit.inner:
             cost = self.costs.inner(unit.outer, group)
             if cost is None:
                 continue
-            known = True
+            costed = True
             couplings = np.stack([[self.method.solve(cost[i, j]) for j in range(counts[1])] for i in range(counts[0])])
             total += (couplings * cost).sum((2, 3))
             solved[group.index] = couplings, cost
-        blocks = _assigned(total) if known else _spread(*counts)
+        blocks = _assigned(total) if costed else _spread(*counts)
         rows = np.arange(len(blocks))
-        if known:
+        if costed:
             spent.append(float(total[rows, blocks].mean()))
         self.carrier.found[unit.outer.index] = Element(blocks)
         for group in unit.inner:

@@ -48,7 +48,7 @@ class RidgeProblem:
 
 
 @dataclass(frozen=True)
-class Solution:
+class SolvedLayer:
     """The matrix (G, K, O), the bias (G, O) or None without one, and ‖X W + b − Y‖² that they leave."""
 
     matrix: Tensor
@@ -83,14 +83,14 @@ class System:
         support = self.support
         return lambda right: within(system, right, support)
 
-    def solve(self, ridge: float) -> Solution:
+    def solve(self, ridge: float) -> SolvedLayer:
         """The least solution for a ridge."""
         change = self.inverse(ridge)(self.missing)
         # (G + λI) Δ = R wherever Δ is not zero, so ΔᵀGΔ − 2 ΔᵀR takes no product with G.
         gained = (change * (self.missing + ridge * self.scale[:, None, None] * change)).sum()
         solution = self.start + change
         matrix, bias = (solution[:, :-1], solution[:, -1]) if self.biased else (solution, None)
-        return Solution(matrix, bias, self.before - float(gained))
+        return SolvedLayer(matrix, bias, self.before - float(gained))
 
 
 def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RIDGES[START]) -> float:

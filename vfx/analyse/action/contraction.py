@@ -58,23 +58,27 @@ def placed(w: Walk, entries: Entries, letters: Sequence[Letter], stands: Sequenc
 
 def contract(w: Walk, operands: Sequence[Operand], result: Sequence[Letter]) -> dict[Place, Ids]:
     """Entries of Σ Π operands over the letters that ``result`` lacks."""
-    names = tuple(dict.fromkeys([*result, *(x for one in operands for x in one.letters)]))
-    found: dict[Place, Ids] = {}
-    for place in dict.fromkeys(place for one in operands for place in one.slots):
-        own = [(_aligned(one.slots[place], one.letters, names), one.power) for one in operands if place in one.slots]
-        holders = sum(place[1] in one.has for one in operands)
+    names = tuple(dict.fromkeys([*result, *(x for operand in operands for x in operand.letters)]))
+    entries: dict[Place, Ids] = {}
+    for place in dict.fromkeys(place for operand in operands for place in operand.slots):
+        factors = [
+            (_aligned(operand.slots[place], operand.letters, names), operand.power)
+            for operand in operands
+            if place in operand.slots
+        ]
+        holders = sum(place[1] in operand.has for operand in operands)
         if place[1] in result:
-            ids = own[0][0] if len(own) == 1 and own[0][1] == 1 else multiplied(w, own, place[0])
+            ids = factors[0][0] if len(factors) == 1 and factors[0][1] == 1 else multiplied(w, factors, place[0])
             ids = w.slots.collapse(ids, range(len(result), len(names)))
-            found[place] = ids.reshape(ids.shape[: len(result)])
-        elif len(own) == holders == 2:
-            w.slots.equal([ids for ids, _ in own], dual=True)
-        elif len(own) == holders > 2:
-            multiplied(w, own, place[0], summed=True)
+            entries[place] = ids.reshape(ids.shape[: len(result)])
+        elif len(factors) == holders == 2:
+            w.slots.equal([ids for ids, _ in factors], dual=True)
+        elif len(factors) == holders > 2:
+            multiplied(w, factors, place[0], summed=True)
         else:
-            for ids, _ in own:
+            for ids, _ in factors:
                 w.slots.restrict(ids, Maps.ORTHOGONAL_ONES)
-    return found
+    return entries
 
 
 def _aligned(ids: Ids, letters: Sequence[Letter], names: Sequence[Letter]) -> Ids:
