@@ -52,7 +52,7 @@ def average(tensors: list[Tensor], alphas: list[float]) -> Tensor:
         return first
     total = first * alphas[0]
     for tensor, alpha in zip(tensors[1:], alphas[1:]):
-        total = torch.add(total, tensor.to(total.device), alpha=alpha)
+        total = total.add_(tensor.to(total.device), alpha=alpha)
     infinite = first.isinf()
     return torch.where(infinite, first, total) if infinite.any() else total
 

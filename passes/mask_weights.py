@@ -17,6 +17,7 @@ from torch import Tensor
 from vfx.arguments import checked
 from vfx.checks import check_finite
 from vfx.errors import ArgumentError, PassError
+from vfx.on_read import OnRead
 from vfx.program import Program
 from vfx.pruning.allocation.allocation import Allocation
 from vfx.pruning.allocation.catalogue import allocation_named
@@ -142,10 +143,8 @@ class MaskWeights(Pass[Masked]):
 
     def _select(self, scores: Values, masked: Masked, share: float) -> dict[str, Tensor]:
         """Masks for the scored weights; what an earlier step removed goes first."""
-        ranked = {
-            name: values.masked_fill(~masked.masks[name], -torch.inf) if name in masked.masks else values
-            for name, values in scores.items()
-        }
+        first = lambda name, values: values.masked_fill(~masked.masks[name], -torch.inf)  # noqa: E731
+        ranked = OnRead(scores, lambda name, values: first(name, values) if name in masked.masks else values)
         return self.selection.masks(masked.budgets, ranked, share)
 
     def _history(self, budgets: Budgets) -> str:

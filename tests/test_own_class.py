@@ -241,7 +241,9 @@ def test_what_a_new_width_does_to_the_scale_of_attention_goes_into_the_queries(m
     rows = len(mine) // 3
     close(mine[:rows], kept[:rows] * 0.5**0.5, 1e-6)
     assert torch.equal(mine[rows:], kept[rows:])
-    monkeypatch.setattr(own_class_module, "with_default_scales", lambda program, edge: program.weights[edge])
+    monkeypatch.setattr(
+        own_class_module, "with_default_scales", lambda program, edge, exact=False: program.weights[edge]
+    )
     assert emit(result.program)[1].startswith("ViT differs from the graph")  # negative control
 
 
@@ -304,8 +306,8 @@ def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof compares real numbers: a class that is changed behind its back fails it."""
     _, result = _pruned(Net, images(4, 8))
 
-    def nudged(program: Any, edge: int = 0) -> nn.Module:
-        module = own_class_module.own_class(program, edge)
+    def nudged(program: Any, edge: int = 0, taking: Any = None) -> nn.Module:
+        module = own_class_module.own_class(program, edge, taking)
         with torch.no_grad():
             module.get_parameter("fc.bias")[0] += 1e-5
         return module

@@ -13,7 +13,7 @@ booleans from both; other integers are the example's (what they count or point t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from vfx.capture.outputs import named_tensors
+from vfx.on_read import OnRead
 from vfx.operators import arguments, operator_of
-from vfx.program import Program, Weights, run
+from vfx.program import Program, Weights, moved, run
 
 PRESERVED = 1e-9  # the largest relative error in float64 of a function that is kept
 SINGLE = 1e-4  # the same where networks run in float32
@@ -66,15 +67,16 @@ class Trial:
     @cached_property
     def _rounded(self) -> Any:
         """The outputs when every weight and input is off by about a unit in its last place."""
+        seeds = {name: seed for seed, name in enumerate(self.weights, start=1)}
+        off = OnRead(self.weights, lambda name, tensor: _nudged(tensor, torch.Generator().manual_seed(seeds[name])))
         generator = torch.Generator().manual_seed(0)
-        off = {name: _nudged(tensor, generator) for name, tensor in self.weights.items()}
         return self.network(off, [_nudged(x, generator) for x in self.inputs])
 
 
 @torch.no_grad()
 def same_function(before: Program, after: Program) -> float:
     """Relative output error in float64 between two networks, the first edges of two Programs, at several scales."""
-    rewritten = in_double(after)
+    rewritten = in_double(after, on_read=True)
     return function_error(before, lambda inputs: rewritten(*inputs))
 
 
@@ -95,7 +97,7 @@ def trials(program: Program, seed: int = 0, network: Compute | None = None) -> l
     Where drawn ids and booleans lead nowhere, those of the example stay; where normal ones lead to NaN (the root of a
     negative number), all inputs are the example's.
     """
-    program = in_double(program)
+    program = in_double(program, on_read=True)
     weights, network = program.weights[0], network or partial(run, program.graph)
     for drawn in (True, False):
         generator = torch.Generator().manual_seed(seed)
@@ -114,9 +116,16 @@ def trials(program: Program, seed: int = 0, network: Compute | None = None) -> l
     return [Trial(network, weights, list(program.example_inputs))]
 
 
-def in_double(program: Program) -> Program:
-    """The network in float64 on the CPU, casts and tensors that it makes on the way included."""
-    return program.to("cpu", torch.float64)
+def in_double(program: Program, on_read: bool = False) -> Program:
+    """The network in float64 on the CPU, casts and tensors that it makes on the way included.
+
+    ``on_read``: its weights are cast when they are read, one at a time, and held in their own precision.
+    """
+    if not on_read:
+        return program.to("cpu", torch.float64)
+    exact = lambda name, tensor: moved(tensor, "cpu", torch.float64)  # noqa: E731
+    weights = [OnRead(own, exact) for own in program.weights]
+    return replace(program, weights=()).to("cpu", torch.float64).with_weights(weights)
 
 
 # inputs ---------------------------------------------------------------------------------------------------------------

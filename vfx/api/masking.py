@@ -53,7 +53,8 @@ def masked_result(
     dense, result = restoring.dense, restored.program
     with watch("statistics"):
         before, after = _moved(restoring, result, options)
-    module, known = emitted(result, dense, watch, (*restoring.notes, *decision.notes))
+    notes = (*restoring.notes, *decision.notes)
+    module, program, known = emitted(result, dense, watch, notes, dense.weights, options.verify)
     known["notes"] += _kept(module, restoring.masks, options.masks)
     report = PruneReport(
         **known,
@@ -61,7 +62,7 @@ def masked_result(
         choices=_choices(mask, restored, options) | decision.choices,
         scores=decision.scores,
     )
-    return Result(module, result, report)
+    return Result(module, program, report)
 
 
 def _choices(mask: MaskWeights, restored: Restored, options: PruneOptions) -> dict[str, Any]:

@@ -109,7 +109,10 @@ def merge(
     plan = cut(aligned, options, watch)
     chosen = choose(plan, aligned, options, watch)
     network = combine(chosen, aligned, options, watch)
-    return result_of(network, aligned.program, watch, aligned.alignment, aligned.statistics, chosen.report)
+    held = [weights for program in (aligned.program, *captured.programs) for weights in program.weights]
+    return result_of(
+        network, aligned.program, watch, aligned.alignment, aligned.statistics, chosen.report, held, verify
+    )  # fmt: skip
 
 
 @checked

@@ -93,7 +93,8 @@ def removed_result(
 ) -> Result:  # fmt: skip
     """The network that comes out, and the report."""
     result, restoring = restored.program, removal.restoring
-    module, known = emitted(result, restoring.dense, watch, (*restoring.notes, *decision.notes))
+    dense, notes = restoring.dense, (*restoring.notes, *decision.notes)
+    module, program, known = emitted(result, dense, watch, notes, dense.weights, options.verify)
     report = ChannelReport(
         **known,
         widths=widths(removal.facts, removal.record.sizes),
@@ -101,7 +102,7 @@ def removed_result(
         choices=_choices(removal, share, restored, options) | decision.choices,
         scores=decision.scores,
     )
-    return Result(module, result, report)
+    return Result(module, program, report)
 
 
 def _choices(removal: Removal, share: Share, restored: Restored, options: StructuredOptions) -> dict[str, Any]:

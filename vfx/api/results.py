@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,9 @@ from vfx.analyse.cost import cost
 from vfx.api.merge_report import MergeReport
 from vfx.emit.files import export
 from vfx.emit.module import emit
+from vfx.emit.taking import Taking
 from vfx.match.matcher import Alignment
-from vfx.program import Program
+from vfx.program import Facts, Program, Weights
 from vfx.report import Stopwatch
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.collect import Statistics
@@ -26,7 +27,8 @@ R = TypeVar("R")
 class Result:
     """A merged, pruned or repaired network: ``module`` to use, ``program`` to go on with, ``report`` to read.
 
-    ``statistics`` are those that were measured, to be used again. The Result can stand where its module stands:
+    ``program`` reads the module's own tensors. ``statistics`` are those that were measured, to be used again. The
+    Result can stand where its module stands:
 
     >>> result = vfx.merge([a, b], x, data=batches)
     >>> result(x).shape == a(x).shape
@@ -94,26 +96,44 @@ def result_of(
     alignment: Alignment | None = None,
     statistics: Statistics | None = None,
     chosen: Mapping[str, Any] | None = None,
+    held: Iterable[Weights] | None = None,
+    verify: bool = True,
 ) -> Result:
-    """The last stage: the network of a Program, and the report. ``chosen``: choices, scores and outcome of it."""
-    module, known = emitted(result, edges.select(0), watch)
+    """The last stage: the network of a Program, and the report. ``chosen``: choices, scores and outcome of it.
+
+    ``held`` and ``verify`` as for ``emitted``.
+    """
+    module, program, known = emitted(result, edges.select(0), watch, held=held, verify=verify)
     alignment = alignment or Alignment()
     own: dict[str, Any] = {"matching": alignment.matching, "verify_error": alignment.error}
-    return Result(module, result, MergeReport(**known, **own, **(chosen or {})), statistics)
+    return Result(module, program, MergeReport(**known, **own, **(chosen or {})), statistics)
 
 
 def emitted(
-    result: Program, given: Program, watch: Stopwatch, notes: Iterable[str] = ()
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The module of a Program, and what every report says of it against the network that was ``given``."""
+    result: Program, given: Program, watch: Stopwatch, notes: Iterable[str] = (),
+    held: Iterable[Weights] | None = None, verify: bool = True,
+) -> tuple[nn.Module, Program, dict[str, Any]]:  # fmt: skip
+    """The module of a Program, the Program with the module's tensors, and what reports say of it against the ``given``.
+
+    The module takes the tensors that are in none of the weight sets ``held``; all are copied where that is None.
+    Without ``verify`` the user's own class is not compared with the Program if its structure is unchanged.
+    """
+    taking = Taking(held)
     with watch("emit"):
-        module, reason = emit(result)
-    return module, {
-        "passes": result.history,
-        "notes": (*result.notes, *notes),
-        "profile": cost(result),
-        "given_profile": cost(given),
-        "own_class": not reason,
-        "class_reason": reason,
-        "seconds": watch.seconds,
-    }
+        module, reason = emit(result, taking=taking, verify=verify)
+    program = replace(
+        taking.shared(result), facts=Facts(result.graph)
+    )  # what was found of the edges holds their weights
+    return (
+        module,
+        program,
+        {
+            "passes": result.history,
+            "notes": (*result.notes, *notes),
+            "profile": cost(result),
+            "given_profile": cost(given),
+            "own_class": not reason,
+            "class_reason": reason,
+            "seconds": watch.seconds,
+        },
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from vfx.analyse.classes import Matrix
 from vfx.analyse.groups import Group, Member
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
@@ -26,35 +27,46 @@ def act(
     ``without`` leaves parameter axes out (a negative control). Whether the elements are in their groups' classes is not
     asked: see ``check_elements``.
     """
-    result = _ordered(symmetry, elements, weights, without)
-    for index, element in elements.items():
-        if element.matrix is None and not element.scales:
-            continue
-        group, dual = symmetry.group(index), element.contragredient()
-        for member in group.members:
-            if member in without or member.fqn not in result:
+    moved = Action(symmetry, elements, without)
+    return {name: moved(name, tensor) for name, tensor in weights.items()}
+
+
+class Action:
+    """What elements do to a network's weights, one tensor at a time; arguments as of ``act``."""
+
+    def __init__(self, symmetry: Symmetry, elements: Elements, without: tuple[Member, ...] = ()):
+        self.symmetry = symmetry
+        self.index = {group: own.index for group, own in elements.items() if own.index is not None}
+        # where a matrix stands in its place on an axis, the index is left out
+        self._skipped = {(m.fqn, m.dim, g.index) for g in symmetry.groups for m in g.members if m in without}
+        for group in symmetry.groups:
+            if group.index in self.index and elements[group.index].mixes:
+                self._skipped |= {(m.fqn, m.dim, group.index) for m in group.members if m.role in ("out", "in")}
+        self._behind: dict[str, list[tuple[Group, Member, Element, Matrix | None]]] = {}
+        for number, element in elements.items():
+            if element.matrix is None and not element.scales:
                 continue
-            for part in parts(symmetry, group, member) if element.is_exact else parts_by_role(symmetry, group, member):
-                result[member.fqn] = mapped(result[member.fqn], member.dim, part, element, dual)
-    return result
+            group, dual = symmetry.group(number), element.contragredient()
+            for member in group.members:
+                if member not in without:
+                    self._behind.setdefault(member.fqn, []).append((group, member, element, dual))
 
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor of a name, moved; the same object where nothing moves it."""
+        tensor = self._ordered(name, tensor)
+        for group, member, element, dual in self._behind.get(name, ()):
+            found = parts if element.is_exact else parts_by_role
+            for part in found(self.symmetry, group, member):
+                tensor = mapped(tensor, member.dim, part, element, dual)
+        return tensor
 
-def _ordered(
-    symmetry: Symmetry, elements: Elements, weights: Weights, without: tuple[Member, ...]
-) -> dict[str, Tensor]:
-    """The weights in their new order; where a matrix stands in its place on an axis, the index is left out."""
-    index = {group: own.index for group, own in elements.items() if own.index is not None}
-    skipped = {(m.fqn, m.dim, group.index) for group in symmetry.groups for m in group.members if m in without}
-    for group in symmetry.groups:
-        if group.index in index and elements[group.index].mixes:
-            skipped |= {(m.fqn, m.dim, group.index) for m in group.members if m.role in ("out", "in")}
-    axes: dict[str, dict[int, ActedAxis]] = {}
-    for (fqn, dim), labels in symmetry.rows.items():
-        if fqn in weights and labels.shape[1] > 1:
-            left = {group for group in index if (fqn, dim, group) in skipped} if skipped else ()
-            chosen = {group: own for group, own in index.items() if group not in left} if left else index
-            axes.setdefault(fqn, {})[dim] = Ordered(symmetry, labels, chosen, unresized(symmetry, labels))
-    return dict(weights) | {fqn: acted(weights[fqn], own) for fqn, own in axes.items()}
+    def _ordered(self, name: str, tensor: Tensor) -> Tensor:
+        axes: dict[int, ActedAxis] = {}
+        for dim, labels in self.symmetry.axes_of(name) if self.index else ():
+            if labels.shape[1] > 1:
+                chosen = {g: own for g, own in self.index.items() if (name, dim, g) not in self._skipped}
+                axes[dim] = Ordered(self.symmetry, labels, chosen, unresized(self.symmetry, labels))
+        return acted(tensor, axes) if axes else tensor
 
 
 # activations ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vfx.emit.layers import ModuleCall, layer_of
+from vfx.emit.taking import Taking
 from vfx.operators import arguments, is_in_place, operator, operator_of
 from vfx.program import Program, Value, readers_of
 
@@ -26,14 +27,17 @@ _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 
 
-def with_modules(graph: fx.Graph, root: nn.Module, program: Program, weights: Mapping[str, Tensor]) -> None:
+def with_modules(
+    graph: fx.Graph, root: nn.Module, program: Program, weights: Mapping[str, Tensor], taking: Taking
+) -> None:
     """Let the graph call modules of ``root`` where its calls are those of layers.
 
-    ``weights`` holds the tensors that the graph reads, and the counters of norms, by FQN.
+    ``weights`` holds the tensors that the graph reads, and the counters of norms, by FQN; modules get them by
+    ``taking``.
     """
     layers = _layer_calls(graph, program, weights)
     for path, calls in layers.items():
-        _add_module(root, path, _built(next(iter(calls.values())), path, program, weights))
+        _add_module(root, path, _built(next(iter(calls.values())), path, program, weights, taking))
     paths = {node: path for path, calls in layers.items() for node in calls}
     replaced: dict[fx.Node, fx.Node] = {}
     for node in [node for node in graph.nodes if node in paths]:
@@ -126,14 +130,14 @@ def _constructed(layer: ModuleCall) -> nn.Module:
         return layer.kind(**layer.options, device="meta")
 
 
-def _built(layer: ModuleCall, path: str, program: Program, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module with copies of its tensors; a norm follows the momentum of the user's."""
+def _built(layer: ModuleCall, path: str, program: Program, weights: Mapping[str, Tensor], taking: Taking) -> nn.Module:
+    """The module with its tensors; a norm follows the momentum of the user's."""
     if "momentum" in layer.options:
         momentum = _momentum(program, path, layer.options["momentum"])
         layer = layer._replace(options={**layer.options, "momentum": momentum})
     module = _constructed(layer)
     for name, old in _tensors(module).items():
-        tensor = weights.get(f"{path}.{name}", torch.zeros(old.shape, dtype=old.dtype)).detach().clone()
+        tensor = taking(weights.get(f"{path}.{name}", torch.zeros(old.shape, dtype=old.dtype)))
         setattr(module, name, nn.Parameter(tensor) if name in module._parameters else tensor)
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()  # one block of memory, as cuDNN wants it

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor, fx, nn
 from vfx.complex_numbers import together, with_complex_parameters
 from vfx.emit.arguments import with_arguments
 from vfx.emit.calls import by_packets, submodule, with_modules, with_own_names
+from vfx.emit.exact import InDouble, sharing
 from vfx.emit.kept_sizes import KeptSize, kept_sizes, needed, put
-from vfx.emit.own_class import copied, own_class
+from vfx.emit.own_class import own_class, with_exact_scales
 from vfx.emit.own_config import config_changes, fit_config, put_config
+from vfx.emit.taking import Taking
 from vfx.errors import ConfigNote, WeightError, listed
 from vfx.program import Program, casts, copy_graph, moved
 from vfx.proof import PRESERVED, SINGLE, in_double, outputs_error, samples
@@ -28,28 +29,36 @@ from vfx.proof import PRESERVED, SINGLE, in_double, outputs_error, samples
 FEW = 2  # samples on which resized networks are compared
 
 
-def emit(program: Program, edge: int = 0) -> tuple[nn.Module, str]:
-    """A module in eval mode that computes one weight set, and why it is not the user's class ("" if it is)."""
+def emit(
+    program: Program, edge: int = 0, taking: Taking | None = None, verify: bool = True
+) -> tuple[nn.Module, str]:  # fmt: skip
+    """A module in eval mode that computes one weight set, and why it is not the user's class ("" if it is).
+
+    Its tensors are copies, or what ``taking`` gives it. Without ``verify`` a class of unchanged structure is not
+    compared with the Program.
+    """
+    taking = taking or Taking()
+    whole = lambda reason: (graph_module(program, edge, taking.begin()), reason)  # noqa: E731
     if program.module is None:
-        return graph_module(program, edge), "the user's class is not at hand"
+        return whole("the user's class is not at hand")
     if program.structural and not program.resized:
-        return graph_module(program, edge), "the structure changed"
+        return whole("the structure changed")
     if program.resized and program.outputs:
-        return graph_module(program, edge), f"only outputs {listed([str(one) for one in program.outputs])} are kept"
+        return whole(f"only outputs {listed([str(one) for one in program.outputs])} are kept")
     try:
-        module = own_class(program, edge)
+        module = own_class(program, edge, taking)
         # queries that were scaled for the class are rounded: the algebra is checked, as for passes
-        exact = own_class(_in_double(program), edge) if _scales(program) else module
+        exact = with_exact_scales(module, program, edge) if _scales(program) else module
     except (RuntimeError, TypeError, WeightError) as error:
-        return graph_module(program, edge), f"writing back to {type(program.module).__name__} failed: {error}"
+        return whole(f"writing back to {type(program.module).__name__} failed: {error}")
     said = not program.resized or fit_config(module, program.module, lambda one: _same(one, module, program))
     put_config(exact, config_changes(program.module, module))
-    reason = _unproved(program, edge, exact)
+    reason = _unproved(program, edge, exact) if verify or program.resized else ""
     if reason and program.resized:
         sizes = needed(kept_sizes(program, edge), lambda some: not _unproved(program, edge, exact, some))
         module, reason = put(module, sizes), "" if sizes else reason
     if reason:
-        return graph_module(program, edge), reason
+        return whole(reason)
     if not said:
         warnings.warn(_UNSAID.format(type(module).__name__), ConfigNote, stacklevel=2)
     return module, ""
@@ -78,7 +87,7 @@ def _unproved(program: Program, edge: int, module: nn.Module, sizes: Sequence[Ke
     """Why the user's class, with some of the sizes that its modules keep changed, is not the Program; "" if it is."""
     name = type(module).__name__
     try:
-        gap = difference(put(copy.deepcopy(module), sizes), program.select(edge))
+        gap = difference(put(sharing(module), sizes), program.select(edge))
     except Exception as error:  # the user's forward() meets sizes that it was not written for
         if not program.resized:
             raise
@@ -87,20 +96,36 @@ def _unproved(program: Program, edge: int, module: nn.Module, sizes: Sequence[Ke
     return "" if gap <= PRESERVED else f"{name} differs from the graph by {gap:.1e}"
 
 
-def _in_double(program: Program) -> Program:
-    """The Program and the user's model in float64 on the CPU."""
-    assert program.module is not None
-    module = copied(program.module)._apply(lambda tensor: moved(tensor, "cpu", torch.float64))
-    return replace(in_double(program), module=module)
-
-
 @torch.no_grad()
 def difference(module: nn.Module, program: Program) -> float:
     """Relative output error between a module and a Program: in float64, or in float32 scaled to the same threshold.
 
-    They are compared on the example inputs; where layers were resized also on random ones at another batch size.
+    They are compared on the example inputs; where layers were resized also on random ones at another batch size. Where
+    they give the same bits there, in single precision at least, nothing is left to be compared in float64. Tensors are
+    cast one at a time (``vfx.emit.exact``), and all at once where that does not prove it.
     """
     program = program.with_samples(FEW) if program.resized else program
+    if not program.resized and _same_bits(module, program):
+        return 0.0
+    try:
+        exact = sharing(module)
+        with InDouble(exact):
+            gap = _difference(exact, in_double(program, on_read=True))
+        if gap <= PRESERVED:
+            return gap
+    except Exception:  # the user's forward() asks its own tensors for their dtype
+        pass
+    return _difference_at_once(module, program)
+
+
+def _same_bits(module: nn.Module, program: Program) -> bool:
+    """Whether both give the same values in the precision that they have, where that is enough to tell."""
+    if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in (*module.parameters(), *module.buffers())):
+        return False
+    return _difference(sharing(module), program) == 0
+
+
+def _difference_at_once(module: nn.Module, program: Program) -> float:
     failed: RuntimeError | None = None
     try:
         exact = copy.deepcopy(module)._apply(lambda tensor: moved(tensor, "cpu", torch.float64))
@@ -133,16 +158,20 @@ def _trials(program: Program) -> list[Sequence[Any]]:
     return [like, samples(like, program.batch_axes, program.batch_of(like) + varies, generator)]
 
 
-def graph_module(program: Program, edge: int = 0) -> fx.GraphModule:
-    """A GraphModule over the Program's graph, made of layers; parameters and buffers keep their FQNs."""
+def graph_module(program: Program, edge: int = 0, taking: Taking | None = None) -> fx.GraphModule:
+    """A GraphModule over the Program's graph, made of layers; parameters and buffers keep their FQNs.
+
+    Its tensors are copies, or what ``taking`` gives it.
+    """
+    taking = taking or Taking()
     graph, _ = copy_graph(program.graph)
     root = nn.Module()
     joined = with_complex_parameters(graph)
     weights = {name: together(t) if name in joined else t for name, t in program.weights[edge].items()}
-    with_modules(graph, root, program, weights)
+    with_modules(graph, root, program, weights, taking)
     for node in graph.nodes:
         if node.op == "get_attr":
-            _register(root, str(node.target), weights[str(node.target)], program)
+            _register(root, str(node.target), weights[str(node.target)], program, taking)
     by_packets(graph)
     graph = with_arguments(with_own_names(graph), root, program.signature)
     for node in graph.nodes:
@@ -151,12 +180,12 @@ def graph_module(program: Program, edge: int = 0) -> fx.GraphModule:
     return fx.GraphModule(root, graph, class_name=name).eval()
 
 
-def _register(root: nn.Module, fqn: str, tensor: Tensor, program: Program) -> None:
+def _register(root: nn.Module, fqn: str, tensor: Tensor, program: Program, taking: Taking) -> None:
     path, _, leaf = fqn.rpartition(".")
     owner = submodule(root, path)
     if leaf in owner._parameters or leaf in owner._buffers:
         return
     if program.is_parameter(fqn):
-        owner.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+        owner.register_parameter(leaf, nn.Parameter(taking(tensor)))
     else:
-        owner.register_buffer(leaf, tensor.detach().clone())
+        owner.register_buffer(leaf, taking(tensor))

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from vfx.complex_numbers import restored
+from vfx.emit.exact import copied
 from vfx.emit.layers import ModuleCall, layer_of
 from vfx.emit.scales import with_default_scales
+from vfx.emit.taking import Taking
 from vfx.errors import WeightError, listed
 from vfx.operators import arguments
 from vfx.program import Program
@@ -26,27 +28,39 @@ _WIDTHS = ("num_embeddings", "embedding_dim", "input_size", "hidden_size", "proj
 _SIZES = frozenset(_FEATURES + _CHANNELS + _WIDTHS)  # constructor arguments of torch's layers, and their attributes
 
 
-def own_class(program: Program, edge: int = 0) -> nn.Module:
-    """A deep copy of the user's model, in eval mode, that holds this weight set.
+def own_class(program: Program, edge: int = 0, taking: Taking | None = None) -> nn.Module:
+    """A deep copy of the user's model, in eval mode, that holds this weight set (copied, or as ``taking`` gives it).
 
     Raises WeightError if the graph reads a parameter that the model has not.
     """
     assert program.module is not None
     held = with_default_scales(program, edge) if program.resized else program.weights[edge]
     weights = {**held, **_resized_buffers(program, edge)}
-    module = copied(program.module).eval()
-    module = module.to(next((tensor.device for tensor in weights.values()), torch.device("cpu")))
-    own = own_tensors(module)
+    own = own_tensors(program.module)
     names = {program.aliases.get(name, name) for name in own}
     if program.resized and (added := [name for name in program.names() if name not in names | program.buffers]):
         raise WeightError(f"{type(program.module).__name__} has no {listed(added)}")
+    taking, new = taking or Taking(), dict[int, tuple[Tensor, Tensor]]()
     for name, tensor in own.items():
         given = weights.get(program.aliases.get(name, name))
-        if given is not None:
-            tensor.data = restored(given, tensor).detach().to(tensor.dtype, copy=True)
+        if given is not None and id(tensor) not in new:
+            new[id(tensor)] = tensor, taking(restored(given, tensor), tensor.dtype)
+    module = copied(program.module, {key: _like(tensor, data) for key, (tensor, data) in new.items()}).eval()
+    module = module.to(next((tensor.device for tensor in weights.values()), torch.device("cpu")))
     if program.resized:
         _resize(module, program, edge)
     return module
+
+
+def with_exact_scales(module: nn.Module, program: Program, edge: int = 0) -> nn.Module:
+    """A copy of ``own_class``'s module in which queries scaled for the class are not rounded; the rest is shared."""
+    scaled = with_default_scales(program, edge, exact=True)
+    new = {}
+    for name, tensor in own_tensors(module).items():
+        key = program.aliases.get(name, name)
+        changed = key in scaled and scaled[key] is not program.weights[edge][key]
+        new[id(tensor)] = nn.Parameter(scaled[key], tensor.requires_grad) if changed else tensor
+    return copied(module, new)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -55,11 +69,17 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(parameters(remove_duplicate=False)), **dict(buffers(remove_duplicate=False))}
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors that ``forward`` computes anew and keeps (an older weight norm's) are copied by value."""
-    plain = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
-    computed = {id(tensor): tensor.detach().clone() for tensor in plain if not tensor.is_leaf}
-    return copy.deepcopy(module, computed)
+def _like(tensor: Tensor, data: Tensor) -> Tensor:
+    """A parameter, or a buffer, of the kind of another one, that holds ``data``."""
+    if type(tensor) is nn.Parameter:
+        return nn.Parameter(data, tensor.requires_grad)
+    twin = copy.deepcopy(tensor.detach())
+    if isinstance(tensor, nn.Parameter):
+        twin = type(tensor)(twin, tensor.requires_grad)
+    else:
+        twin.__dict__.update(copy.deepcopy(tensor.__dict__))
+    twin.data = data
+    return twin
 
 
 def _resized_buffers(program: Program, edge: int) -> dict[str, Tensor]:

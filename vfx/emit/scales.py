@@ -21,8 +21,11 @@ from vfx.program import Program, Value
 _BATCH = 2  # that views are followed at
 
 
-def with_default_scales(program: Program, edge: int = 0) -> dict[str, Tensor]:
-    """The weights under which attention without a scale of its own computes what the Program does."""
+def with_default_scales(program: Program, edge: int = 0, exact: bool = False) -> dict[str, Tensor]:
+    """The weights under which attention without a scale of its own computes what the Program does.
+
+    Those that change for it are rounded to their own precision, unless they are to be ``exact`` (float64).
+    """
     weights = dict(program.weights[edge])
     for attention, projection, chain in _queries(program):
         a = arguments(attention)
@@ -30,9 +33,10 @@ def with_default_scales(program: Program, edge: int = 0) -> dict[str, Tensor]:
         rows = _numbered(projection, chain).unique()
         for name in (weight_name(projection), weight_name(projection, "bias")):
             if name is not None:
-                exact = weights[name].double()
-                rows = rows.to(exact.device)
-                weights[name] = exact.index_copy(0, rows, exact[rows] * factor).to(weights[name].dtype)
+                wide = weights[name].double()
+                rows = rows.to(wide.device)
+                wide = wide.index_copy(0, rows, wide[rows] * factor)
+                weights[name] = wide if exact else wide.to(weights[name].dtype)
     return weights
 
 

@@ -11,20 +11,21 @@ Inside the blocks of another group each pair of blocks has the best signs of its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vfx.analyse.classes import Maps, Matrix
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.scales import restrained
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import Element, Elements, Permutations, act, compose, identity, inverse
+from vfx.elements import Action, Element, Elements, Permutations, compose, identity, inverse
 from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
 from vfx.match.blocks import BlockGains
@@ -239,11 +240,12 @@ class ClassDescent(Descent):
     def _still(self, relative: dict[int, Any]) -> bool:
         return all(_is_identity(element) for element in relative.values())
 
-    def _placed(self, element: dict[int, Any]) -> Weights:
-        return self._moved(self._moved(self.original, dict(self.frame)), element)
+    def _placed(self, element: dict[int, Any]) -> Callable[[str, Tensor], Tensor]:
+        frame, moved = self._action(dict(self.frame)), self._action(element)
+        return lambda name, tensor: moved(name, frame(name, tensor))
 
-    def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
-        return act(self.symmetry, relative, weights)
+    def _action(self, relative: dict[int, Any]) -> Action:
+        return Action(self.symmetry, relative)
 
     def nearest_maps(self) -> dict[int, Any]:
         return dict(isomorphism(self.symmetry, self.target, self.current))

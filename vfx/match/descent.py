@@ -12,7 +12,7 @@ enter the gain. ``vfx.match.class_descent`` does the same over larger classes th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from vfx.analyse.groups import Group, Member
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import (
+    Action,
     Permutations,
-    act,
     compose_permutations,
     permuted,
     random_permutations,
@@ -35,6 +35,7 @@ from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.solve import Signs
 from vfx.match.units import GroupUnit, assign_pairs, assign_unit, units
 from vfx.match.universe import scored_names
+from vfx.on_read import OnRead
 from vfx.program import Weights
 
 MAX_SWEEPS = 100
@@ -75,7 +76,7 @@ class Descent:
         """
         self.element = self._identity() if start is None else dict(start)
         placed = self._placed(self.element)
-        self.current = {n: t.clone() if t is self.original[n] else t for n, t in placed.items()}
+        self.current = {n: t.clone() if (t := placed(n, own)) is own else t for n, own in self.original.items()}
         self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
         settled = set(known or ()) if start is None or known is not None else None
         objective, sweep = self.objective, 0
@@ -99,7 +100,8 @@ class Descent:
     def move(self, maps: Mapping[int, Any]) -> None:
         """The other network through maps behind what it goes through already."""
         self._compose(dict(maps))
-        self.current = dict(self._moved(self.current, dict(maps)))
+        moved = self._action(dict(maps))
+        self.current = {name: moved(name, tensor) for name, tensor in self.current.items()}
 
     def nearest_maps(self) -> dict[int, Any]:
         """The maps without a balanced form that bring the networks nearest as they stand: none among permutations."""
@@ -116,14 +118,14 @@ class Descent:
             self.stale -= unit.groups
         if self._still(relative):
             return
-        step = self._moved({name: self.current[name] for name in names}, relative)
+        step = OnRead(self.current, self._action(relative))  # a stream stands in most tensors: one is moved at a time
         quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
         exact = self._exact(unit) and not quadratic and not inside
         if settled is None and not exact and self._value(names, step) <= self._value(names, self.current):
             return
         self._compose(relative)
-        for name, tensor in step.items():  # in place: long-lived tensors between short-lived ones fragment the heap
-            self.current[name].copy_(tensor)
+        for name in names:  # in place: long-lived tensors between short-lived ones fragment the heap
+            self.current[name].copy_(step[name])
         neighbours = set().union(*(self.groups_of[name] for name in names))
         self.stale |= neighbours - unit.groups if exact else neighbours
 
@@ -138,12 +140,12 @@ class Descent:
     def _still(self, relative: dict[int, Any]) -> bool:
         return all((p == np.arange(p.shape[-1])).all() for p in relative.values())
 
-    def _placed(self, element: dict[int, Any]) -> Weights:
-        """The other network's weights behind an element."""
-        return self._moved(self.original, element)
+    def _placed(self, element: dict[int, Any]) -> Callable[[str, Tensor], Tensor]:
+        """What brings the other network's tensors behind an element."""
+        return self._action(element)
 
-    def _moved(self, weights: Weights, relative: dict[int, Any]) -> Weights:
-        return act(self.symmetry, permuted(relative), weights)
+    def _action(self, relative: dict[int, Any]) -> Action:
+        return Action(self.symmetry, permuted(relative))
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = compose_permutations(self.symmetry.groups, self.element, relative)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vfx.errors import ArgumentError, PassError
+from vfx.pruning.order import kth_lowest
 from vfx.pruning.targets import Target, by_pattern
 
 SCOPES = ("global", "layer", "row", "N:M")
@@ -127,10 +128,18 @@ class Selection:
         ordered = sorted(targets, key=lambda target: target.name)
         if not ordered:
             return {}
-        joined = torch.cat([scores[target.name].reshape(-1) for target in ordered])
-        gone = lowest(joined[None], pruned_count(len(joined), sparsity))[0]
-        parts = gone.split([target.numel for target in ordered])
-        return {target.name: ~part.reshape(target.shape) for target, part in zip(ordered, parts)}
+        count = pruned_count(sum(target.numel for target in ordered), sparsity)
+        if not count:
+            return {target.name: torch.ones_like(scores[target.name], dtype=torch.bool) for target in ordered}
+        threshold, below = kth_lowest(lambda: (scores[target.name] for target in ordered), count)
+        kept, left = {}, count - below  # of those at the threshold the first go
+        for target in ordered:
+            own = scores[target.name]
+            mask, equal = own >= threshold.to(own.device), (own == threshold.to(own.device)).reshape(-1)
+            at_threshold = equal.nonzero().squeeze(1)[:left]
+            left -= len(at_threshold)
+            kept[target.name] = mask.reshape(-1).index_fill_(0, at_threshold, False).reshape(target.shape)
+        return kept
 
     def _alone(self, target: Target, scores: Tensor, sparsity: float) -> Tensor:
         matrix = target.matrix(scores)

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import act, permuted
+from vfx.elements import Action, permuted
 from vfx.errors import PassError, VerificationError
+from vfx.on_read import OnRead
 from vfx.operators import arguments, operator_of
-from vfx.program import BATCH, Program, Value, Weights
+from vfx.program import BATCH, Program, Value, Weights, copy_graph
 from vfx.proof import PRESERVED, function_error, in_double
 from vfx.resize.extent import Unfit, check_extent, fewer_positions, fewer_samples, rewritten, written_sizes
 from vfx.resize.layout import Layout
@@ -50,9 +51,9 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
 
     Inputs are small where that proves as much (``vfx.resize.extent``).
     """
-    moved = act(facts, permuted(to_slots(facts, small.layout, kept)), program.weights[0])
-    full = in_double(fewer_samples(program).with_weights([moved]))
-    exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]))
+    moved = OnRead(program.weights[0], Action(facts, permuted(to_slots(facts, small.layout, kept))))
+    full = in_double(fewer_samples(program).with_weights([moved]), on_read=True)
+    exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]), on_read=True)
     masked = MaskedRun(full, small.layout, facts)
     for cut in fewer_positions(full):
         try:
@@ -100,7 +101,7 @@ class MaskedRun(fx.Interpreter):
     """Runs an analysed graph at full size without the channels that a Layout removes."""
 
     def __init__(self, program: Program, layout: Layout, facts: Symmetry):
-        super().__init__(nn.Module(), graph=program.graph)
+        super().__init__(nn.Module(), graph=_reading_late(program.graph))
         self.extra_traceback = False
         self.program, self.layout, self.is_cut = program, layout, False
         self.weights = program.weights[0]
@@ -234,6 +235,15 @@ class MaskedRun(fx.Interpreter):
     def _length(self, entry: Any) -> int:
         """Old size of an axis at this batch size."""
         return entry.size if entry.size < BATCH else entry.size // BATCH * self.batch
+
+
+def _reading_late(graph: fx.Graph) -> fx.Graph:
+    """A copy that reads each weight right before the first node that needs it: values are freed behind their last."""
+    late, _ = copy_graph(graph)
+    place = {node: k for k, node in enumerate(late.nodes)}
+    for node in [node for node in late.nodes if node.op == "get_attr" and node.users]:
+        min(node.users, key=place.__getitem__).prepend(node)
+    return late
 
 
 def _is_product(node: fx.Node) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from vfx.pruning.scores.score import Score, Subject
+from vfx.on_read import OnRead
+from vfx.pruning.scores.score import Score, Subject, Values
 
 
 class Magnitude(Score):
@@ -14,5 +13,6 @@ class Magnitude(Score):
 
     name: ClassVar[str] = "magnitude"
 
-    def scores(self, subject: Subject) -> dict[str, Tensor]:
-        return {target.name: subject.weight(target).abs() for target in subject.targets}
+    def scores(self, subject: Subject) -> Values:
+        weights = {target.name: subject.weight(target) for target in subject.targets}
+        return OnRead(weights, lambda name, weight: weight.abs())

@@ -7,7 +7,7 @@ from torch import Tensor
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.pruning.scores.catalogue import score_named
-from vfx.pruning.scores.score import Score, Scored, Subject
+from vfx.pruning.scores.score import Score, Scored, Subject, Values
 from vfx.pruning.selection import Selection
 
 
@@ -30,7 +30,7 @@ class ScoreOnce(Score):
     def check(self, selection: Selection) -> None:
         self.inner.check(selection)
 
-    def scores(self, subject: Subject) -> dict[str, Tensor]:
+    def scores(self, subject: Subject) -> Values:
         return self.prepare(subject).values
 
     def prepare(self, subject: Subject) -> Scored:

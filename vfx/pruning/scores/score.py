@@ -52,7 +52,7 @@ class Pruned:
 class Scored:
     """Scores by FQN, and what makes the weights that any masks leave of them."""
 
-    values: dict[str, Tensor]
+    values: Values
     masked: Callable[[dict[str, Tensor]], Pruned]
 
 
@@ -66,7 +66,7 @@ class Score(ABC):
     layer_by_layer: bool = False  # whether a layer's scores depend on what was pruned before it
 
     @abstractmethod
-    def scores(self, subject: Subject) -> dict[str, Tensor]:
+    def scores(self, subject: Subject) -> Values:
         """A score for each weight, by FQN."""
 
     def check(self, selection: Selection) -> None:
