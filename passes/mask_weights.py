@@ -120,13 +120,13 @@ class MaskWeights(Pass[Masked]):
         """Raise unless exactly what was asked for is zero and nothing else than the targets changed."""
         super().ensures(program, result)
         before, after, masks = program.weights[0], result.program.weights[0], result.record.masks
-        gone = sum(int((~mask).sum()) for mask in masks.values())
+        gone = sum(mask.numel() - int(mask.count_nonzero()) for mask in masks.values())
         if gone != (asked := self.selection.expected(result.record.budgets)):
             raise PassError(f"{self.name} removed {gone} weights, {asked} were asked for")
         for name, tensor in after.items():
             if name not in masks and tensor is not before[name]:
                 raise PassError(f"{self.name} changed {name}, which it does not prune")
-            if name in masks and tensor[~masks[name]].any():
+            if name in masks and bool((tensor.bool() & ~masks[name]).any()):
                 raise PassError(f"{self.name} left weights of {name} that its mask removes")
         check_finite({name: after[name] for name in masks}, "the pruned network")
 

@@ -76,12 +76,21 @@ def check_finite(state: Mapping[str, Tensor], name: str, masks: Collection[str] 
                 f"{key!r} in {name} is on the meta device and has no values; load them before (to_empty(device=) and "
                 "load_state_dict)"
             )
-        if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor).all():
+        if _finite(tensor):
             continue
         count = int((~torch.isfinite(tensor)).sum())
         mask = _masks(tensor) if masks is None else key in masks
         if not mask or tensor.isnan().any():
             raise WeightError(f"{count} of {tensor.numel()} values of {key!r} in {name} are NaN or infinite")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no value of a tensor is NaN or infinite; extremes tell without a tensor of answers."""
+    if tensor.is_complex():
+        return _finite(torch.view_as_real(tensor.resolve_conj()))
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def check_storage(state: Mapping[str, Tensor], name: str) -> None:

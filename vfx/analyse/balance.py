@@ -36,7 +36,7 @@ from vfx.analyse.classes import Maps, Matrix, contragredient, turning
 from vfx.analyse.groups import Group
 from vfx.analyse.scales import NEAR, SWEEPS, Scales, relaxation, tolerance_of
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import Element, Elements, act, compose
+from vfx.elements import Action, Element, Elements, act, compose
 from vfx.elements.parts import stacked
 from vfx.program import Weights
 
@@ -72,7 +72,9 @@ def in_turn(
     With ``leaning`` pairs without a balanced form get the one of ``_leaning`` in its place, where that settles.
     """
     total: dict[int, Element] = {}
-    current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items()}
+    touched = {m.fqn for group in pairs for m in group.members}
+    touched |= {place.fqn for own in scales.places.values() for place in own} if scales is not None else set()
+    current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items() if name in touched}
     changes, tolerance = [math.inf], tolerance_of(weights)
     for _ in range(ROUNDS):
         step = scales(current, IN_TURN) if scales is not None else {}
@@ -115,14 +117,16 @@ def _paired(
     Found side by side, maps of groups that share tensors can grow without end. Steps are ``over`` times as long as to
     the minimum over one map.
     """
-    maps: dict[int, Element] = {}
+    maps, weights = dict[int, Element](), dict(weights)
     for group in groups:
         found = _maps(symmetry, group, weights, leaning)
         if any(one is not None for one in found):
             matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
             matrix = _powered(matrix, over / _axes_at_most(group))
             maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
-            weights = act(symmetry, {group.index: maps[group.index]}, weights)
+            moved = Action(symmetry, {group.index: maps[group.index]})
+            own = weights.keys() & {m.fqn for m in group.members}
+            weights |= {name: moved(name, weights[name]) for name in own}
     return maps, weights
 
 

@@ -53,12 +53,12 @@ class Action:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor of a name, moved; the same object where nothing moves it."""
-        tensor = self._ordered(name, tensor)
+        moved = self._ordered(name, tensor)
         for group, member, element, dual in self._behind.get(name, ()):
             found = parts if element.is_exact else parts_by_role
             for part in found(self.symmetry, group, member):
-                tensor = mapped(tensor, member.dim, part, element, dual)
-        return tensor
+                moved = mapped(moved, member.dim, part, element, dual, in_place=moved is not tensor)
+        return moved
 
     def _ordered(self, name: str, tensor: Tensor) -> Tensor:
         axes: dict[int, ActedAxis] = {}

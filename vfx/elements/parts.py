@@ -70,8 +70,13 @@ def parts_by_role(symmetry: Symmetry, group: Group, member: Member) -> Iterator[
     yield from _by_block(symmetry, group, member, sides, np.full_like(sides, dual))
 
 
-def mapped(tensor: Tensor, dim: int, part: Part, element: Element, dual: Matrix | None) -> Tensor:
-    """One part of a tensor multiplied along an axis; ``dual`` is ``element.contragredient()``."""
+def mapped(
+    tensor: Tensor, dim: int, part: Part, element: Element, dual: Matrix | None, in_place: bool = False
+) -> Tensor:  # fmt: skip
+    """One part of a tensor multiplied along an axis; ``dual`` is ``element.contragredient()``.
+
+    ``in_place``: nobody else reads the tensor, and it may be written to.
+    """
     scales = element.scales.get(part.side)
     if element.matrix is not None and dual is not None:
         matrix = _block(dual if part.dual else element.matrix, part.block, 2)
@@ -81,33 +86,36 @@ def mapped(tensor: Tensor, dim: int, part: Part, element: Element, dual: Matrix 
     else:
         return tensor
     if part.elsewhere is None and matrix.ndim == 1:
-        return _scaled(tensor, dim, part.position, matrix)
+        return _scaled(tensor, dim, part.position, matrix, in_place)
+    copy = tensor.index_copy_ if in_place else tensor.index_copy
     if part.elsewhere is not None:
         axis, where = part.elsewhere
         index = torch.from_numpy(where).to(tensor.device)
-        return tensor.index_copy(axis, index, multiplied(tensor.index_select(axis, index), dim, part.position, matrix))
-    return multiplied(tensor, dim, part.position, matrix)
+        return copy(axis, index, multiplied(tensor.index_select(axis, index), dim, part.position, matrix))
+    return multiplied(tensor, dim, part.position, matrix, in_place)
 
 
-def _scaled(tensor: Tensor, dim: int, position: Index, scale: Matrix) -> Tensor:
+def _scaled(tensor: Tensor, dim: int, position: Index, scale: Matrix, in_place: bool) -> Tensor:
     """Slices at ``position`` (size, copies) along ``dim`` multiplied channel by channel."""
     factor = torch.ones(tensor.shape[dim], dtype=torch.float64)
     factor[torch.from_numpy(position)] = torch.from_numpy(np.ascontiguousarray(scale, np.float64))[:, None]
-    return tensor * factor.to(tensor).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+    factor = factor.to(tensor).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)])
+    return tensor.mul_(factor) if in_place else tensor * factor
 
 
 def _block(values: Matrix, block: int, rank: int) -> Matrix:
     return values[block] if values.ndim > rank else values
 
 
-def multiplied(tensor: Tensor, dim: int, position: Index, matrix: Matrix) -> Tensor:
+def multiplied(tensor: Tensor, dim: int, position: Index, matrix: Matrix, in_place: bool = False) -> Tensor:
     """Slices at ``position`` (size, copies) along ``dim`` mixed by a matrix, or scaled by a vector."""
     index = torch.from_numpy(position.reshape(-1)).to(tensor.device)
     rows = tensor.index_select(dim, index).movedim(dim, 0)
     flat = rows.reshape(len(position), -1).double()
     factor = torch.from_numpy(np.ascontiguousarray(matrix)).to(flat)
     mixed = factor @ flat if factor.ndim == 2 else factor[:, None] * flat
-    return tensor.index_copy(dim, index, mixed.reshape(rows.shape).movedim(0, dim).to(tensor.dtype))
+    copy = tensor.index_copy_ if in_place else tensor.index_copy
+    return copy(dim, index, mixed.reshape(rows.shape).movedim(0, dim).to(tensor.dtype))
 
 
 def stacked(symmetry: Symmetry, group: Group, weights: Weights, dual: bool) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
@@ -30,9 +31,10 @@ class BlockPiece:
     quadratic: bool = False
     signs: Mapping[int, Signs] = field(default_factory=dict)
 
-    def array(self, weights: Weights) -> Gain:
-        """(outer, inner groups…, everything else)."""
+    def array(self, weights: Weights, dtype: torch.dtype | None = None) -> Gain:
+        """(outer, inner groups…, everything else), in a dtype, or in that of the weights."""
         array = self.piece.read(weights[self.piece.fqn])
+        array = array if dtype is None else array.to(dtype)
         order = sorted(self.piece.stands, key=lambda own: (own.group != self.outer, own.group))
         front = [own.axis for own in order]
         rest = [axis for axis in range(array.ndim) if axis not in front]

@@ -144,8 +144,17 @@ class ClassDescent(Descent):
         self.signs = {group.index: sign_vectors(symmetry, group, running=running) for group in symmetry.moving}
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
+        beyond = {i for i, own in self.frame.items() if own.matrix is not None or own.scales}
+        beyond |= {i for i, kind in self.kinds.items() if kind.mixes} | {group.index for group in symmetry.rotations}
+        moving = (*symmetry.moving, *symmetry.rotations)
+        self._rounded = {m.fqn for group in moving if group.index in beyond for m in group.members}
         super().__init__(symmetry, target, other, heads)
         self.units += [GroupUnit(group) for group in symmetry.rotations if group.parent is None]
+
+    def _held_in(self, name: str, tensor: Tensor) -> torch.dtype:
+        """What is only put into another order, or turned round, is exact in its own precision."""
+        single = tensor.dtype == torch.float32 and name not in self._rounded
+        return torch.float32 if single else self.dtype
 
     def _groups(self) -> tuple[Group, ...]:
         return (*self.symmetry.groups, *(group for group in self.symmetry.rotations if group.parent is None))

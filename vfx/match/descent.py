@@ -52,8 +52,8 @@ class Descent:
         self.symmetry, self.units = symmetry, units(symmetry)
         named = [name for name in scored_names(symmetry) if name not in heads]
         scored = {name for name in named if target[name].shape == other[name].shape}  # not heads for other classes
-        self.target = {name: target[name].to(self.dtype) for name in scored}
-        self.original = {name: other[name].to(self.dtype) for name in scored}
+        self.target = {name: target[name].to(self._held_in(name, target[name])) for name in scored}
+        self.original = {name: other[name].to(self._held_in(name, other[name])) for name in scored}
         self.groups_of: dict[str, set[int]] = {}
         self.stale: set[int] = set()
         self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
@@ -96,6 +96,10 @@ class Descent:
         drawn = random_permutations(self.symmetry.groups, generator)
         self._compose(self._disorder({i: own for i, own in drawn.items() if i in groups}, generator))
         return self.element
+
+    def _held_in(self, name: str, tensor: Tensor) -> torch.dtype:
+        """The precision in which a tensor is held; what is summed over it has ``dtype``."""
+        return self.dtype
 
     def move(self, maps: Mapping[int, Any]) -> None:
         """The other network through maps behind what it goes through already."""
@@ -194,14 +198,15 @@ class Descent:
 
     def _blocks(self, members: list[Member], weights: Weights, size: int) -> Gain:
         """(size, copies, everything else) of the members side by side."""
-        parts = [_rows(m, weights[m.fqn]).reshape(size, m.position.shape[1], -1) for m in members]
+        parts = [_rows(m, weights[m.fqn]).reshape(size, m.position.shape[1], -1).to(self.dtype) for m in members]
         return torch.cat(parts, 2).cpu().numpy()
 
     def _gain(self, members: list[Member], size: int) -> Gain:
         """⟨W_0, W_1⟩ between any two channels (size, size), contracted over all else."""
         total = np.zeros((size, size))
         for member in members:
-            rows = [_rows(member, weights[member.fqn]).reshape(size, -1) for weights in (self.target, self.current)]
+            pair = (self.target[member.fqn], self.current[member.fqn])
+            rows = [_rows(member, tensor).reshape(size, -1).to(self.dtype) for tensor in pair]
             total += (rows[0] @ rows[1].T).cpu().numpy()
         return total
 
@@ -220,7 +225,7 @@ class Descent:
         if settled is not None:
             parts = [part for part in parts if not part.quadratic] or parts
         order = unit.inner if sweep % 2 else unit.inner[::-1]
-        arrays = [(part, part.array(self.target), part.array(self.current)) for part in parts]
+        arrays = [(part, part.array(self.target, self.dtype), part.array(self.current, self.dtype)) for part in parts]
         outer = self._block_gains.outer(unit, arrays) + self._beside(unit, names)
         gain = lambda g, orders: self._as_asked(g, self._block_gains.inner(unit, g, orders, arrays))  # noqa: E731
         return assign_unit(unit, outer, gain, order, self.solve)[0]

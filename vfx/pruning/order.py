@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 1 << 20  # scores that are read at a time
+PIECE = 1 << 17  # scores that are read at a time
 DIGIT = 16  # bits
 _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
