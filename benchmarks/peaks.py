@@ -1,10 +1,10 @@
 """Peak memory and processor time of calls on ResNet50 and GPT-2 small, each in a process of its own.
 
-Weights are random, as neither memory nor the work of one sweep depends on them. A model is what its parameters and
-buffers take. ``peak`` is the resident memory above what the process held with its inputs (the networks) in place,
-``kept`` what is left of it while the Result is held; both in models. Before, the same call runs on a tiny network of
-the kind, so that modules that load on first use do not count. Times are of the process, all threads together, behind
-the same warm-up.
+Weights are random, as memory does not depend on them. A model is what its parameters and buffers take. ``peak`` is the
+resident memory above what the process held with its inputs (the networks) in place, ``kept`` what is left of it while
+the Result is held; both in models. Before, the same call runs on a tiny network of the kind, so that modules that load
+on first use do not count. ResNet50 sees one image of 64 × 64, GPT-2 (transformers) 16 tokens. Times are those of the
+process, all threads together; wall time depends on what else the machine does (``load``, of the last minute).
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ from benchmarks.options import Output
 from vfx.api import merge, prune, prune_structured
 from vfx.files import write_atomic
 
-Call = Callable[[list[nn.Module], Tensor, bool], Any]
+Call = Callable[[list[nn.Module], Tensor], Any]
 QUIET: dict[str, Any] = {"progress": False}
+HEAD = (
+    "| network | call | peak, models | target | kept, models | processor, s | wall, s | load |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+)
 
 
 def _resnet50(tiny: bool) -> nn.Module:
@@ -56,43 +60,49 @@ NETWORKS: dict[str, tuple[Callable[[bool], nn.Module], Callable[[], Tensor]]] = 
 
 
 def _merged(classes: str) -> Call:
-    return lambda models, x, verify: merge(models, x, match="weight", classes=classes, verify=verify, **QUIET)
+    return lambda models, x: merge(models, x, match="weight", classes=classes, **QUIET)
 
 
-CALLS: dict[str, tuple[Call, int, float]] = {  # the call, how many networks it takes, and the most models to peak at
-    "prune, magnitude": (lambda m, x, verify: prune(m[0], x, sparsity=0.5, verify=verify, **QUIET), 1, 1.5),
-    "prune_structured": (lambda m, x, verify: prune_structured(m[0], x, sparsity=0.5, verify=verify, **QUIET), 1, 1.5),
-    "merge, permutations": (_merged("permutation"), 2, 2.0),
-    "merge, full classes": (_merged("full"), 2, 3.0),
+# the call, how many networks it takes, the most models to peak at, and whether the largest layer comes on top
+CALLS: dict[str, tuple[Call, int, float, bool]] = {
+    "prune, magnitude": (lambda m, x: prune(m[0], x, sparsity=0.5, **QUIET), 1, 1.5, False),
+    "prune_structured": (lambda m, x: prune_structured(m[0], x, sparsity=0.5, **QUIET), 1, 1.5, False),
+    "merge, permutations": (_merged("permutation"), 2, 2.0, True),
+    "merge, full classes": (_merged("full"), 2, 3.0, False),
 }
 
 
-def measure(network: str, call: str, verify: bool) -> dict[str, Any]:
+def measure(network: str, call: str) -> dict[str, Any]:
     """One call in this process."""
     build, inputs = NETWORKS[network]
-    run, count, most = CALLS[call]
-    run([build(True) for _ in range(count)], inputs(), verify)
+    run, count, most, and_layer = CALLS[call]
+    run([build(True) for _ in range(count)], inputs())
     torch.manual_seed(0)
     models, x = [build(False) for _ in range(count)], inputs()
-    sizes = [
-        tensor.nbytes / 2**20
-        for tensor in {**dict(models[0].named_parameters()), **dict(models[0].named_buffers())}.values()
-    ]
+    held = {**dict(models[0].named_parameters()), **dict(models[0].named_buffers())}
+    sizes = [tensor.nbytes / 2**20 for tensor in held.values()]
     model = sum(sizes)
     _settle()
     reset_peak_memory()
     before, started, clock = current_memory(), time.perf_counter(), time.process_time()
-    result = run(models, x, verify)
+    result = run(models, x)
     wall, processor, peak = time.perf_counter() - started, time.process_time() - clock, peak_memory()
     _settle()
     kept = current_memory()
-    allowed = most + (max(sizes) / model if "merge" in call and "full" not in call else 0)
     return {
-        "network": network, "call": call, "verify": verify, "model_mib": round(model),
-        "peak": round((peak - before) / model, 2), "target": round(allowed, 2), "kept": round((kept - before) / model, 2),
-        "wall_s": round(wall, 1), "processor_s": round(processor, 1), "class": type(result.module).__name__,
+        "network": network,
+        "call": call,
+        "model_mib": round(model),
+        "peak": round((peak - before) / model, 2),
+        "target": round(most + and_layer * max(sizes) / model, 2),
+        "kept": round((kept - before) / model, 2),
+        "wall_s": round(wall, 1),
+        "processor_s": round(processor, 1),
+        "load": round(os.getloadavg()[0], 1),
+        "class": type(result.module).__name__,
         "stages": {name: round(float(took), 2) for name, took in result.report.seconds.items()},
-    }  # fmt: skip
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }
 
 
 def _settle() -> None:
@@ -102,8 +112,40 @@ def _settle() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-if __name__ == "__main__":
-    import os
+def main(
+    network: Annotated[list[str] | None, typer.Option(help="Only these networks (may be repeated).")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="Only these calls (may be repeated).")] = None,
+    output: Output = RESULTS,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure the one named here, in this process.")] = False,
+) -> None:
+    """Measure each call in a process of its own, and write peaks.json and peaks.md after each."""
+    chosen = [(n, c) for n in network or NETWORKS for c in call or CALLS]
+    if alone:
+        (one,) = chosen
+        print(json.dumps(measure(*one)))
+        return
+    path = output / "peaks.json"
+    rows = json.loads(path.read_text()) if path.is_file() else {}
+    for one in chosen:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peaks", "--alone", "--network", one[0]]
+        done = subprocess.run([*command, "--call", one[1]], stdout=subprocess.PIPE, check=True, text=True)
+        rows[", ".join(one)] = json.loads(done.stdout.splitlines()[-1])
+        Console(stderr=True).print(rows[", ".join(one)])
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(rows, indent=1) + "\n")
+        write_atomic(output / "peaks.md", page(rows))
 
-    found = measure(sys.argv[1], sys.argv[2], sys.argv[3:] != ["--no-verify"])
-    print(json.dumps(found | {"load": os.getloadavg()[0]}))
+
+def page(rows: dict[str, dict[str, Any]]) -> str:
+    """The table, misses in bold."""
+    text = [f"{(__doc__ or '').strip()}", "", "Command: `OMP_NUM_THREADS=1 python -m benchmarks.peaks`.", "", *HEAD]
+    for row in rows.values():
+        peak = f"{row['peak']:.2f}" if row["peak"] <= row["target"] else f"**{row['peak']:.2f}**"
+        cells = [row["network"], row["call"], peak, f"{row['target']:.2f}", f"{row['kept']:.2f}"]
+        cells += [f"{row['processor_s']:.1f}", f"{row['wall_s']:.1f}", f"{row['load']:.1f}"]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
