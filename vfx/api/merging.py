@@ -92,7 +92,8 @@ def merge(
     may differ in shape from edge to edge; ``head_output`` returns their outputs in a "list", concatenated ("cat") or
     averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
     nothing; the report warns if the merged network's variances do not fit the edges' on them. ``dynamic_shapes`` and
-    ``outputs`` (those that count): as for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use, and compare the module that comes out.
+    ``outputs`` (those that count): as for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use, and
+    compare the module that comes out.
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     options = MergeOptions(
