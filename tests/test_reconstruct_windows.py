@@ -138,3 +138,4 @@ def test_products_are_shared_only_where_the_formula_holds() -> None:
     assert shares_products(Window((3,) * 3, (1,) * 3, (1,) * 3, ((1, 1),) * 3), 8, (8,) * 3)
     assert shares_products(plain, 8, (2, 2))
     assert not shares_products(Window((7, 7), (1, 1), (1, 1), ((0, 0), (0, 0))), 8, (8, 8)), "borders cost more"
+    assert not shares_products(Window((64, 64), (1, 1), (1, 1), ((31, 32), (31, 32))), 8, (64, 64)), "and here, too"

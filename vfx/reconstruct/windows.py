@@ -21,6 +21,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 NARROW, SHORT = 8, 4  # channels, and positions of an output, below which rows are written out
 SHARING = 1 / 3  # of the rows written out, above which sharing is not worth putting the products together
+BLOCKS = 1 << 17  # products that may be added to a Gram matrix one by one: large kernels have more of them
 CROPPING = 1.5  # times fewer rows from where cropping a picture is worth the copies that it takes
 OVERLAP = 0.9  # share of what a kernel reads that lies in the picture, up to which it is cropped for the goals
 Padding = tuple[tuple[int, int], ...]  # before and behind each spatial axis
@@ -94,10 +95,11 @@ def shares_products(window: Window, channels: int, sizes: Sequence[int]) -> bool
     outputs = math.prod(window.outputs(sizes))
     if _line(window) is not None:
         return outputs >= SHORT
-    spread, products = _spread_rows(window, sizes), 0
-    for meetings in _meetings(window, sizes):
-        products += math.prod(meeting.rows for meeting in meetings)
-    return min(spread, products) < SHARING * window.size**2 * outputs
+    axes = [_axis_meetings(window, sizes, axis) for axis in range(len(sizes))]
+    # Sums over all combinations of the axes' meetings; half of them mirror the others.
+    blocks = math.prod(sum(len(meeting.pairs) for meeting in meetings) for meetings in axes) // 2
+    rows = math.prod(sum(meeting.rows for meeting in meetings) for meetings in axes) // 2
+    return blocks <= BLOCKS and min(_spread_rows(window, sizes), rows) < SHARING * window.size**2 * outputs
 
 
 def window_gram(window: Window, x: Tensor) -> Tensor:
