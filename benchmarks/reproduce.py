@@ -18,8 +18,8 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,15 +61,18 @@ SCALES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pair:
-    """Two trained networks, the data that merge them, and those that judge."""
+    """Two trained networks, the data that merge them, and those that judge; a call that several tables show is made
+    once.
+    """
 
     recipes: tuple[Recipe, Recipe]
     networks: Path
     data: Path
     calibration: int
     device: str
+    made: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def edges(self) -> list[nn.Module]:
@@ -96,7 +99,13 @@ class Pair:
         return {"edges": [self.judged(output) for output in outputs], "ensemble": self.judged(mean)}
 
     def cell(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Merge and judge."""
+        """What ``vfx.merge`` with these options gives."""
+        key = repr(sorted(options.items()))
+        if key not in self.made:
+            self.made[key] = self._merged(dict(options))
+        return self.made[key]
+
+    def _merged(self, options: dict[str, Any]) -> dict[str, Any]:
         count = max(2, round(options.pop("samples", 1.0) * self.calibration))
         data = self._images[0][:count].split(BATCH)
         start = time.perf_counter()
@@ -107,6 +116,9 @@ class Pair:
         return self.judged(predict(result.module.to(self.device), self._images[2])) | sizes | {"seconds": seconds}
 
 
+pair_of = cache(Pair)
+
+
 def measure(name: str, scale: str, networks: Path, data: Path, file: Path, device: str) -> None:
     """Measure the cells of one table that its file does not hold yet."""
     table, setting = TABLES[name], SCALES[scale]
@@ -115,7 +127,7 @@ def measure(name: str, scale: str, networks: Path, data: Path, file: Path, devic
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     pairs = results.setdefault(scale, {})
     for first, second in itertools.combinations(recipes, 2):
-        pair = Pair((first, second), networks, data, setting.calibration, device)
+        pair = pair_of((first, second), networks, data, setting.calibration, device)
         measured = pairs.setdefault(f"{first.seed}-{second.seed}", {"cells": {}})
         if "edges" not in measured:
             measured |= {**pair.ends(), "default": pair.cell({})}
