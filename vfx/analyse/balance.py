@@ -36,7 +36,7 @@ from vfx.analyse.classes import Maps, Matrix, contragredient, turning
 from vfx.analyse.groups import Group
 from vfx.analyse.scales import NEAR, SWEEPS, Scales, relaxation, tolerance_of
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import Action, Element, Elements, act, compose
+from vfx.elements import Acting, Element, Elements, act, compose
 from vfx.elements.parts import stacked
 from vfx.program import Weights
 
@@ -124,7 +124,7 @@ def _paired(
             matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
             matrix = _powered(matrix, over / _axes_at_most(group))
             maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
-            moved = Action(symmetry, {group.index: maps[group.index]})
+            moved = Acting(symmetry, {group.index: maps[group.index]})
             own = weights.keys() & {m.fqn for m in group.members}
             weights |= {name: moved(name, weights[name]) for name in own}
     return maps, weights

@@ -19,7 +19,7 @@ from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
 from vfx.capture.outputs import named_tensors
-from vfx.elements import Action, Elements, act, random_element
+from vfx.elements import Acting, Elements, act, random_element
 from vfx.on_read import OnRead
 from vfx.operators import is_layer, operator_of, weight_name
 from vfx.program import Execution, Program, Weights, run
@@ -55,7 +55,7 @@ def verify(symmetry: Symmetry, seed: int = 0, without: tuple[Member, ...] = (), 
 def preserved(symmetry: Symmetry, weights: Weights, element: Elements, seed: int = 0) -> float:
     """Relative output error of one given element on the given weights, in float64 on random inputs."""
     program = in_double(symmetry.program.with_weights([weights]), on_read=True)
-    moved = OnRead(program.weights[0], Action(symmetry, element))
+    moved = OnRead(program.weights[0], Acting(symmetry, element))
     return function_error(program, lambda inputs: run(program.graph, moved, inputs), seed)
 
 

@@ -1,6 +1,6 @@
 """Elements: what the channels of groups go through, and the one action that does it to weights and activations."""
 
-from vfx.elements.action import Action, OnAxis, Pending, act, act_on, order_on
+from vfx.elements.action import Acting, OnAxis, Pending, act, act_on, order_on
 from vfx.elements.composition import compose, inverse
 from vfx.elements.element import (
     Element,
@@ -24,7 +24,7 @@ from vfx.elements.permutations import (
 )
 
 __all__ = [
-    "Action",
+    "Acting",
     "Element",
     "Elements",
     "OnAxis",

@@ -27,11 +27,11 @@ def act(
     ``without`` leaves parameter axes out (a negative control). Whether the elements are in their groups' classes is not
     asked: see ``check_elements``.
     """
-    moved = Action(symmetry, elements, without)
+    moved = Acting(symmetry, elements, without)
     return {name: moved(name, tensor) for name, tensor in weights.items()}
 
 
-class Action:
+class Acting:
     """What elements do to a network's weights, one tensor at a time; arguments as of ``act``."""
 
     def __init__(self, symmetry: Symmetry, elements: Elements, without: tuple[Member, ...] = ()):

@@ -25,7 +25,7 @@ from vfx.analyse.groups import Group
 from vfx.analyse.places import Index
 from vfx.analyse.scales import restrained
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import Action, Element, Elements, Permutations, compose, identity, inverse
+from vfx.elements import Acting, Element, Elements, Permutations, compose, identity, inverse
 from vfx.elements.parts import parts, rows_of
 from vfx.match import planes
 from vfx.match.blocks import BlockGains
@@ -253,8 +253,8 @@ class ClassDescent(Descent):
         frame, moved = self._action(dict(self.frame)), self._action(element)
         return lambda name, tensor: moved(name, frame(name, tensor))
 
-    def _action(self, relative: dict[int, Any]) -> Action:
-        return Action(self.symmetry, relative)
+    def _action(self, relative: dict[int, Any]) -> Acting:
+        return Acting(self.symmetry, relative)
 
     def nearest_maps(self) -> dict[int, Any]:
         return dict(isomorphism(self.symmetry, self.target, self.current))

@@ -23,7 +23,7 @@ from torch import Tensor
 from vfx.analyse.groups import Group, Member
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import (
-    Action,
+    Acting,
     Permutations,
     compose_permutations,
     permuted,
@@ -148,8 +148,8 @@ class Descent:
         """What brings the other network's tensors behind an element."""
         return self._action(element)
 
-    def _action(self, relative: dict[int, Any]) -> Action:
-        return Action(self.symmetry, permuted(relative))
+    def _action(self, relative: dict[int, Any]) -> Acting:
+        return Acting(self.symmetry, permuted(relative))
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = compose_permutations(self.symmetry.groups, self.element, relative)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import Action, permuted
+from vfx.elements import Acting, permuted
 from vfx.errors import PassError, VerificationError
 from vfx.on_read import OnRead
 from vfx.operators import arguments, operator_of
@@ -51,7 +51,7 @@ def masked_error(program: Program, facts: Symmetry, small: Resized, kept: Kept, 
 
     Inputs are small where that proves as much (``vfx.resize.extent``).
     """
-    moved = OnRead(program.weights[0], Action(facts, permuted(to_slots(facts, small.layout, kept))))
+    moved = OnRead(program.weights[0], Acting(facts, permuted(to_slots(facts, small.layout, kept))))
     full = in_double(fewer_samples(program).with_weights([moved]), on_read=True)
     exact = in_double(small.program.with_weights([{**small.program.weights[0], **small.exact[0]}]), on_read=True)
     masked = MaskedRun(full, small.layout, facts)
