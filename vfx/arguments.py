@@ -28,8 +28,8 @@ R = TypeVar("R")
 
 LEAST = {
     "apart": 0, "block": 1, "count": 0, "epochs": 0, "iterations": 1, "max_rows": 1, "max_samples": 1, "memory": 1,
-    "memory_limit": 0, "minibatch": 1, "points": 3, "repair_samples": 1, "restarts": 0, "ridge": 0, "round_to": 1,
-    "rounds": 1, "seed": 0,
+    "memory_limit": 0, "minibatch": 1, "opset": 18, "points": 3, "repair_samples": 1, "restarts": 0, "ridge": 0,
+    "round_to": 1, "rounds": 1, "seed": 0,
 }  # fmt: skip
 _NAMES: dict[Any, str] = {
     int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vfx.statistics.collect import Statistics
 
 HeadOutput = Literal["list", "cat", "mean"]  # what comes out of several edges' heads
+Precision = Literal["same", "float16", "int8"]  # of the numbers in an .onnx file
 DYNAMIC_BATCH: Any = "batch"  # marks that the batch varies and nothing else
 REPAIRS = ("auto", "none", "repair", "rescale", "rescale_average", "reshift", "reset")  # towards a network's statistics
 
@@ -82,6 +83,13 @@ def keywords(options: type) -> dict[str, Keyword]:
         default = None if one.default is MISSING else one.default
         found[one.name] = Keyword(one.name, default, one.metadata["help"], one.metadata["text"], one.metadata["recipe"])
     return found
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """The fields of an options dataclass that are not their defaults, by name."""
+    found = {one.name: (getattr(options, one.name), one.default) for one in fields(options)}
+    same = lambda value, default: value is default or (isinstance(value, (int, str)) and value == default)  # noqa: E731
+    return {name: value for name, (value, default) in found.items() if not same(value, default)}
 
 
 def _solve() -> Any:
@@ -210,6 +218,29 @@ class StructuredOptions(Rewriting):
     variance: bool = keyword(True)
     loss: Loss | None = keyword(None)
     repair_samples: int = keyword(64, "Samples that the repair reads.", Text("number"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The keywords of ``vfx.export`` that say what an ``.onnx`` file is."""
+
+    opset: int = keyword(20, "Opset of .onnx, 18 or more.", Text("number"))
+    precision: Precision = keyword(
+        "same", "Numbers in .onnx: same (as the network's), float16, or int8 (needs --data).", Text("text")
+    )
+    input_names: Sequence[str] | None = keyword(
+        None, "Name of an input of .onnx, in forward's order; repeatable.", Text("texts", ("--input-name",))
+    )
+    output_names: Sequence[str] | None = keyword(
+        None, "Name of an output of .onnx, in their order; repeatable.", Text("texts", ("--output-name",))
+    )
+    axis_names: Sequence[str] | None = keyword(
+        None,
+        "Name of an axis whose size .onnx leaves open, as the inputs show them; repeatable; default: batch.",
+        Text("texts", ("--axis-name",)),
+    )
+    data: Any = keyword(None, "Inputs that calibrate int8: {data}", Text("data", ("--data", "-d")))
+    max_samples: int | None = keyword(None, "Use at most this many calibration samples.", Text("count"))
 
 
 @dataclass(frozen=True, kw_only=True)

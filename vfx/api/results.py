@@ -58,9 +58,9 @@ class Result:
         self.module.to(*args, **kwargs)
         return self
 
-    def save(self, path: str | Path) -> Path:
-        """Write the network in the format of ``path``'s suffix; see ``vfx.export``."""
-        return export(self, path)
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Write the network in the format of ``path``'s suffix; ``options`` are those of ``vfx.export``."""
+        return export(self, path, **options)
 
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.module.parameters())

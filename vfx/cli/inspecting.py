@@ -9,11 +9,13 @@ import typer
 
 from vfx.cli.app import app
 from vfx.cli.early import check_network, weights_in
-from vfx.cli.inputs import construct, examples_of
+from vfx.cli.inputs import construct, data_of, examples_of
+from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Csv, Entry, Inputs, Json, Model, Outputs, Seed
 from vfx.cli.results import check_outputs, origin_of, put, size_of, tell
 from vfx.errors import ArgumentError
 from vfx.files import check_writable
+from vfx.options import ExportOptions
 
 
 @app.command()
@@ -73,15 +75,19 @@ def layers(model: Model, inputs: Inputs = [], arguments: Arguments = []) -> None
 
 
 @app.command()
+@with_keywords(ExportOptions)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="State dict of the model, or a .pt2 network.")],
-    out: Annotated[list[Path], typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")],
+    out: Annotated[
+        list[Path], typer.Option("--out", "-o", help="Result: .onnx, .safetensors, .pt2 or .aoti; repeatable.")
+    ],
+    given: Given,
     inputs: Inputs = [],  # noqa: B006
     model: Annotated[str | None, typer.Option("--model", "-m", help="Constructor, as for the other commands.")] = None,
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
 ) -> None:
-    """Convert a checkpoint to ONNX, .pt2 or safetensors; ONNX is checked in ONNX Runtime."""
+    """Convert a checkpoint to ONNX, .pt2, safetensors or compiled code; ONNX is checked in ONNX Runtime."""
     check_outputs(out, rebuilt="the network of a .pt2 file" if checkpoint.suffix.lower() == ".pt2" else "")
     check_network(model, [checkpoint], inputs)
     if model is None and checkpoint.suffix.lower() != ".pt2":
@@ -89,10 +95,13 @@ def export(
     from vfx.emit.files import export as write
     from vfx.emit.files import load
 
+    examples = examples_of(inputs, model or "")
+    options = values(ExportOptions, given, data=data_of(given["data"], examples, model or ""))
+    only = [path for path in out if path.suffix.lower() == ".onnx"] or out  # options that no file has are refused
     network = load(weights_in(checkpoint), construct(model, arguments) if model else None, entry=entry)
     origin = origin_of([checkpoint])
     for path in out:
-        write(network, path, examples_of(inputs, model or ""), origin=origin)
+        write(network, path, examples, origin=origin, **(options if path in only else {}))
         print(f"wrote {path} ({size_of(path)})")
 
 

@@ -48,7 +48,9 @@ Evaluate = Annotated[
     typer.Option("--evaluate", help="Measure what comes out, and what went in, on these data; named as for --data."),
 ]
 Outputs = Annotated[list[str] | None, option_of(Rewriting, "outputs")]
-Out = Annotated[list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors or .pt2; repeatable.")]
+Out = Annotated[
+    list[Path] | None, typer.Option("--out", "-o", help="Result: .onnx, .safetensors, .pt2 or .aoti; repeatable.")
+]
 Chosen = Annotated[
     list[str] | None,
     typer.Option("--layers", help="Layers to normalise: numbers, names or globs, repeatable; default: all but heads."),

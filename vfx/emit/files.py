@@ -1,7 +1,8 @@
 """Export and load: one suffix, one format, one writer and one reader.
 
-``.onnx`` for runtimes, ``.safetensors`` for state dicts of the user's own class, ``.pt2`` for GraphModules. Files are
-written whole or not at all, and reading one never runs code from it.
+``.onnx`` for runtimes, ``.safetensors`` for state dicts of the user's own class, ``.pt2`` for GraphModules, ``.aoti``
+for compiled code, which is written only. Files are written whole or not at all, and reading one never runs code from
+it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from vfx.emit.module import graph_module
 from vfx.emit.provenance import provenance
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
-from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError
+from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError, listed
 from vfx.extras import needed_for
 from vfx.files import check_writable, write_atomic
+from vfx.options import ExportOptions, Precision, changed
 from vfx.pruning.masks import make_permanent
 from vfx.reading import require_file
 from vfx.wrappers import plain_model
@@ -45,6 +47,13 @@ def export(
     *,
     dynamic_shapes: Any = DYNAMIC_BATCH,
     origin: Mapping[str, Any] | None = None,
+    opset: int = 20,
+    precision: Precision = "same",
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    axis_names: Sequence[str] | None = None,
+    data: Any = None,
+    max_samples: int | None = None,
 ) -> Path:
     """Write a merged network (a Result or a module with example inputs) in the format of ``path``'s suffix.
 
@@ -53,11 +62,27 @@ def export(
     ``dynamic_shapes``: which sizes vary in ``.onnx`` and ``.pt2``, as for ``vfx.trace``; by default those that the
     capture of a Result left open, and the batch of a module. The metadata of ``.onnx`` and ``.safetensors`` say which
     version wrote them and how a Result was made; ``origin`` adds to that (a command, digests of files).
+
+    For ``.onnx`` alone: ``opset`` (18 or more; from 23 on attention is one node); ``precision="float16"``, or
+    ``"int8"`` by ONNX Runtime's quantiser with the ranges that the calibration ``data`` (``max_samples`` of them) show;
+    ``input_names``, ``output_names``, and ``axis_names`` of the sizes left open, in their order (default: ``batch``).
+
+    ``.aoti`` is AOTInductor's package: compiled code, which needs a C++ compiler here. A process of its own loads it
+    and compares it with the module before it is put in place; ``vfx.load`` refuses it, as it refuses all code, and
+    ``torch._inductor.aoti_load_package`` runs it (from an open file).
+
+    >>> vfx.export(merged, "merged.onnx", opset=23, precision="int8", data=images)
+
     Raises ArgumentError, OutputError (before any work), WeightError, CaptureError, VerificationError; no partial file
     is left.
     """
     path = Path(path)
+    options = ExportOptions(
+        opset=opset, precision=precision, input_names=input_names, output_names=output_names, axis_names=axis_names,
+        data=data, max_samples=max_samples,
+    )  # fmt: skip
     check_writable(path, FORMATS)
+    check_options(path, options)
     network = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if not isinstance(network, nn.Module):
         raise ArgumentError(f"export: model must be a network or a Result, got {type(model).__name__}")
@@ -69,7 +94,7 @@ def export(
             dynamic_shapes, axes = captured_shapes(model.program, module), model.program.batch_axes
     check_finite({**dict(module.named_parameters()), **dict(module.named_buffers())}, "the network", masks_of(module))
     network = make_permanent(copy.deepcopy(module)).cpu().eval()
-    written = _Written(path, example_inputs, dynamic_shapes, axes, provenance(model, origin))
+    written = _Written(path, example_inputs, dynamic_shapes, axes, provenance(model, origin), options)
     _WRITERS[path.suffix.lower()](network, written)
     return path
 
@@ -82,13 +107,27 @@ class _Written(NamedTuple):
     shapes: Any
     axes: Sequence[int | None] | None  # where samples stand, for each tensor
     metadata: dict[str, str]
+    options: ExportOptions
+
+
+def check_options(path: Path, options: ExportOptions) -> None:
+    """Raise ArgumentError for options that a file of this suffix has not, and for int8 without data."""
+    given = [f"{name}=" for name in changed(options)]
+    if given and path.suffix.lower() != ".onnx":
+        raise ArgumentError(f"{path.name}: {listed(given)} is for .onnx files only")
+    if options.precision == "int8" and options.data is None:
+        raise ArgumentError("int8 is calibrated: give inputs of the network as data=, some hundred samples")
+    if options.precision != "int8" and options.data is not None:
+        raise ArgumentError(f"data= calibrates int8; precision={options.precision!r} reads none")
 
 
 def _write_onnx(module: nn.Module, to: _Written) -> None:
     from vfx.emit.onnx import export_onnx  # needs packages of the extra "onnx"
 
     call = _examples(module, to.example_inputs, "ONNX", to.shapes)
-    export_onnx(module, to.path, call, dynamic_shapes=to.shapes, axes=to.axes, metadata=to.metadata)
+    export_onnx(
+        module, to.path, call, dynamic_shapes=to.shapes, axes=to.axes, metadata=to.metadata, options=to.options
+    )  # fmt: skip
 
 
 def _write_safetensors(module: nn.Module, to: _Written) -> None:
@@ -119,12 +158,20 @@ def _write_pt2(module: nn.Module, to: _Written) -> None:
     write_atomic(to.path, write_program(program))
 
 
+def _write_aoti(module: nn.Module, to: _Written) -> None:
+    from vfx.emit.aoti import write_package  # torch's compiler takes its time to be imported
+
+    write_package(
+        module, to.path, _examples(module, to.example_inputs, ".aoti", to.shapes), to.shapes, to.axes, to.metadata
+    )
+
+
 def no_class(path: Path, what: str) -> ArgumentError:
     """The refusal of a state dict where no constructor would give the network that it belongs to."""
     return ArgumentError(f"{path.name}: {what} has no class to load a state dict into; export it to .pt2 or .onnx")
 
 
-_WRITERS = {".onnx": _write_onnx, ".safetensors": _write_safetensors, ".pt2": _write_pt2}
+_WRITERS = {".onnx": _write_onnx, ".safetensors": _write_safetensors, ".pt2": _write_pt2, ".aoti": _write_aoti}
 FORMATS = tuple(_WRITERS)  # suffixes
 
 
@@ -203,10 +250,18 @@ def _read_onnx(path: Path) -> Any:
     return model
 
 
+def _refuse_aoti(path: Path) -> Any:
+    raise CheckpointError(
+        f"{path.name} carries compiled code, which vfx.load does not run; load the network's .pt2, or, where you trust "
+        "the file, torch._inductor.aoti_load_package"
+    )
+
+
 _READERS = {
     **TENSOR_READERS,
     ".pt2": _read_pt2,
     ".onnx": _read_onnx,
+    ".aoti": _refuse_aoti,
 }
 
 

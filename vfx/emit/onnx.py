@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,24 +11,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from vfx.capture.capture import capture
 from vfx.capture.exporting import DYNAMIC_BATCH, EXPORTING, exported
-from vfx.capture.outputs import named_tensors, plain
-from vfx.capture.signature import Call, has_batch
+from vfx.capture.outputs import named_tensors
+from vfx.capture.signature import Call
 from vfx.emit.onnx_files import check_no_link, name_weights, place_file, place_pair
+from vfx.emit.onnx_names import name_axes, names_of
+from vfx.emit.provenance import with_facts
+from vfx.emit.trials import Axes, trials
 from vfx.errors import ArgumentError, VerificationError
 from vfx.extras import needed_for
 from vfx.files import drafts_beside
-from vfx.proof import SINGLE, error_to_size, is_defined, samples
+from vfx.options import ExportOptions
+from vfx.program import Program
+from vfx.proof import SINGLE, error_to_size
 
 with needed_for("ONNX"):
     import onnx
     import onnxruntime
 
 ROUNDINGS = 16  # of half precision, which holds three digits and cannot meet the tolerance
-BATCHES = (1, 7)
-Axes = Sequence[int | None] | None  # on which samples stand, one for each tensor; None where nobody says
 IN_ONE_FILE = 3 * 2**29  # bytes of weights; protobuf ends at 2 GiB
+_SAME = ExportOptions()
 
 
 def export_onnx(
@@ -39,56 +44,98 @@ def export_onnx(
     dynamic_shapes: Any = DYNAMIC_BATCH,
     axes: Axes = None,
     metadata: Mapping[str, str] | None = None,
+    options: ExportOptions = _SAME,
 ) -> float:
     """Write ``module`` with a dynamic batch; returns its largest difference to the module in ONNX Runtime.
 
-    Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns. Weights above
-    1.5 GiB lie beside the graph, in ``<name>.<digest>.data``; ``metadata`` goes into the graph. With other
-    ``dynamic_shapes`` the file is compared at the shapes of ``call`` alone, unless ``axes`` says where samples stand
-    (an axis for each tensor, or None). Raises ArgumentError if torch cannot export the network; VerificationError, and
-    writes nothing, if ONNX Runtime cannot run it or differs by more than 1e-4 (16 roundings in half precision) at batch
-    1 or 7; OutputError.
+    Inputs are called like forward's arguments, outputs like the keys of a dict that forward returns, the size of the
+    samples ``batch``, unless ``options`` names them. Weights above 1.5 GiB lie beside the graph, in
+    ``<name>.<digest>.data``; ``metadata`` goes into the graph. With other ``dynamic_shapes`` the file is compared at
+    the shapes of ``call`` alone, unless ``axes`` says where samples stand (an axis for each tensor, or None). Raises
+    ArgumentError if torch cannot export the network; VerificationError, and writes nothing, if ONNX Runtime cannot run
+    it or differs by more than 1e-4 (16 roundings in half precision) at batch 1 or 7, in int8 by more than
+    ``vfx.emit.onnx_precision.NOISE`` on the calibration data; OutputError.
     """
     module = module.to("cpu").eval()
-    onnx_program = _converted(module, call, dynamic_shapes)
+    onnx_program, program = _converted(module, call, dynamic_shapes, options)
+    name_axes(onnx_program.model, options.axis_names, batch=dynamic_shapes == DYNAMIC_BATCH)
     onnx_program.model.metadata_props.update(metadata or {})
-    usual = dynamic_shapes == DYNAMIC_BATCH
-    axes = axes or [0 if batched else None for batched in has_batch(call.tensors())] if usual or axes else None
-    sizes = BATCHES if axes is not None and dynamic_shapes is not None else (None,)
+    tried = list(trials(module, call, dynamic_shapes, axes))
     values = onnx_program.model.graph.initializers.values()
     if sum(value.const_value.nbytes for value in values if value.const_value is not None) <= IN_ONE_FILE:
-        model = onnx_program.model_proto.SerializeToString()
-        worst = _compare(module, model, call, axes, sizes)
-        place_file(model, path)
+        model = onnx_program.model_proto
+        worst = _compare(module, model.SerializeToString(), tried, _tolerance(module, call))
+        if options.precision != "same":
+            model, worst = _narrowed(module, model, tried, path, capture(program, call), options)
+        place_file(model.SerializeToString(), path)
         return worst
+    if options.precision != "same":
+        raise ArgumentError(
+            f"{options.precision} is made of networks whose weights fit into one file (1.5 GiB); export "
+            "module.half() for float16"
+        )
     check_no_link(path)
     with drafts_beside(path) as folder:
         graph = folder / "graph.onnx"
         onnx_program.save(str(graph), external_data=True)
         weights = name_weights(graph, folder / "graph.onnx.data", path)
-        worst = _compare(module, graph, call, axes, sizes)
+        worst = _compare(module, graph, tried, _tolerance(module, call))
         place_pair(graph, weights, path)
     return worst
 
 
-def _converted(module: nn.Module, call: Call, dynamic_shapes: Any) -> Any:
+def _converted(
+    module: nn.Module, call: Call, dynamic_shapes: Any, options: ExportOptions
+) -> tuple[Any, ExportedProgram]:
     """The network as torch exports it. Raises ArgumentError."""
     with EXPORTING, _quiet(), torch.no_grad():
         program, _ = exported(module, call, dynamic_shapes)
-        names = _names(module, call)
+        inputs, outputs = names_of(module, call, options)
+        named: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "opset_version": options.opset}
         try:
-            return torch.onnx.export(program, (), dynamo=True, verbose=False, output_names=names)
+            found = torch.onnx.export(program, (), dynamo=True, verbose=False, **named)
         except Exception as error:  # beside its own class the exporter lets those of its passes through
             cause = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
             raise ArgumentError(
-                f"torch's exporter cannot write this network ({_types(module, call)}) as ONNX: {cause}; use .pt2"
+                f"torch's exporter cannot write this network ({_types(module, call)}) as ONNX in opset "
+                f"{options.opset}: {cause}; use another opset or .pt2"
             ) from error
+    assert found is not None  # with dynamo=True
+    made = found.model.opset_imports[""]
+    if made != options.opset:  # the exporter's converter gives up in silence
+        raise ArgumentError(f"torch's exporter writes this network in opset {made} only, not {options.opset}")
+    return found, program
 
 
-def _names(module: nn.Module, call: Call) -> list[str] | None:
-    """Names of the outputs, where forward gives them any."""
-    value = plain(module(*call.args, **call.kwargs))
-    return [re.sub(r"\W+", "_", path).strip("_") for path in named_tensors(value)] if isinstance(value, dict) else None
+def _narrowed(
+    module: nn.Module,
+    model: Any,
+    tried: Sequence[tuple[str, Call]],
+    path: Path,
+    program: Program,
+    options: ExportOptions,
+) -> tuple[Any, float]:
+    """A graph in the precision that ``options`` asks for and its error, both in ONNX Runtime."""
+    from vfx.emit.onnx_precision import NOISE, Calibration, in_float16, in_int8, noise
+
+    metadata = {one.key: one.value for one in model.metadata_props}
+    with _quiet():
+        if options.precision == "float16":
+            small = in_float16(model)
+            onnx.helper.set_model_props(small, with_facts(metadata, precision="float16"))
+            tolerance = ROUNDINGS * torch.finfo(torch.float16).eps
+            return small, _compare(module, small.SerializeToString(), tried, tolerance)
+        data = Calibration(program, [one.name for one in model.graph.input], options.data, options.max_samples)
+        with drafts_beside(path) as folder:
+            small = in_int8(model, data, folder)
+        found = noise(module, _session(small.SerializeToString()), data)
+    if not found.share <= NOISE:
+        raise VerificationError(
+            f"in int8 output {found.output or 0} differs by {found.share:.2f} of its standard deviation on the "
+            f"calibration data (at most {NOISE} is let pass); nothing was written. Use float16, or more data"
+        )
+    onnx.helper.set_model_props(small, with_facts(metadata, precision="int8", noise=round(found.share, 6)))
+    return small, found.share
 
 
 def _types(module: nn.Module, call: Call) -> str:
@@ -106,18 +153,17 @@ def _tolerance(module: nn.Module, call: Call) -> float:
 
 
 @torch.no_grad()
-def _compare(module: nn.Module, model: bytes | Path, call: Call, axes: Axes, sizes: Sequence[int | None]) -> float:
-    generator = torch.Generator().manual_seed(0)
-    tolerance, worst = _tolerance(module, call), 0.0
+def _compare(module: nn.Module, model: bytes | Path, tried: Sequence[tuple[str, Call]], tolerance: float) -> float:
+    """The largest difference between a graph in ONNX Runtime and the module, over some calls with their names."""
+    worst = 0.0
     try:
         session = _session(model)
     except Exception as error:  # ONNX Runtime's classes are not public
-        raise VerificationError(_unrunnable(module, call, error)) from error
-    for batch in sizes:
-        fresh = _fresh(module, call, axes, batch, generator)
-        expected = named_tensors(module(*fresh.args, **fresh.kwargs)).values()
+        raise VerificationError(_unrunnable(module, tried[0][1], error)) from error
+    for name, call in tried:
+        expected = named_tensors(module(*call.args, **call.kwargs)).values()
         try:
-            feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), fresh.tensors(), strict=True)}
+            feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), call.tensors(), strict=True)}
             outputs = session.run(None, feeds)
         except Exception as error:
             raise VerificationError(_unrunnable(module, call, error)) from error
@@ -125,7 +171,7 @@ def _compare(module: nn.Module, model: bytes | Path, call: Call, axes: Axes, siz
             difference = error_to_size(want, torch.as_tensor(got), least=1.0)
             if not difference <= tolerance:
                 raise VerificationError(
-                    f"ONNX Runtime differs from the module by {difference:.1e} in output {index} at batch {batch}; "
+                    f"ONNX Runtime differs from the module by {difference:.1e} in output {index} at {name}; "
                     "nothing was written. Export as .pt2 and report the operator mix"
                 )
             worst = max(worst, difference)
@@ -147,26 +193,10 @@ def _unrunnable(module: nn.Module, call: Call, error: Exception) -> str:
     )
 
 
-def _fresh(module: nn.Module, call: Call, axes: Axes, batch: int | None, generator: torch.Generator) -> Call:
-    """Random samples in place of the call's, unless they lead to NaN; then its own, as often as need be."""
-    if axes is None or batch is None:
-        return call
-    drawn = iter(samples(call.tensors(), axes, batch, generator))
-    fresh = call.map(lambda x: next(drawn) if isinstance(x, Tensor) else x)
-    if is_defined(module(*fresh.args, **fresh.kwargs)):
-        return fresh
-    own = iter(axes)
-    return call.map(lambda x: _repeated(x, next(own), batch) if isinstance(x, Tensor) else x)
-
-
-def _repeated(x: Tensor, axis: int | None, count: int) -> Tensor:
-    return x if axis is None else x.index_select(axis, torch.arange(count) % x.shape[axis])
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's own progress lines and deprecation warnings say nothing about the user's network."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

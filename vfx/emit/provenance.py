@@ -27,7 +27,16 @@ def provenance(model: Any, more: Mapping[str, Any] | None = None) -> dict[str, s
     if report is not None:
         facts |= {"passes": list(report.passes), "settings": dict(report.choices)}
         facts |= {"outcome": report.outcome} if getattr(report, "outcome", "") else {}
-    return {KEY: json.dumps(facts | dict(more or {}), default=str, sort_keys=True, ensure_ascii=False)}
+    return _metadata(facts | dict(more or {}))
+
+
+def with_facts(metadata: Mapping[str, str], **facts: Any) -> dict[str, str]:
+    """The metadata of a file with more facts."""
+    return {**metadata, **_metadata(json.loads(metadata.get(KEY, "{}")) | facts)}
+
+
+def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {KEY: json.dumps(facts, default=str, sort_keys=True, ensure_ascii=False)}
 
 
 def digests(files: Iterable[str | Path]) -> list[dict[str, str]]:
