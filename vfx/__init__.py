@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.passes.transform import Transform as Transform
     from vfx.passes.untie_weights import UntieWeights as UntieWeights
     from vfx.passes.use_batch_statistics import UseBatchStatistics as UseBatchStatistics
+    from vfx.processes import across_processes as across_processes
     from vfx.program import Program as Program
     from vfx.pruning.allocation.allocation import Allocation as Allocation
     from vfx.pruning.allocation.depth import Progressive as Progressive
@@ -121,6 +122,7 @@ _LAZY = {
     "barrier": "vfx.diagnosis.barrier",
     "evaluate": "vfx.diagnosis.evaluation",
     **dict.fromkeys(["SampleSelection", "select"], "vfx.diagnosis.select"),
+    "across_processes": "vfx.processes",
     "Program": "vfx.program",
     "Pass": "vfx.rewrite",
     "Matcher": "vfx.match.matcher",

@@ -21,6 +21,7 @@ from torch import nn
 from vfx.emit.module import emit
 from vfx.errors import ArgumentError
 from vfx.judge import EVERY, LIMIT, HeldOutScore, Judge, Kind
+from vfx.processes import agreed
 from vfx.program import Program
 from vfx.statistics.data import Batches, Prepared
 
@@ -63,7 +64,7 @@ class UserJudge:
 
     @torch.no_grad()
     def __call__(self, program: Program) -> HeldOutScore:
-        return HeldOutScore(-float(self.figure(emit(program)[0])))
+        return agreed(HeldOutScore(-float(self.figure(emit(program)[0]))))
 
 
 def trials(

@@ -52,6 +52,10 @@ class CheckpointError(VfxError):
     """A file cannot be read safely or is not what its name says."""
 
 
+class ProcessError(VfxError):
+    """Another process of a run that several share ended before this one."""
+
+
 class VfxNote(UserWarning):
     """Base class of what vfx says beside a result: the command line shows each as a line."""
 

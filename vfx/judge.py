@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vfx.capture.outputs import named_tensors
+from vfx.processes import agreed
 from vfx.program import Program
 from vfx.statistics.data import Prepared
 from vfx.statistics.labels import PADDING, outside
@@ -120,7 +121,10 @@ class Judge:
 
     @torch.no_grad()
     def score(self, outputs: Sequence[Any]) -> HeldOutScore:
-        """The score of a network's outputs on each held-out batch."""
+        """The score of a network's outputs on each held-out batch; of several processes the first one's counts."""
+        return agreed(self._score(outputs))
+
+    def _score(self, outputs: Sequence[Any]) -> HeldOutScore:
         batches = [_tensors(output) for output in outputs]
         samples: Tensor | float = 0.0
         scale: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -9,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vfx.errors import VfxError, VfxNote
+from vfx.errors import ArgumentError, VfxError, VfxNote
 from vfx.progress import show
 
+SHARED = ("merge", "repair", "prune", "prune-structured")  # commands that torchrun may start
 DEBUG, QUIET = "--debug", "--quiet"  # wherever they stand
 
 app = typer.Typer(
@@ -59,7 +61,7 @@ def main() -> None:
 
     warnings.showwarning = note
     try:
-        app([text for text in sys.argv[1:] if text not in (DEBUG, QUIET)], prog_name="vfx")
+        run([text for text in sys.argv[1:] if text not in (DEBUG, QUIET)])
     except VfxError as error:
         if debug:
             print(getattr(error, "details", ""), file=sys.stderr)
@@ -75,6 +77,24 @@ def main() -> None:
     finally:
         warnings.showwarning = others
         show("bars")
+
+
+def run(arguments: list[str]) -> None:
+    """A command with its options: in this process, or in all that ``torchrun`` started, of which the first speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        app(arguments, prog_name="vfx")
+        return
+    from vfx.processes import across_processes, ended_by_others, first
+
+    if not arguments or arguments[0] not in SHARED:
+        raise ArgumentError(
+            f"several processes share the data of vfx {', '.join(SHARED)}; start others without torchrun"
+        )
+    with ended_by_others(), across_processes():
+        if not first():
+            show("nothing")
+            warnings.simplefilter("ignore")
+        app(arguments, prog_name="vfx", standalone_mode=False)
 
 
 def _stopped() -> None:

@@ -111,7 +111,11 @@ def finish(
     import json
 
     from vfx.emit.files import export as write
+    from vfx.processes import first, wait
 
+    wait()  # a process that is lost until here leaves no file
+    if not first():
+        return
     tell(result.report, report)
     if evaluation is not None:
         tell(evaluation, report)

@@ -14,8 +14,10 @@ from torch import Tensor
 from vfx.analyse.layers import number_layers
 from vfx.errors import ArchitectureError, ArgumentError
 from vfx.match.carry import Carriage, Pairing, Reading
+from vfx.processes import count, shared
 from vfx.program import Execution, Program
 from vfx.progress import track
+from vfx.statistics.across import cross_across, number_across
 from vfx.statistics.collect import Statistics, features, fingerprint
 from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, Workspace
@@ -44,12 +46,15 @@ class WidthReader:
         for index, taps in enumerate(self.taps):
             taps_at.setdefault(taps[0].node, []).append(index)
         batches = Batches(self.programs[0], data, max_samples, device)
-        for batch in track(batches, "statistics", len(batches), progress):
+        for batch in track(shared(batches, list), "statistics", len(batches) // count(), progress):
             self.samples += batches.size(batch)
             runs = [Execution(p.graph, p.weights[0], batch, plan) for p, plan in zip(self.programs, plans)]
             for step in plans[0]:
                 values = [run.step()[1] for run in runs]
                 self._read_node(step.node.name, values, taps_at.get(step.node.name, ()))
+        self.features = cross_across(self.features, within=False)
+        self.layers = cross_across(self.layers, within=True, between=False)
+        self.samples = number_across(self.samples)
 
     def _read_node(self, name: str, values: list[Tensor], taps: Sequence[int]) -> None:
         if name in self.channel:

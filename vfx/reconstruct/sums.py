@@ -7,7 +7,7 @@ batches, and over processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -40,6 +40,15 @@ class Sums:
     def _mapped(self, count: int, change: Callable[[str, Tensor], Tensor]) -> Sums:
         found = {name: change(name, getattr(self, name)) for name in _TENSORS}
         return Sums(**found, count=self.count + count)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, the number of rows as a tensor; ``of_tensors`` is the way back."""
+        return [*(getattr(self, name) for name in _TENSORS), torch.tensor(self.count)]
+
+    @staticmethod
+    def of_tensors(tensors: Sequence[Tensor]) -> Sums:
+        """What ``tensors`` gave."""
+        return Sums(**dict(zip(_TENSORS, tensors)), count=int(tensors[-1]))
 
     def part(self, outputs: Tensor) -> Sums:
         """The sums of some outputs."""

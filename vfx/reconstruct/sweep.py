@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from vfx.processes import added, agreed, shared
 from vfx.program import Execution, Program
 from vfx.progress import track
 from vfx.reconstruct.collect import Collected
@@ -114,9 +115,11 @@ class Sweep:
                 continue
             for run in (bundle.network, *bundle.references):
                 run.values.clear()
-        if False not in parts:  # too few samples to hold any out
-            return parts[True].sums(), None
-        return parts[False].sums(), parts[True].sums() if True in parts else None
+        tensors = added({held: own.sums().tensors() for held, own in parts.items()})
+        whole = {held: Sums.of_tensors(found) for held, found in tensors.items()}
+        if False not in whole:  # too few samples to hold any out
+            return whole[True], None
+        return whole[False], whole.get(True)
 
     def _turn(self, unit: LogitUnit, batches: Batches, spill: Spill) -> None:
         """Fit an attention call's queries to the reference's logits; the values that wait are turned alike."""
@@ -128,7 +131,8 @@ class Sweep:
             self.references.approach(bundle.references, unit.node.name)
             total = unit.add(total, bundle.network, bundle.references[0], self.references.all[0])
             self._kept(bundle, spill)
-        assert total is not None
+        ((left, right),) = added({} if total is None else {"logits": total}).values()
+        total = left, right
         turn = unit.solve(total, LOGITS if self.options.ridge is None else self.options.ridge)
         self.weights.update(unit.write(self.weights, turn))
         spill.next_stage()
@@ -149,7 +153,8 @@ class Sweep:
     def _started(self, batches: Batches) -> Iterator[_Bundle]:
         """New executions for each batch, drawn when it is its turn."""
         holds = self.options.ridge is None
-        for batch, held in batches.parts(HELD) if holds else ((batch, False) for batch in batches):
+        parts = batches.parts(HELD) if holds else ((batch, False) for batch in batches)
+        for batch, held in shared(parts, lambda part: part[0], lambda part: part[1]):
             network = Execution(self.program.graph, self.weights, batch, self.plan)
             self._bundles.append(_Bundle(network, self.references.start(batch), held))
             yield self._bundles[-1]
@@ -178,7 +183,7 @@ class Sweep:
             ridge = self._ridge
         total = fit if held is None else fit + held
         system = System(problem, total)
-        solution = system.solve(ridge)
+        solution, ridge = agreed((system.solve(ridge), ridge))
         spread = float((total.squares - total.goals.square() / max(total.count, 1)).sum())
         scale = max(spread, 1e-300)
         self.weights.update(unit.write(self.weights, solution.matrix, solution.bias, total))

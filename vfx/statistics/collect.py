@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from vfx.analyse.layer_view import statistics_channels
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import DataError
+from vfx.processes import count, shared
 from vfx.program import Execution, Goal, Program, Weights, digest
 from vfx.progress import track
+from vfx.statistics.across import cross_across, moments_across, number_across
 from vfx.statistics.data import Batches
 from vfx.statistics.moments import CrossMoments, Moments, Workspace, batch_moments, channel_rows
 from vfx.statistics.taps import Tap, feature_taps
@@ -82,8 +84,9 @@ def collect(
     collector = _Collector(program, feature_taps(symmetry) if features and symmetry else [], channels, within)
     asked = {"features": features, "layers": layers or activations, "activations": activations, "within": within}
     batches = Batches(program, data, max_samples, device)
-    for batch in track(batches, "statistics", len(batches), progress):
+    for batch in track(shared(batches, list), "statistics", len(batches) // count(), progress):
         collector.add(batch, batches.size(batch))
+    collector.add_up()
     return Statistics(
         samples=collector.samples,
         taps=tuple(collector.taps),
@@ -119,6 +122,13 @@ class _Collector:
                 self._read_layer(node.name, self._channel[node.name], values)
             for tap in self._taps_at.get(node.name, ()):
                 self._read_features(tap, values)
+
+    def add_up(self) -> None:
+        """Take in what other processes saw of their shares of the data."""
+        self.features = cross_across(self.features, within=self.within)
+        self._spread = cross_across(self._spread, within=True, between=False)
+        self.layers = moments_across(self.layers) | {name: cross.moments for name, cross in self._spread.items()}
+        self.samples = number_across(self.samples)
 
     def covariances(self) -> dict[str, list[Tensor]]:
         """Covariance (C, C) of each layer's output, one for each edge."""

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, fx
 
 from vfx.errors import ArgumentError
+from vfx.processes import added, shared
 from vfx.program import Execution, Program, Step
 from vfx.progress import track
+from vfx.statistics.across import moments_across
 from vfx.statistics.data import Batch, Batches
 from vfx.statistics.moments import ROUNDING, Moments, batch_moments
 from vfx.statistics.spill import MEMORY_LIMIT, Spill
@@ -117,7 +119,8 @@ def _exact(
                     spill.keep(run)
                 else:
                     run.values.clear()
-            for reader, moments in zip(readers[node], totals):
+            whole = moments_across(dict(enumerate([one] for one in totals)))
+            for reader, (moments,) in zip(readers[node], whole.values()):
                 yield from filter(None, [reader.write(_exactly(moments), weights)])
 
 
@@ -125,7 +128,7 @@ def _started(
     program: Program, weights: dict[str, Tensor], batches: Batches, plan: list[Step], runs: list[Execution]
 ) -> Iterator[Execution]:
     """A new execution for each batch, drawn when it is its turn, so that no more inputs than needed are in memory."""
-    for batch in batches:
+    for batch in shared(batches, list):
         runs.append(Execution(program.graph, weights, batch, plan))
         yield runs[-1]
 
@@ -147,14 +150,14 @@ def _uncorrected(
     plan: list[Step], stops: list[int],
 ) -> Iterator[str]:  # fmt: skip
     totals: dict[tuple[int, int], Moments] = {}
-    for batch in batches:
+    for batch in shared(batches, list):
         run = Execution(program.graph, weights, batch, plan)
         for stop in stops:
             value = _advance(run, stop)
             for index, reader in enumerate(readers[plan[stop].node]):
                 empty = Moments(value.shape[reader.channel], value.device)
                 totals.setdefault((stop, index), empty).update(*batch_moments(value, reader.channel))
-    for (stop, index), moments in totals.items():
+    for (stop, index), (moments,) in moments_across({place: [one] for place, one in totals.items()}).items():
         yield from filter(None, [readers[plan[stop].node][index].write(_exactly(moments), weights)])
 
 
@@ -163,7 +166,7 @@ def _train(
     plan: list[Step], stops: list[int],
 ) -> Iterator[str]:  # fmt: skip
     seen: dict[tuple[int, int], list[ChannelMoments]] = {}
-    for batch in batches:
+    for batch in shared(batches, list):
         own = dict(weights)
         run = Execution(program.graph, own, batch, plan)
         for stop in stops:
@@ -172,8 +175,15 @@ def _train(
                 count, mean, m2 = batch_moments(value, reader.channel)
                 seen.setdefault((stop, index), []).append(ChannelMoments(mean, m2 / count, m2 / max(count - 1, 1)))
                 reader.write(ChannelMoments(mean, m2 / count, m2 / count), own)
-    for (stop, index), found in seen.items():
-        mean, variance = (torch.stack(x).mean(0) for x in ([o.mean for o in found], [o.unbiased for o in found]))
+    sums = added({
+        place: [
+            torch.tensor(float(len(found))),
+            *(torch.stack(x).sum(0) for x in ([o.mean for o in found], [o.unbiased for o in found])),
+        ]
+        for place, found in seen.items()
+    })  # fmt: skip
+    for (stop, index), (number, *totals) in sums.items():
+        mean, variance = (total / number.to(total) for total in totals)
         yield from filter(
             None, [readers[plan[stop].node][index].write(ChannelMoments(mean, variance, variance), weights)]
         )
