@@ -30,7 +30,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 clean:
 	rm -rf .venv demo build dist
