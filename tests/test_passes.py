@@ -32,6 +32,7 @@ from vfx.passes.interpolate import Interpolate
 from vfx.passes.mask_weights import MaskWeights
 from vfx.passes.reconstruct import Reconstruct
 from vfx.passes.remove_bias import RemoveBias
+from vfx.passes.remove_blocks import RemoveBlocks
 from vfx.passes.remove_channels import RemoveChannels
 from vfx.passes.rescale_weights import RescaleWeights
 from vfx.passes.reset_batchnorm import ResetBatchNorm
@@ -81,6 +82,16 @@ def _attention() -> nn.Module:
     layers = {name: nn.Linear(6, 6) for name in ("embed", "q", "k", "v", "out")}
     norms = {name: nn.LayerNorm(6) for name in ("norm", "last")}
     return net(forward, head=nn.Linear(6, 3), **layers, **norms)
+
+
+def _two_blocks() -> nn.Module:
+    """Two residual blocks on tokens (N, 4, 6)."""
+    layers = {name: nn.Linear(6, 6) for name in ("first", "second")}
+    return net(
+        lambda self, x: self.head((h := x + self.first(x).relu()) + self.second(h).relu()),
+        head=nn.Linear(6, 3),
+        **layers,
+    )
 
 
 def _tied() -> nn.Module:
@@ -167,6 +178,7 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
     "UntieWeights": (lambda: UntieWeights(), lambda: _program(_tied, TOKENS)),
     "MaskWeights": (lambda: MaskWeights("magnitude", 0.5, progress=False), lambda: Interpolate()(_program())),
     "RemoveChannels": (lambda: RemoveChannels(0.5, progress=False), lambda: Interpolate()(_program(_normed))),
+    "RemoveBlocks": (lambda: RemoveBlocks(0.5, TOKENS), lambda: Interpolate()(_program(_two_blocks, TOKENS))),
     "FoldChannels": (lambda: FoldChannels(0.5), lambda: Interpolate()(_program(_normed))),
     "Reconstruct": (lambda: Reconstruct(_program(), DATA, progress=False), lambda: Interpolate()(_program())),
 }

@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.passes.mask_weights import MaskWeights as MaskWeights
     from vfx.passes.reconstruct import Reconstruct as Reconstruct
     from vfx.passes.remove_bias import RemoveBias as RemoveBias
+    from vfx.passes.remove_blocks import RemoveBlocks as RemoveBlocks
     from vfx.passes.remove_channels import RemoveChannels as RemoveChannels
     from vfx.passes.rescale_weights import RescaleWeights as RescaleWeights
     from vfx.passes.reset_batchnorm import ResetBatchNorm as ResetBatchNorm
@@ -171,6 +172,7 @@ _LAZY = {
     "Reconstruct": "vfx.passes.reconstruct",
     "Reference": "vfx.reconstruct.references",
     "RemoveBias": "vfx.passes.remove_bias",
+    "RemoveBlocks": "vfx.passes.remove_blocks",
     "RemoveChannels": "vfx.passes.remove_channels",
     "RescaleWeights": "vfx.passes.rescale_weights",
     "ResetBatchNorm": "vfx.passes.reset_batchnorm",

@@ -212,7 +212,9 @@ class StructuredOptions(Rewriting):
     )
     round_to: int = keyword(1, "Kept widths are multiples of it.", Text("number"))
     units: str = keyword(
-        "auto", "What goes inside heads and groups: channels, whole blocks, both, or auto.", Text("text")
+        "auto",
+        "What goes inside heads and groups: channels, whole blocks, both, or auto; layers: whole residual blocks.",
+        Text("text"),
     )
     protect: Sequence[str] = keyword((), "Weight whose groups stay whole; repeatable.", Text("texts"))
     variance: bool = keyword(True)

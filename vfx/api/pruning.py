@@ -126,8 +126,10 @@ def prune_structured(
     with data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
     ``merge``). ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
-    "both"; "auto" is channels, and blocks where their numbers do not allow the share. ``protect``: FQNs whose groups
-    stay whole. ``variance``: approximate the variances of folded channels without data.
+    "both"; "auto" is channels, and blocks where their numbers do not allow the share. "layers" are whole residual
+    blocks of any network (``sparsity``: the share of them), each time the one without which the outputs on ``data``
+    change least (ShortGPT, Men et al. 2024). ``protect``: FQNs whose groups stay whole.
+    ``variance``: approximate the variances of folded channels without data.
     ``solve``: "least_squares" solves each layer for what the dense network gives in the channels kept (or merged) on
     ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
     held-out samples, and gives way to a normalization that is named.
@@ -136,6 +138,7 @@ def prune_structured(
     ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``.
     The network is of the user's class, its layers resized, where its ``forward`` then computes what was proved; else
     the report says why it is a GraphModule.
+    Example: ``vfx.prune_structured(model, x, units="layers", sparsity=0.25, data=loader)``.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     options = StructuredOptions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import Dense
@@ -15,6 +15,7 @@ from vfx.arguments import check_names
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
+from vfx.passes.remove_blocks import RemoveBlocks
 from vfx.passes.remove_channels import RemoveChannels
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.removed import Removed
@@ -22,6 +23,7 @@ from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
 
 TRIED = ("magnitude", "activation")  # scores of channels that "auto" chooses from
+Removing: TypeAlias = RemoveChannels | FoldChannels | RemoveBlocks
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Share:
 class Removal:
     """A pass, what it removed of a network with these symmetries, and what can be done for what is left."""
 
-    done_by: RemoveChannels | FoldChannels
+    done_by: Removing
     record: Removed
     facts: Symmetry
     restoring: Restoring
@@ -73,8 +75,10 @@ def removed(dense: Dense, share: Share, options: StructuredOptions, watch: Stopw
     return found
 
 
-def _passes(share: Share, options: StructuredOptions) -> dict[str, RemoveChannels | FoldChannels]:
+def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
     """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
+    if options.units == "layers":
+        return {"": _blocks(share, options)}
     own: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
     own |= {"units": options.units, "protect": options.protect}
     own |= {"verify": options.verify, "seed": options.seed}
@@ -85,6 +89,22 @@ def _passes(share: Share, options: StructuredOptions) -> dict[str, RemoveChannel
         return {name: RemoveChannels(share.part, name, **own) for name in TRIED}
     score = "magnitude" if options.score == "auto" else options.score
     return {"": RemoveChannels(share.part, score, loss=options.loss, **own)}
+
+
+def _blocks(share: Share, options: StructuredOptions) -> RemoveBlocks:
+    """What removes residual blocks. Raises ArgumentError for options that say how channels go."""
+    plain = {"method": "remove", "score": "auto", "allocation": "uniform", "round_to": 1}
+    for name, value in plain.items():
+        if getattr(options, name) != value:
+            raise ArgumentError(
+                f"units='layers' removes residual blocks by what the outputs lose; {name}= is of channels, leave it out"
+            )
+    if options.data is None:
+        raise ArgumentError("units='layers' measures what each residual block is worth on data; give data=")
+    return RemoveBlocks(
+        share.part, options.data, budget=share.kind, protect=options.protect, max_samples=options.max_samples,
+        device=options.device, verify=options.verify, seed=options.seed,
+    )  # fmt: skip
 
 
 def removed_result(
@@ -99,6 +119,7 @@ def removed_result(
         **known,
         widths=widths(removal.facts, removal.record.sizes),
         error=removal.record.error,
+        blocks=removal.record.blocks,
         choices=_choices(removal, share, restored, options) | decision.choices,
         scores=decision.scores,
     )
@@ -108,14 +129,14 @@ def removed_result(
 def _choices(removal: Removal, share: Share, restored: Restored, options: StructuredOptions) -> dict[str, Any]:
     """What was chosen, for the report."""
     chosen: dict[str, Any] = {"method": options.method, "sparsity": share.part, "budget": dict(options.budget or {})}
-    chosen |= {"allocation": options.allocation, "score": _score_name(removal.done_by)}
+    chosen |= {"units": options.units, "allocation": options.allocation, "score": _score_name(removal.done_by)}
     return chosen | {"solve": restored.solve, "normalize": restored.normalize}
 
 
-def _score_name(removal: RemoveChannels | FoldChannels) -> str | None:
-    """The name of the score that channels went by; folding has none."""
-    if isinstance(removal, FoldChannels):
-        return None
+def _score_name(removal: Removing) -> str | None:
+    """The name of the score that channels went by; folding has none, residual blocks go by the outputs' error."""
+    if not isinstance(removal, RemoveChannels):
+        return "outputs" if isinstance(removal, RemoveBlocks) else None
     return removal.score if isinstance(removal.score, str) else "given"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from vfx.analyse.symmetry import Symmetry
+from vfx.pruning.depth import RemovedBlock
 from vfx.report import Report
 from vfx.terminal import largest, titled
 
@@ -26,10 +27,11 @@ class Width:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ChannelReport(Report):
-    """Widths of all groups beside what all reports say; ``error`` is that of the proof."""
+    """Widths of all groups and residual ``blocks`` that went beside what all reports say; ``error`` is the proof's."""
 
     widths: tuple[Width, ...]
     error: float | None
+    blocks: tuple[RemovedBlock, ...] = ()
 
     def _figures(self) -> dict[str, Any]:
         return {
@@ -39,10 +41,20 @@ class ChannelReport(Report):
             "params_ratio": self.params_ratio,
             "flops_ratio": self.flops_ratio,
             "verify_error": self.error,
+            "blocks": [asdict(block) for block in self.blocks],
         }
 
     def _tables(self) -> list[Any]:
-        return [self._widths_table()]
+        return [self._blocks_table()] if self.blocks else [self._widths_table()]
+
+    def _blocks_table(self) -> Table:
+        table = Table(title="residual blocks removed, in this order")
+        table.add_column("block", overflow="fold")
+        for column in ("parameters", "outputs' error"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for one in self.blocks:
+            table.add_row(one.name, f"{one.params:,}", f"{one.error:.2e}")
+        return table
 
     def _widths_table(self) -> Table:
         shown = largest(self.widths, lambda one: (one.before - one.after) * one.blocks)
@@ -58,7 +70,8 @@ class ChannelReport(Report):
 
     def _proofs(self) -> Iterator[tuple[str, str]]:
         if self.error is not None:
-            yield "proof", f"of the removal: equals the network with masked channels, to {self.error:.1e} (float64)"
+            what = "silent branches" if self.blocks else "masked channels"
+            yield "proof", f"of the removal: equals the network with {what}, to {self.error:.1e} (float64)"
 
 
 def widths(facts: Symmetry, sizes: Mapping[int, int]) -> tuple[Width, ...]:
