@@ -9,6 +9,7 @@ reconstruction (``vfx.passes.reconstruct``) solves for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ class RemoveChannels(Pass[Removed]):
     "uniform" or "global". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency".
     ``units``: inside heads and groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do
     not allow the share). ``protect``: FQNs of modules or parameters. ``data`` feeds the scores that need it. The
-    record of ``run`` is a ``Removed``.
+    record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone; ``by(scores)`` is the same pass that
+    goes by them.
     """
 
     weight_sets = "one"
@@ -61,22 +63,33 @@ class RemoveChannels(Pass[Removed]):
     ):
         self.widths = Widths(allocation, round_to, tuple(protect), units)
         self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
-        self.loss, self.max_samples = loss, max_samples
+        self.loss, self.max_samples, self.comparable = loss, max_samples, score == "taylor"
         self.device, self.verify, self.seed, self.progress = device, verify, seed, progress
 
     def apply(self, program: Program) -> PassResult[Removed]:
         facts = symmetry(program)
         slots = RemovalUnits(facts)
-        moments = self._moments(program, facts)
-        scores = self.score if not isinstance(self.score, str) else self._scores(program, facts, moments)
-        comparable = self.score == "taylor"
+        scores = self.scores(program)
         sizes, notes = choose_sizes(
-            program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=comparable
+            program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=self.comparable
         )
         kept = strongest(facts, scores, sizes)
         small = resize(program, facts, kept, slots=slots, note=_note(facts, sizes))
         error = prove(program, facts, small, kept, self.seed) if self.verify else None
         return PassResult(small.program.with_notes(notes), Removed(sizes, kept, KeptChannels(small, facts), error))
+
+    def scores(self, program: Program) -> Scores:
+        """The score of each channel, by group index."""
+        if not isinstance(self.score, str):
+            return self.score
+        facts = symmetry(program)
+        return self._scores(program, facts, self._moments(program, facts))
+
+    def by(self, scores: Scores) -> RemoveChannels:
+        """The same pass with scores that are known already; what is compared between groups stays as it is."""
+        known = copy.copy(self)
+        known.score = scores
+        return known
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
         if self.data is None or self.score != "activation":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.analyse.drawing import draw as draw
     from vfx.analyse.verify import verify as verify
     from vfx.api import Result as Result
+    from vfx.api import WidthFamily as WidthFamily
     from vfx.api import collect as collect
     from vfx.api import compare as compare
     from vfx.api import compile as compile
@@ -98,6 +99,7 @@ __version__ = "0.1.0"
 _LAZY = {
     **dict.fromkeys(
         [
+            "WidthFamily",
             "Result",
             "collect",
             "compare",

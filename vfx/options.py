@@ -39,7 +39,7 @@ Kind = Literal[
     "numbers",
     "texts",
     "budget",
-    "share",
+    "widths",
     "shares",
     "flag",
     "data",
@@ -199,8 +199,10 @@ class PruneOptions(Rewriting):
 class StructuredOptions(Rewriting):
     """The keywords of ``vfx.prune_structured``."""
 
-    sparsity: float | None = keyword(
-        None, "Share of the channels of each group that goes.", Text("share", ("--sparsity", "-s"))
+    sparsity: float | Sequence[float] | None = keyword(
+        None,
+        "Share of the channels of each group that goes; several, as in 0.25,0.5, give files for each: small-0.25.onnx.",
+        Text("widths", ("--sparsity", "-s")),
     )
     method: str = keyword("remove", "remove, or fold: merge channels by k-means.", Text("text"))
     score: str | Scores = keyword(

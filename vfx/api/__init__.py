@@ -5,6 +5,7 @@ weights or channels. Nothing here mutates the user's models. Of all of ``vfx`` t
 """
 
 from vfx.api.comparing import compare
+from vfx.api.elastic import WidthFamily
 from vfx.api.merging import compile, merge
 from vfx.api.pruning import prune, prune_structured
 from vfx.api.repairing import repair
@@ -13,6 +14,7 @@ from vfx.api.tracing import collect, layers, profile, record, recorded, symmetry
 
 __all__ = [
     "Result",
+    "WidthFamily",
     "collect",
     "compare",
     "compile",

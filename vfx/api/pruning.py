@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vfx.api.dense import capture_dense
+from vfx.api.elastic import prune_family
 from vfx.api.masking import masked, masked_result, masking
 from vfx.api.removing import removed, removed_result, share_of, whole_channels
 from vfx.api.restoring import decide
@@ -94,7 +95,7 @@ def prune_structured(
     model: nn.Module | Program,
     example_inputs: Any = None,
     *,
-    sparsity: float | None = None,
+    sparsity: float | Sequence[float] | None = None,
     method: str = "remove",
     score: str | Scores = "auto",
     allocation: str = "uniform",
@@ -119,7 +120,9 @@ def prune_structured(
 ) -> Result:
     """Remove whole channels, heads or groups along the symmetry groups: a smaller network of any architecture.
 
-    ``sparsity``: the share of the channels of each group that goes; or ``budget``: what is left of one figure of the
+    ``sparsity``: the share of the channels of each group that goes, or several shares for a ``Family`` of networks,
+    each one's channels among those of the wider ones, from one ordering by the score that does best at the middle
+    share; or ``budget``: what is left of one figure of the
     network, {"params": 0.5}, {"flops": 0.5} or {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
     "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group; "auto" is magnitude, or
@@ -138,7 +141,8 @@ def prune_structured(
     ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``.
     The network is of the user's class, its layers resized, where its ``forward`` then computes what was proved; else
     the report says why it is a GraphModule.
-    Example: ``vfx.prune_structured(model, x, units="layers", sparsity=0.25, data=loader)``.
+    Example: ``vfx.prune_structured(model, x, units="layers", sparsity=0.25, data=loader)``;
+    ``vfx.prune_structured(model, x, sparsity=[0.25, 0.5, 0.75], data=loader).networks[0.5]``.
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     options = StructuredOptions(
@@ -147,6 +151,8 @@ def prune_structured(
         loss=loss, max_samples=max_samples, repair_samples=repair_samples, normalize=normalize,
         dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
     )  # fmt: skip
+    if isinstance(sparsity, Sequence):
+        return prune_family(model, example_inputs, options)
     watch = Stopwatch(progress)
     share = share_of(options)
     dense = capture_dense(model, example_inputs, options, watch)

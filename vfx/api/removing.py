@@ -17,7 +17,9 @@ from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
 from vfx.passes.remove_blocks import RemoveBlocks
 from vfx.passes.remove_channels import RemoveChannels
+from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
+from vfx.pruning.groups import Scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
@@ -36,12 +38,13 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """A pass, what it removed of a network with these symmetries, and what can be done for what is left."""
+    """A pass, what it removed of a network with these symmetries by a ``score``, and what can be done for the rest."""
 
     done_by: Removing
     record: Removed
     facts: Symmetry
     restoring: Restoring
+    score: str | None
 
 
 def share_of(options: StructuredOptions) -> Share:
@@ -52,7 +55,7 @@ def share_of(options: StructuredOptions) -> Share:
     if (sparsity is None) == (budget is None):
         raise ArgumentError("give either sparsity= (a share of the channels) or budget= (such as {'flops': 0.5})")
     if budget is None:
-        assert sparsity is not None
+        assert isinstance(sparsity, (int, float))
         return Share("channels", sparsity)
     if not isinstance(budget, Mapping) or len(budget) != 1 or not set(budget) < set(BUDGETS) - {"channels"} | {""}:
         raise ArgumentError(
@@ -64,15 +67,31 @@ def share_of(options: StructuredOptions) -> Share:
     return Share(kind, 1 - left)
 
 
-def removed(dense: Dense, share: Share, options: StructuredOptions, watch: Stopwatch) -> dict[str, Removal]:
-    """The networks without the channels that go, by the score that they went by where there are several."""
+def removed(
+    dense: Dense, share: Share, options: StructuredOptions, watch: Stopwatch, order: Mapping[str, Scores] | None = None
+) -> dict[str, Removal]:
+    """The networks without the channels that go, by the score that they went by where there are several.
+
+    ``order`` holds the scores where they are known already (``channel_order``).
+    """
     with watch("symmetry"):
         facts = symmetry(dense.program)
     found = {}
     for name, one in _passes(share, options).items():
+        score = _score_name(one)
+        if order and isinstance(one, RemoveChannels):
+            one = one.by(order[name])
         done = run_pass(dense.program, one, watch)
-        found[name] = Removal(one, done.record, facts, dense.restoring(done.program, options, carry=done.record.carry))
+        restoring = dense.restoring(done.program, options, carry=done.record.carry)
+        found[name] = Removal(one, done.record, facts, restoring, score)
     return found
+
+
+def channel_order(program: Program, options: StructuredOptions, watch: Stopwatch) -> dict[str, Scores]:
+    """The scores that all widths share, by the name of each that is tried."""
+    with watch("scores"):
+        passes = _passes(Share("channels", 0.0), options)
+        return {name: one.scores(program) for name, one in passes.items() if isinstance(one, RemoveChannels)}
 
 
 def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
@@ -129,7 +148,7 @@ def removed_result(
 def _choices(removal: Removal, share: Share, restored: Restored, options: StructuredOptions) -> dict[str, Any]:
     """What was chosen, for the report."""
     chosen: dict[str, Any] = {"method": options.method, "sparsity": share.part, "budget": dict(options.budget or {})}
-    chosen |= {"units": options.units, "allocation": options.allocation, "score": _score_name(removal.done_by)}
+    chosen |= {"units": options.units, "allocation": options.allocation, "score": removal.score}
     return chosen | {"solve": restored.solve, "normalize": restored.normalize}
 
 

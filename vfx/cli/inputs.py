@@ -167,6 +167,15 @@ def sparsity_of(texts: list[str] | None) -> float | dict[str, float] | None:
         raise ArgumentError(f"--sparsity takes 0.9, or glob=0.9 for layers; got {', '.join(texts)}") from error
 
 
+def widths_of(text: str | None) -> float | list[float] | None:
+    """One share, or several; raises ArgumentError."""
+    try:
+        shares = [float(part) for part in text.split(",")] if text is not None else []
+    except ValueError as error:
+        raise ArgumentError(f"--sparsity takes a share such as 0.5, or several as in 0.25,0.5; got {text!r}") from error
+    return shares if len(shares) > 1 else shares[0] if shares else None
+
+
 def optional(name: str) -> str | None:
     return None if name.lower() == "none" else name
 

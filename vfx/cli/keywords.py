@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from vfx.cli.inputs import budget_of, cut_of, floats, optional, sparsity_of
+from vfx.cli.inputs import budget_of, cut_of, floats, optional, sparsity_of, widths_of
 from vfx.cli.names import choices, names_in
 from vfx.errors import ArgumentError
 from vfx.options import Keyword, Kind, Text, keywords
@@ -46,7 +46,7 @@ KINDS: dict[Kind, Written] = {
     "cut": Written(str, str, cut_of),
     "number": Written(int, _same, _same),
     "count": Written(int | None, _same, _same),
-    "share": Written(float | None, _same, _same),
+    "widths": Written(str | None, _left_out, widths_of),
     "flag": Written(bool, _same, _same),
     "numbers": Written(str | None, _left_out, floats),
     "texts": Written(list[str] | None, _left_out, _same),

@@ -13,7 +13,7 @@ from vfx.cli.early import check_network
 from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Entry, Evaluate, Inputs, Json, Model, Out
-from vfx.cli.results import check_outputs, evaluated, finish
+from vfx.cli.results import STDOUT, check_outputs, evaluated, finish
 from vfx.options import PruneOptions, StructuredOptions
 
 Checkpoint = Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")]
@@ -68,7 +68,7 @@ def prune_structured(
     report: Json = None,
 ) -> None:
     """Remove or fold whole channels, heads and groups: a smaller network."""
-    check_outputs(out, report, rebuilt="a network with fewer channels" if given["sparsity"] != 0 else "")
+    check_outputs(out, report, rebuilt="a network with fewer channels" if given["sparsity"] != "0" else "")
     check_network(model, [checkpoint], inputs)
     asked = values(StructuredOptions, given)  # raises before anything takes time
     from vfx import api
@@ -76,5 +76,13 @@ def prune_structured(
     (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     asked |= {"data": data_of(given["data"], examples, model)}
-    result = api.prune_structured(network, examples, **asked)
-    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]), [checkpoint])
+    found = api.prune_structured(network, examples, **asked)
+    for share, result in getattr(found, "networks", {None: found}).items():
+        files, said = [[_of_width(path, share) for path in paths] for paths in (out or [], [report] if report else [])]
+        evaluation = evaluated([network], result, examples, judging, [checkpoint])
+        finish(result, files, next(iter(said), None), evaluation, [checkpoint])
+
+
+def _of_width(path: Path, share: float | None) -> Path:
+    """A file's name for one of several widths; standard output stays."""
+    return path if share is None or path == STDOUT else path.with_stem(f"{path.stem}-{share:g}")
