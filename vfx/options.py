@@ -181,7 +181,7 @@ class PruneOptions(Rewriting):
         Text("shares", ("--sparsity", "-s")),
     )
     score: str | Score = keyword("magnitude", text=Text("text", catalogue=("pruning/scores/catalogue.py", "SCORES")))
-    scope: str = keyword("auto", "auto, global, layer, row, or a pattern such as 2:4.", Text("text"))
+    scope: str = keyword("auto", "auto, global, layer, row, or a pattern: 2:4, transposable 2:4.", Text("text"))
     allocation: str | Allocation = keyword(
         "scope", text=Text("text", names=("scope",), catalogue=("pruning/allocation/catalogue.py", "ALLOCATIONS"))
     )

@@ -85,7 +85,7 @@ def not_nested(facts: Symmetry, wide: Removed, narrow: Removed) -> Iterator[str]
     """The names of the groups of which a narrower network has channels that a wider one lacks."""
     for group in facts.groups:
         if group.parent is None or np.ndim(narrow.kept[group.index]) == 1:
-            inside = np.isin(narrow.kept[group.index], wide.kept[group.index]).all()
+            inside = bool(np.isin(narrow.kept[group.index], wide.kept[group.index]).all())
         else:
             rows = dict(zip(wide.kept[group.parent].tolist(), wide.kept[group.index]))
             own = zip(narrow.kept[group.parent].tolist(), narrow.kept[group.index])

@@ -57,9 +57,10 @@ def prune(
 
     ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
     "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", "sparsegpt", "alps", or a Score. ``scope``:
-    "global", "layer", "row", a pattern such as "2:4", or "auto" (the score's own: rows for Wanda, layers for SparseGPT
-    and ALPS, else global). ``allocation``: how the share is spread over layers in the scopes "layer" and "row":
-    "scope" (evenly), "progressive", "erk" (Erdős–Rényi), "owl" (outliers), "error" (measured errors of the layers).
+    "global", "layer", "row", a pattern such as "2:4" ("transposable 2:4" runs along the outputs, too), or "auto" (the
+    score's own: rows for Wanda, layers for SparseGPT and ALPS, else global).
+    ``allocation``: how the share is spread over layers in the scopes "layer" and "row": "scope" (evenly),
+    "progressive", "erk" (Erdős–Rényi), "owl" (outliers), "error" (measured errors of the layers).
     ``data``: batches as for ``merge``; labels behind the inputs serve the gradients. ``max_samples`` bounds what the
     score and the solution read, ``repair_samples`` what a normalization reads. ``protect``: layers that keep all
     weights: globs, "first", "head"; "auto" is the head for Wanda. ``solve``: "least_squares" solves each layer, within

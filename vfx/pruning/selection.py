@@ -1,11 +1,12 @@
 """Which weights go: the lowest scores of each selection scope, counted exactly.
 
-========  ================================================================================
-global    all weights are compared with each other (with patterns: those of one pattern)
-layer     the weights of one layer
-row       the weights that one output channel sums over
-N:M       of every M weights along the inputs (same output, same tap) the N best stay
-========  ================================================================================
+================  ======================================================================================
+global            all weights are compared with each other (with patterns: those of one pattern)
+layer             the weights of one layer
+row               the weights that one output channel sums over
+N:M               of every M weights along the inputs (same output, same tap) the N best stay
+transposable N:M  the same along the outputs of a group, too: of M × M weights those with the best sum
+================  ======================================================================================
 
 A scope of n weights at sparsity s loses ⌊s·n⌋, so no row is ever lost whole. Equal scores go in the order of the
 weights' names, then of their indices.
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from vfx.errors import ArgumentError, PassError
 from vfx.pruning.order import kth_lowest
-from vfx.pruning.targets import Target, by_pattern
+from vfx.pruning.targets import Target, by_pattern, groups_of
+from vfx.pruning.transposable import transposable
 
 SCOPES = ("global", "layer", "row", "N:M")
 Kind = Literal["cubic", "linear"]
@@ -68,12 +70,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Selection:
-    """A scope and the sparsity asked of it; ``keep``:``of`` is set for N:M patterns, whose sparsity is their own."""
+    """A scope and the sparsity asked of it; ``keep``:``of`` is set for N:M patterns, whose sparsity is their own.
+
+    ``both``: the pattern runs along the outputs, too.
+    """
 
     scope: str
     sparsity: Sparsity
     keep: int = 0
     of: int = 0
+    both: bool = False
 
     @property
     def pattern(self) -> bool:
@@ -148,35 +154,50 @@ class Selection:
         if self.scope == "row":
             flat = matrix.flatten(1)
             return ~target.restored(lowest(flat, pruned_count(flat.shape[1], sparsity)).reshape(matrix.shape))
+        if self.both:
+            return self._along_both(target, matrix)
         groups = matrix.transpose(1, 2)  # the inputs of one output at one tap stand together
         gone = lowest(groups.reshape(-1, self.of), self.of - self.keep)
         return ~target.restored(gone.reshape(groups.shape).transpose(1, 2))
+
+    def _along_both(self, target: Target, matrix: Tensor) -> Tensor:
+        """The best blocks of outputs × inputs at each tap."""
+        blocks = matrix.permute(2, 0, 1).unfold(1, self.of, self.of).unfold(2, self.of, self.of)
+        kept = transposable(blocks.reshape(-1, self.of, self.of), self.keep)  # of inputs, of outputs
+        whole = kept.reshape(blocks.shape).permute(1, 3, 2, 4, 0)
+        return target.restored(whole.reshape(matrix.shape))
 
     def _matrix_shape(self, target: Target) -> tuple[int, ...]:
         return tuple(target.matrix(torch.empty(target.shape, device="meta")).shape)
 
     def _check_divides(self, targets: Sequence[Target]) -> None:
         for target in targets:
-            inputs = self._matrix_shape(target)[1]
-            if inputs % self.of:
+            outputs, inputs, _ = self._matrix_shape(target)
+            sizes = {"inputs": inputs} | ({"outputs": outputs // groups_of(target.nodes[0])} if self.both else {})
+            for what, size in sizes.items():
+                if not size % self.of:
+                    continue
                 raise ArgumentError(
-                    f"scope={self.scope!r}: {self.of} does not divide the {inputs} inputs of {target.name!r} "
+                    f"scope={self.scope!r}: {self.of} does not divide the {size} {what} of {target.name!r} "
                     f"{target.shape}; protect it (protect='first' for the first layer) or choose another pattern"
                 )
 
 
 def selection(scope: str, sparsity: Sparsity) -> Selection:
     """A checked Selection. Raises ArgumentError."""
-    found = re.fullmatch(r"(\d+):(\d+)", scope)
+    found = re.fullmatch(r"(transposable )?(\d+):(\d+)", scope)
     if found:
-        keep, of = int(found[1]), int(found[2])
+        keep, of = int(found[2]), int(found[3])
         if not 0 < keep < of:
             raise ArgumentError(f"scope={scope!r} must keep some and prune some of every {of}, as 2:4 does")
         if sparsity is not None and not (isinstance(sparsity, Real) and abs(float(sparsity) - (1 - keep / of)) < 1e-6):
             raise ArgumentError(f"scope={scope!r} means sparsity {1 - keep / of:g}; leave sparsity out")
-        return Selection(scope, None, keep, of)
+        return Selection(scope, None, keep, of, bool(found[1]))
     if scope not in SCOPES[:3]:
-        raise ArgumentError(f"scope={scope!r} is unknown; choose one of global, layer, row, or a pattern such as 2:4")
+        raise ArgumentError(
+            f"scope={scope!r} is unknown; choose one of global, layer, row, or a pattern such as 2:4 or "
+            "transposable 2:4"
+        )
     return Selection(scope, _checked(sparsity))
 
 

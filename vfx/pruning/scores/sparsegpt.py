@@ -22,6 +22,7 @@ from vfx.pruning.scores.score import Pruned, Select, Subject
 from vfx.pruning.scores.sequential import one_by_one
 from vfx.pruning.selection import Selection, lowest
 from vfx.pruning.targets import Target
+from vfx.pruning.transposable import transposable
 
 
 class SparseGPT(LayerScore):
@@ -73,7 +74,8 @@ class SparseGPT(LayerScore):
         choice: _Choice
         if pattern:
             assert selection is not None
-            choice, block = _Pattern(selection.of - selection.keep), selection.of
+            pick = _Blocks(selection.keep) if selection.both else _Pattern(selection.of - selection.keep)
+            choice, block = pick, selection.of
         else:
             by_row = selection is not None and selection.scope == "row"
             choice, block = _Counted(gone, forced, by_row), self.block
@@ -118,6 +120,17 @@ class _Pattern:
 
     def __call__(self, costs: Tensor, start: int, end: int) -> Tensor:
         return lowest(costs.flatten(0, 1), self.count).reshape(costs.shape)
+
+
+class _Blocks:
+    """All but the ``keep`` dearest in each row and column of the square blocks."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+
+    def __call__(self, costs: Tensor, start: int, end: int) -> Tensor:
+        side = end - start
+        return ~transposable(costs.reshape(-1, side, side), self.keep).reshape(costs.shape)
 
 
 class _Counted:
