@@ -16,8 +16,10 @@ from typing import Any
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
+from vfx.errors import ArgumentError, PassError
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
+from vfx.pruning.experts import expert_groups, expert_scores
 from vfx.pruning.groups import Loss, Scores, channel_scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.second_moments import SecondMoments, second_moments
@@ -26,17 +28,21 @@ from vfx.resize import RemovalUnits, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import prove
 from vfx.rewrite import Pass, PassResult
+from vfx.statistics.data import Batches
+
+ROUTER = "router"  # the score of experts
 
 
 class RemoveChannels(Pass[Removed]):
     """Remove ``sparsity`` of the channels of each group (or of the ``budget``), those with the lowest ``score``.
 
-    ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index. ``allocation``:
-    "uniform" or "global". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency".
-    ``units``: inside heads and groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do
-    not allow the share). ``protect``: FQNs of modules or parameters. ``data`` feeds the scores that need it. The
-    record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone; ``by(scores)`` is the same pass that
-    goes by them.
+    ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index; "router" is
+    that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform" or "global".
+    ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency". ``units``: inside heads and
+    groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do not allow the share); or
+    "experts" that a router chooses from, and nothing else. ``protect``: FQNs of modules or parameters. ``data`` feeds
+    the scores that need it. The record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone;
+    ``by(scores)`` is the same pass that goes by them.
     """
 
     weight_sets = "one"
@@ -61,6 +67,8 @@ class RemoveChannels(Pass[Removed]):
         seed: int = 0,
         progress: bool = True,
     ):
+        if score == ROUTER and (units != "experts" or data is None):
+            raise ArgumentError(f"score={ROUTER!r} is of experts and reads data; give units='experts' and data=")
         self.widths = Widths(allocation, round_to, tuple(protect), units)
         self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
         self.loss, self.max_samples, self.comparable = loss, max_samples, score == "taylor"
@@ -68,7 +76,12 @@ class RemoveChannels(Pass[Removed]):
 
     def apply(self, program: Program) -> PassResult[Removed]:
         facts = symmetry(program)
-        slots = RemovalUnits(facts)
+        slots = RemovalUnits(facts, self.widths.units == "experts")
+        if self.widths.units == "experts" and not expert_groups(facts):
+            raise PassError(
+                "this network has no experts that a router chooses from (by topk or argmax, the choice looked up in "
+                "tensors that hold an expert at each position); leave units= out"
+            )
         scores = self.scores(program)
         sizes, notes = choose_sizes(
             program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=self.comparable
@@ -83,6 +96,9 @@ class RemoveChannels(Pass[Removed]):
         if not isinstance(self.score, str):
             return self.score
         facts = symmetry(program)
+        if self.score == ROUTER:
+            batches = Batches(program, self.data, self.max_samples, self.device)
+            return expert_scores(program, facts, batches)
         return self._scores(program, facts, self._moments(program, facts))
 
     def by(self, scores: Scores) -> RemoveChannels:

@@ -215,7 +215,7 @@ class StructuredOptions(Rewriting):
     round_to: int = keyword(1, "Kept widths are multiples of it.", Text("number"))
     units: str = keyword(
         "auto",
-        "What goes inside heads and groups: channels, whole blocks, both, or auto; layers: whole residual blocks.",
+        "What goes in heads and groups: channels, blocks, both, auto; or experts, or layers (residual blocks).",
         Text("text"),
     )
     protect: Sequence[str] = keyword((), "Weight whose groups stay whole; repeatable.", Text("texts"))

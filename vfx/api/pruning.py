@@ -121,18 +121,20 @@ def prune_structured(
 ) -> Result:
     """Remove whole channels, heads or groups along the symmetry groups: a smaller network of any architecture.
 
-    ``sparsity``: the share of the channels of each group that goes, or several shares for a ``Family`` of networks,
-    each one's channels among those of the wider ones, from one ordering by the score that does best at the middle
-    share; or ``budget``: what is left of one figure of the
-    network, {"params": 0.5}, {"flops": 0.5} or {"latency": 0.5}.
+    ``sparsity``: the share of the channels of each group that goes, or several shares for a ``WidthFamily`` of
+    networks, each one's channels among those of the wider ones, from one ordering by the score that does best at the
+    middle share; or ``budget``: what is left of one figure of the network, {"params": 0.5}, {"flops": 0.5} or
+    {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
     "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group; "auto" is magnitude, or
     with data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
     ``merge``). ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
-    "both"; "auto" is channels, and blocks where their numbers do not allow the share. "layers" are whole residual
-    blocks of any network (``sparsity``: the share of them), each time the one without which the outputs on ``data``
-    change least (ShortGPT, Men et al. 2024). ``protect``: FQNs whose groups stay whole.
+    "both"; "auto" is channels, and blocks where their numbers do not allow the share. "experts" are those that a router
+    chooses from, by the mean of what each adds as the router weighs it ("router", REAP, Lasby et al. 2025) where there
+    are data; as many stay as it chooses for a token. "layers" are whole residual blocks of any network (``sparsity``:
+    the share of them), each time the one without which the outputs on ``data`` change least (ShortGPT, Men et al.
+    2024). ``protect``: FQNs whose groups stay whole.
     ``variance``: approximate the variances of folded channels without data.
     ``solve``: "least_squares" solves each layer for what the dense network gives in the channels kept (or merged) on
     ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on

@@ -16,7 +16,7 @@ from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
 from vfx.passes.remove_blocks import RemoveBlocks
-from vfx.passes.remove_channels import RemoveChannels
+from vfx.passes.remove_channels import ROUTER, RemoveChannels
 from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Scores
@@ -101,9 +101,13 @@ def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
     own: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
     own |= {"units": options.units, "protect": options.protect}
     own |= {"verify": options.verify, "seed": options.seed}
+    if options.method == "fold" and options.units == "experts":
+        raise ArgumentError("units='experts' are removed; folding merges channels, leave method='fold' out")
     if options.method == "fold":
         return {"": FoldChannels(share.part, variance=options.variance, **own)}
     own |= {"data": options.data} | options.reading
+    if options.units == "experts" and options.score == "auto" and options.data is not None:
+        return {"": RemoveChannels(share.part, ROUTER, **own)}
     if options.score == "auto" and options.data is not None:
         return {name: RemoveChannels(share.part, name, **own) for name in TRIED}
     score = "magnitude" if options.score == "auto" else options.score

@@ -23,8 +23,10 @@ OPERATORS = (
     *_at("masked_scatter", ties="masked scatter"),
     *_at("masked_select nonzero nonzero_static _unique2", ties="data dependent"),
     *_at("bucketize searchsorted", ties="buckets"),
-    *_at("one_hot", ties="one hot", linear_time=True),
+    *_at("one_hot", ties="one hot", resize="one hot", linear_time=True),
     *_into("slice_scatter", ties="slice scatter", resize="slice"),
     *_into("select_scatter", ties="select scatter", resize="select"),
-    *each("histc", ties="histogram", classes=PERMUTATION, space=UNKNOWN, resize=OPERANDS, cost="view", reads_all=True),
+    *each(
+        "histc", ties="histogram", classes=PERMUTATION, space=UNKNOWN, resize="histogram", cost="view", reads_all=True
+    ),
 )

@@ -43,7 +43,7 @@ def choose_sizes(
     ranked = scores if comparable else by_mean(scores)
     streams = widths.streams(slots)
     at = lambda ratio: widths.at(streams, ranked, ratio)  # noqa: E731
-    notes = left_alone(streams) if sparsity else []
+    notes = left_alone(streams) if sparsity and widths.units != "experts" else []
     if budget == "channels":
         units = at(sparsity)
         missed = shares_missed if widths.allocation == "uniform" else total_missed

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
+from vfx.pruning.experts import expert_groups
 from vfx.pruning.groups import Scores
 from vfx.pruning.shares import Streams
 from vfx.resize.slots import Bundle, RemovalUnits
 
 ALLOCATIONS = ("uniform", "global")
 BUDGETS = ("channels", "params", "flops", "latency")
-UNITS = ("auto", "channels", "blocks", "both")
+UNITS = ("auto", "channels", "blocks", "both", "experts")
 STEPS = 12  # of the bisection: a budget is met to 1/4096 of the channels
 
 
@@ -36,6 +37,7 @@ class Widths:
     ``protect``: FQNs of parameters or modules whose groups stay whole. ``round_to``: kept widths are multiples of this
     where a group has as many. ``units``: of groups inside blocks (heads × dim, groups × channels) remove "channels" in
     each block, whole "blocks", or "both"; "auto" is channels, and blocks where their numbers do not allow the share.
+    "experts" are what a router chooses from, and nothing else goes.
     ``allocation``: "uniform" or "global".
     """
 
@@ -57,6 +59,9 @@ class Widths:
     def streams(self, slots: RemovalUnits) -> Streams:
         """What the bundles make up of which units may be removed."""
         movable = {k for k, bundle in enumerate(slots.bundles) if not (bundle.fixed or self._stays(slots, bundle))}
+        if self.units == "experts":
+            chosen = expert_groups(slots.facts)
+            return Streams(slots, frozenset(k for k in movable if chosen.issuperset(slots.bundles[k].groups)))
         outer = {group.parent for group in slots.facts.groups}
         blocks = {k for k in movable if outer & set(slots.bundles[k].groups)}
         inside = {k for k in movable if any(slots.facts.groups[g].parent is not None for g in slots.bundles[k].groups)}

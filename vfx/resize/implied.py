@@ -29,16 +29,22 @@ def implied_blocks(facts: Symmetry) -> Iterator[Block]:
             yield from map(_stacked, _cells(facts, arguments(node)))
 
 
-def whole_axes(facts: Symmetry) -> Iterator[Rows]:
-    """Labels of axes that cannot lose positions, though they may be permuted: what is sorted or numbered is whole."""
-    numbered = (facts.terms.rows(axis) for axis in facts.terms.numbered)
-    yield from (facts.leaves.resolve(rows) for rows in numbered if rows is not None)
+def whole_axes(facts: Symmetry, numbered: bool = True) -> Iterator[Rows]:
+    """Labels of axes that cannot lose positions, though they may be permuted: what is sorted or ``numbered``."""
+    if numbered:
+        yield from numbered_axes(facts)
     for node in facts.terms.shapes:
         if operator_of(node).ties == "sorted" and not operator_of(node).least:
             x = node.all_input_nodes[0]
             rows = facts.labels(x, normal(int(arguments(node).get("dim", 0)), len(x.meta["val"].shape)))
             if rows is not None:
                 yield rows
+
+
+def numbered_axes(facts: Symmetry) -> Iterator[Rows]:
+    """Labels of the axes whose positions are read as numbers: the experts that a router chooses from."""
+    numbered = (facts.terms.rows(axis) for axis in facts.terms.numbered)
+    yield from (facts.leaves.resolve(rows) for rows in numbered if rows is not None)
 
 
 def _cells(facts: Symmetry, a: dict[str, Any]) -> Iterable[list[Rows]]:

@@ -15,6 +15,7 @@ import sympy
 from torch import fx
 
 from vfx.analyse.axis import Axis, Opaque, factor_size
+from vfx.analyse.meaning import ENDS
 from vfx.analyse.places import Index
 from vfx.analyse.rows import distinct
 from vfx.analyse.shapes import Block, Digit, Shape
@@ -137,7 +138,8 @@ class Layout:
             return [self.value(v, s) for v, s in zip(value, shapes)]
         if not isinstance(value, Value) or not isinstance(shape, Shape):
             return value
-        return Value(tuple(self._scaled(s, entry) for s, entry in zip(value.shape, shape.axes)), value.dtype)
+        axes = (shape.meaning.axis,) if shape.meaning is not None and shape.meaning.kind == ENDS else shape.axes
+        return Value(tuple(self._scaled(s, entry) for s, entry in zip(value.shape, axes)), value.dtype)
 
     def _scaled(self, size: Any, entry: Axis | Digit) -> Any:
         new, old = self.size(entry), entry.size

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from vfx.analyse.meaning import ENDS, NUMBERS
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Acting, permuted
@@ -129,7 +130,7 @@ class MaskedRun(fx.Interpreter):
 
     def _evaluated(self, n: fx.Node) -> Any:
         if any(map(self._cut, n.all_input_nodes)):
-            if _sees_zeros(n):
+            if _sees_zeros(n) and not self._ends(n):
                 return self._over_kept(n)
             # features inside: those removed are zero with zero weights
             if operator_of(n).ties == "recurrent layers" or _is_product(n):
@@ -174,6 +175,11 @@ class MaskedRun(fx.Interpreter):
     def _cut(self, node: fx.Node) -> bool:
         shape = self._shape(node)
         return shape is not None and any(map(self.layout.changed, shape.axes))
+
+    def _ends(self, node: fx.Node) -> bool:
+        """Whether a value is the running total of counts, to which those removed add nothing."""
+        shape = self._shapes(node)
+        return getattr(getattr(shape, "meaning", None), "kind", None) == ENDS
 
     def _index(self, entry: Any) -> Tensor:
         return torch.from_numpy(self.layout.positions(entry, self.batch))
@@ -226,11 +232,19 @@ class MaskedRun(fx.Interpreter):
     def _spread(self, small: Any, shape: Any) -> Any:
         if isinstance(small, (list, tuple)):
             return [self._spread(s, own) for s, own in zip(small, shape)]
+        small = self._as_before(small, shape)
         for dim, entry in enumerate(shape.axes if shape is not None else ()):
             if self.layout.changed(entry):
                 sizes = [*small.shape[:dim], self._length(entry), *small.shape[dim + 1 :]]
                 small = small.new_zeros(sizes).index_copy(dim, self._index(entry), small)
         return small
+
+    def _as_before(self, small: Tensor, shape: Any) -> Tensor:
+        """Numbers of positions that are left, as numbers of the positions that were."""
+        meaning = getattr(shape, "meaning", None)
+        if meaning is None or meaning.kind != NUMBERS or not self.layout.changed(meaning.axis):
+            return small
+        return self._index(meaning.axis).to(small)[small]
 
     def _length(self, entry: Any) -> int:
         """Old size of an axis at this batch size."""

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from vfx.analyse.axis import Axis
+from vfx.analyse.meaning import NUMBERS
 from vfx.analyse.places import Index
 from vfx.analyse.rules.rule import dims_of, normal
 from vfx.analyse.shapes import Digit, Shape
@@ -234,6 +235,12 @@ def unbind(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
         raise PassError(f"{node.name}: positions taken apart one by one cannot be removed")
 
 
+def _names_kept(r: Rewriter, value: fx.Node) -> bool:
+    """Whether values are numbers of positions that are counted anew by what gives them (a router's experts)."""
+    shape = r.layout.shape(value)
+    return shape is not None and shape.meaning is not None and shape.meaning.kind == NUMBERS
+
+
 def index(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
     """A constant list of positions along an axis that changes: those that are left, counted anew."""
     x = r.layout.shape(a["self"])
@@ -245,6 +252,8 @@ def index(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
         dims = [d for d, value in enumerate(a["indices"]) if value is not None]
         values = [a["indices"][d] for d in dims]
     if not any(r.changed(a["self"], d) for d in dims):
+        return
+    if len(dims) == 1 and _names_kept(r, values[0]):
         return
     places = r.constant(values[0])
     if len(dims) > 1 or places is None or places.ndim != 1:
@@ -380,6 +389,21 @@ def _widened(new: fx.Node, state: fx.Node, size: int) -> fx.Node:
     return wide
 
 
+def histogram(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
+    """An interval for each number that is left."""
+    if r.changed(node, 0):
+        size = r.layout.size(r.entry(node, 0))
+        put(new, "bins", size)
+        put(new, "max", size - 1)
+
+
+def one_hot(r: Rewriter, node: fx.Node, new: fx.Node, a: dict[str, Any]) -> None:
+    """A class for each number that is left."""
+    last = len(node.meta["val"].shape) - 1
+    if r.changed(node, last):
+        put(new, "num_classes", r.layout.size(r.entry(node, last)))
+
+
 REWRITES: dict[str, Rewrite] = {
     "view": view,
     "made": made,
@@ -401,4 +425,6 @@ REWRITES: dict[str, Rewrite] = {
     "attention": attention,
     "shuffle": channel_shuffle,
     "recurrent": recurrent,
+    "histogram": histogram,
+    "one hot": one_hot,
 }

@@ -31,10 +31,13 @@ from vfx.resize.roles import positions
 
 
 class RemovalUnits:
-    """The units of removal of a network: ``bundles``, in the order of the groups they hold."""
+    """The units of removal of a network: ``bundles``, in the order of the groups they hold.
 
-    def __init__(self, facts: Symmetry):
-        self.facts = facts
+    With ``experts`` positions that a router names (``facts.terms.numbered``) may go, too.
+    """
+
+    def __init__(self, facts: Symmetry, experts: bool = False):
+        self.facts, self.experts = facts, experts
         self.leaves = facts.leaves
         self.leaf_of_group = facts.leaf_of
         self.bundles = self._bundles()
@@ -65,7 +68,7 @@ class RemovalUnits:
         pairs: list[NDArray[np.int64]] = [np.zeros((0, 2), np.int64)]
         for block in (*_blocks(self.facts.terms.shapes.values()), *implied_blocks(self.facts)):
             pairs += self._ties(block, stuck)
-        for rows in whole_axes(self.facts):
+        for rows in whole_axes(self.facts, not self.experts):
             elements = np.unique(rows[:, 1:])
             pairs.append(np.stack([elements[elements >= 0], np.full((elements >= 0).sum(), stuck)], axis=1))
         edges = np.concatenate(pairs)
