@@ -22,7 +22,7 @@ from vfx.proof import PRESERVED, function_error, in_double
 from vfx.pruning.depth import SAMPLES, OutputErrors, chosen_blocks, until
 from vfx.pruning.removed import Removed
 from vfx.pruning.residual import ResidualBlock, residual_blocks, silenced, without
-from vfx.pruning.widths import BUDGETS
+from vfx.pruning.widths import BUDGETS, check_protected, is_protected
 from vfx.reconstruct.references import unchanged
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
@@ -77,15 +77,8 @@ class RemoveBlocks(Pass[Removed]):
 
     def _blocks(self, program: Program) -> list[ResidualBlock]:
         """Those that may go."""
-        names = program.names()
-        for name in self.protect:
-            if not any(f"{fqn}.".startswith(f"{name}.") for fqn in names):
-                raise ArgumentError(f"protect={name!r} names no parameter or module of this network")
-        found = [
-            block
-            for block in residual_blocks(program)
-            if not any(f"{fqn}.".startswith(f"{name}.") for fqn in block.tensors for name in self.protect)
-        ]
+        check_protected(self.protect, program.names())
+        found = [block for block in residual_blocks(program) if not is_protected(block.tensors, self.protect)]
         if not found:
             raise PassError(
                 "this network has no residual block that may go (a sum of a value and of what layers of its own "

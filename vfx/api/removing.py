@@ -38,9 +38,8 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """A pass, what it removed of a network with these symmetries by a ``score``, and what can be done for the rest."""
+    """What was removed of a network with these symmetries by a ``score``, and what can be done for the rest."""
 
-    done_by: Removing
     record: Removed
     facts: Symmetry
     restoring: Restoring
@@ -83,7 +82,7 @@ def removed(
             one = one.by(order[name])
         done = run_pass(dense.program, one, watch)
         restoring = dense.restoring(done.program, options, carry=done.record.carry)
-        found[name] = Removal(one, done.record, facts, restoring, score)
+        found[name] = Removal(done.record, facts, restoring, score)
     return found
 
 

@@ -68,9 +68,9 @@ def prune_structured(
     report: Json = None,
 ) -> None:
     """Remove or fold whole channels, heads and groups: a smaller network."""
-    check_outputs(out, report, rebuilt="a network with fewer channels" if given["sparsity"] != "0" else "")
-    check_network(model, [checkpoint], inputs)
     asked = values(StructuredOptions, given)  # raises before anything takes time
+    check_outputs(out, report, rebuilt="a network with fewer channels" if asked["sparsity"] != 0 else "")
+    check_network(model, [checkpoint], inputs)
     from vfx import api
 
     (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)

@@ -10,7 +10,7 @@ group keeps at least one channel, or as many as its operators need (``vfx.resize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,19 @@ ALLOCATIONS = ("uniform", "global")
 BUDGETS = ("channels", "params", "flops", "latency")
 UNITS = ("auto", "channels", "blocks", "both", "experts")
 STEPS = 12  # of the bisection: a budget is met to 1/4096 of the channels
+
+
+def is_protected(tensors: Iterable[str], protect: Iterable[str]) -> bool:
+    """Whether one of some tensors, or a module that holds it, is named."""
+    names = tuple(f"{name}." for name in protect)
+    return any(f"{fqn}.".startswith(names) for fqn in tensors)
+
+
+def check_protected(protect: Iterable[str], tensors: Collection[str]) -> None:
+    """Raise ArgumentError for a protected name that no tensor has."""
+    for name in protect:
+        if not is_protected(tensors, [name]):
+            raise ArgumentError(f"protect={name!r} names no parameter or module of this network")
 
 
 @dataclass(frozen=True)
@@ -71,15 +84,12 @@ class Widths:
     def _stays(self, slots: RemovalUnits, bundle: Bundle) -> bool:
         """Whether a bundle is of positions or protected."""
         members = [m for g in bundle.groups for m in slots.facts.groups[g].members]
-        protected = any(f"{m.fqn}.".startswith(f"{name}.") for m in members for name in self.protect)
+        protected = is_protected((m.fqn for m in members), self.protect)
         return protected or any(g in slots.positions for g in bundle.groups)
 
     def check(self, facts: Symmetry) -> None:
         """Raise ArgumentError for a protected name that no group has."""
-        names = {m.fqn for g in facts.groups for m in g.members} | set(facts.program.names())
-        for name in self.protect:
-            if not any(f"{fqn}.".startswith(f"{name}.") for fqn in names):
-                raise ArgumentError(f"protect={name!r} names no parameter or module of this network")
+        check_protected(self.protect, {m.fqn for g in facts.groups for m in g.members} | set(facts.program.names()))
 
     # how many -------------------------------------------------------------------------------------------------------
 
