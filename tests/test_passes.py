@@ -47,7 +47,7 @@ from vfx.analyse.layers import _numbered, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
-from vfx.elements import act
+from vfx.elements import Acting
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.match.weight import WeightMatching
 from vfx.models import resnet20_bn, resnet20_ln, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
@@ -395,10 +395,11 @@ def test_a_permutation_that_changes_the_function_is_refused(monkeypatch: pytest.
     facts = symmetry(program)
     member = facts.groups[0].members[0]
 
-    def broken(facts: Symmetry, elements: Any, weights: Any) -> dict[str, Tensor]:
-        return act(facts, elements, weights, (member,))
+    def broken(facts: Symmetry, elements: Any) -> Acting:
+        return Acting(facts, elements, (member,))
 
-    monkeypatch.setattr("vfx.analyse.verify.act", broken)
+    Align("weight")(program)
+    monkeypatch.setattr("vfx.analyse.verify.Acting", broken)
     with pytest.raises(VerificationError, match="what was found for edge 1 changes its function"):
         Align("weight")(program)
 
