@@ -15,8 +15,9 @@ import vfx
 from benchmarks.bad_inputs import CASES, RESULTS, X, _net, refusal, table
 from vfx.arguments import LEAST, check_argument
 from vfx.errors import ArgumentError, VfxError
+from vfx.match.catalogue import MATCHERS
 
-MADE_BY_VFX = {"Result", "SampleSelection", "Program", "Matching", "Problem"}  # dataclasses that users are handed
+MADE_BY_VFX = {"Result", "SampleSelection", "Program", "Matching", "Problem", "WidthFamily"}  # dataclasses that users are handed
 WITHOUT_ARGUMENTS = {"Pass", "Matcher", "Score", "Allocation", "Magnitude", "Random", "Transform", "LinearMatching"}
 CHECKED_FIELDS = {"Normalization", "PartialMatching", "Reference"}
 
@@ -92,6 +93,8 @@ def _fitting(name: str, argument: str) -> Any:
         "references": [_net()], "passes": [], "recorders": [], "matcher": "weight", "score": "magnitude", "n": 4,
         "kind": "repair", "count": 1, "sparsity": 0.5, "preserve": 1, "heads": 1,
     }  # fmt: skip
+    if name == "ToFirstWidth" and argument in ("others", "matcher"):
+        return [vfx.trace(_net(), X[:2])] if argument == "others" else MATCHERS["weight"]()
     if name == "Reconstruct" and argument == "references":
         return []
     if argument == "symmetry":

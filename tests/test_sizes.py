@@ -21,7 +21,8 @@ INNER_IMPORTS = {
     "vfx/diagnosis/barrier.py": 1,
     "vfx/diagnosis/comparison.py": 1,
     "vfx/diagnosis/diagnosis.py": 2,
-    "vfx/emit/files.py": 2,
+    "vfx/emit/files.py": 3,
+    "vfx/emit/onnx.py": 1,
 }  # imports of vfx inside functions, of what reads an optional package; the command line's keep its help fast
 
 

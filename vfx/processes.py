@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vfx.arguments import checked
 from vfx.errors import DataError, ProcessError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
+@checked
 @contextmanager
 def across_processes(backend: str | None = None) -> Iterator[None]:
     """Calls in this block share their data with the processes that ``torchrun`` started beside this one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -55,9 +55,15 @@ def name_axes(model: Any, names: Sequence[str] | None, batch: bool) -> None:
     if not known:
         return
     for value in _values(model.graph):
-        for place, size in enumerate(value.shape or ()):
-            if not isinstance(size, int) and size.value is not None:
-                value.shape[place] = re.sub(r"[^\W\d]\w*", lambda one: known.get(one[0], one[0]), str(size.value))
+        if value.shape is not None:  # a shape of its own: some are shared and cannot be changed
+            value.shape = type(value.shape)([_renamed(size, known) for size in value.shape])
+
+
+def _renamed(size: Any, known: Mapping[str, str]) -> int | str | None:
+    """A size, whose open parts have new names."""
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return re.sub(r"[^\W\d]\w*", lambda symbol: known.get(symbol[0], symbol[0]), str(size.value))
 
 
 def _values(graph: Any) -> Iterable[Any]:
