@@ -4,7 +4,8 @@ Weights are random, as memory does not depend on them. A model is what its param
 resident memory above what the process held with its inputs (the networks) in place, ``kept`` what is left of it while
 the Result is held; both in models. Before, the same call runs on a tiny network of the kind, so that modules that load
 on first use do not count. ResNet50 sees one image of 64 × 64, GPT-2 (transformers) 16 tokens. Times are those of the
-process, all threads together; wall time depends on what else the machine does (``load``, of the last minute).
+process, all threads together; wall time depends on what else the machine does (``load``, of the last minute). Where a
+peak is in bold it is above its target.
 """
 
 from __future__ import annotations
