@@ -17,7 +17,14 @@ from vfx.arguments import LEAST, check_argument
 from vfx.errors import ArgumentError, VfxError
 from vfx.match.catalogue import MATCHERS
 
-MADE_BY_VFX = {"Result", "SampleSelection", "Program", "Matching", "Problem", "WidthFamily"}  # dataclasses that users are handed
+MADE_BY_VFX = {
+    "Result",
+    "SampleSelection",
+    "Program",
+    "Matching",
+    "Problem",
+    "WidthFamily",
+}  # dataclasses that users are handed
 WITHOUT_ARGUMENTS = {"Pass", "Matcher", "Score", "Allocation", "Magnitude", "Random", "Transform", "LinearMatching"}
 CHECKED_FIELDS = {"Normalization", "PartialMatching", "Reference"}
 
