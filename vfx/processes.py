@@ -7,7 +7,6 @@ decision could hang on a rounding, process 0's counts. Outside ``across_processe
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -25,11 +24,6 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 _state: dict[str, bool] = {"on": False}
-
-
-def launched() -> bool:
-    """Whether ``torchrun`` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
 
 
 @checked
