@@ -13,6 +13,7 @@ from vfx.analyse.groups import Class, Group, Member, Pinned
 from vfx.analyse.infer import infer
 from vfx.analyse.kinds import Classes
 from vfx.analyse.labelling import Labelling
+from vfx.analyse.left_out import pin_left_out
 from vfx.analyse.listing import groups_table, listing
 from vfx.analyse.places import places
 from vfx.analyse.program_terms import ProgramTerms
@@ -83,13 +84,15 @@ def _inferred(program: Program) -> Symmetry:
 def _groups(program: Program, terms: ProgramTerms) -> Symmetry:
     """The free leaves that inference left."""
     leaves = terms.leaves
-    labels: dict[tuple[str, int], Rows] = {}
+    written: dict[tuple[str, int], Rows] = {}
     for fqn, axes in terms.parameters.items():
         for dim, axis in enumerate(axes):
             rows = terms.rows(axis)
             assert rows is not None
-            labels[fqn, dim] = leaves.resolve(rows)
+            written[fqn, dim] = rows
     terms.settled = True
+    pin_left_out(terms)
+    labels = {place: leaves.resolve(rows) for place, rows in written.items()}
     roles = _roles(terms)
     members: dict[int, list[Member]] = {}
     for (fqn, dim), rows in labels.items():
