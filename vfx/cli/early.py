@@ -8,9 +8,9 @@ from pathlib import Path
 
 from vfx.address import address
 from vfx.cli.names import names_in
-from vfx.errors import ArgumentError, CheckpointError
+from vfx.errors import ArgumentError
 from vfx.imports import is_code
-from vfx.reading import require_file
+from vfx.shards import require_weights
 
 _INPUT = re.compile(r"(?:\w+=)?(?:\d+(?:x\d+)*)?(?::(?:\d+|ones))?", re.IGNORECASE)
 
@@ -27,7 +27,7 @@ def check_network(model: str | None, paths: Iterable[Path], inputs: Iterable[str
                 f"integers below 1000 (:ones for ones), e.g. input_ids=16:1000; got {text!r}"
             )
     for path in paths:
-        require_file(weights_in(path), CheckpointError)
+        require_weights(path)
 
 
 def check_models(models: Sequence[str], checkpoints: Sequence[Path]) -> None:
@@ -38,15 +38,3 @@ def check_models(models: Sequence[str], checkpoints: Sequence[Path]) -> None:
         )
     for model in models:
         check_network(model, ())
-
-
-def weights_in(path: Path) -> Path:
-    """The file of weights in a Hugging Face directory; another path as it is. Raises ArgumentError."""
-    if not path.is_dir():
-        return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    if found := sorted(path.glob("*.index.json")):
-        raise ArgumentError(f"{path} holds its weights in several files ({found[0].name}); save them in one file")
-    raise ArgumentError(f"{path} is a directory without model.safetensors or pytorch_model.bin; name a file in it")

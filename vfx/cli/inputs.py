@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfx.address import option
-from vfx.cli.early import check_network, weights_in
+from vfx.cli.early import check_network
 from vfx.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_all(
 
     models = [model] if isinstance(model, str) else list(model)
     built = models * len(paths) if len(models) == 1 else models
-    return [load(weights_in(path), construct(own, arguments), entry=entry) for path, own in zip(paths, built)]
+    return [load(path, construct(own, arguments), entry=entry) for path, own in zip(paths, built)]
 
 
 def examples_of(texts: list[str], model: str = "") -> Call:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_network, weights_in
+from vfx.cli.early import check_network
 from vfx.cli.inputs import construct, data_of, examples_of
 from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Csv, Entry, Inputs, Json, Model, Outputs, Seed
@@ -98,7 +98,7 @@ def export(
     examples = examples_of(inputs, model or "")
     options = values(ExportOptions, given, data=data_of(given["data"], examples, model or ""))
     only = [path for path in out if path.suffix.lower() == ".onnx"] or out  # options that no file has are refused
-    network = load(weights_in(checkpoint), construct(model, arguments) if model else None, entry=entry)
+    network = load(checkpoint, construct(model, arguments) if model else None, entry=entry)
     origin = origin_of([checkpoint])
     for path in out:
         write(network, path, examples, origin=origin, **(options if path in only else {}))

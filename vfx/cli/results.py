@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vfx.cli.early import weights_in
 from vfx.cli.names import names_in
 from vfx.errors import ArgumentError, VfxError
 from vfx.files import check_writable, write_atomic
@@ -98,7 +97,10 @@ def origin_of(files: list[Path]) -> dict[str, Any]:
     """What is written into a network about where it comes from: the command, and the digests of its checkpoints."""
     from vfx.emit.provenance import digests
 
-    return {"command": " ".join(["vfx", *sys.argv[1:]]), "edges": digests(map(weights_in, files))}
+    return {
+        "command": " ".join(["vfx", *sys.argv[1:]]),
+        "edges": digests(files),
+    }
 
 
 def finish(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_network, weights_in
+from vfx.cli.early import check_network
 from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.results import evaluated, put
 from vfx.files import check_writable, make_folder
@@ -59,7 +59,7 @@ def run(
     if evaluation is not None:
         print(evaluation)
     document = toml_of(whole.to_dict())
-    origin: dict[str, Any] = {"recipe": document, "edges": digests(map(weights_in, files))}
+    origin: dict[str, Any] = {"recipe": document, "edges": digests(files)}
     print(f"wrote {save_pretrained(result, out, model=whole.model, origin=origin)}")
     put(out / "recipe.toml", document)
     facts = {name: value for name, value in result.report.to_dict().items() if name != "seconds"}

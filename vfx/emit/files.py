@@ -30,12 +30,13 @@ from vfx.emit.module import graph_module
 from vfx.emit.provenance import provenance
 from vfx.emit.pt2 import read_program, write_program
 from vfx.emit.tensors import READERS as TENSOR_READERS
+from vfx.emit.tensors import read_shards
 from vfx.errors import ArgumentError, CheckpointError, CheckpointNote, VfxError, listed
 from vfx.extras import needed_for
 from vfx.files import check_writable, write_atomic
 from vfx.options import ExportOptions, Precision, changed
 from vfx.pruning.masks import make_permanent
-from vfx.reading import require_file
+from vfx.shards import INDEX, files_of, require_weights, weights_in
 from vfx.wrappers import plain_model
 
 
@@ -186,8 +187,9 @@ def load(
     """Read a checkpoint without running code from it.
 
     ``.safetensors`` and what ``torch.save`` wrote (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.pth.tar``) give a state
-    dict, or a copy of ``model`` that holds it; ``.pt2`` gives a GraphModule; ``.onnx`` gives the checked ONNX model.
-    An exported program (``.pt2``) is taken as plain data: pickled objects and compiled libraries in it are refused.
+    dict, or a copy of ``model`` that holds it, as do the index (``.index.json``) of one in several files and a Hugging
+    Face directory; ``.pt2`` gives a GraphModule; ``.onnx`` gives the checked ONNX model. An exported program (``.pt2``)
+    is taken as plain data: pickled objects and compiled libraries in it are refused.
 
     Training code wraps state dicts. Of those in a file the first that fits ``model`` is taken: trained weights
     (``state_dict``, ``model_state_dict``, ``model``, ``net`` …) before their averages (``state_dict_ema``, ``ema`` …)
@@ -201,19 +203,20 @@ def load(
 
     >>> network = vfx.load("last.ckpt", resnet18(), entry="ema")
     """
-    path = Path(path)
-    suffix, notes = path.suffix.lower(), list[str]()
+    path, notes = weights_in(Path(path)), list[str]()
+    suffix = path.suffix.lower()
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype must be a floating type, such as torch.float32, got {dtype!r}")
-    if suffix not in _READERS and path.is_file():
+    sharded = path.name.endswith(INDEX)
+    if not sharded and suffix not in _READERS and path.is_file():
         raise CheckpointError(f"cannot read {path.suffix or 'a file without suffix'}; known: {', '.join(_READERS)}")
-    require_file(path, CheckpointError)
-    value = _READERS[suffix](path)
-    if suffix not in TENSOR_READERS:
+    require_weights(path)
+    value = (read_shards if sharded else _READERS[suffix])(path)
+    if not sharded and suffix not in TENSOR_READERS:
         return value
     tensors = choose(value, path.name, notes, entry, model)
     check_storage(tensors, path.name)
-    check_held(tensors, path.stat().st_size, path.name)
+    check_held(tensors, sum(file.stat().st_size for file in files_of(path)), path.name)
     if model is None:
         result: Any = in_dtype(tensors, dtype)
         check_finite(result, path.name)

@@ -27,6 +27,7 @@ from vfx.emit.files import export, load, safetensors_of
 from vfx.emit.own_class import own_tensors
 from vfx.emit.own_config import config_changes, has_config, put_config
 from vfx.emit.provenance import provenance
+from vfx.emit.sharding import read_tensors, write_tensors
 from vfx.emit.tensors import read_safetensors
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, VerificationError
 from vfx.files import check_writable, make_folder, write_atomic
@@ -49,11 +50,13 @@ def save_pretrained(
     *,
     model: str | None = None,
     origin: Mapping[str, Any] | None = None,
+    shard_size: int | None = None,
 ) -> Path:
     """Write a Result into the directory ``path`` so that ``from_pretrained`` gives the network back.
 
     ``model``: the constructor by name (``"torchvision:resnet18"``), so that it need not be given again. ``origin``:
-    as for ``vfx.export``. Raises ArgumentError, OutputError.
+    as for ``vfx.export``. ``shard_size``: weights of more bytes go to several files of at most so many, and an index,
+    as Hugging Face writes them; a larger tensor has a file of its own. Raises ArgumentError, OutputError.
 
     >>> vfx.save_pretrained(vfx.prune_structured(net, x, sparsity=0.5, data=loader), "small")
     """
@@ -61,6 +64,10 @@ def save_pretrained(
     program = getattr(result, "program", None)
     if not isinstance(getattr(result, "module", None), nn.Module) or not isinstance(program, Program):
         raise ArgumentError(f"save_pretrained: result must be a Result, got {type(result).__name__}")
+    if shard_size is not None and shard_size < 1:
+        raise ArgumentError(f"save_pretrained: shard_size must be at least one byte, got {shard_size}")
+    if shard_size is not None and isinstance(result.module, fx.GraphModule):
+        raise ArgumentError("save_pretrained: shard_size= is for a network of the user's class; this one is a program")
     make_folder(folder)
     check_writable(folder / CONFIG)
     facts = json.loads(next(iter(provenance(result, origin).values())))
@@ -71,7 +78,7 @@ def save_pretrained(
     else:
         own = make_permanent(copy.deepcopy(result.module)).cpu().eval()
         config |= {"holds": "class", "class": _name(own), **_differences(program.module, own)}
-        write_atomic(folder / TENSORS, safetensors_of(_kept(own, program.module), provenance(result, origin)))
+        write_tensors(folder / TENSORS, _kept(own, program.module), provenance(result, origin), shard_size)
         write_atomic(folder / CHECK, safetensors_of(_probe(own, program), {}))
     write_atomic(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
     return folder
@@ -97,7 +104,7 @@ def from_pretrained(
         return load(folder / PROGRAM)
     module = _built(model if model is not None else _named(config, folder))
     _apply_sizes(module, config, folder)
-    tensors = read_safetensors(folder / TENSORS)
+    tensors = read_tensors(folder / TENSORS)
     _fill(module, tensors, config, folder)
     _verify(module, folder)
     return module

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vfx import __version__
+from vfx.shards import files_of
 
 KEY = "vfx"
 
@@ -40,9 +41,9 @@ def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def digests(files: Iterable[str | Path]) -> list[dict[str, str]]:
-    """The name and the SHA-256 of each file, in their order."""
-    found = []
-    for file in files:
-        with Path(file).open("rb") as opened:
-            found.append({"file": Path(file).name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
-    return found
+    """The name and the SHA-256 of each file of some checkpoints, in their order."""
+    digested = []
+    for file in (shard for path in files for shard in files_of(Path(path))):
+        with file.open("rb") as opened:
+            digested.append({"file": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+    return digested

@@ -11,7 +11,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from vfx.archives import check_archive
-from vfx.errors import CheckpointError
+from vfx.errors import CheckpointError, listed
 from vfx.reading import require_file
+from vfx.shards import files_of, read_index
 
 _PICKLE, _ZIP = b"\x80", b"PK"  # how torch's files begin, old and new
 
@@ -96,6 +97,28 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise any class
         raise CheckpointError(_explain(path, error)) from error
+
+
+def read_shards(path: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names.
+
+    Raises CheckpointError for a damaged index, a file that is missing or damaged, and one that lacks what it should
+    hold.
+    """
+    held: dict[str, Tensor] = {}
+    for file in files_of(path):
+        reader = READERS.get(file.suffix.lower())
+        if reader is None:
+            raise CheckpointError(f"{path.name} names {file.name}: cannot read that; known: {', '.join(READERS)}")
+        tensors = reader(file)
+        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise CheckpointError(f"{file} holds more than tensors, so that it is no part of a state dict")
+        if twice := [name for name in tensors if name in held]:
+            raise CheckpointError(f"{file.name} and a file before it, of {path.name}, both hold {listed(twice)}")
+        held |= tensors
+    if missing := [f"{name} ({file})" for name, file in read_index(path).items() if name not in held]:
+        raise CheckpointError(f"the files of {path.name} lack {listed(missing)}")
+    return held
 
 
 def _explain(path: Path, error: Exception) -> str:
