@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, edges, images, node_values
+from conftest import close, edges, images, network, node_values
 from micro_models import conv, net
 from test_matching import concatenated, residual
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from vfx.passes.balance_scales import BalanceScales
 from vfx.passes.calibrate_bias import CalibrateBias
 from vfx.passes.calibrate_normalization import CalibrateNormalization
 from vfx.passes.center_stream import CenterStream
+from vfx.passes.combine import Combine
 from vfx.passes.duplicate_branches import DuplicateBranches
 from vfx.passes.duplicate_heads import DuplicateHeads
 from vfx.passes.fold_channels import FoldChannels
@@ -47,6 +48,7 @@ from vfx.analyse.layers import _numbered, number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.symmetry import symmetry as infer_symmetry
 from vfx.api import collect, compile, layers, merge, repair, symmetry, trace
+from vfx.combine.regmean_plus import RegMeanPlus
 from vfx.elements import Acting
 from vfx.errors import ArgumentError, DataError, PassError, VerificationError
 from vfx.match.weight import WeightMatching
@@ -92,6 +94,11 @@ def _two_blocks() -> nn.Module:
         head=nn.Linear(6, 3),
         **layers,
     )
+
+
+def _bases() -> nn.Module:
+    """What the edges of ``_normed`` may come from, as far as a pass can tell."""
+    return network(_normed, DATA, 5)
 
 
 def _tied() -> nn.Module:
@@ -141,6 +148,8 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
         lambda: DuplicateBranches(2, ALPHAS, "activation"),
         lambda: _program(concatenated),
     ),
+    "Combine": (lambda: Combine("ties", base=_bases()), lambda: _program(_normed)),
+    "Combine regmean++": (lambda: Combine(RegMeanPlus([DATA, DATA[:4]])), lambda: _program(_normed)),
     "Interpolate": (lambda: Interpolate(ALPHAS), lambda: _program(_normed)),
     "InsertNormalization": (lambda: InsertNormalization(), lambda: _merged(_program())),
     "CalibrateNormalization repair": (

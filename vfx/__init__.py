@@ -26,6 +26,13 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.api import repair as repair
     from vfx.api import symmetry as symmetry
     from vfx.api import trace as trace
+    from vfx.combine.combiner import Combiner as Combiner
+    from vfx.combine.dare import Dare as Dare
+    from vfx.combine.iso import IsoC as IsoC
+    from vfx.combine.regmean import RegMean as RegMean
+    from vfx.combine.regmean_plus import RegMeanPlus as RegMeanPlus
+    from vfx.combine.task_arithmetic import TaskArithmetic as TaskArithmetic
+    from vfx.combine.ties import Ties as Ties
     from vfx.diagnosis.barrier import barrier as barrier
     from vfx.diagnosis.diagnose import diagnose as diagnose
     from vfx.diagnosis.evaluation import evaluate as evaluate
@@ -56,6 +63,7 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
     from vfx.passes.calibrate_bias import CalibrateBias as CalibrateBias
     from vfx.passes.calibrate_normalization import CalibrateNormalization as CalibrateNormalization
     from vfx.passes.center_stream import CenterStream as CenterStream
+    from vfx.passes.combine import Combine as Combine
     from vfx.passes.duplicate_branches import DuplicateBranches as DuplicateBranches
     from vfx.passes.duplicate_heads import DuplicateHeads as DuplicateHeads
     from vfx.passes.fold_channels import FoldChannels as FoldChannels
@@ -157,12 +165,20 @@ _LAZY = {
     "OptimalTransport": "vfx.match.transport",
     "FirstLayers": "vfx.match.first_layers",
     "Normalization": "vfx.normalize.catalogue",
+    "Combiner": "vfx.combine.combiner",
+    "TaskArithmetic": "vfx.combine.task_arithmetic",
+    "Ties": "vfx.combine.ties",
+    "Dare": "vfx.combine.dare",
+    "IsoC": "vfx.combine.iso",
+    "RegMean": "vfx.combine.regmean",
+    "RegMeanPlus": "vfx.combine.regmean_plus",
     "Align": "vfx.passes.align",
     "BalanceAttention": "vfx.passes.balance_attention",
     "BalanceScales": "vfx.passes.balance_scales",
     "CalibrateBias": "vfx.passes.calibrate_bias",
     "CalibrateNormalization": "vfx.passes.calibrate_normalization",
     "CenterStream": "vfx.passes.center_stream",
+    "Combine": "vfx.passes.combine",
     "DuplicateBranches": "vfx.passes.duplicate_branches",
     "DuplicateHeads": "vfx.passes.duplicate_heads",
     "FoldChannels": "vfx.passes.fold_channels",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vfx.analyse.layers import Join
     from vfx.choice import Judging
+    from vfx.combine.combiner import Combiner
     from vfx.match.matcher import Matcher
     from vfx.normalize.catalogue import Normalization
     from vfx.pruning.allocation.allocation import Allocation
@@ -43,6 +44,7 @@ Kind = Literal[
     "shares",
     "flag",
     "data",
+    "file",
     "files",
 ]
 
@@ -146,6 +148,10 @@ class MergeOptions(Rewriting):
     classes: str = keyword("full", "What weight and activation matching find: full or permutation.", Text("text"))
     restarts: int = keyword(0, "Further runs of weight, activation, c2m3 or ste.", Text("number"))
     weights: float | Sequence[float] | None = keyword(None, "One weight for each edge, e.g. 0.3,0.7.", Text("numbers"))
+    combine: str | Combiner = keyword(
+        "average", text=Text("text", names=("average",), catalogue=("combine/catalogue.py", "COMBINERS"))
+    )
+    base: Any = keyword(None, "Checkpoint that all edges were fine-tuned from.", Text("file"))
     follow: int | str = keyword(
         "auto", "First layers that follow one edge: auto, a number, or a module's name.", Text("cut")
     )

@@ -14,9 +14,12 @@ from vfx.api.normalizing import uncorrected
 from vfx.api.reconstructing import Solving
 from vfx.api.tracing import program_of
 from vfx.checks import check_edges, check_finite, check_same_masks, differ_in_width
+from vfx.combine.catalogue import check_needs, combiner
+from vfx.combine.combiner import Combiner
 from vfx.errors import ArgumentError
 from vfx.match.carry import AcrossWidths
 from vfx.match.catalogue import matcher
+from vfx.normalize.catalogue import Normalization
 from vfx.options import MergeOptions
 from vfx.program import Program
 from vfx.report import Stopwatch
@@ -28,13 +31,15 @@ from vfx.wrappers import plain_models
 class Captured:
     """Edges to merge: one Program of all, or one for each where their widths differ.
 
-    ``alphas`` are their shares, ``data`` the calibration data as they can be read again, ``notes`` what is to be said.
+    ``alphas`` are their shares, ``data`` the calibration data as they can be read again, ``notes`` what is to be said,
+    ``combiner`` what makes one of them (None: the average).
     """
 
     programs: tuple[Program, ...]
     alphas: list[float]
     data: Any
     notes: tuple[str, ...]
+    combiner: Combiner | None = None
 
     @property
     def first(self) -> Program:
@@ -48,6 +53,7 @@ def capture(
     """Capture the edges. Raises ArgumentError, ArchitectureError, WeightError, CaptureError."""
     models, data = plain_models(models), options.data
     Solving.of(options)  # raises before anything takes time
+    own = combined(options)
     if options.budget is not None:
         check_budget(options.budget, data, options.preserve, options.heads)
     if isinstance(models, Program) or options.heads or not differ_in_width(models):
@@ -59,11 +65,33 @@ def capture(
             programs = [program_of(model, example_inputs, **options.capturing) for model in models]
     if len(programs) == 1:
         check_weights(programs[0])
+    elif own is not None or options.base is not None:
+        raise ArgumentError("combine= and base= are for edges of one width, whose channels stand in one frame")
     missed = "features that an average loses leave it with little of its accuracy"
-    notes = uncorrected(data, options.normalize, "merged", missed)
+    notes = uncorrected(data, options.normalize, "merged", missed) if own is None else ()
     data = counted(data, len(programs[0].signature.inputs))
     alphas = edge_weights(options.weights, sum(program.edges for program in programs))
-    return Captured(tuple(programs), alphas, data, notes)
+    return Captured(tuple(programs), alphas, data, notes, own)
+
+
+def combined(options: MergeOptions) -> Combiner | None:
+    """What combines the edges, None for the average. Raises ArgumentError for what it does not go with."""
+    own, normalize = combiner(options.combine), options.normalize
+    if options.base is not None and options.match not in ("auto", None):
+        raise ArgumentError("edges of a common base= stand in one frame, which match= would leave; drop one of the two")
+    if own is None:
+        return None
+    check_needs(own, options.base, options.data)
+    if "base" in own.needs and options.prepare is not None:
+        raise ArgumentError(
+            f"prepare={options.prepare!r} changes the edges' weights, and base= is what they were before"
+        )
+    method = normalize.method if isinstance(normalize, Normalization) else normalize
+    if method in ("bias_calibration", "rescale_weights"):
+        raise ArgumentError(f"normalize={method!r} acts on the average; combine= takes 'repair', 'rescale' or 'reset'")
+    if options.budget is not None and options.solve != "least_squares":
+        raise ArgumentError("budget= chooses among solutions; a named combine= is kept, unless solve='least_squares'")
+    return own
 
 
 def check_weights(program: Program) -> None:

@@ -13,7 +13,7 @@ from vfx.program import Program
 from vfx.report import Stopwatch
 
 
-def combine(chosen: Chosen, aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Program:
+def make(chosen: Chosen, aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Program:
     """Make the network that was decided for, with its notes."""
     captured = aligned.ready.captured
     result = _combined(chosen, aligned, options, watch)

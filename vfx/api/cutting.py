@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from vfx.analyse.layers import number_layers
 from vfx.api.aligning import Aligned
@@ -15,6 +16,7 @@ from vfx.api.results import run_passes
 from vfx.errors import ArgumentError
 from vfx.normalize.catalogue import Normalization
 from vfx.options import MergeOptions
+from vfx.passes.combine import Combine
 from vfx.passes.duplicate_branches import DuplicateBranches
 from vfx.passes.duplicate_heads import DuplicateHeads
 from vfx.passes.interpolate import Interpolate
@@ -28,13 +30,14 @@ from vfx.rewrite import Pass
 def cut(aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Plan:
     """Cut the edges where ``preserve``, ``heads`` or a budget say. Raises ArgumentError."""
     solving = _solving(aligned, options)
-    solved = solving.resolved(options.normalize, aligned.ready.captured.data is not None)
+    named = aligned.ready.captured.combiner is not None and solving.solve == "auto"
+    solved = None if named else solving.resolved(options.normalize, aligned.ready.captured.data is not None)
     asked = _normalization(aligned, solved, options)
     numbering = number_layers(aligned.program)
 
     def setting(preserve: int | str) -> Setting:
         separate = _separate(aligned, preserve, options, watch)
-        merging = _merging(aligned)
+        merging = _merging(aligned, options)
         student = _student(aligned, run_passes(separate, merging, watch), options) if solved else None
         return Setting(numbering.number(preserve), separate, merging, student)
 
@@ -78,12 +81,19 @@ def _separate(aligned: Aligned, preserve: int | str, options: MergeOptions, watc
     return run_passes(aligned.edges if aligned.growth is None else aligned.growth.program, passes, watch)
 
 
-def _merging(aligned: Aligned) -> list[Pass]:
-    """The passes from the edges to one network."""
-    average = Interpolate(aligned.ready.captured.alphas)
-    return [average] if aligned.exact else [Transform(), average]
+def _merging(aligned: Aligned, options: MergeOptions) -> list[Pass]:
+    """The passes from the edges to one network. Raises ArgumentError."""
+    captured = aligned.ready.captured
+    if captured.combiner is None:
+        average = Interpolate(captured.alphas)
+        return [average] if aligned.exact else [Transform(), average]
+    if not aligned.exact or aligned.growth is not None:
+        raise ArgumentError("combine= takes edges that keep their functions; match by 'weight', 'activation' or None")
+    own: dict[str, Any] = {"base": options.base, "data": captured.data, "edges": aligned.edges, "seed": options.seed}
+    return [Combine(captured.combiner, weights=captured.alphas, **own, **options.reading)]
 
 
 def _student(aligned: Aligned, program: Program, options: MergeOptions) -> Student:
-    """The edges' average as the network to solve."""
-    return Student(program, aligned.references, aligned.alike, aligned.ridge, options.reading)
+    """What the edges were made into, as the network to solve."""
+    averaged = aligned.ready.captured.combiner is None
+    return Student(program, aligned.references, aligned.alike, aligned.ridge, options.reading, averaged)

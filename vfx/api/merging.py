@@ -11,13 +11,14 @@ from vfx.analyse.layers import Join
 from vfx.api.aligning import align
 from vfx.api.capturing import capture
 from vfx.api.choosing import choose
-from vfx.api.combining import combine
+from vfx.api.combining import make
 from vfx.api.cutting import cut
 from vfx.api.preparing import prepare as prepare_edges
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import program_of
 from vfx.arguments import checked
 from vfx.choice import Judging
+from vfx.combine.combiner import Combiner
 from vfx.errors import ArgumentError, PassError
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization
@@ -39,6 +40,8 @@ def merge(
     classes: str = "full",
     restarts: int = 0,
     weights: float | Sequence[float] | None = None,
+    combine: str | Combiner = "average",
+    base: Any = None,
     solve: str | None = "auto",
     follow: int | str = "auto",
     follow_edge: int | str = "auto",
@@ -71,7 +74,11 @@ def merge(
     ``restarts``: further runs of "weight", "activation", "c2m3" or "ste" from random permutations, of which the best
     by the method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ,
     too: the result has those of the first.
-    ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default.
+    ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default. ``combine``: how
+    the edges become one, "average", a name of ``vfx.combine.catalogue.COMBINERS`` or a Combiner; a named one is kept as
+    it is: "auto" then solves nothing, and of normalizations takes RESET alone. ``base``: what all edges were fine-tuned
+    from, a network, a state dict or a checkpoint's path, which task arithmetic, TIES, DARE and Iso-C read; nothing is
+    aligned then, nor where match="auto" finds by itself that the edges share a base.
     ``solve``: "least_squares" solves every layer for the mean of the edges' outputs on ``data`` (``vfx.Reconstruct``);
     None normalizes only; "auto" keeps what does best on held-out samples of ``data``: least squares, the
     normalizations, or an edge as it is, and gives way to a normalization that is named. ``follow``: the first layers
@@ -97,11 +104,11 @@ def merge(
     Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
     """
     options = MergeOptions(
-        data=reusable(data), match=match, classes=classes, restarts=restarts, weights=weights, solve=solve,
-        follow=follow, follow_edge=follow_edge, judge=judge, normalize=normalize, preserve=preserve, budget=budget,
-        join=join, heads=heads, head_output=head_output, prepare=prepare, references=references, statistics=statistics,
-        held_out=held_out, max_samples=max_samples, dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify,
-        seed=seed, device=device, progress=progress,
+        data=reusable(data), match=match, classes=classes, restarts=restarts, weights=weights, combine=combine,
+        base=base, solve=solve, follow=follow, follow_edge=follow_edge, judge=judge, normalize=normalize,
+        preserve=preserve, budget=budget, join=join, heads=heads, head_output=head_output, prepare=prepare,
+        references=references, statistics=statistics, held_out=held_out, max_samples=max_samples,
+        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
     )  # fmt: skip
     watch = Stopwatch(progress)
     captured = capture(models, example_inputs, options, watch)
@@ -109,7 +116,7 @@ def merge(
     aligned = align(ready, options, watch)
     plan = cut(aligned, options, watch)
     chosen = choose(plan, aligned, options, watch)
-    network = combine(chosen, aligned, options, watch)
+    network = make(chosen, aligned, options, watch)
     held = [weights for program in (aligned.program, *captured.programs) for weights in program.weights]
     return result_of(
         network, aligned.program, watch, aligned.alignment, aligned.statistics, chosen.report, held, verify

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from vfx.analyse.layer_view import batch_norms
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.capturing import Captured
@@ -14,6 +15,7 @@ from vfx.api.tracing import symmetry
 from vfx.errors import ArgumentError, PassError, VerificationError
 from vfx.match.carry import AcrossWidths
 from vfx.match.catalogue import matcher
+from vfx.match.common_base import in_one_frame
 from vfx.match.matcher import Matcher
 from vfx.normalize.catalogue import Normalization, normalization
 from vfx.options import MergeOptions
@@ -26,6 +28,12 @@ from vfx.passes.restore_structure import RestoreStructure
 from vfx.program import Program
 from vfx.report import Stopwatch
 from vfx.rewrite import Pass
+from vfx.rewrite.copies import read_only_in
+
+SHARED = (
+    "the edges share a base: in every group the identity is the best permutation of their weights, so nothing was "
+    "aligned (match= names a method that aligns all the same)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,8 @@ class Ready:
 def prepare(captured: Captured, options: MergeOptions, watch: Stopwatch) -> Ready:
     """Bring the edges into the form that they are matched in. Raises ArgumentError."""
     asked = normalization(options.normalize, captured.data is not None)
+    if captured.combiner is not None and asked is not None and asked.method == "auto":
+        asked = replace(asked, method="reset") if batch_norms(captured.first) else None
     finder = _finder(captured, options)
     programs = [run_passes(program, _preparing(options), watch) for program in captured.programs]
     if _folds(finder, several=len(programs) > 1):
@@ -56,15 +66,26 @@ def prepare(captured: Captured, options: MergeOptions, watch: Stopwatch) -> Read
         programs = [program.to(options.device) for program in programs]
     with watch("symmetry"):
         facts = symmetry(programs[0])
+    if options.match == "auto" and finder is not None and len(programs) == 1 and _share_base(facts, options):
+        finder, captured = None, replace(captured, notes=(*captured.notes, SHARED))
     return Ready(captured, programs, facts, finder, asked)
 
 
 def _finder(captured: Captured, options: MergeOptions) -> Matcher | None:
     """The matcher that was asked for, or that the data allow."""
     match = options.match
+    if options.base is not None:
+        return None
     if match == "auto":
         match = "weight" if captured.data is None and options.statistics is None else "activation"
     return matcher(match, options.restarts, options.classes)
+
+
+def _share_base(facts: Symmetry, options: MergeOptions) -> bool:
+    """Whether the edges stand in one frame as they are: then they are not aligned."""
+    program = facts.program
+    heads = number_layers(program).heads(options.heads).branch if options.heads else ()
+    return in_one_frame(facts, program.weights, read_only_in(program, heads))
 
 
 def _folds(finder: Matcher | None, several: bool) -> bool:

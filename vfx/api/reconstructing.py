@@ -69,8 +69,9 @@ def is_named(normalize: str | Normalization | None) -> bool:
 
 @dataclass(frozen=True)
 class Student:
-    """A network to be solved: the average of the edges, and the ``references`` that it is solved for.
+    """A network to be solved: what the edges were made into, and the ``references`` that it is solved for.
 
+    ``averaged``: it is their average, not combined in another way.
     ``alike`` says that edges stand in its channels as they are, so that its layers can be those of one of them.
     """
 
@@ -79,10 +80,11 @@ class Student:
     alike: bool
     ridge: float | None
     options: Mapping[str, Any]
+    averaged: bool = True
 
     def solved(self, data: Any, follow: int | str, edge: int, **options: Any) -> Program:
         """The network with its layers solved on ``data``."""
-        centre = "references" if self.alike else "own"
+        centre = "references" if self.alike and self.averaged else "own"
         settings = {"follow": follow, "follow_edge": edge, "centre": centre, "ridge": self.ridge}
         return Reconstruct(self.references, data, **settings | dict(self.options) | options)(self.program)  # type: ignore
 

@@ -53,6 +53,7 @@ KINDS: dict[Kind, Written] = {
     "budget": Written(str | None, _left_out, budget_of),
     "shares": Written(list[str] | None, _left_out, sparsity_of),
     "data": Written(str | None, _left_out, _same),
+    "file": Written(Path | None, _left_out, _same),
     "files": Written(list[Path] | None, _left_out, _same),
 }
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_models, check_network
+from vfx.cli.early import check_models, check_network, weights_in
 from vfx.cli.inputs import cut_of, data_of, examples_of, load_all, match_of, normalization_of, required
 from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Chosen, Entry, Evaluate, Inputs, Json, Memory, Model, Models, Out, Site, Sweep
@@ -46,8 +46,11 @@ def merge(
     check_models(models, checkpoints)
     _check_judged(evaluate, given)
     model = models[0]
-    check_network(model, [*checkpoints, *(given["references"] or ())], inputs)
+    check_network(
+        model, [*checkpoints, *([given["base"]] if given["base"] else []), *(given["references"] or ())], inputs
+    )
     from vfx import api
+    from vfx.emit.files import load
 
     edges, examples = load_all(checkpoints, models, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
@@ -56,6 +59,7 @@ def merge(
         "data": data_of(given["data"], examples, model),
         "match": match_of(given["match"], match_layers, given["data"], match_arguments),
         "normalize": normalization_of(given["normalize"], layers, memory_limit, **asked),
+        "base": None if given["base"] is None else load(weights_in(given["base"]), entry=entry),
         "references": load_all(given["references"] or [], model, arguments, entry),
     }
     result = api.merge(edges, examples, **values(MergeOptions, given, **made))

@@ -11,8 +11,8 @@
     budget = {params = 1.2}
 
 The same in YAML, with ``options`` as one more key. Paths are those of the working folder, as on the command line.
-"none" stands for None. ``match``, ``score`` and ``normalize`` take a name, or a table of it and its options:
-``score = {name = "woodfisher", block = 500}``.
+"none" stands for None. ``match``, ``combine``, ``score`` and ``normalize`` take a name, or a table of it and its
+options: ``score = {name = "woodfisher", block = 500}``.
 """
 
 from __future__ import annotations
@@ -137,8 +137,15 @@ def _match(table: dict[str, Any]) -> Any:
     return found if count is None else FirstLayers(found, count)
 
 
+def _combine(table: dict[str, Any]) -> Any:
+    from vfx.combine.catalogue import combiner_named
+
+    return combiner_named(_named(table, "combine"), **table)
+
+
 _MADE: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "normalize": _normalization,
     "score": _score,
     "match": _match,
+    "combine": _combine,
 }

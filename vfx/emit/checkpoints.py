@@ -108,7 +108,7 @@ def filled(
     if dtype is not None:
         network = network.to(dtype)
     wanted, name = network.state_dict(), type(model).__name__
-    state = _renamed(wanted, tensors, file, notes)
+    state = renamed(wanted, tensors, file, notes)
     state = _in_precision(state, wanted, name, file, notes, dtype)
     try:
         check_same_tensors(wanted, state, name, file)
@@ -143,7 +143,7 @@ def _bare(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def _renamed(
+def renamed(
     wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: str, notes: list[str]
 ) -> dict[str, Tensor]:
     """The tensors under the model's names where taking off what wrappers added gives those; unchanged where not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -38,6 +38,28 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
         for unit in units:
             unit.uses = tuple(_towards_sum(use, known, position, starts) for use in unit.uses)
     return units, notes
+
+
+class Product(NamedTuple):
+    """A call that multiplies what ``source`` gives by a parameter, in the ``form`` that its weight is a matrix in."""
+
+    node: fx.Node
+    form: Form
+    source: fx.Node
+
+
+def products_of(program: Program) -> dict[str, list[Product]]:
+    """The parameters that calls multiply by and do nothing else with, all in one layout, in the order of first use."""
+    readers, found = readers_of(program.graph), dict[str, list[Product]]()
+    for node in program.graph.nodes:
+        own = form_of(node) if node.op == "call_function" else None
+        if own is not None and program.is_parameter(str(own[2].target)):
+            found.setdefault(str(own[2].target), []).append(Product(node, own[0], own[1]))
+    return {
+        name: calls
+        for name, calls in found.items()
+        if set(readers[name]) == {call.node for call in calls} and len({_layout(call.form) for call in calls}) == 1
+    }
 
 
 # layers ---------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class Sweep:
     def _collect(self, unit: Unit, bundle: _Bundle, collected: Collected) -> None:
         self._advance(bundle.network, unit.uses[0].node)
         if len(unit.uses) > 1:
-            bundle = bundle.ahead(_careful(self.plan), [_careful(plan) for plan in self.references.plans])
+            bundle = bundle.ahead(careful(self.plan), [careful(plan) for plan in self.references.plans])
         for index, use in enumerate(unit.uses):
             self._advance(bundle.network, use.node)
             goal = self.references.goal(bundle.references, use.goal.name)
@@ -190,6 +190,6 @@ class Sweep:
         return Solved(unit.uses[0].node.name, ridge, system.before / scale, max(solution.error, 0.0) / scale)
 
 
-def _careful(plan: list) -> list:  # type: ignore[type-arg]
+def careful(plan: list) -> list:  # type: ignore[type-arg]
     """A plan that writes into no value that it was given."""
     return [step._replace(in_place=None) for step in plan]
