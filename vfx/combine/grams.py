@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from vfx.combine.combiner import Combination, Combiner
 from vfx.errors import ArgumentError
-from vfx.reconstruct.plan import Product, products_of
+from vfx.reconstruct.plan import ProductCall, products_of
 from vfx.reconstruct.solve import RidgeProblem, System
 from vfx.reconstruct.sums import Sums
 from vfx.statistics.data import Batches, reusable
@@ -44,11 +44,11 @@ class Regression(Combiner):
         sources = [combination.data] * edges.edges if self.data is None else self.data
         return [Batches(edges, own, reading.get("max_samples"), reading.get("device")) for own in sources]
 
-    def products(self, combination: Combination) -> dict[str, list[Product]]:
+    def products(self, combination: Combination) -> dict[str, list[ProductCall]]:
         """The calls that multiply by each parameter that is solved for."""
         return {name: own for name, own in products_of(combination.program).items() if name in combination.names}
 
-    def solved(self, combination: Combination, name: str, product: Product, grams: Sequence[Tensor]) -> Tensor:
+    def solved(self, combination: Combination, name: str, product: ProductCall, grams: Sequence[Tensor]) -> Tensor:
         """A parameter from the mean Gram matrix (G, K, K) of each edge's inputs, float64."""
         matrices = [product.form.matrix(own[name].double()) for own in combination.program.weights]
         reduced = [share * self._reduced(own) for share, own in zip(combination.shares, grams)]
@@ -64,6 +64,6 @@ class Regression(Combiner):
         return self.off_diagonal * gram + (1 - self.off_diagonal) * diagonal
 
 
-def gram_of(product: Product, values: Callable[[fx.Node], Any]) -> Tensor:
+def gram_of(product: ProductCall, values: Callable[[fx.Node], Any]) -> Tensor:
     """Σ rowsᵀ rows of one batch at one call, float64; ``values`` gives the value of a node."""
     return product.form.gram(values(product.source)).double()

@@ -18,7 +18,7 @@ from vfx.combine.grams import Regression, gram_of
 from vfx.processes import added, count, shared
 from vfx.program import Execution, Program
 from vfx.progress import track
-from vfx.reconstruct.plan import Product
+from vfx.reconstruct.plan import ProductCall
 from vfx.statistics.data import Batches
 
 
@@ -53,11 +53,11 @@ class RegMean(Regression):
 
 
 def edge_grams(
-    edge: Program, products: dict[str, list[Product]], batches: Batches, progress: bool
+    edge: Program, products: dict[str, list[ProductCall]], batches: Batches, progress: bool
 ) -> dict[str, Tensor]:
     """The mean over samples of the Gram matrix of a network's own inputs to each product, over all calls of it."""
     plan, sources = edge.plan, {node.name: node for node in edge.graph.nodes}
-    at: dict[str, list[tuple[str, Product]]] = {}
+    at: dict[str, list[tuple[str, ProductCall]]] = {}
     for name, calls in products.items():
         for call in calls:
             at.setdefault(call.node.name, []).append((name, call))

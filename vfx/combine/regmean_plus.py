@@ -21,7 +21,7 @@ from vfx.errors import ArgumentError
 from vfx.processes import added, shared
 from vfx.program import Execution
 from vfx.progress import track
-from vfx.reconstruct.plan import Product
+from vfx.reconstruct.plan import ProductCall
 from vfx.reconstruct.sweep import careful
 from vfx.rewrite.averaging import averaged
 from vfx.statistics.spill import MEMORY_LIMIT, Spill
@@ -81,7 +81,7 @@ class _Sweep:
                 self.weights[name] = found[name].to(first[name])
         return found
 
-    def _grams(self, calls: Sequence[Product], spill: Spill) -> dict[int, Tensor]:
+    def _grams(self, calls: Sequence[ProductCall], spill: Spill) -> dict[int, Tensor]:
         """The sum of each edge's Gram matrices over all calls; the runs stand in front of the first one then."""
         total: dict[int, Tensor] = {}
         spill.next_stage()
@@ -96,6 +96,6 @@ class _Sweep:
             spill.keep(run)
         return total
 
-    def _advance(self, run: Execution, call: Product) -> None:
+    def _advance(self, run: Execution, call: ProductCall) -> None:
         while run.position < self.position[call.node]:
             run.step()

@@ -40,7 +40,7 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
     return units, notes
 
 
-class Product(NamedTuple):
+class ProductCall(NamedTuple):
     """A call that multiplies what ``source`` gives by a parameter, in the ``form`` that its weight is a matrix in."""
 
     node: fx.Node
@@ -48,13 +48,13 @@ class Product(NamedTuple):
     source: fx.Node
 
 
-def products_of(program: Program) -> dict[str, list[Product]]:
+def products_of(program: Program) -> dict[str, list[ProductCall]]:
     """The parameters that calls multiply by and do nothing else with, all in one layout, in the order of first use."""
-    readers, found = readers_of(program.graph), dict[str, list[Product]]()
+    readers, found = readers_of(program.graph), dict[str, list[ProductCall]]()
     for node in program.graph.nodes:
         own = form_of(node) if node.op == "call_function" else None
         if own is not None and program.is_parameter(str(own[2].target)):
-            found.setdefault(str(own[2].target), []).append(Product(node, own[0], own[1]))
+            found.setdefault(str(own[2].target), []).append(ProductCall(node, own[0], own[1]))
     return {
         name: calls
         for name, calls in found.items()
