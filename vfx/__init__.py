@@ -5,10 +5,12 @@ trace → analyse → match → passes → emit; ``vfx.merge`` does it in one ca
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what a type checker sees; the same names as below
+if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
     from vfx.analyse.drawing import draw as draw
     from vfx.analyse.verify import verify as verify
     from vfx.api import Result as Result
@@ -104,103 +106,16 @@ if TYPE_CHECKING:  # what a type checker sees; the same names as below
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    **dict.fromkeys(
-        [
-            "WidthFamily",
-            "Result",
-            "collect",
-            "compare",
-            "compile",
-            "layers",
-            "merge",
-            "profile",
-            "prune",
-            "prune_structured",
-            "record",
-            "recorded",
-            "repair",
-            "symmetry",
-            "trace",
-        ],
-        "vfx.api",
-    ),
-    "draw": "vfx.analyse.drawing",
-    "verify": "vfx.analyse.verify",
-    **dict.fromkeys(["export", "load"], "vfx.emit.files"),
-    **dict.fromkeys(["from_pretrained", "save_pretrained"], "vfx.emit.pretrained"),
-    "diagnose": "vfx.diagnosis.diagnose",
-    "barrier": "vfx.diagnosis.barrier",
-    "evaluate": "vfx.diagnosis.evaluation",
-    **dict.fromkeys(["SampleSelection", "select"], "vfx.diagnosis.select"),
-    "across_processes": "vfx.processes",
-    "Program": "vfx.program",
-    "Pass": "vfx.rewrite",
-    "Matcher": "vfx.match.matcher",
-    "Matching": "vfx.match.matcher",
-    "Problem": "vfx.match.matcher",
-    "WeightMatching": "vfx.match.weight",
-    "ActivationMatching": "vfx.match.activation",
-    "C2M3": "vfx.match.c2m3",
-    "IteratedMatching": "vfx.match.iterated",
-    "StraightThrough": "vfx.match.straight_through",
-    "LinearMatching": "vfx.match.linear",
-    "ZipIt": "vfx.match.zipit",
-    "CCAMerging": "vfx.match.cca",
-    "Score": "vfx.pruning.scores.score",
-    "ScoreOnce": "vfx.pruning.scores.once",
-    "Magnitude": "vfx.pruning.scores.magnitude",
-    "Random": "vfx.pruning.scores.random",
-    "DiagonalFisher": "vfx.pruning.scores.fisher",
-    "WoodFisher": "vfx.pruning.scores.woodfisher",
-    "Wanda": "vfx.pruning.scores.wanda",
-    "GradientWeight": "vfx.pruning.scores.gradient",
-    "SparseGPT": "vfx.pruning.scores.sparsegpt",
-    "ALPS": "vfx.pruning.scores.alps",
-    "Allocation": "vfx.pruning.allocation.allocation",
-    "Progressive": "vfx.pruning.allocation.depth",
-    "Outliers": "vfx.pruning.allocation.outliers",
-    "make_permanent": "vfx.pruning.masks",
-    "PartialMatching": "vfx.match.partial",
-    "OptimalTransport": "vfx.match.transport",
-    "FirstLayers": "vfx.match.first_layers",
-    "Normalization": "vfx.normalize.catalogue",
-    "Combiner": "vfx.combine.combiner",
-    "TaskArithmetic": "vfx.combine.task_arithmetic",
-    "Ties": "vfx.combine.ties",
-    "Dare": "vfx.combine.dare",
-    "IsoC": "vfx.combine.iso",
-    "RegMean": "vfx.combine.regmean",
-    "RegMeanPlus": "vfx.combine.regmean_plus",
-    "Align": "vfx.passes.align",
-    "BalanceAttention": "vfx.passes.balance_attention",
-    "BalanceScales": "vfx.passes.balance_scales",
-    "CalibrateBias": "vfx.passes.calibrate_bias",
-    "CalibrateNormalization": "vfx.passes.calibrate_normalization",
-    "CenterStream": "vfx.passes.center_stream",
-    "Combine": "vfx.passes.combine",
-    "DuplicateBranches": "vfx.passes.duplicate_branches",
-    "DuplicateHeads": "vfx.passes.duplicate_heads",
-    "FoldChannels": "vfx.passes.fold_channels",
-    "FoldGain": "vfx.passes.fold_gain",
-    "FoldNormalization": "vfx.passes.fold_normalization",
-    "InsertNormalization": "vfx.passes.insert_normalization",
-    "Interpolate": "vfx.passes.interpolate",
-    "MaskWeights": "vfx.passes.mask_weights",
-    "Reconstruct": "vfx.passes.reconstruct",
-    "Reference": "vfx.reconstruct.references",
-    "RemoveBias": "vfx.passes.remove_bias",
-    "RemoveBlocks": "vfx.passes.remove_blocks",
-    "RemoveChannels": "vfx.passes.remove_channels",
-    "RescaleWeights": "vfx.passes.rescale_weights",
-    "ResetBatchNorm": "vfx.passes.reset_batchnorm",
-    "RestoreStructure": "vfx.passes.restore_structure",
-    "ToFirstWidth": "vfx.passes.to_first_width",
-    "Transform": "vfx.passes.transform",
-    "UntieWeights": "vfx.passes.untie_weights",
-    "UseBatchStatistics": "vfx.passes.use_batch_statistics",
-}
 
+def _origins() -> dict[str, str]:
+    """The module of each public name, read from the imports above."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    (block,) = (statement for statement in tree.body if isinstance(statement, ast.If))
+    imports = [statement for statement in block.body if isinstance(statement, ast.ImportFrom)]
+    return {name.name: str(statement.module) for statement in imports for name in statement.names}
+
+
+_LAZY = _origins()
 __all__ = ["__version__", *_LAZY]
 
 
