@@ -73,11 +73,11 @@ class Align(Pass[Alignment]):
         facts = symmetry(program)
         statistics = self._statistics(program, facts)
         if self.matcher is None:
-            known = _with_goals(program, program, facts, statistics, Matching(({},) * program.edges))
-            return PassResult(known, Alignment(None, 0.0))
+            unmoved = _with_goals(program, program, facts, statistics, Matching(({},) * program.edges))
+            return PassResult(unmoved, Alignment(None, 0.0))
         matching = self.matcher(self._problem(program, facts, statistics))
         error = self._prove(program, facts, matching) if self.verify else None
-        weights = [matching.aligned(facts, own, edge) for edge, own in enumerate(program.weights)]
+        weights = [matching.aligned(facts, tensors, edge) for edge, tensors in enumerate(program.weights)]
         result = program.with_weights(weights, f"Align({type(self.matcher).__name__})")
         result = result.with_notes((*pin_notes(facts), *matching.notes))
         if not matching.is_exact:
@@ -137,14 +137,14 @@ def _with_goals(
     nodes = {node.name: node for node in program.graph.nodes}
     channels = statistics_channels(program)
     goals, unknown = {}, dict[str, None]()
-    for name, known in before.items():
+    for name, goal in before.items():
         node, rows = nodes[name], []
         for edge, elements in enumerate(matching.elements):
             on, spread = _on(facts, elements, node, channels[name]), covariances.get(name)
             if on is None or (spread is None and on.behind is not None and on.behind.ndim == 2):
                 unknown[name] = None
                 continue
-            rows.append(_through(on, known.mean[edge], known.std[edge], None if spread is None else spread[edge]))
+            rows.append(_through(on, goal.mean[edge], goal.std[edge], None if spread is None else spread[edge]))
         if name not in unknown:
             goals[name] = Goal(*(torch.stack(column) for column in zip(*rows)))
     return replace(result, goals=goals).with_notes(_unknown_notes(unknown))

@@ -41,28 +41,31 @@ class BalanceAttention(Pass[None]):
         facts = symmetry(program)
         pairs, notes = _pairs(facts)
         left = [[deficient(facts, group, weights) for group in pairs] for weights in program.weights]
-        for edge, own in enumerate(left):
-            notes += [_short(group, heads, edge) for group, heads in zip(pairs, own) if heads]
-        pairs = [group for group, *own in zip(pairs, *left) if any(len(heads) < group.outer for heads in own)]
-        sets = [rewritten(facts, weights, lambda own: in_turn(facts, own, None, pairs)) for weights in program.weights]
+        for edge, unbalanced in enumerate(left):
+            notes += [_short(group, heads, edge) for group, heads in zip(pairs, unbalanced) if heads]
+        pairs = [group for group, *heads_of in zip(pairs, *left) if any(len(heads) < group.outer for heads in heads_of)]
+        sets = [
+            rewritten(facts, weights, lambda tensors: in_turn(facts, tensors, None, pairs))
+            for weights in program.weights
+        ]
         result = program.with_weights(sets, f"BalanceAttention({len(pairs)} pairs)")
         return PassResult(result.with_notes(notes))
 
 
 def _pairs(facts: Symmetry) -> tuple[list[Group], list[str]]:
     """The groups that stand inside the products of two activations, and why others cannot be mapped."""
-    found: dict[int, Group] = {}
+    paired: dict[int, Group] = {}
     notes: dict[str, None] = {}
     for node in facts.program.graph.nodes:
         for what, value, dim in _inner(node):
             groups = [facts.groups[index] for index in facts.classes.on(value, dim)]
             free = [group for group in groups if facts.classes[group.index].kind is Maps.LINEAR]
-            found |= {group.index: group for group in free if _two_sided(group)}
+            paired |= {group.index: group for group in free if _two_sided(group)}
             why = [f"{group.reason} allows {group.kind.title} maps" for group in groups if group not in free]
             if not groups and operator_of(node).ties == "attention":
                 why = ["none of their channels are free (rotary embeddings?)"]
             notes |= dict.fromkeys(f"{what} of {node.name} left as they are: {reason}" for reason in why)
-    return [found[index] for index in sorted(found)], list(notes)
+    return [paired[index] for index in sorted(paired)], list(notes)
 
 
 def _inner(node: fx.Node) -> Iterator[tuple[str, fx.Node, int]]:

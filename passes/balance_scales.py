@@ -57,24 +57,24 @@ def _notes(facts: Symmetry, scales: Scales) -> list[str]:
 
 def _scaled(facts: Symmetry, scales: Scales) -> dict[tuple[str, int], set[int]]:
     """The positions of each parameter axis that have a free scale: heads that hold them need none of their own."""
-    found: dict[tuple[str, int], set[int]] = {}
+    scaled: dict[tuple[str, int], set[int]] = {}
     for group in facts.groups:
         for member in group.members if scales.vectors[group.index] else ():
             sides = facts.classes[group.index].slots[member.fqn, member.dim][0]
-            own = np.isin(sides, list(scales.vectors[group.index]))
-            found.setdefault((member.fqn, member.dim), set()).update(member.position[:, own].ravel().tolist())
-    return found
+            on_sides = np.isin(sides, list(scales.vectors[group.index]))
+            scaled.setdefault((member.fqn, member.dim), set()).update(member.position[:, on_sides].ravel().tolist())
+    return scaled
 
 
 def _kept(facts: Symmetry, scales: Scales, group: Group, free: Mapping[tuple[str, int], set[int]]) -> Iterator[str]:
     """The parameters that write a feature and have no free scale, each with the reason."""
-    own = facts.classes[group.index]
-    sides = {side.index: side for side in own.sides}
+    group_class = facts.classes[group.index]
+    sides = {side.index: side for side in group_class.sides}
     for member in group.members:
         writes = member.role == "out" and not free.get((member.fqn, member.dim), set()).issuperset(
             member.position.ravel().tolist()
         )
-        for index in dict.fromkeys(own.slots[member.fqn, member.dim][0].tolist()) if writes else ():
+        for index in dict.fromkeys(group_class.slots[member.fqn, member.dim][0].tolist()) if writes else ():
             if index not in scales.vectors[group.index]:
                 reason = _statistic(facts, sides[index]) or sides[index].refusal(Maps.POSITIVE_MONOMIAL)
                 yield f"{member.fqn} ({reason})"

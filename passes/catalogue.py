@@ -99,6 +99,6 @@ def _removal(asked: Normalization, merged: Program, judge: Judge, samples: int) 
 
 
 def _after(program: Program, passes: Iterable[Pass]) -> Program:
-    for one in passes:
-        program = one(program)
+    for step in passes:
+        program = step(program)
     return program

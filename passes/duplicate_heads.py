@@ -84,8 +84,8 @@ class _Heads(Duplicator):
             if node.op == "output":
                 self.graph.output(self._outputs(node.args[0]))
             elif node in self.cut.branch:
-                for edge, own in enumerate(values):
-                    self.copy(node, edge).meta["val"] = own[node]
+                for edge, edge_values in enumerate(values):
+                    self.copy(node, edge).meta["val"] = edge_values[node]
             else:
                 self.rest[node] = copy_node(self.graph, node, self.rest)
 
@@ -112,8 +112,8 @@ class _Heads(Duplicator):
         transport, value = self.program.transport, node.meta.get("val")
         if transport is None or not isinstance(value, Value) or not value.dtype.is_floating_point:
             return {}
-        found = {dim: transport.on(edge, node, dim, back=True) for dim in range(len(value.shape))}
-        return {dim: matrix for dim, matrix in found.items() if matrix is not None}
+        matrices = {dim: transport.on(edge, node, dim, back=True) for dim in range(len(value.shape))}
+        return {dim: matrix for dim, matrix in matrices.items() if matrix is not None}
 
     # output ---------------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class _Heads(Duplicator):
     def _together(self, node: fx.Node) -> fx.Node:
         if node not in self.cut.branch:
             return self.rest[node]
-        copies = [own[node] for own in self.copies]
+        copies = [copy[node] for copy in self.copies]
         values = [copy.meta["val"] for copy in copies]
         if self.output == "cat":
             dim = self._channel_axis(node)

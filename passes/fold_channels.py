@@ -59,22 +59,22 @@ class FoldChannels(Pass[Removed]):
         slots = RemovalUnits(facts)
         scores = channel_scores(program, facts)
         sizes, left = choose_sizes(program, facts, slots, scores, self.widths, self.sparsity, self.budget)
-        found = pairs(program)
-        weights = scaled_rows(program.weights[0], found)
+        norm_pairs = pairs(program)
+        weights = scaled_rows(program.weights[0], norm_pairs)
         outer = {group.parent for group in facts.groups}
         plain = [g for g in facts.groups if g.parent is None and g.index not in outer and sizes[g.index] < g.size]
         clusters = {
-            g.index: cluster(channel_vectors(g, program, weights, found), sizes[g.index], self.seed) for g in plain
+            g.index: cluster(channel_vectors(g, program, weights, norm_pairs), sizes[g.index], self.seed) for g in plain
         }
         kept = strongest(facts, scores, sizes) | {g: c.kept for g, c in clusters.items()}
         folded = replace(
-            program.with_weights([merged(facts, weights, found, clusters, self.variance)]),
+            program.with_weights([merged(facts, weights, norm_pairs, clusters, self.variance)]),
             goals=merged_goals(program, facts, clusters),
         )
         rest = [g.name for g in facts.groups if g not in plain and sizes[g.index] < g.size]
         notes = (f"folding: of {len(rest)} groups with blocks channels are removed: {', '.join(rest)}",) if rest else ()
         small = resize(folded, facts, kept, slots=slots, note=f"FoldChannels({len(plain)} groups)")
         error = prove(folded, facts, small, kept, self.seed) if self.verify else None
-        carry = KeptChannels(small, facts, {g: own.average for g, own in clusters.items()})
+        carry = KeptChannels(small, facts, {g: clustering.average for g, clustering in clusters.items()})
         result = small.program.with_notes((*left, *notes))
         return PassResult(result, Removed(sizes, kept, carry, error, clusters))

@@ -62,15 +62,15 @@ class _Run:
 
     def __init__(self, program: Program, biases: bool):
         self.source, self.biases = program, biases
-        known = list(gains(program))
-        self.folding = Folding(symmetry(program), known)
+        found_gains = list(gains(program))
+        self.folding = Folding(symmetry(program), found_gains)
         self.graph, self._mapping = copy_graph(program.graph)
         self.sets: Sets = [dict(weights) for weights in program.weights]
         self.notes: list[str] = []
         self.count = 0
         self.waiting = False
         self._changed: set[str] = set()  # gains that went, and weights of layers that were given a bias
-        for gain in known:
+        for gain in found_gains:
             reason = self._fold(gain)
             if reason:
                 self.notes.append(f"gain of {gain.node.name} not folded: {reason}")
@@ -177,8 +177,8 @@ class _Run:
             node.args, node.kwargs = tuple(values.values()), {}
             return
         value = self._mapping[gain.value]
-        found, wanted = value.meta["val"], node.meta["val"]
-        if found.dtype != wanted.dtype:
+        old_value, wanted = value.meta["val"], node.meta["val"]
+        if old_value.dtype != wanted.dtype:
             with self.graph.inserting_before(node):
                 cast = self.graph.call_function(torch.ops.aten.to.dtype, (value, wanted.dtype))
             cast.meta = {"val": Value(wanted.shape, wanted.dtype)}

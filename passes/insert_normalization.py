@@ -62,11 +62,11 @@ class InsertNormalization(Pass[None]):
                 if not view.is_normalized:
                     yield Activation(node, layer.channel)
                 continue
-            found = view.activation
-            if isinstance(found, Activation):
-                yield found
+            activation = view.activation
+            if isinstance(activation, Activation):
+                yield activation
             else:
-                notes.append(f"not normalised behind its activation: {layer.fqn}, since {found}")
+                notes.append(f"not normalised behind its activation: {layer.fqn}, since {activation}")
 
 
 def _insert(graph: fx.Graph, node: fx.Node, channel: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:

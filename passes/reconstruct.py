@@ -119,11 +119,11 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
 
     def _copied(self, program: Program, followed: frozenset[str]) -> dict[str, Tensor]:
         """The followed edge's tensors of all that followed calls alone read."""
-        own = self.references[self.follow_edge].program.weights[0]
+        tensors = self.references[self.follow_edge].program.weights[0]
         return {
-            name: own[name]
+            name: tensors[name]
             for name, readers in readers_of(program.graph).items()
-            if followed.issuperset(x.name for x in readers) and name in own and name not in program.private
+            if followed.issuperset(x.name for x in readers) and name in tensors and name not in program.private
         }
 
     def _differs(self, program: Program, followed: frozenset[str], copied: Mapping[str, Tensor]) -> bool:
@@ -133,9 +133,9 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
         """
         readers = readers_of(program.graph)
         read = {name for name in readers if any(reader.name in followed for reader in readers[name])}
-        own, ours = self.references[self.follow_edge].program.weights[0], program.weights[0]
-        left = (name for name in read - set(copied) if name in own)
-        return bool(program.private) or any(not torch.equal(own[name], ours[name]) for name in left)
+        tensors, ours = self.references[self.follow_edge].program.weights[0], program.weights[0]
+        left = (name for name in read - set(copied) if name in tensors)
+        return bool(program.private) or any(not torch.equal(tensors[name], ours[name]) for name in left)
 
     def _masked(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masked tensors, zero outside their masks whether they are solved or not."""
@@ -149,9 +149,9 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
         if len(references.all) != 1:
             return list(units)
         layers = [unit for unit in units if isinstance(unit, MatrixUnit)]
-        found = logit_units(program, layers, references.changes)
+        logits = logit_units(program, layers, references.changes)
         position = {node: index for index, node in enumerate(program.graph.nodes)}
-        return sorted([*units, *found], key=lambda unit: position[unit.uses[0].node])
+        return sorted([*units, *logits], key=lambda unit: position[unit.uses[0].node])
 
     def _centre(self, unit: Unit, references: References, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         if self.centre == "own":

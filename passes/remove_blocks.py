@@ -78,13 +78,13 @@ class RemoveBlocks(Pass[Removed]):
     def _blocks(self, program: Program) -> list[ResidualBlock]:
         """Those that may go."""
         check_protected(self.protect, program.names())
-        found = [block for block in residual_blocks(program) if not is_protected(block.tensors, self.protect)]
-        if not found:
+        blocks = [block for block in residual_blocks(program) if not is_protected(block.tensors, self.protect)]
+        if not blocks:
             raise PassError(
                 "this network has no residual block that may go (a sum of a value and of what layers of its own "
                 "compute from it, of one shape); remove channels instead, or protect less"
             )
-        return found
+        return blocks
 
     def _prove(self, program: Program, small: Program, gone: Sequence[ResidualBlock]) -> float:
         """The relative error against the network with silent branches. Raises VerificationError."""

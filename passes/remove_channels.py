@@ -103,9 +103,9 @@ class RemoveChannels(Pass[Removed]):
 
     def by(self, scores: Scores) -> RemoveChannels:
         """The same pass with scores that are known already; what is compared between groups stays as it is."""
-        known = copy.copy(self)
-        known.score = scores
-        return known
+        scored = copy.copy(self)
+        scored.score = scores
+        return scored
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
         if self.data is None or self.score != "activation":

@@ -38,11 +38,11 @@ class RescaleWeights(Pass[None]):
         for name in names:
             tensors = [weights[name].double() for weights in program.weights]
             wanted = sum(a * float(t.abs().mean()) for a, t in zip(alphas, tensors))
-            found = float(sum(a * t for a, t in zip(alphas, tensors)).abs().mean())  # type: ignore[union-attr]
-            if not found:
+            magnitude = float(sum(a * t for a, t in zip(alphas, tensors)).abs().mean())  # type: ignore[union-attr]
+            if not magnitude:
                 silent.append(f"weight rescaling: the average of {name} is zero and stays so")
                 continue
             for weights in sets:
-                weights[name] = weights[name] * (wanted / found)
+                weights[name] = weights[name] * (wanted / magnitude)
         result = program.with_weights(sets, f"RescaleWeights({len(names)} layers)")
         return PassResult(result.with_notes(silent))

@@ -33,14 +33,14 @@ class RestoreStructure(Pass[None]):
         self.like, self.verify = like, verify
 
     def requires(self, program: Program) -> None:
-        known = set(self.like.names())
-        extra = [name for name in program.names() if name not in known]
+        names = set(self.like.names())
+        extra = [name for name in program.names() if name not in names]
         if extra:
             raise PassError(
                 f"the network of before has no {', '.join(extra[:3])}: keep its structure, FoldGain(biases=False) "
                 "adds no biases and without UntieWeights tied tensors stay one"
             )
-        absent = known - set(program.weights[0]) - set(_neutral(self.like))
+        absent = names - set(program.weights[0]) - set(_neutral(self.like))
         if absent:
             raise PassError(f"{sorted(absent)[0]} was taken out of the network and is no gain or shift of a norm")
 
@@ -71,11 +71,11 @@ class RestoreStructure(Pass[None]):
 
 def _neutral(program: Program) -> dict[str, float]:
     """The value of each gain and shift under which a norm is without them."""
-    found: dict[str, float] = {}
+    neutral: dict[str, float] = {}
     for gain in gains(program):
-        found |= {gain.weight: 1.0 - gain.offset} if gain.weight else {}
-        found |= {gain.bias: 0.0} if gain.bias else {}
-    return found
+        neutral |= {gain.weight: 1.0 - gain.offset} if gain.weight else {}
+        neutral |= {gain.bias: 0.0} if gain.bias else {}
+    return neutral
 
 
 def _limit(program: Program) -> float:

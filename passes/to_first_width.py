@@ -88,21 +88,21 @@ class ToFirstWidth(Pass[Crossed]):
     def apply(self, program: Program) -> PassResult[Crossed]:
         start = time.perf_counter()
         edges = (program, *self.others)
-        for edge, other in enumerate(self.others, start=1):
-            check_alike(program, other, f"edge {edge}")
+        for edge, network in enumerate(self.others, start=1):
+            check_alike(program, network, f"edge {edge}")
         facts = symmetry(program)
-        pairings = [Pairing(facts, symmetry(own), f"edge {edge}") for edge, own in enumerate(edges)]
+        pairings = [Pairing(facts, symmetry(network), f"edge {edge}") for edge, network in enumerate(edges)]
         reader = WidthReader(edges, pairings, "features" in self.matcher.needs, self.layers)
         if self.matcher.needs or self.layers:
             reader.read(self.data, self.max_samples, self.device, self.progress)
         first = program.weights[0]
         carriages, objective, weights, notes = [], [], [first], []
-        for edge, other in enumerate(self.others, start=1):
-            crossing = Crossing(pairings[edge], edge, first, other.weights[0], reader.readings(edge), self.seed)
+        for edge, network in enumerate(self.others, start=1):
+            crossing = Crossing(pairings[edge], edge, first, network.weights[0], reader.readings(edge), self.seed)
             carriage, value = self.matcher.carry(crossing)
             carriages.append(carriage)
             objective.append(value)
-            weights.append(carriage.weights(first, other.weights[0]))
+            weights.append(carriage.weights(first, network.weights[0]))
             notes.append(_kept(crossing, carriage))
         result = program.with_weights(weights, f"ToFirstWidth({type(self.matcher).__name__})")
         statistics, unknown = reader.statistics(result, carriages) if self.layers else (None, ())
@@ -123,7 +123,7 @@ def _kept(crossing: Crossing, carriage: Carriage) -> str:
 def _causes(pairing: Pairing) -> Iterator[str]:
     """What may keep an edge from being embedded."""
     sizes = [(g.size, pairing.other.groups[pairing.twin[g.index]].size) for g in pairing.one.groups]
-    fewer = sum(one < other for one, other in sizes)
+    fewer = sum(first < second for first, second in sizes)
     counting = counts_channels(pairing)
     if fewer:
         yield f"{fewer} of {len(sizes)} groups have fewer channels there"

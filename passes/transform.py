@@ -25,8 +25,8 @@ class Transform(Pass[None]):
         if transport is None:
             return PassResult(program)
         weights = []
-        for elements, own in zip(transport.elements, program.weights):
-            shared = {name: tensor for name, tensor in own.items() if name not in program.private}
-            weights.append({**own, **act(transport.symmetry, elements, shared)})
+        for elements, tensors in zip(transport.elements, program.weights):
+            shared = {name: tensor for name, tensor in tensors.items() if name not in program.private}
+            weights.append({**tensors, **act(transport.symmetry, elements, shared)})
         count = len({group for elements in transport.elements for group in elements})
         return PassResult(replace(program.with_weights(weights, f"Transform({count} groups)"), transport=None))

@@ -59,6 +59,6 @@ def _name(program: Program, fqn: str, layer: str, parameter: str, taken: set[str
 
 def _redirect(graph: fx.Graph, node: fx.Node, value: fx.Node, name: str) -> None:
     with graph.inserting_before(node):
-        own = graph.create_node("get_attr", name)
-    own.meta = dict(value.meta)
-    node.replace_input_with(value, own)
+        reader = graph.create_node("get_attr", name)
+    reader.meta = dict(value.meta)
+    node.replace_input_with(value, reader)

@@ -40,7 +40,7 @@ def option(text: str, owner: str) -> tuple[str, Any]:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], owner: str) -> None:
     """Raise ArgumentError for an option that ``function`` does not take as a keyword-only argument."""
-    known = [name for name, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
-    unknown = next((name for name in options if name not in known), None)
+    accepted = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = next((name for name in options if name not in accepted), None)
     if unknown is not None:
-        raise ArgumentError(f"{owner} takes no {unknown!r}; it takes {', '.join(known) or 'no options'}")
+        raise ArgumentError(f"{owner} takes no {unknown!r}; it takes {', '.join(accepted) or 'no options'}")

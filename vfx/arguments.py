@@ -66,8 +66,8 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def check_names(owner: str, function: Callable[..., Any], names: Iterable[str]) -> None:
     """Raise ArgumentError for a name that is no keyword argument of ``function``."""
-    known = [n for n, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY]
-    check_known(owner, function.__name__, names, known)
+    accepted = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    check_known(owner, function.__name__, names, accepted)
 
 
 def check_fields(value: Any) -> None:
@@ -98,9 +98,9 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation says; annotations that say nothing checkable admit all."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, choice) for choice in inner)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in inner)
+        return any(type(value) is type(choice) and value == choice for choice in inner)
     if origin in _LISTS:
         return _is_list(value, origin) and (Iterable is origin or all(_fits(item, inner[0]) for item in value))
     if origin is tuple:
@@ -128,8 +128,8 @@ def _is_list(value: Any, kind: Any) -> bool:
     """A text is no list of texts, a network no list of layers, and what is read once a list where that will do."""
     if isinstance(value, nn.Module):
         return isinstance(value, nn.ModuleList)
-    one = isinstance(value, (str, bytes, Mapping)) or getattr(value, "ndim", 1) == 0
-    return isinstance(value, Iterable) and not one and (kind is Iterable or not isinstance(value, Iterator))
+    single = isinstance(value, (str, bytes, Mapping)) or getattr(value, "ndim", 1) == 0
+    return isinstance(value, Iterable) and not single and (kind is Iterable or not isinstance(value, Iterator))
 
 
 def _words(hint: Any) -> str:
@@ -137,13 +137,13 @@ def _words(hint: Any) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         flat = (
-            one
+            word
             for part in inner
-            for one in (map(repr, get_args(part)) if get_origin(part) is Literal else [_words(part)])
+            for word in (map(repr, get_args(part)) if get_origin(part) is Literal else [_words(part)])
         )
         return _either(list(dict.fromkeys(flat)))
     if origin is Literal:
-        return _either([repr(one) for one in inner])
+        return _either([repr(choice) for choice in inner])
     if origin in _LISTS:
         return f"a list of {_several(inner[0])}"
     if origin is tuple:
@@ -162,7 +162,7 @@ def _either(said: list[str]) -> str:
 def _several(hint: Any) -> str:
     """The plural of an annotation."""
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_several(one) for one in get_args(hint))
+        return " or ".join(_several(choice) for choice in get_args(hint))
     return _SEVERAL.get(hint) or f"{hint.__name__} objects" if isinstance(hint, type) and hint is not Any else "values"
 
 

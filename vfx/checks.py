@@ -36,7 +36,7 @@ def differ_in_width(models: Any) -> bool:
     if not isinstance(models, Sequence) or not all(isinstance(model, nn.Module) for model in models):
         return False
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
-    return any(own.keys() == shapes[0].keys() and own != shapes[0] for own in shapes[1:])
+    return any(shapes_of.keys() == shapes[0].keys() and shapes_of != shapes[0] for shapes_of in shapes[1:])
 
 
 def check_same_tensors(
@@ -124,10 +124,15 @@ def check_same_masks(program: Program) -> None:
     for name in sorted(program.masks):
         first = program.weights[0][name]
         for edge, weights in enumerate(program.weights[1:], start=1):
-            other = weights[name]
-            if other is first or first.shape != other.shape or not first.is_floating_point() or first.isfinite().all():
+            infinite = weights[name]
+            if (
+                infinite is first
+                or first.shape != infinite.shape
+                or not first.is_floating_point()
+                or first.isfinite().all()
+            ):
                 continue
-            if not torch.equal(torch.where(first.isinf(), first, 0), torch.where(other.isinf(), other, 0)):
+            if not torch.equal(torch.where(first.isinf(), first, 0), torch.where(infinite.isinf(), infinite, 0)):
                 raise ArchitectureError(
                     f"{name!r} is infinite at other places in edge {edge} than in edge 0: masks are not averaged; give "
                     "all edges the same one"
@@ -172,13 +177,13 @@ def _gap(program: Program, edge: int, model: nn.Module) -> float:
     """Relative output difference between a model and its weight set in the graph; infinite where the model fails."""
     call = program.example_call.map(lambda x: x.clone() if isinstance(x, Tensor) else x)
     try:
-        own = program.returned(structural_copy(model).eval()(*call.args, **call.kwargs))
+        separate = program.returned(structural_copy(model).eval()(*call.args, **call.kwargs))
         shared = program(*program.example_inputs, edge=edge)
     except (RuntimeError, TypeError, ValueError):
         return float("inf")
-    if not is_defined(own):
+    if not is_defined(separate):
         raise DataError(
             f"edge {edge} ({type(model).__name__}) gives NaN on the example inputs, so nothing can be compared; give "
             "example_inputs on which every output is a number"
         )
-    return outputs_error(own, shared)
+    return outputs_error(separate, shared)

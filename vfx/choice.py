@@ -77,7 +77,7 @@ def trials(
     batches = Batches(edges, data, options["max_samples"], options["device"])
     count = sum(batches.size(batch) for batch in batches)
     first = FOLDS if count < FEW else 1
-    found = []
+    splits = []
     for fold in range(first, FOLDS) if more else range(first):
         fit, held = batches.split(EVERY, LIMIT, fold)
         if not (fit.batches and held.batches):
@@ -85,8 +85,8 @@ def trials(
                 f"'auto' holds samples out to choose; give at least {EVERY}, or name what to do (solve=, normalize=, "
                 "and score= where channels go)"
             )
-        found.append(Split(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
-    return found
+        splits.append(Split(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
+    return splits
 
 
 def label_notes(trials: Sequence[Split]) -> tuple[str, ...]:
@@ -116,9 +116,9 @@ def joined(scores: Sequence[HeldOutScore]) -> HeldOutScore:
 def best(scores: Mapping[str, HeldOutScore], edges: Sequence[str], foreign: Sequence[str]) -> str:
     """The name of the score to go with; ``foreign`` candidates do not fit the user's own class."""
     order = sorted(scores, key=lambda name: scores[name].value)
-    own = [name for name in order if name not in foreign and name not in edges]
+    merged = [name for name in order if name not in foreign and name not in edges]
     others = [name for name in order if name in foreign and name not in edges]
-    winner = own[0] if own else None
+    winner = merged[0] if merged else None
     if others and (winner is None or _clearly(scores[others[0]], scores[winner])):
         winner = others[0]
     rival = next((name for name in order if name in edges), None)
@@ -139,5 +139,5 @@ def contenders(scores: Mapping[str, HeldOutScore], fits: Mapping[str, str]) -> l
     return near if len({fits[name] for name in near}) > 1 else []
 
 
-def _clearly(one: HeldOutScore, other: HeldOutScore) -> bool:
-    return one.better_than(other) and other.value - one.value > MARGIN * abs(other.value)
+def _clearly(score: HeldOutScore, rival: HeldOutScore) -> bool:
+    return score.better_than(rival) and rival.value - score.value > MARGIN * abs(rival.value)

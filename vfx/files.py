@@ -8,12 +8,15 @@ is killed. Where the system has no such files, and for folders of drafts, names 
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vfx.errors import ArgumentError, OutputError
 from vfx.extras import need_writer
@@ -60,6 +63,15 @@ def written(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
         write_atomic(path, text)
     return text
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
+    """Rows as CSV below the names of their cells (default: those of the first row); None is an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names or list(*rows[:1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:

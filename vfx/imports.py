@@ -39,12 +39,12 @@ def load_object(text: str, owner: str) -> Any:
     except Exception as error:  # the user's own code raises any class
         cause = str(error).splitlines()[0] if str(error) else "no message"
         raise ArgumentError(f"{owner} {text!r} cannot be imported: {type(error).__name__}: {cause}") from error
-    found: Any = module
+    loaded: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(loaded, part):
             raise ArgumentError(f"{owner} {text!r} cannot be imported: {place} has no {name!r}")
-        found = getattr(found, part)
-    return found
+        loaded = getattr(loaded, part)
+    return loaded
 
 
 def _module(name: str) -> Any:

@@ -129,24 +129,24 @@ class Judge:
         samples: Tensor | float = 0.0
         scale: float | None = None
         for name, expected in self.expected.items():
-            found = _arranged(torch.cat([batch[name] for batch in batches]), self.kinds[name]).to(expected)
-            if not found.isfinite().all():
+            results = _arranged(torch.cat([batch[name] for batch in batches]), self.kinds[name]).to(expected)
+            if not results.isfinite().all():
                 return HeldOutScore(math.nan)
-            losses, beta = _LOSSES[self.kinds[name]](found, expected)
+            losses, beta = _LOSSES[self.kinds[name]](results, expected)
             samples, scale = samples + losses, beta if scale is None else scale
         assert isinstance(samples, Tensor)
         first = next(iter(self.expected))
         if self.kinds[first] not in ("logits", "probabilities"):
             return HeldOutScore(float(samples.mean()), samples=samples)
-        found = _arranged(torch.cat([batch[first] for batch in batches]), self.kinds[first])
-        agreement = float((found.argmax(1) == self.expected[first].argmax(1)).double().mean())
+        results = _arranged(torch.cat([batch[first] for batch in batches]), self.kinds[first])
+        agreement = float((results.argmax(1) == self.expected[first].argmax(1)).double().mean())
         if self.labels is None:
             return HeldOutScore(float(samples.mean()), scale=scale, agreement=agreement, samples=samples)
-        labels = self.labels.to(found.device)
-        logits = found if self.kinds[first] == "logits" else found.clamp_min(1e-300).log()
+        labels = self.labels.to(results.device)
+        logits = results if self.kinds[first] == "logits" else results.clamp_min(1e-300).log()
         loss, beta = _fitted(lambda beta: float(cross_entropy(beta * logits, labels)))
         each = _by_sample(cross_entropy(beta * logits, labels, reduction="none"))
-        accuracy = float((found.argmax(1) == labels).double().mean())
+        accuracy = float((results.argmax(1) == labels).double().mean())
         return HeldOutScore(float(samples.mean()), loss, accuracy, scale, agreement, each)
 
     def _labels(self) -> Tensor | None:
@@ -154,12 +154,12 @@ class Judge:
 
         Labels of sequences are left alone: whether they are shifted against the logits is not known.
         """
-        known = [labels for labels in self.held.labels if labels is not None]
-        if not self.classes or not (known or self.held.unread):
+        given = [labels for labels in self.held.labels if labels is not None]
+        if not self.classes or not (given or self.held.unread):
             return None
         wrong = self.held.unread or self.misfit(self.held.labels)
         self.notes = (f"labels of the data were not used to choose: {wrong}",) if wrong else ()
-        return None if wrong else torch.cat(known)
+        return None if wrong else torch.cat(given)
 
     @property
     def classes(self) -> int:
@@ -233,24 +233,24 @@ def _logits_loss(logits: Tensor, expected: Tensor) -> tuple[Tensor, float | None
     return _by_sample(loss(beta)), beta
 
 
-def _probabilities_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
-    ratio = torch.special.xlogy(expected, expected) - torch.special.xlogy(expected, found.clamp_min(1e-300))
+def _probabilities_loss(outputs: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
+    ratio = torch.special.xlogy(expected, expected) - torch.special.xlogy(expected, outputs.clamp_min(1e-300))
     return _by_sample(ratio.sum(1)), None
 
 
-def _multilabel_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
+def _multilabel_loss(outputs: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
     losses = []
-    for p, q in ((expected, found), (1 - expected, 1 - found)):
+    for p, q in ((expected, outputs), (1 - expected, 1 - outputs)):
         losses.append(torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(SURE, 1)))
     return _by_sample((losses[0] + losses[1]).sum(1)), None
 
 
-def _embedding_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
-    return _by_sample(1 - torch.nn.functional.cosine_similarity(found, expected, dim=1)), None
+def _embedding_loss(outputs: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
+    return _by_sample(1 - torch.nn.functional.cosine_similarity(outputs, expected, dim=1)), None
 
 
-def _regression_loss(found: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
-    return (found - expected).square().flatten(1).mean(1) / expected.var().clamp_min(1e-12), None
+def _regression_loss(outputs: Tensor, expected: Tensor) -> tuple[Tensor, float | None]:
+    return (outputs - expected).square().flatten(1).mean(1) / expected.var().clamp_min(1e-12), None
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, float | None]]] = {
@@ -264,5 +264,5 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, float | None]]] = {
 
 def _fitted(loss: Callable[[float], float]) -> tuple[float, float]:
     """The smallest loss over the scale β of the logits, and that β; convex in β, so searched in log β."""
-    found = minimize_scalar(lambda log: loss(math.exp(log)), bounds=(-12.0, 12.0), method="bounded", options=SEARCH)
-    return float(found.fun), math.exp(float(found.x))
+    minimum = minimize_scalar(lambda log: loss(math.exp(log)), bounds=(-12.0, 12.0), method="bounded", options=SEARCH)
+    return float(minimum.fun), math.exp(float(minimum.x))

@@ -80,18 +80,20 @@ def keyword(default: Any, help: str = "", text: Text | None = None, *, recipe: b
 
 def keywords(options: type) -> dict[str, Keyword]:
     """The keywords of an options dataclass by name."""
-    found = {}
-    for one in fields(options):
-        default = None if one.default is MISSING else one.default
-        found[one.name] = Keyword(one.name, default, one.metadata["help"], one.metadata["text"], one.metadata["recipe"])
-    return found
+    keywords_of = {}
+    for option in fields(options):
+        default = None if option.default is MISSING else option.default
+        keywords_of[option.name] = Keyword(
+            option.name, default, option.metadata["help"], option.metadata["text"], option.metadata["recipe"]
+        )
+    return keywords_of
 
 
 def changed(options: Any) -> dict[str, Any]:
     """The fields of an options dataclass that are not their defaults, by name."""
-    found = {one.name: (getattr(options, one.name), one.default) for one in fields(options)}
+    values = {option.name: (getattr(options, option.name), option.default) for option in fields(options)}
     same = lambda value, default: value is default or (isinstance(value, (int, str)) and value == default)  # noqa: E731
-    return {name: value for name, (value, default) in found.items() if not same(value, default)}
+    return {name: value for name, (value, default) in values.items() if not same(value, default)}
 
 
 def _solve() -> Any:

@@ -37,8 +37,8 @@ def across_processes(backend: str | None = None) -> Iterator[None]:
     >>> with vfx.across_processes():
     ...     merged = vfx.merge(models, x, data=loader)
     """
-    own = not dist.is_initialized()
-    if own:
+    starting = not dist.is_initialized()
+    if starting:
         dist.init_process_group(backend or "gloo")
     _state["on"] = True
     try:
@@ -46,7 +46,7 @@ def across_processes(backend: str | None = None) -> Iterator[None]:
         wait()
     finally:
         _state["on"] = False
-        if own:
+        if starting:
             dist.destroy_process_group()
 
 
@@ -88,7 +88,7 @@ def shared(
         turns[kind(batch)] += 1
         if (turns[kind(batch)] - 1) % count() == dist.get_rank():
             yield batch
-    if any(not torch.equal(seen, other) for other in _gathered(seen)):
+    if any(not torch.equal(seen, there) for there in _gathered(seen)):
         raise DataError(
             "the processes read different data, so their shares do not make up the whole: give a loader that yields "
             "the same batches in the same order everywhere (no shuffling, or a generator with a fixed seed)"
@@ -108,13 +108,13 @@ def added(parts: Mapping[K, Sequence[Tensor]]) -> dict[K, list[Tensor]]:
         wanted = (
             {**there, **wanted} if not wanted else {**wanted, **{k: v for k, v in there.items() if k not in wanted}}
         )
-    found: dict[K, list[Tensor]] = {}
+    sums: dict[K, list[Tensor]] = {}
     for name, shapes in wanted.items():
-        own = parts.get(name) or [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
-        found[name] = [x.clone().contiguous() for x in own]
-        for x in found[name]:
+        given_tensors = parts.get(name) or [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+        sums[name] = [x.clone().contiguous() for x in given_tensors]
+        for x in sums[name]:
             _together(lambda x=x: dist.all_reduce(x))  # type: ignore[misc]
-    return found
+    return sums
 
 
 def agreed(value: T) -> T:

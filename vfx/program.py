@@ -53,7 +53,7 @@ def is_empty(node: fx.Node) -> bool:
     """Whether a node's value is a tensor without elements at any batch size, or several of them."""
     value = node.meta.get("val")
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(one, Value) and 0 in one.shape for one in values)
+    return bool(values) and all(isinstance(x, Value) and 0 in x.shape for x in values)
 
 
 @lru_cache(maxsize=4096)
@@ -82,10 +82,10 @@ class Facts:
 
     def once(self, name: str, make: Callable[[], T], *read: Any) -> T:
         """``make()``, or what it gave last for the same name and the same objects ``read`` beside the graph."""
-        known = self._found.get(name)
-        if known is None or len(known[0]) != len(read) or any(a is not b for a, b in zip(known[0], read)):
-            known = self._found[name] = (read, make())
-        return known[1]
+        cached = self._found.get(name)
+        if cached is None or len(cached[0]) != len(read) or any(a is not b for a, b in zip(cached[0], read)):
+            cached = self._found[name] = (read, make())
+        return cached[1]
 
     def __reduce__(self) -> tuple[type[Facts], tuple[fx.Graph]]:
         return Facts, (self.graph,)
@@ -249,7 +249,7 @@ class Program:
         Casts that the graph holds (a norm computed in float32) go to that dtype as well.
         """
         move: Callable[[Any], Any] = lambda value: moved(value, device, dtype)  # noqa: E731
-        weights = tuple({name: move(tensor) for name, tensor in one.items()} for one in self.weights)
+        weights = tuple({name: move(tensor) for name, tensor in tensors.items()} for tensors in self.weights)
         graph = self.graph if dtype is None else in_precision(self.graph, dtype)
         origin = self.origin if self.structural else digest(graph)
         inputs = tuple(move(x) for x in self.example_inputs)
@@ -258,11 +258,11 @@ class Program:
 
 def readers_of(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     """The calls that read each tensor, by its FQN."""
-    found: dict[str, list[fx.Node]] = {}
+    readers: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
-            found.setdefault(str(node.target), []).extend(node.users)
-    return found
+            readers.setdefault(str(node.target), []).extend(node.users)
+    return readers
 
 
 def digest(graph: fx.Graph) -> str:

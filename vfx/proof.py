@@ -124,7 +124,7 @@ def in_double(program: Program, on_read: bool = False) -> Program:
     if not on_read:
         return program.to("cpu", torch.float64)
     exact = lambda name, tensor: moved(tensor, "cpu", torch.float64)  # noqa: E731
-    weights = [OnRead(own, exact) for own in program.weights]
+    weights = [OnRead(tensors, exact) for tensors in program.weights]
     return replace(program, weights=()).to("cpu", torch.float64).with_weights(weights)
 
 

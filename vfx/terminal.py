@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,9 @@ CHOSEN = " (chosen)"  # behind the name of a candidate
 _FIGURES = {"accuracy": "accuracy", "agreement": "agree", "loss": "loss", "divergence": "diverg."}  # and their titles
 
 
-def rendered(*parts: Any) -> str:
+def rendered(*parts: Any, width: int = WIDTH) -> str:
     """Tables and lines as plain text, one below the other."""
-    console = Console(width=WIDTH, force_terminal=False)
+    console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
         for part in parts:
             if part is not None:
@@ -74,6 +75,11 @@ def titled(text: str, shown: int, total: int) -> str:
 def percent(share: float | None) -> str:
     """A share in percent with two digits, nothing where it is not known."""
     return "" if share is None else f"{100 * share:.2f}"
+
+
+def shown(value: float | None) -> str:
+    """Three significant digits, or a dash where a measure is not known or not finite."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 def _figure(value: float | None) -> str:

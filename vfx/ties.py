@@ -17,11 +17,11 @@ from vfx.errors import ArchitectureError
 def ties(model: nn.Module) -> dict[str, str]:
     """The first name of each parameter's tensor, by all names."""
     first: dict[object, str] = {}
-    found = {}
+    first_name = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        found[name] = first.setdefault(key if tensor.numel() and not tensor.is_meta else id(tensor), name)
-    return found
+        first_name[name] = first.setdefault(key if tensor.numel() and not tensor.is_meta else id(tensor), name)
+    return first_name
 
 
 def with_common_ties(models: Sequence[nn.Module]) -> tuple[nn.Module, list[str]]:
@@ -29,10 +29,10 @@ def with_common_ties(models: Sequence[nn.Module]) -> tuple[nn.Module, list[str]]
 
     Raises ArchitectureError where a tie cannot be loosened, since one module stands under both names.
     """
-    own, others = ties(models[0]), [ties(model) for model in models[1:]]
+    first_ties, others = ties(models[0]), [ties(model) for model in models[1:]]
     loose = {}
-    for name, first in own.items():
-        apart = next((edge for edge, one in enumerate(others, start=1) if one.get(name) != one.get(first)), None)
+    for name, first in first_ties.items():
+        apart = next((edge for edge, tied in enumerate(others, start=1) if tied.get(name) != tied.get(first)), None)
         if apart is not None:
             loose[name] = first, apart
     if not loose:

@@ -49,11 +49,11 @@ def activation_behind(layer: fx.Node, channel: int) -> Activation | str:
                 continue
             if operator_of(user).is_affine and len(_operands(user)) > 1:
                 return f"it meets {user.name} before an activation"
-        found = _function(node)
-        if found is None:
+        function = _function(node)
+        if function is None:
             return "no elementwise function is behind it"
-        node = found.node
-        if found.curved:
+        node = function.node
+        if function.curved:
             return Activation(node, dim)
 
 
@@ -62,10 +62,10 @@ def activations_reached(value: fx.Node) -> Iterator[fx.Node]:
     seen, stack = {value}, [value]
     while stack:
         node = stack.pop()
-        found = _function(node) or _function(node, alone=False)
-        if found is not None and found.curved:
-            yield found.node
-            seen |= found.inside
+        function = _function(node) or _function(node, alone=False)
+        if function is not None and function.curved:
+            yield function.node
+            seen |= function.inside
         for user in node.users:
             if user not in seen and _goes_through(user):
                 stack.append(user)
@@ -128,16 +128,16 @@ def _function(source: fx.Node, alone: bool = True) -> _Function | None:
         if _elementwise(node) and _like(node, source) and inside.issuperset(_operands(node)):
             inside.add(node)
     seen, curved = {source}, False
-    found: _Function | None = None
+    curve: _Function | None = None
     for node in (n for n in _behind(source) if n in inside):
-        if found is not None and found.curved and (not inside.issuperset(found.node.users) or _scaled(node)):
+        if curve is not None and curve.curved and (not inside.issuperset(curve.node.users) or _scaled(node)):
             break
         seen.add(node)
         curved |= _bends(node)
         ends = seen - {node} if alone else seen - {node, source}
         if _is_value(node) and all(user in seen for end in ends for user in end.users):
-            found = _Function(node, curved, frozenset(seen - {source}))
-    return found
+            curve = _Function(node, curved, frozenset(seen - {source}))
+    return curve
 
 
 def _behind(source: fx.Node) -> Iterator[fx.Node]:
@@ -151,9 +151,9 @@ def _behind(source: fx.Node) -> Iterator[fx.Node]:
 
 def _like(node: fx.Node, source: fx.Node) -> bool:
     """Whether a value has an entry for each of another's; a gated linear unit has one for each pair."""
-    own, other = (x.meta["val"] for x in (node, source))
-    shapes = [getattr(x, "shape", None) for x in (own, other)]
-    return operator_of(node).ties == "gated linear" or (isinstance(own, Value) and shapes[0] == shapes[1])
+    value, origin = (x.meta["val"] for x in (node, source))
+    shapes = [getattr(x, "shape", None) for x in (value, origin)]
+    return operator_of(node).ties == "gated linear" or (isinstance(value, Value) and shapes[0] == shapes[1])
 
 
 def _bends(node: fx.Node) -> bool:

@@ -76,10 +76,10 @@ class Leaves(Store):
 
     def _pin_against_pinned(self, left: Rows, right: Rows) -> bool:
         """Positions that cannot move on one side cannot move on the other."""
-        for rows, other in ((left, right), (right, left)):
-            stuck = (rows[:, 1:] >= 0).any(axis=1) & (other[:, 1:] < 0).all(axis=1)
+        for rows, against in ((left, right), (right, left)):
+            stuck = (rows[:, 1:] >= 0).any(axis=1) & (against[:, 1:] < 0).all(axis=1)
             if stuck.any():
-                pin = self.pin_of(int(other[stuck][0, 0]))
+                pin = self.pin_of(int(against[stuck][0, 0]))
                 self.pin(rows[stuck], pin.reason if pin else "tied to a single position")
                 return True
         return False
@@ -89,24 +89,24 @@ class Leaves(Store):
         signature = np.concatenate(
             [left[:, :1], right[:, :1], *(self.leaf_of(x[:, 1:]) for x in (left, right))], axis=1
         )
-        found = classes(signature)
-        if len(found) > MAX_CLASSES:
+        alike = classes(signature)
+        if len(alike) > MAX_CLASSES:
             return False
         version = self.version
-        self._split_by_use(left, found)
-        self._split_by_use(self.resolve(right), found)
+        self._split_by_use(left, alike)
+        self._split_by_use(self.resolve(right), alike)
         if self.version == version:
-            for members in self._untouched(found, signature[:, 2:]):
+            for members in self._untouched(alike, signature[:, 2:]):
                 self._reconcile(_digits(left[members]), _digits(right[members]))
         return self.version != version
 
-    def _split_by_use(self, rows: Rows, found: list[NDArray[np.int64]]) -> None:
+    def _split_by_use(self, rows: Rows, alike: list[NDArray[np.int64]]) -> None:
         """Split each leaf that some class of positions uses in part, for all classes at once.
 
         Class by class each split would change the leaf that the next class uses, and so name all positions anew.
         """
         number = np.empty(len(rows), np.int64)
-        for index, members in enumerate(found):
+        for index, members in enumerate(alike):
             number[members] = index
         keys = number[:, None] * rows.shape[1] + np.arange(1, rows.shape[1])
         uses = np.stack([rows[:, 1:].reshape(-1), keys.reshape(-1)], axis=1)
@@ -117,10 +117,10 @@ class Leaves(Store):
         for leaf in distinct(together[in_part, 0]):
             self.split(leaf, _patterns_of_use(uses[used[:, 0] == leaf], self.elements(leaf)))
 
-    def _untouched(self, found: list[NDArray[np.int64]], leaves: Rows) -> Iterator[NDArray[np.int64]]:
+    def _untouched(self, alike: list[NDArray[np.int64]], leaves: Rows) -> Iterator[NDArray[np.int64]]:
         """Classes of positions in turn, without those a leaf of which has changed: they are resolved first."""
         version = self.version
-        for members in found:
+        for members in alike:
             if self.version == version or self._bound.isdisjoint(leaves[members[0]].tolist()):
                 yield members
 
@@ -143,12 +143,12 @@ class Leaves(Store):
         """Shrink the group until it maps this set of labels onto itself."""
         while True:
             rows = self.resolve(rows)
-            if rows.shape[1] == 2 and all(found is not None for found in self.once(places, rows).values()):
+            if rows.shape[1] == 2 and all(factors is not None for factors in self.once(places, rows).values()):
                 return
             owner = self.leaf_of(rows[:, 1:])
-            found = classes(np.concatenate([rows[:, :1], owner], axis=1))
+            alike = classes(np.concatenate([rows[:, :1], owner], axis=1))
             version = self.version
-            for members in self._untouched(found, owner):
+            for members in self._untouched(alike, owner):
                 self._complete(_digits(rows[members]))
             if self.version == version:
                 return

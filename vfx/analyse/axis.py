@@ -105,8 +105,8 @@ class Axis:
 
     def become(self, other: Axis) -> None:
         """Stand for another axis of the same size from now on; only for a blank axis."""
-        own, other = self.root, other.root
-        assert own._factors is None
-        assert own.size == other.size
-        if own is not other:
-            own._twin = other
+        root, other = self.root, other.root
+        assert root._factors is None
+        assert root.size == other.size
+        if root is not other:
+            root._twin = other

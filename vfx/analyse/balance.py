@@ -58,10 +58,10 @@ def balance(
     pairs = [g for g in symmetry.moving if symmetry.classes[g.index].kind in paired]
     moved = {m.fqn for g in symmetry.moving for m in g.members}.difference(apart)
     moved -= symmetry.program.buffers if running else set()
-    own = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
+    moving = {n: t for n, t in weights.items() if n in moved and t.is_floating_point()}
     if pairs:
-        return in_turn(symmetry, own, scales, pairs, leaning)
-    return scales(own, FEW_SWEEPS if running else SWEEPS)
+        return in_turn(symmetry, moving, scales, pairs, leaning)
+    return scales(moving, FEW_SWEEPS if running else SWEEPS)
 
 
 def in_turn(
@@ -73,7 +73,7 @@ def in_turn(
     """
     total: dict[int, Element] = {}
     touched = {m.fqn for group in pairs for m in group.members}
-    touched |= {place.fqn for own in scales.places.values() for place in own} if scales is not None else set()
+    touched |= {place.fqn for places in scales.places.values() for place in places} if scales is not None else set()
     current: Weights = {name: tensor.double().cpu() for name, tensor in weights.items() if name in touched}
     changes, tolerance = [math.inf], tolerance_of(weights)
     for _ in range(ROUNDS):
@@ -92,18 +92,18 @@ def rewritten(symmetry: Symmetry, weights: Weights, find: Callable[[Weights], El
     """A weight set moved by the element that ``find`` gives for it, in float64 and rounded once; the rest is shared."""
     moved = {m.fqn for g in symmetry.moving for m in g.members}
     exact = {n: t.double().cpu() for n, t in weights.items() if n in moved and t.is_floating_point()}
-    found = act(symmetry, find(exact), exact)
-    return {n: t if n not in exact or found[n] is exact[n] else found[n].to(t) for n, t in weights.items()}
+    balanced = act(symmetry, find(exact), exact)
+    return {n: t if n not in exact or balanced[n] is exact[n] else balanced[n].to(t) for n, t in weights.items()}
 
 
 def _change(steps: Iterable[Element]) -> float:
     """How far scales are from one and maps from orthogonal ones: 0 where the sum of squares does not fall any more."""
-    found = [0.0]
+    changes = [0.0]
     for step in steps:
-        found += [float(np.abs(np.log(scale)).max()) for scale in step.scales.values()]
+        changes += [float(np.abs(np.log(scale)).max()) for scale in step.scales.values()]
         if step.matrix is not None:
-            found.append(float(np.abs(np.log(np.linalg.svd(step.matrix, compute_uv=False))).max()))
-    return max(found)
+            changes.append(float(np.abs(np.log(np.linalg.svd(step.matrix, compute_uv=False))).max()))
+    return max(changes)
 
 
 # invertible maps ------------------------------------------------------------------------------------------------------
@@ -119,14 +119,14 @@ def _paired(
     """
     maps, weights = dict[int, Element](), dict(weights)
     for group in groups:
-        found = _maps(symmetry, group, weights, leaning)
-        if any(one is not None for one in found):
-            matrix = np.stack([np.eye(group.size) if one is None else one for one in found])
+        paired_maps = _maps(symmetry, group, weights, leaning)
+        if any(matrix is not None for matrix in paired_maps):
+            matrix = np.stack([np.eye(group.size) if matrix is None else matrix for matrix in paired_maps])
             matrix = _powered(matrix, over / _axes_at_most(group))
             maps[group.index] = Element(matrix=matrix[0] if group.parent is None else matrix)
             moved = Acting(symmetry, {group.index: maps[group.index]})
-            own = weights.keys() & {m.fqn for m in group.members}
-            weights |= {name: moved(name, weights[name]) for name in own}
+            names = weights.keys() & {m.fqn for m in group.members}
+            weights |= {name: moved(name, weights[name]) for name in names}
     return maps, weights
 
 
@@ -145,7 +145,7 @@ def _powered(maps: Matrix, power: float) -> Matrix:
 
 def deficient(symmetry: Symmetry, group: Group, weights: Weights) -> list[int]:
     """The blocks of a group whose pair has no balanced form."""
-    return [block for block, one in enumerate(_maps(symmetry, group, weights)) if one is None]
+    return [block for block, matrix in enumerate(_maps(symmetry, group, weights)) if matrix is None]
 
 
 def _maps(symmetry: Symmetry, group: Group, weights: Weights, leaning: bool = False) -> list[Matrix | None]:
@@ -153,8 +153,8 @@ def _maps(symmetry: Symmetry, group: Group, weights: Weights, leaning: bool = Fa
     sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
     if symmetry.classes[group.index].kind is not Maps.LINEAR:
         return [_equal_planes(x, y) for x, y in zip(*sides)]
-    found = [_paired_form(x, y) for x, y in zip(*sides)]
-    return [_leaning(x, y) if one is None and leaning else one for one, x, y in zip(found, *sides)]
+    maps = [_paired_form(x, y) for x, y in zip(*sides)]
+    return [_leaning(x, y) if matrix is None and leaning else matrix for matrix, x, y in zip(maps, *sides)]
 
 
 def _leaning(first: Tensor, second: Tensor) -> Matrix | None:
@@ -206,8 +206,8 @@ def _paired_form(first: Tensor, second: Tensor) -> Matrix | None:
     if not first.shape[1]:
         held = _orthonormal(second)
         return None if held is None else contragredient(held)
-    found = _balanced(first, second)
-    return _balanced_where_used(first, second) if found is None else found
+    matrix = _balanced(first, second)
+    return _balanced_where_used(first, second) if matrix is None else matrix
 
 
 def _balanced_where_used(first: Tensor, second: Tensor) -> Matrix | None:
@@ -254,17 +254,19 @@ def _balanced(first: Tensor, second: Tensor) -> Matrix | None:
     s, vt = torch.linalg.svd(r1 @ r2.T)[1:]
     if not bool(s[0] > 0):
         return None
-    found = vt @ r2 / s.clamp_min(FLOOR * float(s[0])).sqrt()[:, None]
-    rows = found @ first
-    found = found * torch.where(rows.gather(1, rows.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    spread = torch.linalg.svdvals(found)
-    return found.numpy() if bool(spread[-1] > DEFICIENT * spread[0]) else None
+    matrix = vt @ r2 / s.clamp_min(FLOOR * float(s[0])).sqrt()[:, None]
+    rows = matrix @ first
+    matrix = matrix * torch.where(rows.gather(1, rows.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    spread = torch.linalg.svdvals(matrix)
+    return matrix.numpy() if bool(spread[-1] > DEFICIENT * spread[0]) else None
 
 
 def _equal_planes(first: Tensor, second: Tensor) -> np.ndarray:
     """Scales of planes (d, d) for (d, n) and (d, m): both sides get the same sum of squares, unless one is zero."""
-    one, other = (side.square().sum(1).reshape(-1, 2).sum(1).numpy() for side in (first, second))
+    first_norms, second_norms = (side.square().sum(1).reshape(-1, 2).sum(1).numpy() for side in (first, second))
     if not second.shape[1] or not first.shape[1]:
-        one, other = (x if x.any() else np.ones_like(x) for x in (one, other))
-    ratio = np.where((one > 0) & (other > 0), other / np.where(one > 0, one, 1.0), 1.0)
+        first_norms, second_norms = (x if x.any() else np.ones_like(x) for x in (first_norms, second_norms))
+    ratio = np.where(
+        (first_norms > 0) & (second_norms > 0), second_norms / np.where(first_norms > 0, first_norms, 1.0), 1.0
+    )
     return turning(ratio**0.25 + 0j)

@@ -65,12 +65,12 @@ class SignaturePiece:
 def parents(inference: ProgramTerms, free: Iterable[int]) -> dict[int, int]:
     """Inner leaf -> the leaf whose elements are its blocks, one level deep."""
     allowed = _Allowed(inference, frozenset(free)).find()
-    found: dict[int, int] = {}
+    parent_of: dict[int, int] = {}
     for leaf in sorted(allowed):
-        outer = sorted(parent for parent in allowed[leaf] if parent not in found)
-        if outer and leaf not in found.values():
-            found[leaf] = outer[0]
-    return found
+        outer = sorted(parent for parent in allowed[leaf] if parent not in parent_of)
+        if outer and leaf not in parent_of.values():
+            parent_of[leaf] = outer[0]
+    return parent_of
 
 
 class _Allowed:
@@ -170,15 +170,17 @@ class _Allowed:
         count = Counter(chain.from_iterable(dim.leaves for dim in space))
         for dim in space:
             for leaf in dim.leaves & self.inner:
-                partners = {h for other in space if _together(dim, other) for h in other.leaves if count[h] == 1}
-                partners |= set(self._namings.named(partners, [own for own in tensors if leaf in own]))
+                partners = {
+                    h for candidate in space if _together(dim, candidate) for h in candidate.leaves if count[h] == 1
+                }
+                partners |= set(self._namings.named(partners, [leaves for leaves in tensors if leaf in leaves]))
                 self._keep(leaf, (partners | dim.leaves if dim.whole else partners) - {leaf})
 
     def _standing(self, node: fx.Node) -> list[frozenset[int]]:
         """What stands on each tensor that an operator reads or gives."""
         shapes = _flat(self.t.shapes[value] for value in (node, *node.all_input_nodes))
         lines = (self._lines_of(shape.axes) for shape in shapes)
-        return [frozenset().union(*(piece.leaves for line in own for piece in line)) for own in lines]
+        return [frozenset().union(*(piece.leaves for line in axis for piece in line)) for axis in lines]
 
 
 class Moving(dict[Axis | Digit, frozenset[int]]):
@@ -193,10 +195,10 @@ class Moving(dict[Axis | Digit, frozenset[int]]):
         self._become: dict[int, Sequence[int]] = {}
 
     def __missing__(self, entry: Axis | Digit) -> frozenset[int]:
-        own = (entry.block.flat,) if isinstance(entry, Digit) else entry.factors
-        held = [self.leaves.leaves_on(rows) for rows in own if not isinstance(rows, Opaque)]
-        self[entry] = found = frozenset().union(*map(self._ends, chain.from_iterable(held)))
-        return found
+        factors = (entry.block.flat,) if isinstance(entry, Digit) else entry.factors
+        held = [self.leaves.leaves_on(rows) for rows in factors if not isinstance(rows, Opaque)]
+        self[entry] = leaves = frozenset().union(*map(self._ends, chain.from_iterable(held)))
+        return leaves
 
     def _ends(self, leaf: int) -> Sequence[int]:
         if leaf not in self._become:
@@ -232,8 +234,8 @@ def piece_of(leaves: Store, rows: Rows) -> SignaturePiece:
         stuck = [()] if (rows[:, 1] < 0).any() else []
         return SignaturePiece(frozenset([*stuck, *((leaf,) for leaf in leaves.free_leaves(rows))]))
     owner = leaves.leaf_of(rows[:, 1:])
-    found = owner[:1] if (owner == owner[0]).all() else unique_rows(owner)[0]  # the usual case: one full product
-    return SignaturePiece(frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in found.tolist()))
+    products = owner[:1] if (owner == owner[0]).all() else unique_rows(owner)[0]  # the usual case: one full product
+    return SignaturePiece(frozenset(tuple(leaf for leaf in row if leaf >= 0) for row in products.tolist()))
 
 
 def _together(inner: Dim, outer: Dim) -> bool:

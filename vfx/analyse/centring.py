@@ -99,12 +99,12 @@ class StreamNorms:
 
     def _lowered(self, side: int) -> str:
         """The first operator on a side that sees the mean, or makes one."""
-        own = {(place.fqn, place.dim) for dual in (False, True) for place in self._places(side, dual)}
+        removed = {(place.fqn, place.dim) for dual in (False, True) for place in self._places(side, dual)}
         for member in (m for group in self.symmetry.groups for m in group.members if m.role == "tied"):
-            if (member.fqn, member.dim) in own:
+            if (member.fqn, member.dim) in removed:
                 return f"{member.fqn} both writes and reads it"
-        found = {lowering.node for lowering in self.walk.slots.lowered[side]}
-        nodes = [node for node in self.symmetry.program.graph.nodes if node.name in found]
+        nodes_lowered = {lowering.node for lowering in self.walk.slots.lowered[side]}
+        nodes = [node for node in self.symmetry.program.graph.nodes if node.name in nodes_lowered]
         return f"{operator(nodes[0])} ({nodes[0].name}) does not let it be centred"
 
     def _read(self, side: int, dual: bool) -> list[StreamPlace]:
@@ -114,14 +114,14 @@ class StreamNorms:
 
     def _places(self, side: int, dual: bool) -> list[StreamPlace]:
         """The parameter axes that carry T of a side, or T⁻ᵀ."""
-        found = []
+        stream_places = []
         for leaf, index in self.symmetry.group_of.items():
             for member in self.symmetry.groups[index].members:
                 slots = self.walk.parameters[member.fqn, member.dim][leaf]
-                own = [self.walk.slots.find(slot) == (side, dual) for slot in slots.tolist()]
-                if any(own):
-                    found.append(StreamPlace(member.fqn, member.dim, member.position[:, np.array(own)]))
-        return found
+                on_side = [self.walk.slots.find(slot) == (side, dual) for slot in slots.tolist()]
+                if any(on_side):
+                    stream_places.append(StreamPlace(member.fqn, member.dim, member.position[:, np.array(on_side)]))
+        return stream_places
 
     def _users(self, fqn: str) -> list[fx.Node]:
         nodes = [node for node in self.symmetry.program.graph.nodes if node.op == "get_attr" and node.target == fqn]

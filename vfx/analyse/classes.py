@@ -143,7 +143,7 @@ def contragredient(matrix: Matrix) -> Matrix:
 def contains(maps: Maps, matrix: Matrix, tolerance: float = 1e-9) -> bool:
     """Whether a square matrix, or each of a stack, is an element of a class (up to ``tolerance`` an entry)."""
     if matrix.ndim > 2:
-        return all(contains(maps, one, tolerance) for one in matrix)
+        return all(contains(maps, block, tolerance) for block in matrix)
     if maps is Maps.ROTATIONS:
         numbers = turns(matrix)
         return bool(numbers.all() and np.abs(matrix - turning(numbers)).max() <= tolerance)

@@ -29,7 +29,6 @@ torchstat keeps only the last call of a module that runs several times, while ev
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -47,7 +46,7 @@ from vfx.analyse import contractions
 from vfx.analyse.contractions import ContractionCost
 from vfx.complex_numbers import parts_of
 from vfx.errors import ArgumentError
-from vfx.files import written
+from vfx.files import csv_text, written
 from vfx.operators import arguments, operator, operator_of
 from vfx.program import Program, Value
 
@@ -122,12 +121,10 @@ class Profile:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line for each row, shapes as ``1x3x32x32``; also written to ``path`` if given. Raises OSError."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
         names = [field.name for field in fields(CostRow)]
-        writer.writerow(names)
-        writer.writerows([_cell(getattr(row, name)) for name in names] for row in self.rows)
-        return written(buffer.getvalue(), path)
+        return written(
+            csv_text([{name: _cell(getattr(row, name)) for name in names} for row in self.rows], names), path
+        )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """An object of rows, totals and unknown_ops; also written to ``path`` if given. Raises OSError."""
@@ -315,8 +312,8 @@ def _attention(call: OperatorCall) -> Count:
     return Count(macs, macs, 2 * macs - scores - call.size)
 
 
-def _products(found: Iterable[ContractionCost]) -> Count:
-    products = list(found)
+def _products(costs: Iterable[ContractionCost]) -> Count:
+    products = list(costs)
     macs = sum(product.macs for product in products)
     return Count(macs, macs, 2 * macs - sum(product.outputs for product in products))
 
@@ -333,14 +330,14 @@ def _tensordot(call: OperatorCall) -> Count:
 
 def _inner(call: OperatorCall) -> Count:
     """Over the last axis of both; a number only scales."""
-    one, other = call.sizes("self"), call.sizes("other")
-    return _products(contractions.tensordot(one, other, [-1], [-1])) if one and other else Count()
+    left, right = call.sizes("self"), call.sizes("other")
+    return _products(contractions.tensordot(left, right, [-1], [-1])) if left and right else Count()
 
 
 def _batches_summed(call: OperatorCall) -> Count:
     """addbmm: the products of all batches are summed up."""
-    one, other = call.sizes("batch1"), call.sizes("batch2")
-    return _products(contractions.tensordot(one, other, [0, 2], [0, 1]))
+    left, right = call.sizes("batch1"), call.sizes("batch2")
+    return _products(contractions.tensordot(left, right, [0, 2], [0, 1]))
 
 
 def _bilinear(call: OperatorCall) -> Count:

@@ -71,12 +71,12 @@ class Folding:
     def shares(self, gain: Gain) -> list[GainShare]:
         """All that is multiplied by a gain which then goes; raises Refused."""
         size = self.parameters[str(gain.weight)].meta["val"].shape[gain.dim]
-        covered, found, refusals = np.zeros(size, bool), [], []
+        covered, gain_shares, refusals = np.zeros(size, bool), [], []
         for group, member in self._members(gain):
             if covered[member.position].any():
                 continue
             try:
-                found += self._shares(gain, group, member)
+                gain_shares += self._shares(gain, group, member)
             except Refused as reason:
                 refusals.append((member.position, str(reason)))
             else:
@@ -84,7 +84,7 @@ class Folding:
         if not covered.all():
             why = [reason for position, reason in refusals if not covered[position].all()]
             raise Refused(why[0] if why else self._pinned(gain))
-        return found
+        return gain_shares
 
     def _members(self, gain: Gain) -> Iterator[tuple[Group, Member]]:
         """The groups whose channels stand on a gain; those of blocks have no scales of their own."""
@@ -104,17 +104,17 @@ class Folding:
     # one group ------------------------------------------------------------------------------------------------------
 
     def _shares(self, gain: Gain, group: Group, member: Member) -> list[GainShare]:
-        own = self.classes[group.index]
+        group_class = self.classes[group.index]
         copies = self._copies(gain, group, member)
         if len({(copy.block, copy.side) for copy in copies}) < len(copies):
             raise Refused("it multiplies several copies of its channels that go through one map")
-        others = list(self._others(gain, group, own))
-        found: list[GainShare] = []
+        others = list(self._others(gain, group, group_class))
+        taken: list[GainShare] = []
         for copy in copies:
-            still = {one.side for one in copies if one.side != copy.side} | self._made(gain, group)
-            direction = self._direction(gain, group, own, copy, others, still)
-            found += _taken(copy, direction, others)
-        return found
+            still = {sibling.side for sibling in copies if sibling.side != copy.side} | self._made(gain, group)
+            direction = self._direction(gain, group, group_class, copy, others, still)
+            taken += _taken(copy, direction, others)
+        return taken
 
     def _copies(self, gain: Gain, group: Group, member: Member) -> list[_Copy]:
         """Of the factor that is multiplied by, which stands as its parameter does."""
@@ -131,40 +131,54 @@ class Folding:
         return gain.dim + len(node.meta["val"].shape) - rank
 
     def _sides(self, node: Any, dim: int, group: Group, position: Index) -> tuple[list[int], list[int]]:
-        found = self.classes.slots(node, dim, group, position)
-        if found is None:
+        slots = self.classes.slots(node, dim, group, position)
+        if slots is None:
             raise Refused(f"{node.name} holds its channels in several ways")
-        return found[0].tolist(), found[1].tolist()
+        return slots[0].tolist(), slots[1].tolist()
 
     def _made(self, gain: Gain, group: Group) -> set[int]:
         """Sides of other gains 1 + w: no weight moves them."""
-        found: set[int] = set()
-        for other in self.moved.values():
-            members = [m for g, m in self._members(other) if g is group] if other.weight != gain.weight else []
+        sides: set[int] = set()
+        for moved_gain in self.moved.values():
+            members = (
+                [m for g, m in self._members(moved_gain) if g is group] if moved_gain.weight != gain.weight else []
+            )
             for member in members:
-                found |= set(self._sides(other.factor, self._axis(other, other.factor), group, member.position)[0])
-        return found
+                sides |= set(
+                    self._sides(moved_gain.factor, self._axis(moved_gain, moved_gain.factor), group, member.position)[0]
+                )
+        return sides
 
-    def _others(self, gain: Gain, group: Group, own: Class) -> Iterator[tuple[Member, Part]]:
+    def _others(self, gain: Gain, group: Group, group_class: Class) -> Iterator[tuple[Member, Part]]:
         """All parameters of a group but the gain and its shift."""
         for member in group.members:
             if member.fqn not in (gain.weight, gain.bias):
-                for part in parts(self.symmetry, group, member, own):
+                for part in parts(self.symmetry, group, member, group_class):
                     yield member, part
 
     def _direction(
-        self, gain: Gain, group: Group, own: Class, copy: _Copy, others: list[tuple[Member, Part]], still: set[int]
+        self,
+        gain: Gain,
+        group: Group,
+        group_class: Class,
+        copy: _Copy,
+        others: list[tuple[Member, Part]],
+        still: set[int],
     ) -> Direction:
         """The direction along which one copy folds; of several that which moves the fewest parameters."""
-        if own.scales is None or not own.scales.magnitudes.get(copy.side):
-            raise Refused(self._reason(gain, group, own, copy))
-        vectors = restrained(own.scales.magnitudes, {*own.running, *still, *_both(others)})
+        if group_class.scales is None or not group_class.scales.magnitudes.get(copy.side):
+            raise Refused(self._reason(gain, group, group_class, copy))
+        vectors = restrained(group_class.scales.magnitudes, {*group_class.running, *still, *_both(others)})
         free = vectors.get(copy.side, {})
-        reasons = [] if free else [_alike(copy, own.scales.magnitudes, others) or self._reason(gain, group, own, copy)]
+        reasons = (
+            []
+            if free
+            else [_alike(copy, group_class.scales.magnitudes, others) or self._reason(gain, group, group_class, copy)]
+        )
         fits: list[Direction] = []
         for x, power in free.items():
             direction = {side: -copy.sign * Fraction(vector.get(x, 0)) / power for side, vector in vectors.items()}
-            reason = _unfit(direction, own, copy, others)
+            reason = _unfit(direction, group_class, copy, others)
             if reason:
                 reasons.append(reason)
             else:
@@ -173,9 +187,9 @@ class Folding:
             raise Refused(reasons[0])
         return min(fits, key=lambda direction: sum(_power(direction, part) != 0 for _, part in others))
 
-    def _reason(self, gain: Gain, group: Group, own: Class, copy: _Copy) -> str:
+    def _reason(self, gain: Gain, group: Group, group_class: Class, copy: _Copy) -> str:
         """What holds the value that it makes, or else its own side."""
-        sides = {side.index: side for side in own.sides}
+        sides = {side.index: side for side in group_class.sides}
         dim = self._axis(gain, gain.node)
         position = self.symmetry.positions(gain.node, dim).get(group.index)
         made = None if position is None else self.classes.slots(gain.node, dim, group, position)
@@ -185,7 +199,7 @@ class Folding:
         if both:
             return f"{both[0]} both writes and reads the feature"
         held = [side.refusal(Maps.MONOMIAL) for side in behind if side.lowered]
-        return next((reason for reason in held if reason), sides[copy.side].reason or own.reason)
+        return next((reason for reason in held if reason), sides[copy.side].reason or group_class.reason)
 
 
 def _freed(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
@@ -198,10 +212,10 @@ def _freed(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
 
 def _both(others: Iterable[tuple[Member, Part]]) -> set[int]:
     """Sides that hold both what carries a scale and what carries its inverse."""
-    found: dict[int, set[bool]] = {}
+    duals_of: dict[int, set[bool]] = {}
     for _, part in others:
-        found.setdefault(part.side, set()).add(part.dual)
-    return {side for side, duals in found.items() if len(duals) > 1}
+        duals_of.setdefault(part.side, set()).add(part.dual)
+    return {side for side, duals in duals_of.items() if len(duals) > 1}
 
 
 def _power(direction: Direction, part: Part) -> int | Fraction:
@@ -209,7 +223,7 @@ def _power(direction: Direction, part: Part) -> int | Fraction:
     return -power if part.dual else power
 
 
-def _unfit(direction: Direction, own: Class, copy: _Copy, others: Iterable[tuple[Member, Part]]) -> str:
+def _unfit(direction: Direction, group_class: Class, copy: _Copy, others: Iterable[tuple[Member, Part]]) -> str:
     """Why a direction does not take a gain away, or nothing."""
     taken = False
     for member, part in others:
@@ -221,16 +235,16 @@ def _unfit(direction: Direction, own: Class, copy: _Copy, others: Iterable[tuple
         taken |= power == 1 and part.block == copy.block
     if not taken:
         return "no layer reads it"
-    return "" if _signed(direction, own) else "a sign of it is seen alone"
+    return "" if _signed(direction, group_class) else "a sign of it is seen alone"
 
 
-def _signed(direction: Direction, own: Class) -> bool:
+def _signed(direction: Direction, group_class: Class) -> bool:
     """Whether negative gains move along it as well: powers are whole, and their signs obey the equations of signs."""
-    assert own.scales is not None
+    assert group_class.scales is not None
     if any(Fraction(power).denominator != 1 for power in direction.values()):
         return False
-    for side in own.sides:
-        expected = sum(c * direction.get(y, 0) for y, c in own.scales.signs.get(side.index, {}).items())
+    for side in group_class.sides:
+        expected = sum(c * direction.get(y, 0) for y, c in group_class.scales.signs.get(side.index, {}).items())
         if (expected - direction.get(side.index, 0)) % 2:
             return False
     return True

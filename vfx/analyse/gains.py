@@ -54,11 +54,11 @@ def gains(program: Program) -> Iterator[Gain]:
 
 def _product(program: Program, node: fx.Node) -> Iterator[Gain]:
     """value · parameter, the parameter along one axis of the value."""
-    known = [(x, shifted_parameter(x)) for x in node.args if isinstance(x, fx.Node)]
-    own = [(x, found) for x, found in known if found is not None and found[0].target not in program.buffers]
-    if len(own) != 1 or len(known) != 2:
+    factors = [(x, shifted_parameter(x)) for x in node.args if isinstance(x, fx.Node)]
+    trained = [(x, read) for x, read in factors if read is not None and read[0].target not in program.buffers]
+    if len(trained) != 1 or len(factors) != 2:
         return
-    ((factor, (parameter, offset)),) = own
+    ((factor, (parameter, offset)),) = trained
     long = [dim for dim, size in enumerate(parameter.meta["val"].shape) if size != 1]
     gain = Gain(node, str(parameter.target), None, factor, long[0] if long else 0, offset)
     if len(long) == 1 and gain.value.meta["val"].shape == node.meta["val"].shape:
@@ -75,7 +75,7 @@ def shifted_parameter(node: fx.Node) -> tuple[fx.Node, float] | None:
     if not entry.is_add or is_in_place(node) or len(node.args) != 2 or node.kwargs:
         return None
     numbers = [x for x in node.args if isinstance(x, (int, float))]
-    found = [shifted_parameter(x) for x in node.args if isinstance(x, fx.Node)]
-    if len(numbers) == len(found) == 1 and found[0] is not None and not found[0][1]:
-        return found[0][0], float(numbers[0])
+    parameters = [shifted_parameter(x) for x in node.args if isinstance(x, fx.Node)]
+    if len(numbers) == len(parameters) == 1 and parameters[0] is not None and not parameters[0][1]:
+        return parameters[0][0], float(numbers[0])
     return None

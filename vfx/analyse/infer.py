@@ -140,11 +140,11 @@ class _Inference:
     @cached_property
     def _reads(self) -> dict[str, list[fx.Node]]:
         """The nodes that stand for each tensor."""
-        found: dict[str, list[fx.Node]] = {}
+        readers: dict[str, list[fx.Node]] = {}
         for node in self.terms.program.graph.nodes:
             if node.op == "get_attr":
-                found.setdefault(str(node.target), []).append(node)
-        return found
+                readers.setdefault(str(node.target), []).append(node)
+        return readers
 
     def _buffer(self, fqn: str, sizes: tuple[int, ...]) -> Shape:
         """A constant ties nothing along an axis on which it is uniform (in every edge) and pins every other axis."""

@@ -65,9 +65,13 @@ class _Classes:
         self.own: dict[int, list[int]] = {}
         for slot, leaf in enumerate(self.slots.leaf):
             self.own.setdefault(leaf, []).append(slot)
-        held = {slot for own in self.walk.parameters.values() for slots in own.values() for slot in slots.tolist()}
+        held = {
+            slot for slots_of in self.walk.parameters.values() for slots in slots_of.values() for slot in slots.tolist()
+        }
         sides = {self.slots.find(slot)[0] for slot in held}
-        sides |= {self.slots.find(s)[0] for own in self.slots.products.values() for p in own for s, _ in p.terms}
+        sides |= {
+            self.slots.find(s)[0] for products in self.slots.products.values() for p in products for s, _ in p.terms
+        }
         free = {s for s in range(len(self.slots.leaf)) if self.slots.maps(self.slots.find(s)[0]) is Maps.LINEAR}
         self.idle = {slot for slot in free if self.slots.find(slot)[0] not in sides}  # zeros that nothing is added to
 
@@ -81,11 +85,11 @@ class _Classes:
         sides = self._joined(leaf, sides)
         members = self.turned[group.index] = _Members(group, leaf, self.walk)
         scales = None if slots.maps(sides[0]).mixes else _turned(slots.solve(leaf, sides), members)
-        found = tuple(self._side(side, leaf, scales, members) for side in sides)
-        kind = self._kind(found, scales, members)
-        running = frozenset(s.index for s in found if any(fqn in self.buffers for fqn, _, _ in s.members))
-        why = self._why(kind, found, members)
-        return Class(kind, why, found, scales, members.slots, members.features, running)
+        sides_of = tuple(self._side(side, leaf, scales, members) for side in sides)
+        kind = self._kind(sides_of, scales, members)
+        running = frozenset(s.index for s in sides_of if any(fqn in self.buffers for fqn, _, _ in s.members))
+        why = self._why(kind, sides_of, members)
+        return Class(kind, why, sides_of, scales, members.slots, members.features, running)
 
     def standing(self, node: fx.Node, dim: int, group: Group, position: Index) -> tuple[Ids, Ids] | None:
         entries = self.walk.entries(self.nodes.get(node.name))
@@ -103,8 +107,8 @@ class _Classes:
         return [group for group, leaf in self.leaf_of.items() if stands and leaf in stands[dim]]
 
     def groups_on(self, node: fx.Node) -> set[int]:
-        own = {leaf: group for group, leaf in self.leaf_of.items()}
-        return {own[leaf] for leaf, _ in self.walk.entries(self.nodes.get(node.name)) if leaf in own}
+        group_of = {leaf: group for group, leaf in self.leaf_of.items()}
+        return {group_of[leaf] for leaf, _ in self.walk.entries(self.nodes.get(node.name)) if leaf in group_of}
 
     def scaled(self, group: Group, given: Mapping[int, float]) -> dict[int, float]:
         slots, members = self.slots, self.turned[group.index]
@@ -121,7 +125,7 @@ class _Classes:
         still = {side for row in rows for side in row if side >= 0} - taking
         rows += [{side: 1} for side in still]
         solved = nullspace(taking | set(names.values()), rows)
-        logs = {names[side]: members.sign(side) * np.log(own) for side, own in given.items()}
+        logs = {names[side]: members.sign(side) * np.log(factor) for side, factor in given.items()}
         result = dict(given)
         for side in taking:
             log = sum(float(c) * logs.get(x, 0.0) for x, c in solved[side].items())
@@ -142,9 +146,9 @@ class _Classes:
 
     def _side(self, side: int, leaf: int, scales: FreeScales | None, members: _Members) -> Side:
         kind = self.slots.maps(side) if scales is None else _free(scales.magnitudes.get(side), scales.signs.get(side))
-        found = self._lowered(side)
-        lowered = tuple((maps, self._node(node)) for maps, node in found)
-        return Side(side, kind, self._reason(side, kind, leaf, found), tuple(members.of.get(side, ())), lowered)
+        lowerings = self._lowered(side)
+        lowered = tuple((maps, self._node(node)) for maps, node in lowerings)
+        return Side(side, kind, self._reason(side, kind, leaf, lowerings), tuple(members.of.get(side, ())), lowered)
 
     def _lowered(self, side: int) -> list[Lowering]:
         """In the graph's order."""
@@ -160,7 +164,7 @@ class _Classes:
 
     def _why(self, kind: Maps, sides: tuple[Side, ...], members: _Members) -> str:
         reasons = {side.reason: side.kind for side in sides if side.index in members.features and side.reason}
-        return next((why for why, own in reasons.items() if own is kind), " ∧ ".join(reasons))
+        return next((why for why, kind_asked in reasons.items() if kind_asked is kind), " ∧ ".join(reasons))
 
     def _reason(self, side: int, kind: Maps, leaf: int, lowered: list[Lowering]) -> str:
         """The first node behind which no more was left than is left in the end, or the product that took the rest."""
@@ -183,7 +187,7 @@ class _Members:
     """The sides on which a group's members stand; each is turned so that what makes the feature carries T."""
 
     def __init__(self, group: Group, leaf: int, walk: Walk):
-        found = {
+        sides_at = {
             (m.fqn, m.dim): [walk.slots.find(slot) for slot in walk.parameters[m.fqn, m.dim][leaf].tolist()]
             for m in group.members
         }
@@ -191,11 +195,11 @@ class _Members:
         self._flipped: dict[int, bool] = {}
         for wanted in ("out", "tied", "in", "elementwise"):
             for role, place in roles:
-                for side, dual in found[place] if role == wanted else ():
+                for side, dual in sides_at[place] if role == wanted else ():
                     self._flipped.setdefault(side, dual ^ (wanted == "in"))
-        own = {side for role, place in roles if role != "elementwise" for side, _ in found[place]}
-        self.features = frozenset(own or self._flipped)
-        self.slots = {place: self.arrays(pairs) for place, pairs in found.items()}
+        on_features = {side for role, place in roles if role != "elementwise" for side, _ in sides_at[place]}
+        self.features = frozenset(on_features or self._flipped)
+        self.slots = {place: self.arrays(pairs) for place, pairs in sides_at.items()}
         self.of: dict[int, dict[tuple[str, int, bool], None]] = {}
         for (fqn, dim), (sides, duals) in self.slots.items():
             for side, flag in set(zip(sides.tolist(), duals.tolist())):
@@ -215,7 +219,7 @@ class _Members:
 def _turned(scales: FreeScales, members: _Members) -> FreeScales:
     """The same with each side's scale as the turned side has it."""
     sign = members.sign
-    magnitudes = {s: {x: c * sign(s) * sign(x) for x, c in own.items()} for s, own in scales.magnitudes.items()}
+    magnitudes = {s: {x: c * sign(s) * sign(x) for x, c in vector.items()} for s, vector in scales.magnitudes.items()}
     return FreeScales(magnitudes, scales.signs)
 
 

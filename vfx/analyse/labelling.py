@@ -55,10 +55,10 @@ class Labelling:
 
     @cached_property
     def _axes(self) -> dict[str, list[tuple[int, Rows]]]:
-        found: dict[str, list[tuple[int, Rows]]] = {}
+        labels_of: dict[str, list[tuple[int, Rows]]] = {}
         for (fqn, dim), labels in self.rows.items():
-            found.setdefault(fqn, []).append((dim, labels))
-        return found
+            labels_of.setdefault(fqn, []).append((dim, labels))
+        return labels_of
 
     def blocks_of(self, group: Group, member: Member) -> Index | tuple[int, Index]:
         """The block of each copy of an inner group along a member's axis (0 without a parent).
@@ -68,7 +68,7 @@ class Labelling:
         copies = member.position[0]
         if group.parent is None:
             return np.zeros(len(copies), np.int64)
-        for dim, labels in sorted(self.axes_of(member.fqn), key=lambda own: own[0] != member.dim):
+        for dim, labels in sorted(self.axes_of(member.fqn), key=lambda labelled: labelled[0] != member.dim):
             for leaf, index, mask in self.digits(labels):
                 if index == group.parent:
                     channels = self.channels_at(labels, leaf, mask)
@@ -103,8 +103,8 @@ class Labelling:
         if labels is None:
             return {}
         tables = self.leaves.once(places, labels)
-        known = ((self.group_of[leaf], table) for leaf, table in tables.items() if leaf in self.group_of)
-        return {group: table for group, table in known if table is not None}
+        tabled = ((self.group_of[leaf], table) for leaf, table in tables.items() if leaf in self.group_of)
+        return {group: table for group, table in tabled if table is not None}
 
     def features(self, labels: Rows) -> list[tuple[tuple[int, ...], Index, Index]]:
         """Moving positions of an axis by the groups that move them: groups, digits (n, groups), position (n, copies).

@@ -32,8 +32,8 @@ class BatchNorm:
     @cached_property
     def names(self) -> Mapping[str, str]:
         """The FQNs of its tensors by their role: "weight", "bias", "running_mean", "running_var"."""
-        found = {role: weight_name(self.node, role) for role in NORM_TENSORS}
-        return {role: name for role, name in found.items() if name is not None}
+        name_of = {role: weight_name(self.node, role) for role in NORM_TENSORS}
+        return {role: name for role, name in name_of.items() if name is not None}
 
     @property
     def eps(self) -> float:
@@ -122,8 +122,10 @@ def statistics_channels(program: Program, activations: bool = True) -> dict[str,
     views = [view for view in layer_views(program).values() if not is_complex(view.node)]
     channels = {view.node.name: view.layer.channel for view in views}
     if activations:
-        found = (view.activation for view in views)
-        channels |= {x.node.name: x.channel for x in found if isinstance(x, Activation) and not is_complex(x.node)}
+        views_between = (view.activation for view in views)
+        channels |= {
+            x.node.name: x.channel for x in views_between if isinstance(x, Activation) and not is_complex(x.node)
+        }
     return channels
 
 

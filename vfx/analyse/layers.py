@@ -101,11 +101,11 @@ class Layers:
             return [layer for layer in self.layers if not layer.shortcut and layer.node not in heads]
         several = [chosen] if isinstance(chosen, (str, Integral)) else list(chosen)  # type: ignore[arg-type]
         everything = self.program.layers or self.layers
-        for one in several:
-            if not any(_means(one, layer) for layer in everything):
-                known = ", ".join(f"{layer.number} {layer.fqn}" for layer in everything if not layer.shortcut)
-                raise ArgumentError(f"layers={one!r} matches no layer; there are {known}")
-        return [layer for layer in self.layers if any(_means(one, layer) for one in several)]
+        for wanted in several:
+            if not any(_means(wanted, layer) for layer in everything):
+                choices = ", ".join(f"{layer.number} {layer.fqn}" for layer in everything if not layer.shortcut)
+                raise ArgumentError(f"layers={wanted!r} matches no layer; there are {choices}")
+        return [layer for layer in self.layers if any(_means(wanted, layer) for wanted in several)]
 
     def table(self) -> Table:
         table = Table(title=f"{len(self)} layers")
@@ -140,7 +140,7 @@ def _numbered(program: Program) -> tuple[Layer, ...]:
         return tuple(layer for layer in program.layers if layer.node in names)
     nodes = [node for node in program.graph.nodes if is_layer(node) and not _is_constant(program, node)]
     meets = {node: _meeting(node) for node in nodes}
-    shortcuts = {node for node, other in meets.items() if other is not None}
+    shortcuts = {node for node, operand in meets.items() if operand is not None}
     numbers: dict[fx.Node, int] = {}
     for node in nodes:
         if node not in shortcuts:
@@ -199,9 +199,9 @@ def _meeting(node: fx.Node) -> fx.Node | None:
         user = next(iter(current.users))
         operands = [a for a in user.args if isinstance(a, fx.Node) and a.op != "get_attr"]
         if operator_of(user).is_add and len(operands) == 2:
-            other = operands[0] if operands[1] is current else operands[1]
+            operand = operands[0] if operands[1] is current else operands[1]
             assert isinstance(source, fx.Node)
-            return other if _most_layers(_origin(source), other) > 1 else None
+            return operand if _most_layers(_origin(source), operand) > 1 else None
         if is_layer(user) or len(operands) != 1:
             return None
         current = user
@@ -247,8 +247,8 @@ def cut(layers: Layers, preserve: int | str, join: Join = "preactivation") -> Cu
         kept = _up_to_module(layers.program, preserve)
     else:
         kept = set(graph.nodes) - _behind(layers, number, join) if number else set()
-    own = descendants({node for node in graph.nodes if node.op == "get_attr"})
-    branch = {n for n in graph.nodes if n.op == "call_function" and n in own and n in kept}
+    computed = descendants({node for node in graph.nodes if node.op == "get_attr"})
+    branch = {n for n in graph.nodes if n.op == "call_function" and n in computed and n in kept}
     branch -= {n for n in branch if parts_of(n) is not None and not branch.intersection(n.users)}
     joins = [n for n in graph.nodes if n in branch and any(user not in branch for user in n.users)]
     return Cut(frozenset(branch), tuple(joins))
@@ -313,10 +313,10 @@ def _up_to_module(program: Program, name: str) -> set[fx.Node]:
 def _inside(graph: fx.Graph, name: str, option: str) -> list[fx.Node]:
     """The operators of a module."""
     owners = {node: _owners(node) for node in graph.nodes}
-    inside = [node for node, own in owners.items() if any(x == name or x.startswith(name + ".") for x in own)]
+    inside = [node for node, modules in owners.items() if any(x == name or x.startswith(name + ".") for x in modules)]
     if not inside:
-        known = sorted({x.split(".")[0] for own in owners.values() for x in own})
-        raise ArgumentError(f"{option}={name!r} names no module that runs; there are {', '.join(known)}")
+        outermost = sorted({x.split(".")[0] for modules in owners.values() for x in modules})
+        raise ArgumentError(f"{option}={name!r} names no module that runs; there are {', '.join(outermost)}")
     return inside
 
 
@@ -341,11 +341,11 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def _reached(nodes: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """``nodes`` and all that a walk along their neighbours comes to."""
-    found: set[fx.Node] = set()
+    reached: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
-            found.add(node)
+        if node not in reached:
+            reached.add(node)
             stack += neighbours(node)
-    return found
+    return reached

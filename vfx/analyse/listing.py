@@ -39,9 +39,9 @@ def _members(group: Group) -> Iterator[str]:
     """What writes the channels, what reads them, and how many tensors go along."""
     named = {"out": "written by", "in": "read by"}
     for role, word in named.items():
-        found = [member.fqn.removesuffix(".weight") for member in group.members if member.role == role]
-        if found:
-            yield f"{word} {listed(list(dict.fromkeys(found)), NAMED)}"
+        names = [member.fqn.removesuffix(".weight") for member in group.members if member.role == role]
+        if names:
+            yield f"{word} {listed(list(dict.fromkeys(names)), NAMED)}"
     others = [member.fqn for member in group.members if member.role not in named]
     if others:
         yield f"with {listed(others, NAMED)}" if len(others) <= NAMED else f"with {len(others)} others"
@@ -55,10 +55,10 @@ def _kind(group: Group) -> str:
 
 
 def _by_reason(pinned: Sequence[Pinned]) -> dict[str, list[Pinned]]:
-    found: dict[str, list[Pinned]] = {}
+    pins_of: dict[str, list[Pinned]] = {}
     for pin in pinned:
-        found.setdefault(pin.reason, []).append(pin)
-    return found
+        pins_of.setdefault(pin.reason, []).append(pin)
+    return pins_of
 
 
 def _axes(pins: Sequence[Pinned]) -> str:

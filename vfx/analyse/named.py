@@ -36,7 +36,7 @@ def axes_by_number(t: ProgramTerms, numbers: Shape, meaning: Meaning) -> tuple[A
     if any(not isinstance(axis, Axis) or not axis.opaque or axis.order is not None for axis in wide):
         return numbers.axes
     factors = [tuple(f for f in axis.factors if factor_size(f) > 1) for axis in wide]  # type: ignore[union-attr]
-    flat = [factor for own in factors for factor in own]
+    flat = [factor for line in factors for factor in line]
     if not wide or len(set(map(id, flat))) < len(flat):  # one axis twice: its positions could change places unseen
         return numbers.axes
     parts = iter(t.naming(meaning.axis, (meaning.source, *factors), len(wide)))
@@ -58,7 +58,7 @@ def in_place(t: ProgramTerms, node: fx.Node, result: Any) -> Any:
         return result
     if ties == "index" and not _names(t.shapes.get(node.args[0])):  # type: ignore[arg-type]
         return result  # in the places of its index
-    shapes = [_nameless(one) for one in (result if isinstance(result, list) else [result])]
+    shapes = [_nameless(tensor) for tensor in (result if isinstance(result, list) else [result])]
     return shapes if isinstance(result, list) else shapes[0]
 
 
@@ -101,7 +101,7 @@ class Namings:
     def named(self, together: Collection[int], tensors: Sequence[Collection[int]]) -> Iterator[int]:
         """The leaves whose naming an operator keeps ``together`` with something, and which all ``tensors`` have."""
         for leaf, parts in self.known:
-            if parts <= set(together) and all(parts <= set(own) for own in tensors):
+            if parts <= set(together) and all(parts <= set(letters) for letters in tensors):
                 yield leaf
 
 

@@ -45,11 +45,11 @@ class Parts(Algebra):
             return Shape(tuple(self.opaque(size, "an empty tensor") for size in sizes))
         if not isinstance(entry, Axis) or entry.opaque or len(places) == entry.size:
             return self.slice(shape, dim, index)
-        known = self.parts.get(entry)
-        factors = self._some(known.factors if known else entry.factors, places)
+        cut = self.parts.get(entry)
+        factors = self._some(cut.factors if cut else entry.factors, places)
         if factors is None:
             return self.slice(shape, dim, index)
-        axis = self._open(len(places), known._replace(factors=factors) if known else CutPart(factors, _value(source)))
+        axis = self._open(len(places), cut._replace(factors=factors) if cut else CutPart(factors, _value(source)))
         return Shape((*shape.axes[:dim], axis, *shape.axes[dim + 1 :]))
 
     def _some(self, factors: tuple[Factor, ...], places: range) -> tuple[Factor, ...] | None:
@@ -96,10 +96,10 @@ class Parts(Algebra):
 
     def open_parts(self, node: fx.Node, shapes: list[Shape], keeps: bool) -> set[Axis]:
         """The parts among an operator's operands; closed unless it ``keeps`` them."""
-        found = dict.fromkeys(axis for shape in shapes for axis in shape.axes if axis in self.parts)
+        opened = dict.fromkeys(axis for shape in shapes for axis in shape.axes if axis in self.parts)
         if keeps:
-            return set(found)  # type: ignore[arg-type]
-        for axis in found:  # in order: the numbers of groups depend on it
+            return set(opened)  # type: ignore[arg-type]
+        for axis in opened:  # in order: the numbers of groups depend on it
             self.close(axis)  # type: ignore[arg-type]
         return set()
 

@@ -18,12 +18,12 @@ def places(leaves: Store, rows: Rows) -> dict[int, Index | None]:
     """
     if rows.shape[1] > 2:
         owner = leaves.leaf_of(rows[:, 1:])
-        found = {x: _table(rows, owner == x, leaves.starts[x], leaves.sizes[x]) for x in leaves.free_leaves(rows)}
+        tables = {x: _table(rows, owner == x, leaves.starts[x], leaves.sizes[x]) for x in leaves.free_leaves(rows)}
     elif not leaves.free_leaves(rows):
         return {}
     else:
-        found = _side_by_side(leaves, rows) or _runs(leaves, rows)
-    return {x: table if table is None else table[:, np.argsort(table[0])] for x, table in found.items()}
+        tables = _side_by_side(leaves, rows) or _runs(leaves, rows)
+    return {x: table if table is None else table[:, np.argsort(table[0])] for x, table in tables.items()}
 
 
 def _side_by_side(leaves: Store, rows: Rows) -> dict[int, Index | None] | None:
@@ -38,7 +38,7 @@ def _side_by_side(leaves: Store, rows: Rows) -> dict[int, Index | None] | None:
         if leaf >= 0 and size != leaves.sizes[leaf]:
             return None
         starts.setdefault(leaf, []).append(start)
-    if any(len(set(tags[own].tolist())) < len(own) for leaf, own in starts.items() if leaf >= 0 and len(own) > 1):
+    if any(len(set(tags[at].tolist())) < len(at) for leaf, at in starts.items() if leaf >= 0 and len(at) > 1):
         return None
     return {x: np.add.outer(np.arange(leaves.sizes[x]), starts[x]) for x in leaves.free_leaves(rows)}
 
@@ -47,18 +47,18 @@ def _runs(leaves: Store, rows: Rows) -> dict[int, Index | None]:
     """Labels of one digit: sorted by it, each leaf is a run."""
     order = np.lexsort((rows[:, 0], rows[:, 1]))
     tags, elements = rows[order].T
-    found: dict[int, Index | None] = {}
+    tables: dict[int, Index | None] = {}
     for leaf in leaves.free_leaves(rows):
         start, size = leaves.starts[leaf], leaves.sizes[leaf]
         first, last = np.searchsorted(elements, (start, start + size))
         run, copies = slice(first, last), (last - first) // size
         if size * copies != last - first:
-            found[leaf] = None
+            tables[leaf] = None
             continue
         tag, element = tags[run].reshape(size, copies), elements[run].reshape(size, copies)
         closed = (tag == tag[0]).all() and (element[:, -1] == element[:, 0]).all() and len(set(tag[0])) == copies
-        found[leaf] = order[run].reshape(size, copies) if closed else None
-    return found
+        tables[leaf] = order[run].reshape(size, copies) if closed else None
+    return tables
 
 
 def _table(rows: Rows, mask: NDArray[np.bool_], start: int, size: int) -> Index | None:
@@ -100,6 +100,6 @@ def find(labels: Rows, wanted: Rows) -> Index:
     key = row_ids(np.concatenate([labels, wanted]))
     position = np.full(int(key.max(initial=0)) + 1, -1, np.int64)
     position[key[: len(labels)]] = np.arange(len(labels))
-    found = position[key[len(labels) :]]
-    assert (found >= 0).all(), "a label has no image: the axis is not closed under its group"
-    return found
+    image = position[key[len(labels) :]]
+    assert (image >= 0).all(), "a label has no image: the axis is not closed under its group"
+    return image

@@ -44,8 +44,8 @@ class Scores:
             keys = keys.transpose(-1, -2)
         lead = torch.broadcast_shapes(queries.shape[1:-2], keys.shape[1:-2])
         wide = (x.expand(len(x), *lead, *x.shape[-2:]) for x in (queries, keys))
-        one, other = (x.reshape(len(x), -1, *x.shape[-2:]) for x in wide)
-        return one, other
+        left, right = (x.reshape(len(x), -1, *x.shape[-2:]) for x in wide)
+        return left, right
 
 
 def scores_of(node: fx.Node, inference: ProgramTerms) -> Scores | None:
@@ -115,8 +115,8 @@ def _coded(scores: Scores, layer: fx.Node, table: Index, shares: Tensor) -> tupl
     """Queries and keys of (1, …): all copies have their share, times the number of their block from 1 on."""
     output = torch.zeros(sizes(layer, 1), dtype=torch.float64).movedim(channel_axis(layer), 1)
     for block, row in enumerate(table):
-        own = (block + 1) * shares
-        output[0, torch.from_numpy(row)] = own.reshape(-1, *[1] * (output.ndim - 2))
+        codes = (block + 1) * shares
+        output[0, torch.from_numpy(row)] = codes.reshape(-1, *[1] * (output.ndim - 2))
     return _ends(scores, layer, output.movedim(1, channel_axis(layer)))
 
 
@@ -124,8 +124,8 @@ def _ends(scores: Scores, layer: fx.Node, output: Tensor) -> tuple[Tensor, Tenso
     count = len(output)
     outputs = {layer: output.contiguous()}
     ends = [side.run(outputs, count)[side.end] for side in scores.regions]
-    one, other = scores.sides(*(x.expand(count, *x.shape[1:]) for x in ends))
-    return _few(one), _few(other)
+    left, right = scores.sides(*(x.expand(count, *x.shape[1:]) for x in ends))
+    return _few(left), _few(right)
 
 
 def _few(values: Tensor) -> Tensor:
@@ -140,10 +140,10 @@ def _linear(plain: Tensor, shares: Tensor, coded: Tensor) -> Linear | None:
     seen = plain.abs() > TOLERANCE * plain.abs().max()
     expected = torch.einsum("c,chte->hte", shares, plain)
     blocks = []
-    for one, other in zip(expected, coded):
-        square = float(one.square().sum())
-        block = round(float((one * other).sum()) / square) if square > 0 else 0
-        if block < 1 or (other - block * one).abs().max() > TOLERANCE * block * one.abs().max():
+    for wanted, got in zip(expected, coded):
+        square = float(wanted.square().sum())
+        block = round(float((wanted * got).sum()) / square) if square > 0 else 0
+        if block < 1 or (got - block * wanted).abs().max() > TOLERANCE * block * wanted.abs().max():
             return None
         blocks.append(block - 1)
     return Linear(torch.where(seen, plain, 0.0), np.array(blocks))

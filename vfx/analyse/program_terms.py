@@ -58,8 +58,8 @@ class ProgramTerms(Parts):
         origin = self.shapes[node].origin if isinstance(node, fx.Node) else ()
         source = origin[dim] if origin else None
         if source is not None:
-            fqn, own = source
-            self.roles.append((fqn, own, axis or self.parameters[fqn][own], role))
+            fqn, place = source
+            self.roles.append((fqn, place, axis or self.parameters[fqn][place], role))
 
     def numbers(self, shape: Shape, axis: Axis) -> Shape:
         """A tensor whose values are positions along an axis."""

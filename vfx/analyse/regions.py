@@ -37,13 +37,13 @@ class Region:
 
     def run(self, outputs: Mapping[fx.Node, Tensor], batch: int) -> dict[fx.Node, Any]:
         """The values of all nodes when the layers give ``outputs`` (float64); a layer left out gives zeros."""
-        found: dict[fx.Node, Any] = {x: double(value) for x, value in self.constants.items()}
+        values: dict[fx.Node, Any] = {x: double(value) for x, value in self.constants.items()}
         for layer in self.layers:
             value = outputs.get(layer)
-            found[layer] = torch.zeros(sizes(layer, batch), dtype=torch.float64) if value is None else value
+            values[layer] = torch.zeros(sizes(layer, batch), dtype=torch.float64) if value is None else value
         for node in self.nodes:
-            found[node] = call(node, found, batch)
-        return found
+            values[node] = call(node, values, batch)
+        return values
 
 
 def region(end: fx.Node, inference: ProgramTerms) -> Region | None:
@@ -81,9 +81,9 @@ def call(node: fx.Node, values: Mapping[fx.Node, Any], batch: int) -> Any:
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a value."""
-    for one in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(one, Tensor):
-            yield one
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, Tensor):
+            yield item
 
 
 def sizes(node: fx.Node, batch: int) -> tuple[int, ...]:
@@ -122,7 +122,7 @@ def _constant(node: fx.Node, inference: ProgramTerms) -> Tensor | None:
     """A constant that all edges have in common."""
     value = inference.constant(node)
     others = [weights[str(node.target)] for weights in inference.program.weights[1:]] if value is not None else []
-    return value if all(torch.equal(value, other) for other in others if value is not None) else None
+    return value if all(torch.equal(value, constant) for constant in others if value is not None) else None
 
 
 def _wider(value: Any) -> Any:

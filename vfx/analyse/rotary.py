@@ -38,13 +38,13 @@ TOLERANCE = 1e-10
 
 def rotations(labelling: Labelling) -> list[tuple[Group, Class]]:
     """The planes of every attention with rotary embeddings, as a group inside its heads and its class."""
-    found: list[tuple[Group, Class]] = []
+    plane_groups: list[tuple[Group, Class]] = []
     for node in labelling.program.graph.nodes:
         scores = scores_of(node, labelling.terms)
         planes = _Planes(labelling, scores).find() if scores is not None else None
         if planes is not None:
-            found.append(planes.group(len(labelling.groups) + len(found)))
-    return found
+            plane_groups.append(planes.group(len(labelling.groups) + len(plane_groups)))
+    return plane_groups
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class _Planes:
 
     def find(self) -> _Planes | None:
         """Planes that are proved, or None."""
-        own = [_parameters(layer, self.labelling) for layer in self.layers]
-        if any(one is None for one in own):
+        parameters = [_parameters(layer, self.labelling) for layer in self.layers]
+        if any(x is None for x in parameters):
             return None
         try:
             sides = probed(self.scores, self.layers, self.tables)
@@ -84,21 +84,21 @@ class _Planes:
         names = [_parameters(layer, self.labelling) for layer in self.layers]
         for group in self.labelling.groups:
             places = {(m.fqn, m.dim) for m in group.members}
-            if group.parent is None and all(own is not None and set(own) <= places | _bare(own) for own in names):
+            if group.parent is None and all(x is not None and set(x) <= places | _bare(x) for x in names):
                 return group
         return None
 
     @cached_property
     def tables(self) -> dict[fx.Node, Index]:
         """The channels of each layer (blocks, copies)."""
-        found = {}
+        position_of = {}
         for layer in self.layers:
             weight = next(iter(_parameters(layer, self.labelling) or {}))
             if self.parent is None:
-                found[layer] = np.arange(sizes(layer, 1)[channel_axis(layer)])[None]
+                position_of[layer] = np.arange(sizes(layer, 1)[channel_axis(layer)])[None]
             else:
-                found[layer] = next(m.position for m in self.parent.members if (m.fqn, m.dim) == weight)
-        return found
+                position_of[layer] = next(m.position for m in self.parent.members if (m.fqn, m.dim) == weight)
+        return position_of
 
     @property
     def planes(self) -> int:
@@ -118,8 +118,8 @@ class _Planes:
     def _alone(self) -> bool:
         """Whether no channel is used twice, none of its parameters elsewhere, and nothing but the scores reads them."""
         for layer in self.layers:
-            own = [c.position for c in self.columns if c.layer is layer]
-            if own and not _once(np.concatenate([p.reshape(-1) for p in own])):
+            positions = [c.position for c in self.columns if c.layer is layer]
+            if positions and not _once(np.concatenate([p.reshape(-1) for p in positions])):
                 return False
         graph = self.labelling.program.graph
         fqns = [fqn for layer in self.layers for fqn, _ in _parameters(layer, self.labelling) or ()]
@@ -155,14 +155,14 @@ class _Planes:
         for column in self.columns:
             value = result[column.layer].movedim(channel_axis(column.layer), 0)
             for block, where in enumerate(column.position):
-                own = torch.from_numpy((duals if column.dual else maps)[block])
+                rotation = torch.from_numpy((duals if column.dual else maps)[block])
                 index = torch.from_numpy(where)
-                value[index] = torch.tensordot(own, value[index], 1)
+                value[index] = torch.tensordot(rotation, value[index], 1)
         return result
 
     def _products(self, outputs: Mapping[fx.Node, Tensor]) -> Tensor:
-        one, other = self.scores.sides(*(side.run(outputs, 1)[side.end] for side in self.scores.regions))
-        return one @ other.transpose(-1, -2)
+        left, right = self.scores.sides(*(side.run(outputs, 1)[side.end] for side in self.scores.regions))
+        return left @ right.transpose(-1, -2)
 
     # result ---------------------------------------------------------------------------------------------------------
 
@@ -172,14 +172,14 @@ class _Planes:
         duals: dict[tuple[str, int], list[int]] = {}
         for column in self.columns:
             for (fqn, dim), offset in (_parameters(column.layer, self.labelling) or {}).items():
-                own = _inside(column.position - offset, self.labelling, fqn, dim)
-                if own is not None:
-                    positions.setdefault((fqn, dim), []).append(own.T)
-                    duals.setdefault((fqn, dim), []).extend([int(column.dual)] * len(own))
-        members = tuple(Member(fqn, dim, "out", np.concatenate(own, 1)) for (fqn, dim), own in positions.items())
+                rows_inside = _inside(column.position - offset, self.labelling, fqn, dim)
+                if rows_inside is not None:
+                    positions.setdefault((fqn, dim), []).append(rows_inside.T)
+                    duals.setdefault((fqn, dim), []).extend([int(column.dual)] * len(rows_inside))
+        members = tuple(Member(fqn, dim, "out", np.concatenate(parts, 1)) for (fqn, dim), parts in positions.items())
         reason = f"{operator(self.scores.node)} ({self.scores.node.name})"
-        slots = {place: (np.zeros(len(own), np.int64), np.array(own, np.int64)) for place, own in duals.items()}
-        held = tuple((fqn, dim, bool(d)) for (fqn, dim), own in duals.items() for d in sorted(set(own)))
+        slots = {place: (np.zeros(len(marks), np.int64), np.array(marks, np.int64)) for place, marks in duals.items()}
+        held = tuple((fqn, dim, bool(d)) for (fqn, dim), marks in duals.items() for d in sorted(set(marks)))
         side = Side(0, Maps.ROTATIONS, reason, held)
         kind = Class(Maps.ROTATIONS, reason, (side,), None, slots, frozenset({0}))
         parent, outer = (None, 1) if self.parent is None else (self.parent.index, self.parent.size)
@@ -198,7 +198,7 @@ def _parameters(layer: fx.Node, labelling: Labelling) -> dict[tuple[str, int], i
     weight, bias = a["weight"], a.get("bias")
     if weight.op != "get_attr" or not (is_layer(layer) and not is_transposed(layer)):
         return None
-    found = {(str(weight.target), output_axis(layer)): 0}
+    part_starts = {(str(weight.target), output_axis(layer)): 0}
     pieces = [bias] if isinstance(bias, fx.Node) else []
     if pieces and operator_of(pieces[0]).ties == "concatenate":
         pieces = list(arguments(pieces[0])["tensors"])
@@ -208,16 +208,16 @@ def _parameters(layer: fx.Node, labelling: Labelling) -> dict[tuple[str, int], i
             return None
         value = labelling.terms.constant(piece)
         if value is None:
-            found[str(piece.target), 0] = start
+            part_starts[str(piece.target), 0] = start
         elif value.any():
             return None
         start += sizes(piece, 1)[0]
-    return found if int(a.get("groups") or 1) == 1 else None
+    return part_starts if int(a.get("groups") or 1) == 1 else None
 
 
-def _bare(own: Mapping[tuple[str, int], int]) -> set[tuple[str, int]]:
+def _bare(part_starts: Mapping[tuple[str, int], int]) -> set[tuple[str, int]]:
     """All but the weight: parts of a bias stand where their channels do."""
-    return set(list(own)[1:])
+    return set(list(part_starts)[1:])
 
 
 def _inside(position: Index, labelling: Labelling, fqn: str, dim: int) -> Index | None:
@@ -241,7 +241,8 @@ def _columns(
 ) -> Iterator[Column]:
     """The planes' channels, column by column; none where planes differ in what they stand on."""
     where = [(layer, copy) for layer in layers for copy in range(tables[layer].shape[1])]
-    planes = [found for one in _tied(queries, keys) if (found := _plane(queries, keys, *one)) is not None]
+    tried = (_plane(queries, keys, *tied) for tied in _tied(queries, keys))
+    planes = [plane for plane in tried if plane is not None]
     shapes = {tuple((where[a][0], where[b][0], dual) for (a, b), dual in plane) for plane in planes}
     if len(shapes) != 1:
         return
@@ -262,8 +263,8 @@ def _tied(queries: Linear, keys: Linear) -> Iterator[tuple[list[int], list[int]]
         for copy, head, channel in torch.nonzero((side.values != 0).any(2)).tolist():
             graph.add_edge((name, copy), (head, channel))
     for nodes in nx.connected_components(graph):
-        own = {name: sorted(copy for kind, copy in nodes if kind == name) for name in ("q", "k")}
-        yield own["q"], own["k"]
+        copies_of = {name: sorted(copy for kind, copy in nodes if kind == name) for name in ("q", "k")}
+        yield copies_of["q"], copies_of["k"]
 
 
 def _plane(queries: Linear, keys: Linear, q: list[int], k: list[int]) -> Plane | None:
@@ -274,7 +275,7 @@ def _plane(queries: Linear, keys: Linear, q: list[int], k: list[int]) -> Plane |
     reads = (queries.values[q][:, first] != 0).flatten(2).any(2)
     heads: dict[tuple[int, ...], list[int]] = {}
     for copy, row in zip(q, reads.tolist()):
-        heads.setdefault(tuple(h for h, own in enumerate(row) if own), []).append(copy)
+        heads.setdefault(tuple(h for h, reads in enumerate(row) if reads), []).append(copy)
     result: Plane = []
     for _, pair in sorted(heads.items()):
         turned = next((p for p in (pair, pair[::-1]) if len(p) == 2 and _commutes(queries, keys, p, k)), None)
@@ -317,7 +318,7 @@ class _Readers:
         return any(self._escapes(node, user) for node in self.inside for user in node.users if user not in self.inside)
 
     def _escapes(self, node: fx.Node, reader: fx.Node) -> bool:
-        if not any(one.any() for one in tensors(self.values[node])):
+        if not any(tensor.any() for tensor in tensors(self.values[node])):
             return False
         if reader is self.scores.node:
             return node not in (side.end for side in self.scores.regions) or self._read_twice(node)
@@ -331,4 +332,4 @@ class _Readers:
         return any(self._escapes(reader, user) for user in reader.users)
 
     def _read_twice(self, node: fx.Node) -> bool:
-        return sum(one is node for one in [*self.scores.node.args, *self.scores.node.kwargs.values()]) > 1
+        return sum(argument is node for argument in [*self.scores.node.args, *self.scores.node.kwargs.values()]) > 1

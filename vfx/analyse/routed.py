@@ -58,8 +58,8 @@ def kept(t: ProgramTerms, node: fx.Node, result: Any) -> Any:
         return result
     if carried is None:
         return result
-    found = [replace(one, meaning=carried) if isinstance(one, Shape) else one for one in results]
-    return found if isinstance(result, list) else found[0]
+    carried_shapes = [replace(shape, meaning=carried) if isinstance(shape, Shape) else shape for shape in results]
+    return carried_shapes if isinstance(result, list) else carried_shapes[0]
 
 
 def release(t: ProgramTerms, shapes: Iterable[Shape]) -> None:
@@ -102,7 +102,7 @@ def _row_by_row(t: ProgramTerms, node: fx.Node, shapes: list[Shape], results: li
         return False
     if ties == "index" and _orders(t.shape(node.all_input_nodes[0])):
         return False  # rows of the order, looked up by place
-    return all(isinstance(one, Shape) and len(_orders(one)) == 1 for one in results)
+    return all(isinstance(shape, Shape) and len(_orders(shape)) == 1 for shape in results)
 
 
 def _aligned(t: ProgramTerms, node: fx.Node) -> bool:
@@ -178,8 +178,10 @@ def _looked_up(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | Non
     if meaning is None:
         return None
     if x.meaning is not None:  # numbers in the order of their own places
-        own = meaning.kind == PLACES and meaning.source is x.meaning.source and len(x.axes) == 1 and not _orders(x)
-        return Shape(axes, meaning=replace(x.meaning, order=meaning.order)) if own else None
+        looked_up = (
+            meaning.kind == PLACES and meaning.source is x.meaning.source and len(x.axes) == 1 and not _orders(x)
+        )
+        return Shape(axes, meaning=replace(x.meaning, order=meaning.order)) if looked_up else None
     if meaning.kind == BACK:
         rows = x.axes[d]
         return Shape(axes) if isinstance(rows, Axis) and rows.order is meaning.order else None

@@ -69,10 +69,10 @@ def distinct(values: NDArray[Any]) -> list[int]:
 
 def beside(first: NDArray[Any], *others: NDArray[Any]) -> NDArray[Any]:
     """A column (n,) and arrays (n, k) side by side."""
-    result = np.empty((len(first), 1 + sum(other.shape[1] for other in others)), np.int64)
+    result = np.empty((len(first), 1 + sum(table.shape[1] for table in others)), np.int64)
     result[:, 0] = first
     start = 1
-    for other in others:
-        result[:, start : start + other.shape[1]] = other
-        start += other.shape[1]
+    for rows in others:
+        result[:, start : start + rows.shape[1]] = rows
+        start += rows.shape[1]
     return result

@@ -71,45 +71,50 @@ class Scales:
         for group in symmetry.groups:
             for variable, place in _places(symmetry, group, self.vectors[group.index]):
                 self.places.setdefault(variable, []).append(place)
-        counted = {v: [p for p in own if p.fqn not in apart] for v, own in self.places.items() if _two_sided(own)}
-        self.places = {v: own for v, own in counted.items() if own}
+        two_sided = {v: places for v, places in self.places.items() if _two_sided(places)}
+        counted = {v: [p for p in places if p.fqn not in apart] for v, places in two_sided.items()}
+        self.places = {v: places for v, places in counted.items() if places}
         self.shares = _shares(self.places)
 
     def __call__(self, weights: Weights, sweeps: int = SWEEPS) -> dict[int, Element]:
-        found = _minimum(weights, self.places, self.shares, self.symmetry, sweeps)
+        minimum = _minimum(weights, self.places, self.shares, self.symmetry, sweeps)
         elements = {}
-        for index in dict.fromkeys(group for group, _ in found):
-            logs = {x: own for (group, x), own in found.items() if group == index}
-            own = {
+        for index in dict.fromkeys(group for group, _ in minimum):
+            logs = {x: log for (group, x), log in minimum.items() if group == index}
+            scales = {
                 side: np.exp(sum(float(c) * logs[x] for x, c in vector.items() if x in logs))
                 for side, vector in self.vectors[index].items()
                 if any(x in logs for x in vector)
             }
-            elements[index] = Element(scales=own)
+            elements[index] = Element(scales=scales)
         return elements
 
 
 def _vectors(symmetry: Symmetry, group: Group, mixed: bool, running: bool) -> dict[int, Vector]:
     """The log-scale of each side in terms of free ones."""
-    own = symmetry.classes[group.index]
-    if own.scales is None:
-        return {side.index: {side.index: 1} for side in own.sides} if mixed and own.kind is Maps.LINEAR else {}
-    found = restrained(own.scales.magnitudes, () if running else own.running)
-    return {side: vector for side, vector in found.items() if vector}
+    group_class = symmetry.classes[group.index]
+    if group_class.scales is None:
+        return (
+            {side.index: {side.index: 1} for side in group_class.sides}
+            if mixed and group_class.kind is Maps.LINEAR
+            else {}
+        )
+    vectors = restrained(group_class.scales.magnitudes, () if running else group_class.running)
+    return {side: vector for side, vector in vectors.items() if vector}
 
 
 def restrained(vectors: Mapping[int, Vector], running: Iterable[int], modulus: int = 0) -> dict[int, Vector]:
     """Scales (or signs, modulo 2) of sides in terms of free ones, those of some sides being neutral."""
     free = {x for vector in vectors.values() for x in vector}
     solved = nullspace(free, [vectors[side] for side in running if vectors.get(side)], modulus)
-    found: dict[int, Vector] = {}
+    left_over: dict[int, Vector] = {}
     for side, vector in vectors.items():
         total: Vector = {}
         for x, c in vector.items():
             for y, share in solved[x].items():
                 total[y] = total.get(y, 0) + c * share
-        found[side] = {y: c for y, c in total.items() if (c % modulus if modulus else c)}
-    return found
+        left_over[side] = {y: c for y, c in total.items() if (c % modulus if modulus else c)}
+    return left_over
 
 
 def _places(symmetry: Symmetry, group: Group, vectors: Mapping[int, Vector]) -> Iterator[tuple[Variable, Place]]:
@@ -117,10 +122,10 @@ def _places(symmetry: Symmetry, group: Group, vectors: Mapping[int, Vector]) -> 
         alike: dict[tuple[int, bool], list[Part]] = {}
         for part in parts(symmetry, group, member):
             alike.setdefault((part.side, part.dual), []).append(part)
-        for (side, dual), own in alike.items():
+        for (side, dual), blocks in alike.items():
             for x, power in vectors.get(side, {}).items():
                 exponent = -float(power) if dual else float(power)
-                yield (group.index, x), Place(member.fqn, member.dim, exponent, tuple(own))
+                yield (group.index, x), Place(member.fqn, member.dim, exponent, tuple(blocks))
 
 
 def _two_sided(places: list[Place]) -> bool:
@@ -134,14 +139,14 @@ def _shares(places: Mapping[Variable, list[Place]]) -> dict[Variable, float]:
     Where layers stand between features that are only made and others that are only read, scaling all of them alike
     changes nothing: both kinds have to get the same sum in total.
     """
-    tensors = nx.Graph([(v, p.fqn) for v, own in places.items() for p in own])
-    found: dict[Variable, float] = {}
+    tensors = nx.Graph([(v, p.fqn) for v, places_of in places.items() for p in places_of])
+    weight_of: dict[Variable, float] = {}
     for part in nx.connected_components(tensors):
         one_sided = [v for v in places if v in part and not _two_sided(places[v])]
         for variable in one_sided:
             alike = [v for v in one_sided if places[v][0].exponent * places[variable][0].exponent > 0]
-            found[variable] = 1 / len(alike)
-    return found
+            weight_of[variable] = 1 / len(alike)
+    return weight_of
 
 
 def _minimum(
@@ -164,18 +169,18 @@ def _minimum(
                 if place.fqn in squares:
                     squares[place.fqn].scale(place, np.full(len(logs[variable]), shift))
         over, largest = relaxation(changes), 0.0
-        for variable, own in places.items():
-            own = [p for p in own if p.fqn in squares]
-            if own:
-                step = over * _step(squares, own, symmetry.groups[variable[0]], shares.get(variable))
+        for variable, places_of in places.items():
+            places_of = [p for p in places_of if p.fqn in squares]
+            if places_of:
+                step = over * _step(squares, places_of, symmetry.groups[variable[0]], shares.get(variable))
                 logs[variable] += step
-                for place in own:
+                for place in places_of:
                     squares[place.fqn].scale(place, step)
                 largest = max(largest, float(np.abs(step).max()))
         changes.append(largest)
         if largest <= tolerance:
             break
-    return {v: one.reshape(shapes[v]) for v, one in logs.items()}
+    return {v: log.reshape(shapes[v]) for v, log in logs.items()}
 
 
 def tolerance_of(weights: Weights) -> float:
@@ -211,10 +216,10 @@ class _Squares:
         total = np.zeros((group.outer if group.parent is not None else 1, group.size))
         lines: dict[int, Matrix] = {}
         for part in place.parts:
-            other = -1 if part.elsewhere is None else self.axes.index(part.elsewhere[0])
-            if other not in lines:
-                lines[other] = self._line([axis] if other < 0 else [other, axis])
-            line = lines[other]
+            across = -1 if part.elsewhere is None else self.axes.index(part.elsewhere[0])
+            if across not in lines:
+                lines[across] = self._line([axis] if across < 0 else [across, axis])
+            line = lines[across]
             if part.elsewhere is not None:
                 line = line[part.elsewhere[1]].sum(0)
             total[part.block] += line[part.position].sum(1)
@@ -249,11 +254,11 @@ class _Squares:
             if part.elsewhere is None:
                 self.factors[axis][part.position] *= factors[part.block][:, None]
                 continue
-            own = np.ones_like(self.factors[axis])
-            own[part.position] = factors[part.block][:, None]
-            other = self.axes.index(part.elsewhere[0])
-            rows = (slice(None),) * other + (part.elsewhere[1],)
-            self.values[rows] *= _shaped(own, axis, self.values.ndim)
+            factor = np.ones_like(self.factors[axis])
+            factor[part.position] = factors[part.block][:, None]
+            across = self.axes.index(part.elsewhere[0])
+            rows = (slice(None),) * across + (part.elsewhere[1],)
+            self.values[rows] *= _shaped(factor, axis, self.values.ndim)
 
 
 class _Whole:
@@ -273,7 +278,9 @@ class _Whole:
     ):
         self.squares = squares
         self.variables = [
-            v for v, own in places.items() if all(part.elsewhere is None for place in own for part in place.parts)
+            v
+            for v, places_of in places.items()
+            if all(part.elsewhere is None for place in places_of for part in place.parts)
         ]
         column = {v: k for k, v in enumerate(self.variables)}
         on_axis: dict[tuple[str, int], list[tuple[int, Place]]] = {}
@@ -282,10 +289,12 @@ class _Whole:
                 on_axis.setdefault((place.fqn, place.dim), []).append((column[variable], place))
         self.kinds: dict[str, list[Matrix]] = {}  # of each tensor, by axis: which positions scale alike (kinds, size)
         rows: list[sparse.csr_matrix] = []
-        for name, own in squares.items():
-            found = [_alike(on_axis.get((name, dim), []), own.values.shape[k]) for k, dim in enumerate(own.axes)]
-            self.kinds[name] = [kinds for kinds, _ in found]
-            rows.append(_combined([powers for _, powers in found], len(self.variables)))
+        for name, square in squares.items():
+            kinds_and_powers = [
+                _alike(on_axis.get((name, dim), []), square.values.shape[k]) for k, dim in enumerate(square.axes)
+            ]
+            self.kinds[name] = [kinds for kinds, _ in kinds_and_powers]
+            rows.append(_combined([powers for _, powers in kinds_and_powers], len(self.variables)))
         self.powers = sparse.vstack(rows).tocsr() if rows else sparse.csr_matrix((0, len(self.variables)))
         sign = {v: math.copysign(1.0, places[v][0].exponent) for v in self.variables}
         self.slope = np.array([sign[v] * shares.get(v, 0.0) for v in self.variables])
@@ -294,7 +303,7 @@ class _Whole:
         """By how much λ of all channels of each feature changes."""
         if len(self.variables) < 2:
             return
-        sums = np.concatenate([own.total(self.kinds[name]).reshape(-1) for name, own in self.squares.items()])
+        sums = np.concatenate([square.total(self.kinds[name]).reshape(-1) for name, square in self.squares.items()])
         logs = np.zeros(len(self.variables))
         for _ in range(NEWTON):
             terms = sums.astype(np.float64) * np.exp(2 * (self.powers @ logs))
@@ -340,11 +349,11 @@ def _shaped(vector: Matrix, axis: int, rank: int) -> Matrix:
 
 def _squares(weights: Weights, places: Mapping[Variable, list[Place]]) -> dict[str, _Squares]:
     dims: dict[str, set[int]] = {}
-    for own in places.values():
-        for place in own:
-            found = dims.setdefault(place.fqn, set())
-            found.add(place.dim)
-            found.update(part.elsewhere[0] for part in place.parts if part.elsewhere is not None)
+    for places_of in places.values():
+        for place in places_of:
+            dims_of = dims.setdefault(place.fqn, set())
+            dims_of.add(place.dim)
+            dims_of.update(part.elsewhere[0] for part in place.parts if part.elsewhere is not None)
     result = {}
     for name, kept in dims.items():
         if name in weights:
@@ -368,7 +377,7 @@ def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group, sh
     axes: dict[str, set[int]] = {}
     for place in places:
         axes.setdefault(place.fqn, set()).add(place.dim)
-    return np.where(alive, step, 0.0) / max(len(own) for own in axes.values())
+    return np.where(alive, step, 0.0) / max(len(places_of) for places_of in axes.values())
 
 
 def _balancing(exponents: Matrix, sums: Matrix) -> tuple[Matrix, Matrix]:

@@ -106,10 +106,10 @@ class Algebra(Axes):
         behind = _unchanged(entries[front:][::-1], dims[front:][::-1])
         inside = slice(front, len(entries) - behind)
         result: list[Axis | Digit] = entries[:front]
-        for factors, own in _regroup(self._flat_factors(entries[inside]), dims[front : len(dims) - behind]):
-            result += self._distribute(factors, own)
-        found = iter(result + entries[len(entries) - behind :])
-        return Shape(tuple(self.fresh(1) if size == 1 else next(found) for size in sizes))
+        for factors, dims_inside in _regroup(self._flat_factors(entries[inside]), dims[front : len(dims) - behind]):
+            result += self._distribute(factors, dims_inside)
+        axes = iter(result + entries[len(entries) - behind :])
+        return Shape(tuple(self.fresh(1) if size == 1 else next(axes) for size in sizes))
 
     def _flat_factors(self, entries: Sequence[Axis | Digit]) -> list[Factor]:
         factors: list[Factor] = []
@@ -246,11 +246,11 @@ class Algebra(Axes):
 
     def _tied(self, entries: list[Any], dim: int, grids: list[list[Any]]) -> Axis | Digit:
         first = entries[0]
-        for other in entries[1:]:
-            if isinstance(first, Axis) and isinstance(other, Axis):
-                first = self.tie(first, other)
+        for entry in entries[1:]:
+            if isinstance(first, Axis) and isinstance(entry, Axis):
+                first = self.tie(first, entry)
             elif first.position == 0:  # whole blocks, tied once
-                a, b = (_turned(x.block, _block_order(grids, x)) for x in (first, other))
+                a, b = (_turned(x.block, _block_order(grids, x)) for x in (first, entry))
                 self.leaves.unify(a, b)
         return first
 

@@ -97,9 +97,9 @@ class Slots:
     def lower(self, slot: int, maps: Maps) -> None:
         """A slot's map is of a class; a class and its duals are the same."""
         side = self.find(slot)[0]
-        before, own = self._maps[side], maps.value
-        if before & own != before:
-            self._maps[side] = before & own
+        before, raised = self._maps[side], maps.value
+        if before & raised != before:
+            self._maps[side] = before & raised
             self.lowered.setdefault(side, []).append(Lowering(maps, self.context))
 
     def multiply(self, terms: Iterable[tuple[int, int | Fraction]], signs: bool = True) -> None:
@@ -136,7 +136,7 @@ def alike(scales: FreeScales, sides: Sequence[tuple[int, int]]) -> tuple[Vector,
 
 def _common(vectors: Mapping[int, Vector], sides: Sequence[tuple[int, int]], modulus: int) -> Vector:
     rows = [{x: sign * c for x, c in vectors.get(side, {}).items()} for side, sign in sides]
-    equations = ({x: one.get(x, 0) - rows[0].get(x, 0) for x in {**one, **rows[0]}} for one in rows[1:])
+    equations = ({x: row.get(x, 0) - rows[0].get(x, 0) for x in {**row, **rows[0]}} for row in rows[1:])
     free = {x for row in rows for x in row}
     return _reduced(rows[0], nullspace(free, equations, modulus), modulus) if rows else {}
 
@@ -151,8 +151,8 @@ def nullspace(variables: Iterable[int], equations: Iterable[Vector], modulus: in
         row = _expanded(equation, solved, modulus)
         if row:
             pivot = max(row)  # the first slots of a leaf stay free
-            own = row.pop(pivot)
-            solved[pivot] = {x: _number(Fraction(-c) / own, modulus) for x, c in row.items()}
+            coefficient = row.pop(pivot)
+            solved[pivot] = {x: _number(Fraction(-c) / coefficient, modulus) for x, c in row.items()}
     return {x: _expanded({x: 1}, solved, modulus) for x in sorted(variables)}
 
 
@@ -168,8 +168,8 @@ def _reduced(row: Vector, solved: Mapping[int, Vector], modulus: int) -> Vector:
     """A row with solved variables replaced once."""
     result: Vector = {}
     for x, coefficient in row.items():
-        for y, own in solved[x].items() if x in solved else ((x, 1),):
-            result[y] = result.get(y, 0) + coefficient * own
+        for y, replacement in solved[x].items() if x in solved else ((x, 1),):
+            result[y] = result.get(y, 0) + coefficient * replacement
     return {x: c for x, c in ((x, _number(c, modulus)) for x, c in result.items()) if c}
 
 

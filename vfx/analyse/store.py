@@ -210,9 +210,9 @@ class Store:
             digits.append(image[:, 1:])
         result = beside(tag, *digits)
         owner = self.leaf_of(result[:, 1:])
-        found = distinct(owner)
-        result = self._canonical(result, owner, found)
-        self._note(result, found)
+        owners = distinct(owner)
+        result = self._canonical(result, owner, owners)
+        self._note(result, owners)
         return result
 
     def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -253,15 +253,15 @@ class Store:
         """Replace a leaf by one new leaf for each set of elements with the same value of ``parts``; returns these."""
         rows = np.full((self.sizes[leaf], 2), -1, np.int64)
         labels = distinct(parts)
-        found = []
+        pieces = []
         for label, tag in zip(labels, self.tags(len(labels))):
             here = np.flatnonzero(parts == label)
             new = self.fresh(len(here))
             rows[here, 0] = tag if len(here) > 1 else self.pinned(1, "used apart from every other channel")[0]
             rows[here, 1 : new.shape[1]] = new[:, 1:]
-            found.append(new)
+            pieces.append(new)
         self.bind(leaf, rows)
-        return found
+        return pieces
 
     def apart(self, rows: Rows) -> Rows | None:
         """The usual cut, some elements of one leaf in order: they become a leaf of their own. None for any other."""

@@ -81,12 +81,12 @@ class Axes:
         if left.opaque and right.opaque:
             return right if right.part and not left.part else left
         if left.opaque or right.opaque:
-            pinned, other = (left, right) if left.opaque else (right, left)
-            self.pin(other, pinned.factors[0].reason)  # type: ignore[union-attr]
+            pinned, target = (left, right) if left.opaque else (right, left)
+            self.pin(target, pinned.factors[0].reason)  # type: ignore[union-attr]
             return pinned if pinned.part else left
         elif left.is_blank or right.is_blank:
-            blank, other = (right, left) if right.is_blank else (left, right)
-            blank.become(other)
+            blank, target = (right, left) if right.is_blank else (left, right)
+            blank.become(target)
         else:
             pairs = _aligned(left, right)
             for a, b in pairs:
@@ -159,9 +159,9 @@ class Axes:
     def _cut(self, part: Rows) -> Rows:
         """Labels used apart from the rest: leaves are split so that the part is closed under the action."""
         part = self.leaves.resolve(part)
-        own = self.leaves.apart(part)
-        if own is not None:
-            return own
+        separate = self.leaves.apart(part)
+        if separate is not None:
+            return separate
         if not unique_labels(part):
             rank = _occurrence(part)
             part = part.copy()

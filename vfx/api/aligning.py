@@ -107,8 +107,8 @@ def _carried(ready: Ready, options: MergeOptions, watch: Stopwatch) -> PassResul
     """Edges of different widths in the shapes of the first."""
     assert isinstance(ready.finder, AcrossWidths)
     layers = "layers" in reads_for(ready.asked, None, ready.programs[0])
-    own: dict[str, Any] = {"layers": layers, "seed": options.seed, **options.reading}
-    carrying = ToFirstWidth(ready.programs[1:], ready.finder, ready.captured.data, **own)
+    keywords: dict[str, Any] = {"layers": layers, "seed": options.seed, **options.reading}
+    carrying = ToFirstWidth(ready.programs[1:], ready.finder, ready.captured.data, **keywords)
     return run_pass(ready.programs[0], carrying, watch)
 
 
@@ -116,10 +116,10 @@ def _aligner(start: Start, statistics: Statistics | None, captured: Captured, op
     """The pass that aligns."""
     runs = start.finder is not None and "data" in start.finder.needs
     reader = Batches(start.program, captured.data, options.max_samples, options.device) if runs else None
-    own: dict[str, Any] = {"seed": options.seed, "verify": options.verify, "progress": options.progress}
+    keywords: dict[str, Any] = {"seed": options.seed, "verify": options.verify, "progress": options.progress}
     return Align(
         start.finder, reader, statistics=statistics, weights=captured.alphas, **options.keeping,
-        **own,
+        **keywords,
     )  # fmt: skip
 
 
@@ -127,9 +127,11 @@ def _towards_references(edges: Program, start: Start, ready: Ready, options: Mer
     """The edges with other networks' statistics as the goals of their normalization, where that was asked for."""
     if not options.references or ready.asked is None:
         return edges
-    own: dict[str, Any] = {"seed": options.seed, "verify": options.verify, "progress": options.progress}
+    keywords: dict[str, Any] = {"seed": options.seed, "verify": options.verify, "progress": options.progress}
     reading, references = options.reading, plain_models(options.references)
-    goals = reference_goals(start.program, references, start.finder, ready.captured.data, ready.asked, own, reading)
+    goals = reference_goals(
+        start.program, references, start.finder, ready.captured.data, ready.asked, keywords, reading
+    )
     return replace(edges, goals=goals)
 
 

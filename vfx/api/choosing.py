@@ -69,15 +69,15 @@ class Chosen:
     def to_dict(self) -> dict[str, Any]:
         """The choices, for reports."""
         normalize = None if self.normalization is None else self.normalization.method
-        found: dict[str, Any] = {"normalize": normalize, "preserve": self.setting.preserved}
-        found["solve"] = "least_squares" if self.following is not None else None
+        choice: dict[str, Any] = {"normalize": normalize, "preserve": self.setting.preserved}
+        choice["solve"] = "least_squares" if self.following is not None else None
         if self.following is not None:
-            found |= {"follow": self.following.follow, "follow_edge": self.following.edge}
+            choice |= {"follow": self.following.follow, "follow_edge": self.following.edge}
         if self.edge is not None:
-            found |= {"edge": self.edge, "preserve": 0}
+            choice |= {"edge": self.edge, "preserve": 0}
         if self.name:
-            found |= {"chosen": self.name}
-        return found | (self.normalization.to_dict() if self.normalization else {})
+            choice |= {"chosen": self.name}
+        return choice | (self.normalization.to_dict() if self.normalization else {})
 
 
 def choose(plan: Plan, aligned: Aligned, options: MergeOptions, watch: Stopwatch) -> Chosen:
@@ -151,11 +151,11 @@ class Choice:
             options[name], scores[name] = _Option(setting, following), score
         if not normalize or self.asked is None:
             return
-        normalized, found = choose_method(
+        normalized, normalized_scores = choose_method(
             self.asked, setting.aligned, setting.merging, self.alphas, folds, self.options
         )
-        foreign += [prefix + name for name in _foreign(setting.student, found)]
-        for name, score in found.items():
+        foreign += [prefix + name for name in _foreign(setting.student, normalized_scores)]
+        for name, score in normalized_scores.items():
             options[prefix + name] = _Option(setting, normalization=normalized[name])
             scores[prefix + name] = score
 
@@ -190,15 +190,15 @@ class Choice:
 
     def _edges(self, folds: Sequence[Split]) -> dict[str, HeldOutScore]:
         """The score of each edge as it is."""
-        found = {}
+        scores = {}
         for edge in range(self.program.edges):
             whole = self.program.select(edge)
 
             def make(data: Any, whole: Program = whole) -> Program:
                 return whole
 
-            found[f"edge {edge}"] = scored(Candidate(f"edge {edge}", make), folds)
-        return found
+            scores[f"edge {edge}"] = scored(Candidate(f"edge {edge}", make), folds)
+        return scores
 
 
 def _foreign(student: Student, normalized: Mapping[str, HeldOutScore]) -> list[str]:

@@ -63,10 +63,10 @@ def compare(
     """
     single, data = isinstance(models, nn.Module), reusable(data)
     make, combinations = _pruning(grid) if single else _merging(grid)
-    check_names("grid=", make, (name for one in combinations[:1] for name in one))
+    check_names("grid=", make, (name for keyword in combinations[:1] for name in keyword))
     check_names("compare", make, options)
     capturing: dict[str, Any] = {name: options.pop(name) for name in ("dynamic_shapes", "outputs") if name in options}
-    heads = [one.get("heads", options.get("heads", 0)) for one in combinations]
+    heads = [combination.get("heads", options.get("heads", 0)) for combination in combinations]
     edges = _captured(models, example_inputs, heads, capturing)
     edges = edges if device is None else edges.to(device)
     judge = TaskJudge(edges, data if evaluate is None else evaluate, max_samples if evaluate is None else None, device)

@@ -68,6 +68,6 @@ def _normalization(program: Program, options: Options) -> Normalization | None:
         method = usual(program)
         return replace(asked, method="repair" if method == "rescale" else method)
     if asked is not None and not METHODS[asked.method].data:
-        known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)
-        raise ArgumentError(f"normalize={options.normalize!r}: prune takes 'auto', {known} or None")
+        methods = ", ".join(repr(name) for name, method in METHODS.items() if method.data)
+        raise ArgumentError(f"normalize={options.normalize!r}: prune takes 'auto', {methods} or None")
     return asked

@@ -40,21 +40,21 @@ def prune_family(model: nn.Module | Program, example_inputs: Any, options: Struc
     Raises what ``prune_structured`` raises.
     """
     each = _several(options)
-    shares = [share_of(one) for one in each]
+    shares = [share_of(options_of) for options_of in each]
     watch = Stopwatch(options.progress)
     dense = capture_dense(model, example_inputs, options, watch)
     order = channel_order(dense.program, options, watch)
-    found = [removed(dense, share, one, watch, order) for share, one in zip(shares, each)]
+    removals_of = [removed(dense, share, wanted, watch, order) for share, wanted in zip(shares, each)]
     middle = len(each) // 2
-    first = decide({name: one.restoring for name, one in found[middle].items()}, dense.solved, watch)
-    chosen = [removals[first.candidate] for removals in found]
+    first = decide({name: candidate.restoring for name, candidate in removals_of[middle].items()}, dense.solved, watch)
+    chosen = [removals[first.candidate] for removals in removals_of]
     networks = {}
-    for index, (removal, share, one) in enumerate(zip(chosen, shares, each)):
+    for index, (removal, share, wanted) in enumerate(zip(chosen, shares, each)):
         only = {first.candidate: removal.restoring}
         decision = first if index == middle else decide(only, dense.solved, watch)
         notes = (*decision.notes, *_apart(removal, chosen[:index]))
         restored = removal.restoring(decision.way, watch)
-        made = removed_result(removal, share, restored, replace(decision, notes=notes), one, watch)
+        made = removed_result(removal, share, restored, replace(decision, notes=notes), wanted, watch)
         networks[share.part] = made
     widest = next(iter(networks.values()))
     return WidthFamily(widest.module, widest.program, widest.report, networks=networks)
@@ -73,7 +73,7 @@ def _several(options: StructuredOptions) -> list[StructuredOptions]:
 
 def _apart(narrow: Removal, wider: Sequence[Removal]) -> Iterator[str]:
     """A note on channels that a wider network lacks."""
-    names = [name for one in wider[-1:] for name in not_nested(narrow.facts, one.record, narrow.record)]
+    names = [name for family in wider[-1:] for name in not_nested(narrow.facts, family.record, narrow.record)]
     if names:
         yield (
             f"{listed(names)}: other channels than the wider network's, since products of groups meet another share "
@@ -88,7 +88,7 @@ def not_nested(facts: Symmetry, wide: Removed, narrow: Removed) -> Iterator[str]
             inside = bool(np.isin(narrow.kept[group.index], wide.kept[group.index]).all())
         else:
             rows = dict(zip(wide.kept[group.parent].tolist(), wide.kept[group.index]))
-            own = zip(narrow.kept[group.parent].tolist(), narrow.kept[group.index])
-            inside = all(block in rows and np.isin(row, rows[block]).all() for block, row in own)
+            pairs = zip(narrow.kept[group.parent].tolist(), narrow.kept[group.index])
+            inside = all(block in rows and np.isin(row, rows[block]).all() for block, row in pairs)
         if not inside:
             yield group.name

@@ -44,45 +44,45 @@ class TaskJudge:
         self.edges, self.note = edges, ""
         self.batches: list[list[Tensor]] = []
         labels: list[Tensor | None] = []
-        for batch, own in Batches(edges, data, limit, device).labelled():
+        for batch, given_labels in Batches(edges, data, limit, device).labelled():
             self.batches.append(batch)
-            labels.append(own)
+            labels.append(given_labels)
         self.classes = [_scores(self.edges(*self.batches[0], edge=edge)).shape[1] for edge in range(edges.edges)]
         self.alike = len(set(self.classes)) == 1
         wanted = self._labelled(labels)
         self.target = "labels" if wanted is not None else "ensemble" if self.alike else "edges"
         self.wanted = self._decided() if wanted is None else wanted  # of each batch, for each edge
-        self.apart = self.target == "edges" or any(one is not batch[0] for batch in self.wanted for one in batch)
+        self.apart = self.target == "edges" or any(label is not batch[0] for batch in self.wanted for label in batch)
         self.samples = sum(len(batch[0]) for batch in self.wanted)
         self.seconds = self._seconds(edges.select(0))
 
     def _labelled(self, labels: Sequence[Tensor | None]) -> list[Heads] | None:
         """The labels of each batch for each edge; None where there are none that count for all of them."""
-        known = [x for x in labels if x is not None]
-        if not known or len(known) < len(labels):
+        given = [x for x in labels if x is not None]
+        if not given or len(given) < len(labels):
             return None
-        found: list[Heads] = []
-        for index, (batch, own) in enumerate(zip(self.batches, known)):
+        by_edge: list[Heads] = []
+        for index, (batch, classes) in enumerate(zip(self.batches, given)):
             scores = [_scores(self.edges(*batch, edge=edge)) for edge in range(self.edges.edges)]
-            columns = len(scores) > 1 and scores[0].ndim == 2 and own.shape == (len(scores[0]), len(scores))
+            columns = len(scores) > 1 and scores[0].ndim == 2 and classes.shape == (len(scores[0]), len(scores))
             if not (columns or self.alike):
                 self.note = "labels were not read: which network's classes they are is said by vfx.data.tasks"
                 return None
-            found.append(list(own.unbind(1)) if columns else [own] * len(scores))
-            for one, score in zip(found[-1] if columns else found[-1][:1], scores):
-                check_labels(one, score, index)
-        return found
+            by_edge.append(list(classes.unbind(1)) if columns else [classes] * len(scores))
+            for column, score in zip(by_edge[-1] if columns else by_edge[-1][:1], scores):
+                check_labels(column, score, index)
+        return by_edge
 
     def _decided(self) -> list[Heads]:
         """What the edges decide: their ensemble, or each for itself."""
         members = range(self.edges.edges)
-        found = []
+        decisions = []
         for batch in self.batches:
             scores = [_scores(self.edges(*batch, edge=edge)) for edge in members]
             each = [ensemble(scores)] * len(scores) if self.alike else scores
             decided = each[0].argmax(1)
-            found.append([decided if one is each[0] else one.argmax(1) for one in each])
-        return found
+            decisions.append([decided if scores is each[0] else scores.argmax(1) for scores in each])
+        return decisions
 
     @torch.no_grad()
     def references(self, whole: Profile, single: bool) -> list[Point]:
@@ -90,17 +90,17 @@ class TaskJudge:
         count = self.edges.edges
         points = []
         for edge, name in enumerate(["dense"] if single else [f"edge {edge}" for edge in range(count)]):
-            found = self._figures([[self._probabilities(batch, edge)] for batch in self.batches], [edge])
+            figures = self._figures([[self._probabilities(batch, edge)] for batch in self.batches], [edge])
             ratio = cost(edge_alone(self.edges, edge)).ratio(whole)
-            points.append(Point(name, {}, found.pop("accuracy"), ratio["params"], ratio["flops"], 1.0, **found))
+            points.append(Point(name, {}, figures.pop("accuracy"), ratio["params"], ratio["flops"], 1.0, **figures))
         if count > 1:
             params, flops = sum(point.params for point in points), sum(point.flops for point in points)
             name = "ensemble" if self.alike else "all edges"
             together = [[self._probabilities(batch, edge) for edge in range(count)] for batch in self.batches]
             if self.alike:
                 together = [[torch.stack(batch).mean(0).log_softmax(1)] for batch in together]
-            found = self._figures(together)
-            points.append(Point(name, {}, found.pop("accuracy"), params, flops, float(count), **found))
+            figures = self._figures(together)
+            points.append(Point(name, {}, figures.pop("accuracy"), params, flops, float(count), **figures))
         return points
 
     def identity(self, data: Any, options: Mapping[str, Any]) -> str:
@@ -122,35 +122,35 @@ class TaskJudge:
         seconds = self._seconds(result.program) / self.seconds if latency else None
         share = ratio["flops"] if flops is None else flops / max(whole.flops, 1)
         outcome = str(getattr(result.report, "outcome", ""))
-        found = self._figures([self._heads(result.program(*batch), options) for batch in self.batches])
-        return Point(name, options, found.pop("accuracy"), params, share, seconds, outcome, **found)
+        figures = self._figures([self._heads(result.program(*batch), options) for batch in self.batches])
+        return Point(name, options, figures.pop("accuracy"), params, share, seconds, outcome, **figures)
 
     def _heads(self, output: Any, options: Mapping[str, Any]) -> Heads:
         """Log-probabilities of each head that ``options`` keep, or of the network that has one."""
         if options.get("heads", 0) == 0 or options.get("head_output") == "mean":
             return [log_probabilities(_scores(output))]
         if options.get("head_output", "list") == "list":
-            return [log_probabilities(_scores(one)) for one in output]
-        return [log_probabilities(one) for one in _scores(output).split(self.classes, 1)]
+            return [log_probabilities(_scores(scores)) for scores in output]
+        return [log_probabilities(scores) for scores in _scores(output).split(self.classes, 1)]
 
-    def _figures(self, found: Sequence[Heads], edges: Sequence[int] | None = None) -> dict[str, Any]:
+    def _figures(self, outputs: Sequence[Heads], edges: Sequence[int] | None = None) -> dict[str, Any]:
         """Accuracy, loss and, of several heads, the accuracy of each, from the log-probabilities of each batch.
 
         A network with one output is held against the labels of every edge (or of ``edges``), where these have their
         own.
         """
-        heads = len(found[0])
+        heads = len(outputs[0])
         members = edges if edges is not None else range(self.edges.edges if heads > 1 or self.apart else 1)
-        each = [self._measured([batch[-1 if heads == 1 else edge] for batch in found], edge) for edge in members]
-        accuracies, losses = [one[0] for one in each], [one[1] for one in each]
+        each = [self._measured([batch[-1 if heads == 1 else edge] for batch in outputs], edge) for edge in members]
+        accuracies, losses = [measured[0] for measured in each], [measured[1] for measured in each]
         loss = statistics.fmean(losses) if self.target == "labels" else None
         apart = tuple(accuracies) if len(each) > 1 else ()
         return {"accuracy": statistics.fmean(accuracies), "loss": loss, "each": apart}
 
-    def _measured(self, found: Heads, edge: int) -> tuple[float, float]:
+    def _measured(self, outputs: Heads, edge: int) -> tuple[float, float]:
         """The share of right decisions, and the mean cross-entropy of each batch's log-probabilities."""
         right, loss, count = 0, 0.0, 0
-        for scores, labels in zip(found, self.wanted):
+        for scores, labels in zip(outputs, self.wanted):
             wanted = labels[edge].to(scores.device)
             right += int((scores.argmax(1) == wanted).sum())
             loss += float(nll_loss(scores, wanted, reduction="sum", ignore_index=PADDING))

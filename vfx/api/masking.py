@@ -54,10 +54,10 @@ def masked_result(
     with watch("statistics"):
         before, after = _moved(restoring, result, options)
     notes = (*restoring.notes, *decision.notes)
-    module, program, known = emitted(result, dense, watch, notes, dense.weights, options.verify)
-    known["notes"] += _kept(module, restoring.masks, options.masks)
+    module, program, facts = emitted(result, dense, watch, notes, dense.weights, options.verify)
+    facts["notes"] += _kept(module, restoring.masks, options.masks)
     report = PruneReport(
-        **known,
+        **facts,
         layers=layer_rows(dense, result, restoring.masks, before, after),
         choices=_choices(mask, restored, options) | decision.choices,
         scores=decision.scores,

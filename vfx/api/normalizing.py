@@ -59,9 +59,9 @@ def reads_for(asked: Normalization | None, finder: Matcher | None, program: Prog
     """What the statistics must hold, in the order in which ``vfx.collect`` reads it."""
     tried = [] if asked is None else [asked]
     if asked is not None and asked.method == "auto":
-        tried = [one for one in candidates(asked, program).values() if one is not None]
-    goals = any(one.needs_goals for one in tried)
-    behind = goals and any(one.behind for one in tried)
+        tried = [candidate for candidate in candidates(asked, program).values() if candidate is not None]
+    goals = any(candidate.needs_goals for candidate in tried)
+    behind = goals and any(candidate.behind for candidate in tried)
     wanted = {"layers"} if goals else set()
     wanted |= {"activations"} if behind else set()
     wanted |= set(finder.needs) if finder is not None else set()
@@ -71,7 +71,7 @@ def reads_for(asked: Normalization | None, finder: Matcher | None, program: Prog
 def check_statistics(statistics: Statistics | None, reads: Sequence[str], asked: Normalization | None) -> None:
     """What "auto" would only try behind the activations is no reason to refuse statistics without them."""
     optional = {"activations"} if asked is not None and asked.method == "auto" and not asked.behind else set()
-    for name in (one for one in reads if one not in optional):
+    for name in (read for read in reads if read not in optional):
         if statistics is not None and name not in statistics.reads:
             what = "layer statistics for the normalization" if name == "layers" else f"{name!r}, which are needed"
             raise ArgumentError(f"these statistics hold no {what}; collect them again")
@@ -96,22 +96,22 @@ def reference_goals(
     if data is None:
         raise ArgumentError("references= are run on data; give data=")
     statistics = collect_statistics(joint, facts, data, activations=asked.behind, **options)
-    found = Align(finder, data, statistics=statistics, **own)(joint).goals
-    rows = {name: (goal.mean[1:].mean(0), goal.std[1:].mean(0)) for name, goal in found.items()}
+    goal_of = Align(finder, data, statistics=statistics, **own)(joint).goals
+    rows = {name: (goal.mean[1:].mean(0), goal.std[1:].mean(0)) for name, goal in goal_of.items()}
     return {name: Goal(*(x.expand(program.edges, -1) for x in pair)) for name, pair in rows.items()}
 
 
 def given_goals(program: Program, statistics: Any, weights: float | Sequence[float] | None) -> dict[str, Goal]:
     """Goals from statistics of another network of this architecture."""
-    found = statistics.goals()
+    goal_of = statistics.goals()
     sizes = {name: m[0].mean.shape[0] for name, m in statistics.layers.items()}
     channels = {x.node: program.node(x.node).meta["val"].shape[x.channel] for x in number_layers(program)}
     if (
-        not found
+        not goal_of
         or any(channels.get(name, size) != size for name, size in sizes.items())
-        or not set(found) & set(channels)
+        or not set(goal_of) & set(channels)
     ):
         raise ArgumentError("goals= hold no layer statistics of this architecture; collect them with vfx.collect")
-    shares = torch.tensor(edge_weights(weights, len(next(iter(found.values())).mean)), dtype=torch.float64)
+    shares = torch.tensor(edge_weights(weights, len(next(iter(goal_of.values())).mean)), dtype=torch.float64)
     mix = lambda x: (x.cpu() * shares[:, None]).sum(0, keepdim=True)  # noqa: E731
-    return {name: Goal(mix(goal.mean), mix(goal.std)) for name, goal in found.items()}
+    return {name: Goal(mix(goal.mean), mix(goal.std)) for name, goal in goal_of.items()}

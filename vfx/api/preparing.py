@@ -99,16 +99,16 @@ def _folds(finder: Matcher | None, several: bool) -> bool:
 def _preparing(options: MergeOptions) -> list[Pass]:
     """The passes of ``prepare=``."""
     verify = options.verify
-    known: dict[str | None, list[Pass]] = {
+    passes_of: dict[str | None, list[Pass]] = {
         None: [],
         "lift": [FoldGain(verify=verify), CenterStream(verify=verify)],
         "balance": [BalanceScales(verify), BalanceAttention(verify)],
         "remove_bias": [RemoveBias(None)],
     }
-    if options.prepare not in known:
-        names = ", ".join(repr(name) for name in known if name)
+    if options.prepare not in passes_of:
+        names = ", ".join(repr(name) for name in passes_of if name)
         raise ArgumentError(f"prepare={options.prepare!r} is unknown; it is {names}, or None")
-    return known[options.prepare]
+    return passes_of[options.prepare]
 
 
 def restored(result: Program, captured: Program, watch: Stopwatch) -> Program:

@@ -160,7 +160,7 @@ def prune_structured(
     share = share_of(options)
     dense = capture_dense(model, example_inputs, options, watch)
     removals = removed(dense, share, options, watch)
-    decision = decide({name: one.restoring for name, one in removals.items()}, dense.solved, watch)
+    decision = decide({name: candidate.restoring for name, candidate in removals.items()}, dense.solved, watch)
     removal = removals[decision.candidate]
     restored = removal.restoring(decision.way, watch)
     return removed_result(removal, share, restored, decision, options, watch)

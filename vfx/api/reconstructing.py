@@ -93,14 +93,14 @@ def carried(
     references: Program, shares: Sequence[float], carry: Callable[[str, int, int], Tensor | None]
 ) -> list[Reference]:
     """References whose channels come to the student's by ``carry(node, dim, edge)``."""
-    found = []
+    references_along = []
     for edge, share in enumerate(shares):
 
         def along(node: str, dim: int, edge: int = edge) -> Tensor | None:
             return carry(node, dim, edge)
 
-        found.append(Reference(references.select(edge), share, along))
-    return found
+        references_along.append(Reference(references.select(edge), share, along))
+    return references_along
 
 
 def references_of(
@@ -210,8 +210,8 @@ def _against(score: HeldOutScore | None, rival: HeldOutScore | None) -> str:
         )
     ]
     said = [
-        f"{words} {value:.3g}" + (f" against {other:.3g} of the best edge" if other is not None else "")
-        for words, value, other in parts
+        f"{words} {value:.3g}" + (f" against {best:.3g} of the best edge" if best is not None else "")
+        for words, value, best in parts
         if value is not None
     ]
     return "; " + ", ".join(said)

@@ -75,42 +75,46 @@ def removed(
     """
     with watch("symmetry"):
         facts = symmetry(dense.program)
-    found = {}
-    for name, one in _passes(share, options).items():
-        score = _score_name(one)
-        if order and isinstance(one, RemoveChannels):
-            one = one.by(order[name])
-        done = run_pass(dense.program, one, watch)
+    removals = {}
+    for name, removal_pass in _passes(share, options).items():
+        score = _score_name(removal_pass)
+        if order and isinstance(removal_pass, RemoveChannels):
+            removal_pass = removal_pass.by(order[name])
+        done = run_pass(dense.program, removal_pass, watch)
         restoring = dense.restoring(done.program, options, carry=done.record.carry)
-        found[name] = Removal(done.record, facts, restoring, score)
-    return found
+        removals[name] = Removal(done.record, facts, restoring, score)
+    return removals
 
 
 def channel_order(program: Program, options: StructuredOptions, watch: Stopwatch) -> dict[str, Scores]:
     """The scores that all widths share, by the name of each that is tried."""
     with watch("scores"):
         passes = _passes(Share("channels", 0.0), options)
-        return {name: one.scores(program) for name, one in passes.items() if isinstance(one, RemoveChannels)}
+        return {
+            name: removal_pass.scores(program)
+            for name, removal_pass in passes.items()
+            if isinstance(removal_pass, RemoveChannels)
+        }
 
 
 def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
     """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
     if options.units == "layers":
         return {"": _blocks(share, options)}
-    own: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
-    own |= {"units": options.units, "protect": options.protect}
-    own |= {"verify": options.verify, "seed": options.seed}
+    keywords: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
+    keywords |= {"units": options.units, "protect": options.protect}
+    keywords |= {"verify": options.verify, "seed": options.seed}
     if options.method == "fold" and options.units == "experts":
         raise ArgumentError("units='experts' are removed; folding merges channels, leave method='fold' out")
     if options.method == "fold":
-        return {"": FoldChannels(share.part, variance=options.variance, **own)}
-    own |= {"data": options.data} | options.reading
+        return {"": FoldChannels(share.part, variance=options.variance, **keywords)}
+    keywords |= {"data": options.data} | options.reading
     if options.units == "experts" and options.score == "auto" and options.data is not None:
-        return {"": RemoveChannels(share.part, ROUTER, **own)}
+        return {"": RemoveChannels(share.part, ROUTER, **keywords)}
     if options.score == "auto" and options.data is not None:
-        return {name: RemoveChannels(share.part, name, **own) for name in TRIED}
+        return {name: RemoveChannels(share.part, name, **keywords) for name in TRIED}
     score = "magnitude" if options.score == "auto" else options.score
-    return {"": RemoveChannels(share.part, score, loss=options.loss, **own)}
+    return {"": RemoveChannels(share.part, score, loss=options.loss, **keywords)}
 
 
 def _blocks(share: Share, options: StructuredOptions) -> RemoveBlocks:
@@ -136,9 +140,9 @@ def removed_result(
     """The network that comes out, and the report."""
     result, restoring = restored.program, removal.restoring
     dense, notes = restoring.dense, (*restoring.notes, *decision.notes)
-    module, program, known = emitted(result, dense, watch, notes, dense.weights, options.verify)
+    module, program, facts = emitted(result, dense, watch, notes, dense.weights, options.verify)
     report = ChannelReport(
-        **known,
+        **facts,
         widths=widths(removal.facts, removal.record.sizes),
         error=removal.record.error,
         blocks=removal.record.blocks,
@@ -173,6 +177,6 @@ def whole_channels(options: PruneOptions, function: Callable[..., Any]) -> dict[
         raise ArgumentError(f"scope='group' takes one sparsity in [0, 1), got {options.sparsity!r}")
     protect = options.protect
     names = () if protect == "auto" else (protect,) if isinstance(protect, str) else tuple(protect)
-    alike = (*(one.name for one in fields(Rewriting)), "sparsity", "score", "repair_samples")
+    alike = (*(option.name for option in fields(Rewriting)), "sparsity", "score", "repair_samples")
     shared = {name: getattr(options, name) for name in alike}
     return {"protect": names} | dict(options.structured or {}) | shared

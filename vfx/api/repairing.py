@@ -122,8 +122,8 @@ def _normalization(options: RepairOptions) -> Normalization:
     """The normalization that was asked for. Raises ArgumentError for one that reads no data."""
     asked = normalization(options.method, True)
     if asked is None or (asked.method != "auto" and not METHODS[asked.method].data):
-        known = ", ".join(repr(name) for name, one in METHODS.items() if one.data)
-        raise ArgumentError(f"method={options.method!r}: repair takes 'auto', {known}")
+        methods = ", ".join(repr(name) for name, method in METHODS.items() if method.data)
+        raise ArgumentError(f"method={options.method!r}: repair takes 'auto', {methods}")
     return asked
 
 

@@ -90,16 +90,16 @@ class Restoring:
         method = self.normalization.method if normalized and self.normalization else None
         return Restored(result, "least_squares" if solved else None, method)
 
-    def _solved(self, data: Any, watch: Stopwatch, **own: Any) -> Program:
-        options = dict(self.options) | own
+    def _solved(self, data: Any, watch: Stopwatch, **changes: Any) -> Program:
+        options = dict(self.options) | changes
         solve = Reconstruct([Reference(self.dense, 1.0, self.carry)], data, masks=self.masks, **options)
         return run_passes(self.pruned, [solve], watch)
 
     def _normalized(self, program: Program, data: Any, watch: Stopwatch, verify: bool | None = None) -> Program:
         if self.normalization is None or data is None:
             return program
-        own = dict(self.options) | {"max_samples": self.samples}
-        _, passes = normalizing(self.normalization, [], data, own, self.verify if verify is None else verify)
+        keywords = dict(self.options) | {"max_samples": self.samples}
+        _, passes = normalizing(self.normalization, [], data, keywords, self.verify if verify is None else verify)
         return run_passes(program, passes, watch)
 
 
@@ -124,7 +124,7 @@ def decide(candidates: Mapping[str, Restoring], solve: str | None, watch: Stopwa
 
     A candidate gives way to a later one that is better by more than the standard error of the paired difference.
     """
-    pairs = {_joined(name, way): (name, way) for name, one in candidates.items() for way in one.ways(solve)}
+    pairs = {_joined(name, way): (name, way) for name, candidate in candidates.items() for way in candidate.ways(solve)}
     if len(pairs) == 1:
         return Decision(*next(iter(pairs.values())))
     with watch("choice"):
@@ -148,12 +148,12 @@ def _scores(
     candidates: Mapping[str, Restoring], pairs: Mapping[str, tuple[str, str]], folds: Sequence[Split]
 ) -> dict[str, list[HeldOutScore]]:
     """The scores of each fold by the label of candidate and way."""
-    found: dict[str, list[HeldOutScore]] = {}
+    scores_of: dict[str, list[HeldOutScore]] = {}
     for name, restoring in candidates.items():
         ways = [way for owner, way in pairs.values() if owner == name]
         scored = restoring.scores(ways, folds) if ways else {}
-        found |= {_joined(name, way): each for way, each in scored.items()}
-    return found
+        scores_of |= {_joined(name, way): each for way, each in scored.items()}
+    return scores_of
 
 
 def _joined(name: str, way: str) -> str:
@@ -164,6 +164,6 @@ def with_goals(program: Program, normalization: Normalization | None, data: Any,
     """The dense network with the statistics of its layers, where the normalization goes to them."""
     if normalization is None or not normalization.needs_goals or data is None:
         return program
-    found = collect(program, None, data, features=False, **dict(options) | {"max_samples": samples})
-    goals: dict[str, Goal] = found.goals()
+    statistics = collect(program, None, data, features=False, **dict(options) | {"max_samples": samples})
+    goals: dict[str, Goal] = statistics.goals()
     return replace(program, goals=goals)

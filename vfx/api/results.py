@@ -78,8 +78,8 @@ _REPR_LINES = 10
 
 def run_passes(program: Program, passes: Iterable[Pass[Any]], watch: Stopwatch) -> Program:
     """Run passes one behind another."""
-    for one in passes:
-        program = run_pass(program, one, watch).program
+    for step in passes:
+        program = run_pass(program, step, watch).program
     return program
 
 
@@ -103,10 +103,10 @@ def result_of(
 
     ``held`` and ``verify`` as for ``emitted``.
     """
-    module, program, known = emitted(result, edges.select(0), watch, held=held, verify=verify)
+    module, program, facts = emitted(result, edges.select(0), watch, held=held, verify=verify)
     alignment = alignment or Alignment()
-    own: dict[str, Any] = {"matching": alignment.matching, "verify_error": alignment.error}
-    return Result(module, program, MergeReport(**known, **own, **(chosen or {})), statistics)
+    alignment_facts: dict[str, Any] = {"matching": alignment.matching, "verify_error": alignment.error}
+    return Result(module, program, MergeReport(**facts, **alignment_facts, **(chosen or {})), statistics)
 
 
 def emitted(

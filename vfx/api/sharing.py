@@ -23,7 +23,7 @@ class SharedStatistics:
 
     def __init__(self, edges: Program, merges: Sequence[Mapping[str, Any]]):
         self.edges = edges
-        self.sharing = [one for one in merges if self._shares(one)]
+        self.sharing = [merge for merge in merges if self._shares(merge)]
         self.found: Statistics | None = None
 
     def given(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +32,8 @@ class SharedStatistics:
             return {}
         if self.found is None:
             asks: dict[str, bool] = {}
-            for one in self.sharing:
-                asks |= {name: asks.get(name, False) or wanted for name, wanted in self._asks(one).items()}
+            for merge in self.sharing:
+                asks |= {name: asks.get(name, False) or wanted for name, wanted in self._asks(merge).items()}
             reading: dict[str, Any] = {name: options.get(name) for name in ("max_samples", "device")}
             self.found = collect(self.edges, symmetry(self.edges), options["data"], **asks, **reading, progress=False)
         return {"statistics": self.found}

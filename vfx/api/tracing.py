@@ -68,9 +68,9 @@ def trace(
 
 def weights_of(program: Program, model: nn.Module) -> dict[str, torch.Tensor]:
     """Another edge's tensors under the names of the graph; constants of the capture are shared."""
-    own = {name: real_parts(tensor.detach()) for name, tensor in model.named_parameters(remove_duplicate=False)}
-    own |= {name: tensor.detach() for name, tensor in model.named_buffers(remove_duplicate=False)}
-    return {name: own.get(name, tensor) for name, tensor in program.weights[0].items()}
+    tensors = {name: real_parts(tensor.detach()) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    tensors |= {name: tensor.detach() for name, tensor in model.named_buffers(remove_duplicate=False)}
+    return {name: tensors.get(name, tensor) for name, tensor in program.weights[0].items()}
 
 
 @checked

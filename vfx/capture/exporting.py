@@ -101,14 +101,14 @@ def captured_shapes(program: Program, model: nn.Module) -> Any:
     """``dynamic_shapes`` that leave open for ``model`` what a Program's capture left open."""
     shapes = [node.meta["val"].shape for node in program.placeholders]
     axes = [{d: Dim.DYNAMIC for d, size in enumerate(shape) if not isinstance(size, int)} for shape in shapes]
-    if [set(own) for own in axes] == [{0} if batched else set() for batched in has_batch(program.example_inputs)]:
+    if [set(dims) for dims in axes] == [{0} if batched else set() for batched in has_batch(program.example_inputs)]:
         return DYNAMIC_BATCH
     if not any(axes):
         return None
-    call, own = program.example_call, iter(axes)
+    call, dims_of = program.example_call, iter(axes)
     bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     return tuple(
-        pytree.tree_map(lambda x: next(own) if isinstance(x, Tensor) else None, value) for value in bound.values()
+        pytree.tree_map(lambda x: next(dims_of) if isinstance(x, Tensor) else None, value) for value in bound.values()
     )
 
 

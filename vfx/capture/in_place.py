@@ -27,7 +27,7 @@ def own_written(graph: fx.Graph) -> fx.Graph:
             with graph.inserting_after(node):
                 copied = graph.call_function(torch.ops.aten.clone.default, (node,))
             copied.meta = dict(node.meta)
-            node.replace_all_uses_with(copied, lambda user, own=copied: user is not own)  # type: ignore[misc]
+            node.replace_all_uses_with(copied, lambda user, copy_node=copied: user is not copy_node)  # type: ignore[misc]
     return graph
 
 

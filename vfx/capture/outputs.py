@@ -21,8 +21,8 @@ def plain(value: Any, dropped: list[str] | None = None) -> Any:
     Dataclasses, named tuples and mappings become dicts, without their empty (None) fields. Other objects (caches) are
     dropped, from dicts with their key, from tuples and lists by None; ``dropped`` collects a note for each.
     """
-    found = _plain(value, "", dropped if dropped is not None else [])
-    return None if found is _DROPPED else found
+    plain_value = _plain(value, "", dropped if dropped is not None else [])
+    return None if plain_value is _DROPPED else plain_value
 
 
 def named_tensors(value: Any) -> dict[str, Tensor]:
@@ -44,10 +44,10 @@ def selected(value: Any, names: Sequence[int | str]) -> tuple[Any, list[str]]:
     """
     if not names:
         raise ArgumentError("outputs=[] leaves no output; name those that count, or leave it out for all")
-    known = [(path, part) for path, part in _parts(value) if path and _holds_tensors(part)]
-    if not known:
+    parts = [(path, part) for path, part in _parts(value) if path and _holds_tensors(part)]
+    if not parts:
         raise ArgumentError(f"outputs={list(names)}: the network returns one tensor and nothing beside; leave it out")
-    wanted = {_path_of(name, [path for path, _ in known], value) for name in names}
+    wanted = {_path_of(name, [path for path, _ in parts], value) for name in names}
     dropped: list[str] = []
     return _kept(value, (), wanted, dropped), dropped
 
@@ -83,11 +83,11 @@ def _spelled(path: _Path) -> str:
 
 def _path_of(name: int | str, paths: Sequence[_Path], value: Any) -> _Path:
     """The one path that a name means."""
-    found = [path for path in paths if str(name) in _names(path)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ArgumentError(f"outputs={name!r} may mean {' or '.join(map(_quoted, found))}; write it like that")
+    matches = [path for path in paths if str(name) in _names(path)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ArgumentError(f"outputs={name!r} may mean {' or '.join(map(_quoted, matches))}; write it like that")
     raise ArgumentError(
         f"outputs={name!r} is not returned by the network; it returns {', '.join(spelled_tensors(value))}"
     )
@@ -105,7 +105,7 @@ def _kept(value: Any, path: _Path, wanted: set[_Path], dropped: list[str]) -> An
     """What is wanted of ``value``; ``dropped`` collects the names of the largest parts that go."""
     if path in wanted:
         return value
-    if not any(one[: len(path)] == path for one in wanted):
+    if not any(chosen[: len(path)] == path for chosen in wanted):
         if _holds_tensors(value):
             dropped.append(_spelled(path))
         return _DROPPED
@@ -136,5 +136,5 @@ def _plain(value: Any, path: str, dropped: list[str]) -> Any:
 
 
 def _items(value: Mapping[Any, Any], path: str, dropped: list[str]) -> dict[Any, Any]:
-    found = {key: _plain(item, f"{path}.{key}" if path else str(key), dropped) for key, item in value.items()}
-    return {key: item for key, item in found.items() if item is not _DROPPED}
+    items = {key: _plain(item, f"{path}.{key}" if path else str(key), dropped) for key, item in value.items()}
+    return {key: item for key, item in items.items() if item is not _DROPPED}

@@ -73,12 +73,12 @@ class Argument:
             raise error(
                 f"argument {self.name!r} is nested as {_outline(value)}; the network was captured with {expected}"
             )
-        for leaf, found in zip(self.leaves, leaves):
+        for leaf, given in zip(self.leaves, leaves):
             if leaf.name is None:
-                require_constant(f"{self.name}{pytree.keystr(leaf.path)}", leaf.value, found, error)
-            elif not isinstance(found, Tensor):
-                raise error(f"input {leaf.name!r} is {type(found).__name__}, not a tensor")
-        return [found for leaf, found in zip(self.leaves, leaves) if leaf.name is not None]
+                require_constant(f"{self.name}{pytree.keystr(leaf.path)}", leaf.value, given, error)
+            elif not isinstance(given, Tensor):
+                raise error(f"input {leaf.name!r} is {type(given).__name__}, not a tensor")
+        return [given for leaf, given in zip(self.leaves, leaves) if leaf.name is not None]
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Signature:
                 f"the network takes {len(self.inputs)} inputs ({', '.join(a.name for a in self.inputs)}), got "
                 f"{len(given)}: {', '.join(missing)} missing"
             )
-        found = (a.read(given[a.name]) for a in self.arguments if a.name in given)
-        return [tensor for tensors in found for tensor in tensors]
+        tensor_lists = (a.read(given[a.name]) for a in self.arguments if a.name in given)
+        return [tensor for tensors in tensor_lists for tensor in tensors]
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [argument.name for argument in self.arguments]

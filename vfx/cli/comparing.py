@@ -84,11 +84,11 @@ def compare(
     from vfx import api
 
     networks, examples = load_all(checkpoints, models, arguments, entry), examples_of(inputs, model)
-    found = api.compare(
+    comparison = api.compare(
         networks if len(networks) > 1 else networks[0],
         examples,
         data=data_of(data, examples, model),
-        evaluate=_measured([data_of(one, examples, model, "test" if evaluate else "train") for one in sources]),
+        evaluate=_measured([data_of(name, examples, model, "test" if evaluate else "train") for name in sources]),
         grid=tried,
         latency=latency,
         max_samples=max_samples,
@@ -96,14 +96,14 @@ def compare(
         resume=resume,
         **fixed,
     )
-    _write(found, draw, report, csv, markdown)
+    _write(comparison, draw, report, csv, markdown)
 
 
-def _write(found: Any, draw: Path | None, *texts: Path | None) -> None:
-    tell(found, *texts)
-    for path, text in zip(texts, (found.to_json, found.to_csv, found.to_markdown)):
+def _write(comparison: Any, draw: Path | None, *texts: Path | None) -> None:
+    tell(comparison, *texts)
+    for path, text in zip(texts, (comparison.to_json, comparison.to_csv, comparison.to_markdown)):
         put(path, text, *texts)
-    put(draw, lambda: picture(found), *texts)
+    put(draw, lambda: picture(comparison), *texts)
 
 
 def _check_sources(sources: list[str], checkpoints: list[Path]) -> None:
@@ -147,9 +147,9 @@ def evaluate(
     from vfx.diagnosis.evaluation import evaluate as run
 
     modules = [_network(file, model, arguments, entry) for file in files]
-    whole = next((one for one in modules if hasattr(one, "example_call")), None)
+    whole = next((module for module in modules if hasattr(module, "example_call")), None)
     examples = whole.example_call() if whole and not (inputs or model) else examples_of(inputs, model or "")
-    found = run(
+    evaluation = run(
         modules,
         examples,
         data=data_of(source, examples, model or "", "test"),
@@ -159,9 +159,9 @@ def evaluate(
         max_samples=max_samples,
         device=device,
     )
-    tell(found, csv, report)
-    put(csv, found.to_csv, report)
-    put(report, found.to_json, csv)
+    tell(evaluation, csv, report)
+    put(csv, evaluation.to_csv, report)
+    put(report, evaluation.to_json, csv)
 
 
 def _network(file: Path, model: str | None, arguments: list[str], entry: str | None) -> Any:
@@ -206,7 +206,7 @@ def select(
     if checkpoints and model is None:
         raise ArgumentError("--network holds tensors only; --model says which network they belong to")
     examples = examples_of(inputs, model or "") if inputs or model else None
-    found = run(
+    selection = run(
         data_of(data, examples, model or ""),
         count if 0 < count < 1 else int(count),
         strategy,  # type: ignore[arg-type]
@@ -216,5 +216,5 @@ def select(
         max_samples=max_samples,
         seed=seed,
     )
-    put(out, lambda: npz_of(found, found.indices))
-    print(f"{found.samples:,} samples ({found.strategy})")
+    put(out, lambda: npz_of(selection, selection.indices))
+    print(f"{selection.samples:,} samples ({selection.strategy})")

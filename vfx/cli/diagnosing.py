@@ -43,7 +43,7 @@ def diagnose(
     whole = checkpoint.suffix.lower() == ".pt2"
     network = load_network(checkpoint) if whole else load_all([checkpoint], model, arguments, entry)[0]
     examples = examples_of(inputs, model)
-    found = run(
+    diagnosis = run(
         network,
         load_all(references, model, arguments, entry),
         examples,
@@ -52,12 +52,12 @@ def diagnose(
         max_samples=max_samples,
         seed=seed,
     )
-    tell(found, csv, report)
+    tell(diagnosis, csv, report)
     if html is not None:
-        found.to_html(html)
+        diagnosis.to_html(html)
         tell(f"wrote {html}", csv, report)
-    put(csv, found.to_csv, report)
-    put(report, found.to_json, csv)
+    put(csv, diagnosis.to_csv, report)
+    put(report, diagnosis.to_json, csv)
 
 
 @app.command()
@@ -88,7 +88,7 @@ def barrier(
     from vfx.diagnosis.barrier import barrier as run
 
     examples = examples_of(inputs, model)
-    found = run(
+    curves = run(
         load_all(checkpoints, model, arguments, entry),
         examples,
         data=data_of(source, examples, model),
@@ -99,6 +99,6 @@ def barrier(
         max_samples=max_samples,
         seed=seed,
     )
-    tell(found, report)
-    put(draw, lambda: picture(found), report)
-    put(report, found.to_json)
+    tell(curves, report)
+    put(draw, lambda: picture(curves), report)
+    put(report, curves.to_json)

@@ -29,16 +29,16 @@ def read_document(path: Path) -> dict[str, Any]:
     if parse is None:
         raise ArgumentError(f"{path}: a recipe is TOML or YAML, in a file that ends in {', '.join(_PARSERS)}")
     try:
-        found = parse(path.read_text(encoding="utf-8"))
+        document = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{path} is no {kind}: {error}") from error
     except yaml.YAMLError as error:
         raise ArgumentError(f"{path} is no {kind}: {_said(error)}") from error
-    if not isinstance(found, dict):
-        raise ArgumentError(f"{path} holds {_word(found)}, not keys and their values")
-    return {name: _plain(value, f"{path}: {name}") for name, value in found.items()}
+    if not isinstance(document, dict):
+        raise ArgumentError(f"{path} holds {_word(document)}, not keys and their values")
+    return {name: _plain(value, f"{path}: {name}") for name, value in document.items()}
 
 
 def _plain(value: Any, place: str) -> Any:
@@ -46,9 +46,9 @@ def _plain(value: Any, place: str) -> Any:
     if value is None:
         return "none"
     if isinstance(value, dict):
-        return {name: _plain(one, f"{place}.{name}") for name, one in value.items()}
+        return {name: _plain(item, f"{place}.{name}") for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(one, f"{place}[{index}]") for index, one in enumerate(value)]
+        return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, (str, bool, int, float)) or (isinstance(value, float) and math.isnan(value)):
         raise ArgumentError(
             f"{place} is {_word(value)}; a recipe holds texts, numbers, true, false, lists and tables of these"
@@ -69,14 +69,14 @@ class _Core(yaml.SafeLoader):
         """Keys as they are written, each once."""
         if not isinstance(node, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, "a table is expected", node.start_mark)
-        found: dict[str, Any] = {}
+        table: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key.start_mark)
-            if key.value in found:
+            if key.value in table:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-            found[key.value] = self.construct_object(value, deep=True)
-        return found
+            table[key.value] = self.construct_object(value, deep=True)
+        return table
 
 
 for _tag, _pattern, _starts in (

@@ -46,7 +46,7 @@ def load_all(
 
     models = [model] if isinstance(model, str) else list(model)
     built = models * len(paths) if len(models) == 1 else models
-    return [load(path, construct(own, arguments), entry=entry) for path, own in zip(paths, built)]
+    return [load(path, construct(constructor, arguments), entry=entry) for path, constructor in zip(paths, built)]
 
 
 def examples_of(texts: list[str], model: str = "") -> Call:
@@ -108,7 +108,7 @@ def normalization_of(method: str, layers: list[str] | None, memory_limit: int | 
 
     if optional(method) is None:
         return None
-    chosen = [int(one) if one.isdigit() else one for one in layers] if layers else None
+    chosen = [int(layer) if layer.isdigit() else layer for layer in layers] if layers else None
     return Normalization(method, chosen, memory_limit=memory_limit, **options)
 
 
@@ -116,14 +116,14 @@ def grid_of(texts: list[str] | None) -> dict[str, list[Any]] | None:
     """``name=value,value`` for each option of a grid; values are numbers or names ("none" is None)."""
     if not texts:
         return None
-    found: dict[str, list[Any]] = {}
+    values_of: dict[str, list[Any]] = {}
     for text in texts:
         name, separator, values = text.partition("=")
         if not (separator and values):
             raise ArgumentError(f"--grid: {text!r} is no name=value,value")
         parts = [option(f"{name}={value}", "--grid")[1] for value in values.split(",")]
-        found[name] = [optional(part) if isinstance(part, str) else part for part in parts]
-    return found
+        values_of[name] = [optional(part) if isinstance(part, str) else part for part in parts]
+    return values_of
 
 
 def option_values(texts: list[str] | None) -> dict[str, Any]:
@@ -150,8 +150,8 @@ def match_of(match: str, count: int | None, data: str | None, options: list[str]
     from vfx.match.first_layers import FirstLayers
 
     name = match if match != "auto" else "activation" if data else "weight"
-    found = matcher_named(name, **dict(option(text, "--match-arg") for text in options))
-    return found if count is None else FirstLayers(found, count)
+    matcher = matcher_named(name, **dict(option(text, "--match-arg") for text in options))
+    return matcher if count is None else FirstLayers(matcher, count)
 
 
 def sparsity_of(texts: list[str] | None) -> float | dict[str, float] | None:

@@ -56,13 +56,13 @@ def symmetry(
 
     if draw is not None:
         check_writable(draw, DRAWINGS)
-    found = api.symmetry(construct(model, arguments), examples_of(inputs, model), outputs=outputs or None)
-    print(found)
+    groups = api.symmetry(construct(model, arguments), examples_of(inputs, model), outputs=outputs or None)
+    print(groups)
     if verify:
-        error = vfx.verify(found, seed, classes=classes)
+        error = vfx.verify(groups, seed, classes=classes)
         print(f"verified: relative error {error:.1e} (float64, random group elements)")
     if draw is not None:
-        print(f"wrote {vfx.draw(found, draw)}")
+        print(f"wrote {vfx.draw(groups, draw)}")
 
 
 @app.command()

@@ -60,7 +60,7 @@ KINDS: dict[Kind, Written] = {
 
 def spoken(options: type) -> dict[str, tuple[Keyword, Text]]:
     """The keywords that can be said on a command line."""
-    return {name: (one, one.text) for name, one in keywords(options).items() if one.text is not None}
+    return {name: (keyword, keyword.text) for name, keyword in keywords(options).items() if keyword.text is not None}
 
 
 def with_keywords(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -88,20 +88,20 @@ def with_keywords(options: type) -> Callable[[Callable[..., None]], Callable[...
 
 def option_of(options: type, name: str) -> Any:
     """The typer option of one keyword."""
-    one, text = spoken(options)[name]
-    return typer.Option(*text.flags, help=_help(one, text))
+    keyword, text = spoken(options)[name]
+    return typer.Option(*text.flags, help=_help(keyword, text))
 
 
-def _parameter(one: Keyword, text: Text) -> inspect.Parameter:
+def _parameter(keyword: Keyword, text: Text) -> inspect.Parameter:
     written = KINDS[text.kind]
-    annotation = Annotated[written.type, typer.Option(*text.flags, help=_help(one, text))]  # type: ignore[name-defined]
+    annotation = Annotated[written.type, typer.Option(*text.flags, help=_help(keyword, text))]  # type: ignore[name-defined]
     return inspect.Parameter(
-        one.name, inspect.Parameter.KEYWORD_ONLY, default=written.default(one.default), annotation=annotation
+        keyword.name, inspect.Parameter.KEYWORD_ONLY, default=written.default(keyword.default), annotation=annotation
     )  # fmt: skip
 
 
-def _help(one: Keyword, text: Text) -> str:
-    return one.help.format(data=DATA) or choices(*_names(text))
+def _help(keyword: Keyword, text: Text) -> str:
+    return keyword.help.format(data=DATA) or choices(*_names(text))
 
 
 def _names(text: Text) -> tuple[str, ...]:
@@ -111,10 +111,10 @@ def _names(text: Text) -> tuple[str, ...]:
 def _check(options: type, given: Mapping[str, Any]) -> None:
     """Raise ArgumentError for a name that a catalogue does not hold, before anything heavy is imported."""
     for name, (_, text) in spoken(options).items():
-        known = _names(text)
-        if known and given[name].lower() not in known:
+        accepted = _names(text)
+        if accepted and given[name].lower() not in accepted:
             option = text.flags[0] if text.flags else f"--{name.replace('_', '-')}"
-            raise ArgumentError(f"{option} {given[name]!r} is unknown; choose one of {', '.join(known)}")
+            raise ArgumentError(f"{option} {given[name]!r} is unknown; choose one of {', '.join(accepted)}")
 
 
 def values(options: type, given: Mapping[str, Any], **made: Any) -> dict[str, Any]:
@@ -122,6 +122,6 @@ def values(options: type, given: Mapping[str, Any], **made: Any) -> dict[str, An
 
     What can be given several times and was not is left to the call.
     """
-    found = {name: KINDS[text.kind].value(given[name]) for name, (_, text) in spoken(options).items()}
+    written = {name: KINDS[text.kind].value(given[name]) for name, (_, text) in spoken(options).items()}
     repeated = {name for name, (_, text) in spoken(options).items() if text.kind in ("texts", "files")}
-    return {name: value for name, value in found.items() if value or name not in repeated} | made
+    return {name: value for name, value in written.items() if value or name not in repeated} | made

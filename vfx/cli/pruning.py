@@ -76,8 +76,8 @@ def prune_structured(
     (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     asked |= {"data": data_of(given["data"], examples, model)}
-    found = api.prune_structured(network, examples, **asked)
-    for share, result in getattr(found, "networks", {None: found}).items():
+    pruned = api.prune_structured(network, examples, **asked)
+    for share, result in getattr(pruned, "networks", {None: pruned}).items():
         files, said = [[_of_width(path, share) for path in paths] for paths in (out or [], [report] if report else [])]
         evaluation = evaluated([network], result, examples, judging, [checkpoint])
         finish(result, files, next(iter(said), None), evaluation, [checkpoint])

@@ -76,34 +76,34 @@ def read_recipe(path: Path) -> Recipe:
 
 def resolved(recipe: Recipe, source: str) -> Recipe:
     """The recipe with every option of its action written down. Raises ArgumentError for an unknown one."""
-    known = keywords(ACTIONS[recipe.action])
-    check_known(f"{source}: options", recipe.action, recipe.options, known)
-    own = next((name for name in recipe.options if not known[name].recipe), None)
-    if own is not None:
+    accepted = keywords(ACTIONS[recipe.action])
+    check_known(f"{source}: options", recipe.action, recipe.options, accepted)
+    outside = next((name for name in recipe.options if not accepted[name].recipe), None)
+    if outside is not None:
         raise ArgumentError(
-            f"{source}: options.{own} is not an option of a recipe; data and input stand above [options]"
+            f"{source}: options.{outside} is not an option of a recipe; data and input stand above [options]"
         )
     defaults = {
-        name: list(one.default) if isinstance(one.default, tuple) else one.default
-        for name, one in known.items()
-        if one.recipe
+        name: list(keyword.default) if isinstance(keyword.default, tuple) else keyword.default
+        for name, keyword in accepted.items()
+        if keyword.recipe
     }
     return replace(recipe, options=defaults | recipe.options)
 
 
 def values(recipe: Recipe, load: Callable[[list[str]], Any], read: Callable[[str], Any]) -> dict[str, Any]:
     """The options as the function takes them; ``load`` makes networks of paths, ``read`` data of their name."""
-    found: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: optional(value) if isinstance(value, str) else value for name, value in recipe.options.items()
     }
     for name, make in _MADE.items():
-        if isinstance(found.get(name), Mapping):
-            found[name] = make(dict(found[name]))
-    if found.get("references"):
-        found["references"] = load(found["references"])
-    if isinstance(found.get("held_out"), str):
-        found["held_out"] = read(found["held_out"])
-    return found
+        if isinstance(options.get(name), Mapping):
+            options[name] = make(dict(options[name]))
+    if options.get("references"):
+        options["references"] = load(options["references"])
+    if isinstance(options.get("held_out"), str):
+        options["held_out"] = read(options["held_out"])
+    return options
 
 
 def _named(table: dict[str, Any], option: str) -> str:
@@ -133,8 +133,8 @@ def _match(table: dict[str, Any]) -> Any:
     from vfx.match.first_layers import FirstLayers
 
     name, count = _named(table, "match"), table.pop("first_layers", None)
-    found = matcher_named(name, **table)
-    return found if count is None else FirstLayers(found, count)
+    matcher = matcher_named(name, **table)
+    return matcher if count is None else FirstLayers(matcher, count)
 
 
 def _combine(table: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ def check_outputs(out: list[Path] | None, *others: Path | None, rebuilt: str = "
     networks = list(out or ())
     paths = [*networks, *(path for path in others if path is not None)]
     for index, path in enumerate(paths):
-        if path.resolve() in [one.resolve() for one in paths[:index]]:
+        if path.resolve() in [earlier.resolve() for earlier in paths[:index]]:
             raise ArgumentError(f"{path} is named twice among the files to write")
         if path == STDOUT and index >= len(networks):
             continue

@@ -83,10 +83,10 @@ def _diagnosis(result: Any, networks: list[Any], data: Any, options: dict[str, A
     stage("diagnosis")
     samples = min(options["max_samples"] or SEEN, SEEN)
     try:
-        found = diagnose(result, networks, data=data, max_samples=samples, device=options["device"], progress=False)
+        diagnosis = diagnose(result, networks, data=data, max_samples=samples, device=options["device"], progress=False)
     except VfxError as error:  # heads of several shapes, layers of other names: the merge stands nevertheless
         return {"text": f"Layers were not held against the edges': {error}"}
-    return {"text": f"On {found.samples} samples, {found.verdict}", "rows": found.records()}
+    return {"text": f"On {diagnosis.samples} samples, {diagnosis.verdict}", "rows": diagnosis.records()}
 
 
 def _single(networks: list[Any], action: str) -> Any:

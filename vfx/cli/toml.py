@@ -16,7 +16,7 @@ def toml_of(document: Mapping[str, Any]) -> str:
     plain = [f"{_key(key)} = {_value(x)}\n" for key, x in document.items() if not isinstance(x, Mapping)]
     tables = [(key, x) for key, x in document.items() if isinstance(x, Mapping)]
     parts = [
-        f"\n[{_key(key)}]\n" + "".join(f"{_key(k)} = {_value(x)}\n" for k, x in one.items()) for key, one in tables
+        f"\n[{_key(key)}]\n" + "".join(f"{_key(k)} = {_value(x)}\n" for k, x in table.items()) for key, table in tables
     ]
     return "".join([*plain, *parts])
 

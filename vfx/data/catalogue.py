@@ -132,11 +132,11 @@ def read(source: str, *, part: str = "train", example_inputs: Any = None, model:
 
 def _own(source: str, place: Address) -> Any:
     """The user's own batches, or what their function gives. Raises ArgumentError where they cannot be had."""
-    found = load_object(source, "data")
-    if not callable(found):
-        return found
+    loaded = load_object(source, "data")
+    if not callable(loaded):
+        return loaded
     try:
-        return found(**place.options)
+        return loaded(**place.options)
     except Exception as error:  # the user's own code raises any class
         cause = next(iter(str(error).splitlines()), "no message")
         raise ArgumentError(f"data {source!r} cannot be read: {type(error).__name__}: {cause}") from error
@@ -156,7 +156,7 @@ def _by_name(batches: Any, call: Call | None) -> Any:
         raise ArgumentError(f"these data hold {first} alone; give {', '.join(unknown)} in a file of arrays as well")
 
     def named(batch: tuple[Any, ...]) -> dict[str, Any]:
-        own = {name: torch.full(batch[0].shape[:2], fill[name]) for name in others}
-        return {first: batch[0], **own, **({"labels": batch[1]} if len(batch) > 1 else {})}
+        filled = {name: torch.full(batch[0].shape[:2], fill[name]) for name in others}
+        return {first: batch[0], **filled, **({"labels": batch[1]} if len(batch) > 1 else {})}
 
     return Mapped(batches, named)

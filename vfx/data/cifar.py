@@ -66,52 +66,52 @@ def cifar100(
     return _read(_CIFAR100, Path("data" if folder is None else folder), part, samples)
 
 
-def _read(one: _Set, root: Path, part: str, samples: int | None) -> tuple[Tensor, Tensor]:
-    if part not in one.files:
-        raise ArgumentError(f"part={part!r} is unknown; it is {' or '.join(map(repr, one.files))}")
-    read, files = _found(one, root, part)
+def _read(dataset: _Set, root: Path, part: str, samples: int | None) -> tuple[Tensor, Tensor]:
+    if part not in dataset.files:
+        raise ArgumentError(f"part={part!r} is unknown; it is {' or '.join(map(repr, dataset.files))}")
+    read, files = _found(dataset, root, part)
     pixels, labels, count = [], [], 0
     for file in files:
         if samples is not None and count >= samples:
             break
-        images, classes = read(one, file)
+        images, classes = read(dataset, file)
         pixels.append(images)
         labels.append(classes)
         count += len(images)
     raw = torch.from_numpy(np.concatenate(pixels)[:samples].reshape(-1, 3, 32, 32))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (one.mean, one.std))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (dataset.mean, dataset.std))
     return (raw.float() / 255 - mean) / std, torch.from_numpy(np.concatenate(labels)[:samples].astype(np.int64))
 
 
 _Reader = Callable[[_Set, Path], tuple[np.ndarray, np.ndarray]]
 
 
-def _found(one: _Set, root: Path, part: str) -> tuple[_Reader, list[Path]]:
-    ways: list[tuple[_Reader, str, str]] = [(_pickled, one.python, ""), (_plain, one.binary, ".bin")]
+def _found(dataset: _Set, root: Path, part: str) -> tuple[_Reader, list[Path]]:
+    ways: list[tuple[_Reader, str, str]] = [(_pickled, dataset.python, ""), (_plain, dataset.binary, ".bin")]
     for read, folder, suffix in ways:
         for place in (root, root / folder):
-            files = [place / f"{name}{suffix}" for name in one.files[part]]
+            files = [place / f"{name}{suffix}" for name in dataset.files[part]]
             if all(file.is_file() for file in files):
                 return read, files
     raise DataError(
-        f"no {one.name} files {', '.join(one.files[part])} in {root}: download them with "
-        f"torchvision.datasets.{one.name}(root, download=True) and name that root"
+        f"no {dataset.name} files {', '.join(dataset.files[part])} in {root}: download them with "
+        f"torchvision.datasets.{dataset.name}(root, download=True) and name that root"
     )
 
 
-def _pickled(one: _Set, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _pickled(dataset: _Set, file: Path) -> tuple[np.ndarray, np.ndarray]:
     held = read_arrays(file)
-    images, labels = held.get("data"), held.get(one.labels)
+    images, labels = held.get("data"), held.get(dataset.labels)
     if not isinstance(images, np.ndarray) or images.ndim != 2 or images.shape[1] != PIXELS:
         raise DataError(f"{file} holds no 'data' of {PIXELS} bytes an image")
     if not isinstance(labels, list) or len(labels) != len(images) or not all(isinstance(x, int) for x in labels):
-        raise DataError(f"{file} holds no {one.labels!r}, one for each of its {len(images)} images")
+        raise DataError(f"{file} holds no {dataset.labels!r}, one for each of its {len(images)} images")
     return images, np.array(labels)
 
 
-def _plain(one: _Set, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    raw, row = np.fromfile(file, np.uint8), one.bytes_of_labels + PIXELS
+def _plain(dataset: _Set, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    raw, row = np.fromfile(file, np.uint8), dataset.bytes_of_labels + PIXELS
     if not len(raw) or len(raw) % row:
         raise DataError(f"{file} holds {len(raw)} bytes, which are no images of {row}")
     rows = raw.reshape(-1, row)
-    return rows[:, one.bytes_of_labels :], rows[:, one.bytes_of_labels - 1]
+    return rows[:, dataset.bytes_of_labels :], rows[:, dataset.bytes_of_labels - 1]

@@ -44,12 +44,12 @@ class ImageFolder:
         root = Path(folder)
         if not root.is_dir():
             raise DataError(f"there is no folder {root}")
-        folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
-        files = [(file, label) for label, one in enumerate(folders) for file in _images(one)]
+        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        files = [(file, label) for label, folder in enumerate(folders) for file in _images(folder)]
         if not files:
             raise DataError(f"{root} holds no images in folders, one for each class ({', '.join(sorted(SUFFIXES))})")
         order = np.random.default_rng(seed).permutation(len(files))[:samples]
-        self.classes = tuple(one.name for one in folders)
+        self.classes = tuple(folder.name for folder in folders)
         self.files = [files[index] for index in order]
         self.transform, self.batch_size = transform, batch_size
 

@@ -25,7 +25,7 @@ _BYTES = 8  # the code of unsigned bytes, the one type that MNIST and its kin ha
 
 def find_idx(folders: Sequence[Path], name: str) -> Path | None:
     """The first ``name`` or ``name.gz`` in some folders."""
-    files = (folder / one for folder in folders for one in (name, f"{name}.gz"))
+    files = (folder / file for folder in folders for file in (name, f"{name}.gz"))
     return next((file for file in files if file.is_file()), None)
 
 

@@ -62,27 +62,27 @@ def mnist(
     return _read(_MNIST, folder, part, samples, size)
 
 
-def _read(one: _Set, folder: str | Path | None, part: str, samples: int | None, size: int) -> tuple[Tensor, Tensor]:
+def _read(dataset: _Set, folder: str | Path | None, part: str, samples: int | None, size: int) -> tuple[Tensor, Tensor]:
     if part not in PARTS:
         raise ArgumentError(f"part={part!r} is unknown; it is {' or '.join(map(repr, PARTS))}")
     if size < _SIDE or size % 2:
         raise ArgumentError(
-            f"{one.title} has {_SIDE}×{_SIDE} pixels and is padded to an even size from there, not {size}"
+            f"{dataset.title} has {_SIDE}×{_SIDE} pixels and is padded to an even size from there, not {size}"
         )
-    pixels = _array(one, folder, f"{PARTS[part]}-images-idx3-ubyte", 3)[:samples]
-    labels = _array(one, folder, f"{PARTS[part]}-labels-idx1-ubyte", 1)[:samples]
+    pixels = _array(dataset, folder, f"{PARTS[part]}-images-idx3-ubyte", 3)[:samples]
+    labels = _array(dataset, folder, f"{PARTS[part]}-labels-idx1-ubyte", 1)[:samples]
     if pixels.shape[1:] != (_SIDE, _SIDE) or len(pixels) != len(labels):
-        raise DataError(f"{one.title} holds images {tuple(pixels.shape)} and {len(labels)} labels")
-    images = (pixels[:, None].float() / 255 - one.mean) / one.std
-    return pad(images, ((size - _SIDE) // 2,) * 4, value=-one.mean / one.std), labels.long()
+        raise DataError(f"{dataset.title} holds images {tuple(pixels.shape)} and {len(labels)} labels")
+    images = (pixels[:, None].float() / 255 - dataset.mean) / dataset.std
+    return pad(images, ((size - _SIDE) // 2,) * 4, value=-dataset.mean / dataset.std), labels.long()
 
 
-def _array(one: _Set, folder: str | Path | None, name: str, axes: int) -> Tensor:
-    roots = one.places if folder is None else (Path(folder),)
-    layouts = (Path(), Path("raw"), Path(one.name) / "raw")
+def _array(dataset: _Set, folder: str | Path | None, name: str, axes: int) -> Tensor:
+    roots = dataset.places if folder is None else (Path(folder),)
+    layouts = (Path(), Path("raw"), Path(dataset.name) / "raw")
     path = find_idx([root / layout for root in roots for layout in layouts], name)
     if path is None:
-        raise DataError(f"no {one.title} file {name}[.gz] in {' or '.join(map(str, roots))}: {one.way_out}")
+        raise DataError(f"no {dataset.title} file {name}[.gz] in {' or '.join(map(str, roots))}: {dataset.way_out}")
     array = read_idx(path)
     if array.ndim != axes:
         raise DataError(f"{path} holds an array of shape {tuple(array.shape)}, not one of {axes} axes")

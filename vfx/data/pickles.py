@@ -81,7 +81,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
             value = _Reader(file, encoding="bytes").load()
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__} instead of a dict")
-        named = {key.decode() if isinstance(key, bytes) else str(key): one for key, one in value.items()}
-        return {key: one.array() if isinstance(one, _Array) else one for key, one in named.items()}
+        named = {key.decode() if isinstance(key, bytes) else str(key): item for key, item in value.items()}
+        return {key: item.array() if isinstance(item, _Array) else item for key, item in named.items()}
     except Exception as error:  # a damaged pickle raises any class
         raise DataError(f"{path} is refused or damaged: {error or type(error).__name__}") from error

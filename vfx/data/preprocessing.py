@@ -71,9 +71,9 @@ def preprocessing(
         raise ArgumentError(f"images become inputs of (3, height, width) or (1, height, width), not {tuple(shape)}")
     channels, height, width = shape
     if mean is None and std is None and resize is None:
-        own = _own(model, (channels, height, width))
-        if own is not None:
-            return own
+        transform = _own(model, (channels, height, width))
+        if transform is not None:
+            return transform
     grey = channels == 1
     return Preprocessing(
         (channels, height, width),
@@ -121,10 +121,10 @@ def _timm(name: str, shape: tuple[int, int, int]) -> Transform | None:
     import timm
     from timm.data import create_transform, resolve_data_config
 
-    known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-    if known is None:
+    config_of = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    if config_of is None:
         return None
-    config = resolve_data_config({"input_size": shape}, pretrained_cfg=known.to_dict())
+    config = resolve_data_config({"input_size": shape}, pretrained_cfg=config_of.to_dict())
     transform = create_transform(**config, is_training=False)
     return lambda image: transform(image.convert(_MODES[shape[0]]))
 

@@ -35,11 +35,11 @@ class tasks:
 
     def _labelled(self, batch: Any, task: int) -> Any:
         name = next((n for n in NAMES if n in batch), None) if isinstance(batch, Mapping) else None
-        own = batch[name] if name else batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        if not isinstance(own, Tensor) or own.ndim != 1 or own.is_floating_point():
+        classes = batch[name] if name else batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        if not isinstance(classes, Tensor) or classes.ndim != 1 or classes.is_floating_point():
             raise DataError(
                 f"data of task {task}: a batch must be a tuple (inputs, labels (N,) of integers), or a dict"
             )
-        labels = torch.full((len(own), len(self.data)), PADDING)
-        labels[:, task] = own
+        labels = torch.full((len(classes), len(self.data)), PADDING)
+        labels[:, task] = classes
         return {**batch, name: labels} if name else (*batch[:-1], labels)

@@ -47,10 +47,10 @@ def text_file(
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     encode = characters if tokenizer is None else tokenizer_of(Path(tokenizer))
-    found = _part(torch.tensor(encode(written), dtype=torch.int64), part, context, stride or context)
-    if not len(found[0]):
+    windows = _part(torch.tensor(encode(written), dtype=torch.int64), part, context, stride or context)
+    if not len(windows[0]):
         raise DataError(f"the {part} part of {path} is shorter than the {context + 1} tokens of one window")
-    return found
+    return windows
 
 
 def characters(written: str) -> list[int]:

@@ -53,13 +53,13 @@ class Barrier:
 
     def curve(self, match: str | None, normalize: str | None) -> Curve:
         """One curve by how it was made. Raises ArgumentError."""
-        for one in self.curves:
-            if (one.match, one.normalize) == (match, normalize):
-                return one
+        for curve in self.curves:
+            if (curve.match, curve.normalize) == (match, normalize):
+                return curve
         raise ArgumentError(f"no curve {match!r}, {normalize!r}; there are {', '.join(c.name for c in self.curves)}")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"target": self.target, "samples": self.samples, "curves": [one.to_dict() for one in self.curves]}
+        return {"target": self.target, "samples": self.samples, "curves": [curve.to_dict() for curve in self.curves]}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         return written(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", path)
@@ -74,10 +74,13 @@ class Barrier:
         table = Table(title=f"barriers on {self.samples} samples against {_TARGETS[self.target]}")
         for column in ("curve", "accuracy at the middle", "accuracy barrier", "loss barrier"):
             table.add_column(column, justify="left" if column == "curve" else "right")
-        for one in self.curves:
-            middle = one.accuracy[len(one.accuracy) // 2]
+        for curve in self.curves:
+            middle = curve.accuracy[len(curve.accuracy) // 2]
             table.add_row(
-                one.name, f"{100 * middle:.2f} %", f"{100 * one.accuracy_barrier:.2f} points", f"{one.loss_barrier:.3f}"
+                curve.name,
+                f"{100 * middle:.2f} %",
+                f"{100 * curve.accuracy_barrier:.2f} points",
+                f"{curve.loss_barrier:.3f}",
             )
         return table
 
@@ -132,18 +135,18 @@ def barrier(
     test = Evaluator(program, measured, device)
     alphas = [index / (points - 1) for index in range(points)]
     ends = [test(program.select(edge)) for edge in range(2)]
-    todo = [(found, method, alpha) for found in matches for method in methods for alpha in alphas[1:-1]]
+    todo = [(matched, method, alpha) for matched in matches for method in methods for alpha in alphas[1:-1]]
     make = partial(merge, program, data=data, preserve=preserve, **reading, progress=False)
     values: dict[tuple[str | None, str | None], list[tuple[float, float]]] = {}
-    for found, method, alpha in track(todo, "barrier", len(todo), progress):
+    for matched, method, alpha in track(todo, "barrier", len(todo), progress):
         options: dict[str, Any] = {
-            "match": found.matcher,
+            "match": matched.matcher,
             "weights": alpha,
             "normalize": method,
-            "statistics": found.statistics,
+            "statistics": matched.statistics,
         }
-        merged = make(**options, verify=(found.name, method) not in values)
-        values.setdefault((found.name, method), []).append(test(merged.program))
+        merged = make(**options, verify=(matched.name, method) not in values)
+        values.setdefault((matched.name, method), []).append(test(merged.program))
     curves = []
     for (name, method), inner in values.items():
         accuracy, loss = zip(*[ends[0], *inner, ends[1]])
@@ -224,8 +227,8 @@ class Evaluator:
             return self._ensemble[index].to(logits.device)
         shape = (len(logits), *logits.shape[2:])
         if labels is None or labels.shape != shape:
-            found = "no class labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
-            raise DataError(f"batch {index} of evaluate has {found}; the outputs take one class for each of {shape}")
+            given = "no class labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise DataError(f"batch {index} of evaluate has {given}; the outputs take one class for each of {shape}")
         labels = labels.to(logits.device).long()
         check_classes(labels[labels >= 0], logits.shape[1])
         return labels

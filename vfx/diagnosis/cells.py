@@ -34,14 +34,14 @@ class Cells:
             return
         try:
             held = json.loads(self.path.read_text())
-            found = [Point(**cell) for cell in held["cells"]]
+            points = [Point(**cell) for cell in held["cells"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"{path} holds no cells of a comparison: {error}; name another file") from error
         if held.get("identity") != identity:
             raise ArgumentError(
                 f"{path} holds cells of other networks, data, options or of another version; name another file"
             )
-        self.points = {point.name: point for point in found}
+        self.points = {point.name: point for point in points}
 
     def get(self, name: str) -> Point | None:
         """The cell that was finished under this name."""
@@ -50,7 +50,7 @@ class Cells:
     def keep(self, point: Point) -> None:
         """Add a finished cell to the file."""
         self.points[point.name] = point
-        held = {"identity": self.identity, "cells": [asdict(one) for one in self.points.values()]}
+        held = {"identity": self.identity, "cells": [asdict(point) for point in self.points.values()]}
         write_atomic(self.path, json.dumps(held, indent=1, default=str) + "\n")
 
 

@@ -55,12 +55,12 @@ def compare(
             f"no layer of the merged network has the name of one of its references: {_some(taps)} against "
             f"{_some(edge_taps)}; diagnose compares networks whose modules have the same names"
         )
-    own = Observer(network, 0, {key: tap for key, tap in taps.items() if key in edge_taps}, reference)
+    observer = Observer(network, 0, {key: tap for key, tap in taps.items() if key in edge_taps}, reference)
     others = [Observer(edges, edge, edge_taps, reference) for edge in range(edges.edges)]
     batches = _Counted(Batches(edges, data, max_samples, device), progress)
-    pairs = observe(own, others, batches)
-    rows = layer_rows(own, others, pairs if units else [], kept)
-    return EdgeComparison(rows, batches.samples, own.outputs, tuple(one.outputs for one in others))
+    pairs = observe(observer, others, batches)
+    rows = layer_rows(observer, others, pairs if units else [], kept)
+    return EdgeComparison(rows, batches.samples, observer.outputs, tuple(edge.outputs for edge in others))
 
 
 class _Counted:

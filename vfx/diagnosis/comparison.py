@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from vfx.diagnosis.point import Point
-from vfx.files import written
+from vfx.files import csv_text, written
 from vfx.terminal import rendered
 
 if TYPE_CHECKING:
@@ -45,11 +43,11 @@ class Comparison:
 
     def frontier(self, cost: str = "params") -> list[Point]:
         """The networks that no other beats in accuracy at no more of a cost ("params", "flops", "latency")."""
-        found: list[Point] = []
+        points: list[Point] = []
         for point in sorted(self.made, key=lambda p: (getattr(p, cost) or 0.0, -(p.accuracy or 0.0))):
-            if not found or (point.accuracy or 0.0) > (found[-1].accuracy or 0.0):
-                found.append(point)
-        return found
+            if not points or (point.accuracy or 0.0) > (points[-1].accuracy or 0.0):
+                points.append(point)
+        return points
 
     def best(self, budget: Mapping[str, float] | None = None) -> Point:
         """The most accurate network whose costs stay within a budget, such as {"params": 1.2}.
@@ -77,12 +75,8 @@ class Comparison:
 
     def to_csv(self) -> str:
         """A line for each network; its options as JSON, a cell empty where nothing was measured."""
-        buffer = io.StringIO()
         rows = self.to_dict()["points"]
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | {"options": json.dumps(row["options"], default=str)} for row in rows)
-        return buffer.getvalue()
+        return csv_text([row | {"options": json.dumps(row["options"], default=str)} for row in rows])
 
     def to_markdown(self) -> str:
         """The table for a page."""
@@ -120,7 +114,7 @@ class Comparison:
             latency = "" if point.latency is None else f"{point.latency:.2f}×"
             seconds = "" if point.seconds is None else f"{point.seconds:.1f}"
             loss = "" if point.loss is None else f"{point.loss:.4f}"
-            each = f" ({' / '.join(f'{100 * one:.2f}' for one in point.each)})" if point.each else ""
+            each = f" ({' / '.join(f'{100 * accuracy:.2f}' for accuracy in point.each)})" if point.each else ""
             figures = [f"{100 * point.accuracy:.2f}{each}{star}", loss, f"{point.params:.3f}×", f"{point.flops:.3f}×"]
             lines.append([point.name, *figures, latency, seconds])
         return lines

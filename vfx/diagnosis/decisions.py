@@ -20,10 +20,10 @@ def class_scores(result: Any, owner: str) -> Tensor:
 
     Raises ArgumentError, in the name of ``owner``, for a network without decisions among classes.
     """
-    found = first_output(result)
-    if found is None or found.ndim < 2 or found.shape[class_axis(found)] < 2:
+    scores = first_output(result)
+    if scores is None or scores.ndim < 2 or scores.shape[class_axis(scores)] < 2:
         raise ArgumentError(f"{owner} reads decisions from outputs (N, classes, …); this network gives none")
-    return found.movedim(class_axis(found), 1)
+    return scores.movedim(class_axis(scores), 1)
 
 
 def log_probabilities(scores: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def log_probabilities(scores: Tensor) -> Tensor:
 
 def ensemble(scores: Sequence[Tensor]) -> Tensor:
     """The log-probabilities of several networks together: of their mean logits, as ``vfx.judge`` has it."""
-    return torch.stack([log_probabilities(one) for one in scores]).mean(0).log_softmax(1)
+    return torch.stack([log_probabilities(score) for score in scores]).mean(0).log_softmax(1)
 
 
 def check_labels(labels: Tensor, scores: Tensor, batch: int) -> None:

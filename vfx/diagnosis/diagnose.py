@@ -85,11 +85,11 @@ def diagnose(
 
 def _programs(merged: Any, references: Any, example_inputs: Any) -> tuple[Program, Program]:
     """The merged network and its edges as Programs over the same inputs."""
-    known = next((p for p in (merged, references) if isinstance(p, Program)), None)
+    program = next((p for p in (merged, references) if isinstance(p, Program)), None)
     if isinstance(merged, Result):
-        known = merged.program
-    if example_inputs is None and known is not None:
-        example_inputs = known.example_call
+        program = merged.program
+    if example_inputs is None and program is not None:
+        example_inputs = program.example_call
     if example_inputs is None:
         raise ArgumentError("example_inputs are needed to capture a model")
     network = merged.program if isinstance(merged, Result) else merged
@@ -118,13 +118,13 @@ def _align(
 ) -> tuple[Program, bool]:
     """The edges in the merged network's order of units, as far as it is known, and whether it is."""
     if match == "auto":
-        found = _matching(merged)
-        if found is None:
+        given_matching = _matching(merged)
+        if given_matching is None:
             return edges, True
         # linear maps act on folded networks, whose groups may have other numbers
-        if len(found.elements) != edges.edges or (not found.is_exact and batch_norms(edges)):
+        if len(given_matching.elements) != edges.edges or (not given_matching.is_exact and batch_norms(edges)):
             return edges, False
-        return _aligned(edges, found, seed), True
+        return _aligned(edges, given_matching, seed), True
     finder = matcher(match)
     if finder is None or edges.edges < 2:
         return edges, True
@@ -145,7 +145,7 @@ def _aligned(edges: Program, matching: Matching, seed: int) -> Program:
         error = preserved(facts, weights, element, seed) if element else 0.0
         if not error <= PRESERVED:
             raise VerificationError(f"what reference {edge} was aligned by changes its function ({error:.1e})")
-    return edges.with_weights([matching.aligned(facts, own, edge) for edge, own in enumerate(edges.weights)])
+    return edges.with_weights([matching.aligned(facts, tensors, edge) for edge, tensors in enumerate(edges.weights)])
 
 
 def _matching(merged: Any) -> Matching | None:

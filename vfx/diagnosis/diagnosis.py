@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from vfx.diagnosis.logits import Logits
-from vfx.diagnosis.page import page
-from vfx.diagnosis.rows import LayerRow, shown
+from vfx.diagnosis.rows import LayerRow
 from vfx.diagnosis.verdict import Verdict
-from vfx.files import written
+from vfx.files import csv_text, written
+from vfx.pages.diagnosis import page
+from vfx.terminal import rendered, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +64,7 @@ class Diagnosis:
             "verdict": self.verdict.to_dict(),
             "notes": list(self.notes),
             "logits": self.logits.to_dict(),
-            "edge_logits": [one.to_dict() for one in self.edge_logits],
+            "edge_logits": [logits.to_dict() for logits in self.edge_logits],
             "rows": self.records(),
         }
 
@@ -76,11 +74,7 @@ class Diagnosis:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """A line for each layer; a cell is empty where a measure is not defined."""
-        buffer, records = io.StringIO(), self.records()
-        writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        return written(buffer.getvalue(), path)
+        return written(csv_text(self.records()), path)
 
     def figures(self) -> dict[str, Figure]:
         """Matplotlib figures by name, after the papers' figures."""
@@ -93,8 +87,7 @@ class Diagnosis:
         from vfx.diagnosis.figures import svg
 
         drawn = {name: svg(figure) for name, figure in self.figures().items()}
-        summary = f"{len(self.rows)} layers, {self.edges} edges, {self.samples} samples."
-        return written(page(title, self.verdict, summary, self.notes, drawn, self.rows), path)
+        return written(page(title, self, drawn), path)
 
     def table(self) -> Table:
         table = Table(title=f"{len(self.rows)} layers, {self.samples} samples, {self.edges} edges")
@@ -108,7 +101,4 @@ class Diagnosis:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get() + str(self.verdict) + "".join(f"\nnote: {note}" for note in self.notes)
+        return rendered(self.table(), width=140) + str(self.verdict) + "".join(f"\nnote: {note}" for note in self.notes)

@@ -45,10 +45,10 @@ def networks(models: Any, labelled: bool) -> list[Network]:
         return networks(models.module, labelled)
     if not isinstance(models, Iterable):
         raise ArgumentError(f"models must be networks, got {type(models).__name__}")
-    found = [network for model in models for network in networks(model, labelled)]
-    if not found:
+    models_of = [network for model in models for network in networks(model, labelled)]
+    if not models_of:
         raise ArgumentError("models are empty; give the networks that measure difficulty")
-    return found
+    return models_of
 
 
 @torch.no_grad()
@@ -62,15 +62,15 @@ def scores(
     """EL2N scores (n,) and labels (n,) of each batch; ``pseudo`` takes the ensemble's class where there is no label."""
     for raw in track(data, "difficulty", 0, progress):
         probabilities = [network(raw).cpu() for network in models]
-        known = labels(raw, len(probabilities[0]))
-        if known is None and not pseudo:
+        classes = labels(raw, len(probabilities[0]))
+        if classes is None and not pseudo:
             raise DataError(
                 "EL2N needs a class label for each sample and these data have none: give batches (inputs, labels), "
                 "labels=, or pseudo_labels=True for the class that the models' ensemble predicts"
             )
-        if known is None:
-            known = torch.stack(probabilities).mean(0).argmax(1)
-        yield el2n(probabilities, known), known
+        if classes is None:
+            classes = torch.stack(probabilities).mean(0).argmax(1)
+        yield el2n(probabilities, classes), classes
 
 
 def _program(program: Program, edge: int, labelled: bool) -> Network:

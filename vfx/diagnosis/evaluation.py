@@ -7,8 +7,6 @@ which a network decides as the first does, or as the ensemble where there is one
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +25,7 @@ from vfx.diagnosis.decisions import check_labels, class_scores, log_probabilitie
 from vfx.diagnosis.decisions import ensemble as together
 from vfx.emit.onnx_network import OnnxNetwork
 from vfx.errors import ArgumentError, CaptureError
+from vfx.files import csv_text
 from vfx.program import Program
 from vfx.progress import track
 from vfx.statistics.data import Batches, reusable
@@ -76,11 +75,7 @@ class Evaluation:
 
     def to_csv(self) -> str:
         """A line for each network; a cell is empty where nothing was measured."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(asdict(self.rows[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        return buffer.getvalue()
+        return csv_text([asdict(row) for row in self.rows])
 
     def __str__(self) -> str:
         """A table of at most 80 columns."""
@@ -128,8 +123,8 @@ def evaluate(
         )
     if ensemble and not 2 <= ensemble <= len(given):
         raise ArgumentError(f"ensemble={ensemble} averages the first so many networks, 2 to {len(given)}")
-    networks = [_Network(one, example_inputs, device) for one in given]
-    first = next((one.program for one in networks if one.program is not None), None)
+    networks = [_Network(model, example_inputs, device) for model in given]
+    first = next((network.program for network in networks if network.program is not None), None)
     if first is None:
         first = _inputs_alone(example_inputs, networks[0].refusal)
     tallies = [_Tally() for _ in range(len(networks) + bool(ensemble))]
@@ -137,12 +132,12 @@ def evaluate(
     held = _read(networks, tallies, batches, first, ensemble, progress)
     labelled = all(tally.labelled == tally.samples for tally in tallies)
     rows = [
-        tally.row(name, labelled, one, one.seconds(first, held) if latency else None)
-        for name, one, tally in zip(names or [f"network {i}" for i in range(len(given))], networks, tallies)
+        tally.row(name, labelled, network, network.seconds(first, held) if latency else None)
+        for name, network, tally in zip(names or [f"network {i}" for i in range(len(given))], networks, tallies)
     ]
     if ensemble:
         rows.insert(ensemble, tallies[-1].row("ensemble", labelled))
-    unknown = sorted({name for one in networks if one.program is not None for name in one.unknown})
+    unknown = sorted({name for network in networks if network.program is not None for name in network.unknown})
     notes = [f"FLOPs without {', '.join(unknown)}"] if unknown else []
     notes += [f"labels of the data were not used: {batches.unread}"] if batches.unread and not labelled else []
     against = "the ensemble" if ensemble else rows[0].name
@@ -180,8 +175,8 @@ class _Network:
             self.params, self.nonzeros = self.module.stored, self.module.nonzeros
             return
         try:
-            own = None if isinstance(model, nn.Module) else getattr(model, "program", None)
-            self.program = own if isinstance(own, Program) else capture(self.module, as_call(example_inputs))
+            program = None if isinstance(model, nn.Module) else getattr(model, "program", None)
+            self.program = program if isinstance(program, Program) else capture(self.module, as_call(example_inputs))
             profile = cost(self.program)
             self.flops, self.unknown = profile.flops, tuple(profile.unknown_ops)
         except CaptureError as error:  # it can be run, and is not counted
@@ -258,7 +253,7 @@ def _read(
 
 def _together(scores: Sequence[Tensor]) -> Tensor:
     """The ensemble's log-probabilities."""
-    if len({one.shape for one in scores}) > 1:
+    if len({score.shape for score in scores}) > 1:
         raise ArgumentError("an ensemble takes networks of the same classes; leave ensemble= out")
     return together(scores)
 

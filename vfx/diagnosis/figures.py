@@ -83,14 +83,14 @@ def _line(
     return True
 
 
-def _compare(axis: Axes, chain: Sequence[LayerRow], own: str, others: str, title: str, log: bool = False) -> bool:
+def _compare(axis: Axes, chain: Sequence[LayerRow], field: str, others: str, title: str, log: bool = False) -> bool:
     """One measure of the merged network and of each edge."""
     _layers_axis(axis, chain)
     lines = [
         _line(axis, chain, [getattr(row, others)[edge] for row in chain], f"edge {edge}", EDGES[edge % len(EDGES)])
         for edge in range(len(getattr(chain[0], others)))
     ]
-    lines.append(_line(axis, chain, [getattr(row, own) for row in chain], "merged", MERGED))
+    lines.append(_line(axis, chain, [getattr(row, field) for row in chain], "merged", MERGED))
     if log and any(lines):
         _logarithmic(axis)
     axis.set_ylabel(title)
@@ -157,10 +157,10 @@ def _activation(chain: Sequence[LayerRow]) -> Figure | None:
     left.set_ylim(0, 1)
     left.legend(fontsize=8)
     _layers_axis(right, chain)
-    known = _line(right, chain, [row.silenced for row in chain], "silenced", MERGED)
+    drawn = _line(right, chain, [row.silenced for row in chain], "silenced", MERGED)
     right.set_ylim(0, 1)
     right.set_ylabel("edges' active units silent when merged")
-    if not known:
+    if not drawn:
         right.text(0.5, 0.5, "not known: the edges are not aligned", transform=right.transAxes, ha="center")
     return figure
 
@@ -190,21 +190,21 @@ def _magnitude(chain: Sequence[LayerRow]) -> Figure | None:
 
 def _logits(merged: Logits, edges: Sequence[Logits]) -> Figure | None:
     networks: list[tuple[str, str, Logits]] = [
-        *((f"edge {i}", EDGES[i % len(EDGES)], one) for i, one in enumerate(edges)),
+        *((f"edge {i}", EDGES[i % len(EDGES)], logits) for i, logits in enumerate(edges)),
         ("merged", MERGED, merged),
     ]
-    networks = [one for one in networks if one[2].means]
+    networks = [network for network in networks if network[2].means]
     if not networks:
         return None
     figure, (axis,) = _panels(1, 1)
-    if max(len(one.means) for _, _, one in networks) > 40:
+    if max(len(logits.means) for _, _, logits in networks) > 40:
         _logits_summary(axis, networks)
         return figure
     step = 0.7 / len(networks)
-    for index, (label, color, one) in enumerate(networks):
-        places = [k - 0.35 + step * (index + 0.5) for k in range(len(one.means))]
+    for index, (label, color, logits) in enumerate(networks):
+        places = [k - 0.35 + step * (index + 0.5) for k in range(len(logits.means))]
         axis.errorbar(
-            places, one.means, one.stds, fmt="o", markersize=3.5, capsize=2, linewidth=1, color=color, label=label
+            places, logits.means, logits.stds, fmt="o", markersize=3.5, capsize=2, linewidth=1, color=color, label=label
         )
     axis.xaxis.set_major_locator(MaxNLocator(nbins=14, integer=True, min_n_ticks=1))
     axis.axhline(0, color="0.4", linewidth=0.8)
@@ -216,8 +216,8 @@ def _logits(merged: Logits, edges: Sequence[Logits]) -> Figure | None:
 
 def _logits_summary(axis: Axes, networks: Sequence[tuple[str, str, Logits]]) -> None:
     """Too many outputs for a bar each: their distribution."""
-    for label, color, one in networks:
-        axis.plot(sorted(one.means), color=color, label=label)
+    for label, color, logits in networks:
+        axis.plot(sorted(logits.means), color=color, label=label)
     axis.set(xlabel="outputs, sorted by mean", ylabel="logit: mean")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)

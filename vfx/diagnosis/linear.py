@@ -63,17 +63,17 @@ def elementary_symmetric(matrices: Sequence[Tensor]) -> list[Tensor]:
     """e_0 … e_n of n square matrices (C, C): sums of products of k of them, later ones on the left."""
     if not matrices:
         raise ArgumentError("elementary symmetric polynomials need at least one matrix")
-    found = [torch.eye(len(matrices[0])).to(matrices[0])]
+    polynomials = [torch.eye(len(matrices[0])).to(matrices[0])]
     for matrix in matrices:
-        found = _step(found, matrix)
-    return found
+        polynomials = _step(polynomials, matrix)
+    return polynomials
 
 
 def _step(polynomials: list[Tensor], matrix: Tensor) -> list[Tensor]:
     """e_k(…, M) = M e_{k−1}(…) + e_k(…) for every k; the operands may be matrices or what they were applied to."""
     kept = [*polynomials, torch.zeros_like(polynomials[0])]
-    moved = [torch.zeros_like(polynomials[0]), *(matrix @ one for one in polynomials)]
-    return [one + other for one, other in zip(kept, moved)]
+    moved = [torch.zeros_like(polynomials[0]), *(matrix @ polynomial for polynomial in polynomials)]
+    return [without + with_factor for without, with_factor in zip(kept, moved)]
 
 
 def decompose(layers: Sequence[LinearLayer], x: Tensor) -> Decomposition:
@@ -84,7 +84,7 @@ def decompose(layers: Sequence[LinearLayer], x: Tensor) -> Decomposition:
         if layer.residual and layer.weight.shape[0] != layer.weight.shape[1]:
             raise ArgumentError(f"a residual layer needs a square weight, got {tuple(layer.weight.shape)}")
     features = _through(layers, x.T)
-    biases = [x.new_zeros(len(one.weight)) if one.bias is None else one.bias for one in layers]
+    biases = [x.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
     offsets = [_through(layers[j + 1 :], bias[:, None]) for j, bias in enumerate(biases)]
     return Decomposition(
         tuple(term.T for term in features), tuple(tuple(term[:, 0] for term in terms) for terms in offsets)
@@ -130,10 +130,10 @@ def _tensor(weights: object, node: object) -> Tensor | None:
 
 
 def _view(users: Iterable[fx.Node]) -> fx.Node:
-    found = list(users)
-    if len(found) == 1 and (operator_of(found[0]).ties == "view" or operator_of(found[0]).is_identity):
-        return found[0]
-    names = ", ".join(f"{node.name} ({operator(node)})" for node in found)
+    readers = list(users)
+    if len(readers) == 1 and (operator_of(readers[0]).ties == "view" or operator_of(readers[0]).is_identity):
+        return readers[0]
+    names = ", ".join(f"{node.name} ({operator(node)})" for node in readers)
     raise ArgumentError(f"not a chain of linear layers: {names}; eq. 2 and 3 hold for linear networks only")
 
 

@@ -22,8 +22,8 @@ GAMMA = 1.4
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean of those that are known, or None."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured else None
 
 
 def ratio(value: float | None, others: Sequence[float | None]) -> float | None:
@@ -40,8 +40,8 @@ def vanishing_bound(norms: Sequence[float | None], gamma: float | None = None) -
     after: float | None = None
     for distance, norm in enumerate(reversed(norms)):  # distance = L − l
         decayed = after if after is None or gamma is None else _smoothed(after, gamma, distance)
-        known = [value for value in (decayed, norm) if value is not None]
-        after = max(known) if known else None
+        terms = [value for value in (decayed, norm) if value is not None]
+        after = max(terms) if terms else None
         bounds.append(after)
     return bounds[::-1]
 

@@ -115,16 +115,16 @@ class Observer:
         """The input that stands for 0, with one sample where the graph allows any number."""
         if self._given is not None:
             return [x.to(like.device) for x, like in zip(self._given, batch)]
-        found = []
+        references = []
         for node, x, axis, held in zip(self.placeholders, batch, self._axes, self._held):
             dynamic = axis is not None and not isinstance(node.meta["val"].shape[axis], int)
-            one = self._one(x, axis) if dynamic else x
+            single = self._one(x, axis) if dynamic else x
             if x.is_floating_point():
-                found.append(torch.zeros_like(one))
+                references.append(torch.zeros_like(single))
             else:
-                fits = isinstance(held, Tensor) and held.shape == one.shape and held.dtype == one.dtype
-                found.append(held.to(one.device) if fits else one.clone())
-        return found
+                fits = isinstance(held, Tensor) and held.shape == single.shape and held.dtype == single.dtype
+                references.append(held.to(single.device) if fits else single.clone())
+        return references
 
     @staticmethod
     def _one(x: Tensor, axis: int | None) -> Tensor:
@@ -188,13 +188,13 @@ def observe(
     pairs: list[dict[Key, SilencedUnits]] = [{} for _ in edges]
     for batch, samples in batches:
         observers = [merged, *edges]
-        for one in observers:
-            one.start(batch, samples)
+        for observer in observers:
+            observer.start(batch, samples)
         waiting: dict[Key, dict[int, Tensor]] = {}
         running = dict(enumerate(observers))
         while running:
-            for index, one in list(running.items()):
-                active = one.advance()
+            for index, observer in list(running.items()):
+                active = observer.advance()
                 if active is None:
                     del running[index]
                 for key, mask in (active or {}).items():

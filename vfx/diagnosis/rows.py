@@ -64,31 +64,25 @@ class LayerRow:
     @property
     def offset_share(self) -> Number:
         """‖h‖ / E‖g‖ in the merged network over the same in the edges."""
-        own = ratio(self.offset, [self.feature])
-        return ratio(own, [ratio(h, [g]) for h, g in zip(self.edge_offsets, self.edge_features)])
+        merged_share = ratio(self.offset, [self.feature])
+        return ratio(merged_share, [ratio(h, [g]) for h, g in zip(self.edge_offsets, self.edge_features)])
 
     def record(self) -> dict[str, Any]:
         """The row by column, one for each edge behind ``edge_…`` (edges from 0); not finite is None."""
-        found: dict[str, Any] = {}
+        columns: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple):
                 name = field.name.removeprefix("edge_").removesuffix("s")
-                found |= {f"edge{index}_{name}": finite(item) for index, item in enumerate(value)}
+                columns |= {f"edge{index}_{name}": finite(item) for index, item in enumerate(value)}
             else:
-                found[field.name] = finite(value)
-        return found
+                columns[field.name] = finite(value)
+        return columns
 
 
 def finite(value: Any) -> Any:
     """A number as JSON can hold it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def shown(value: float | None) -> str:
-    """Three significant digits, or a dash."""
-    value = finite(value)
-    return "–" if value is None else f"{value:.3g}"
 
 
 def layer_rows(
@@ -108,7 +102,7 @@ def layer_rows(
 def _values(
     key: Key, tap: LayerTap, merged: Observer, edges: Sequence[Observer], pairs: Any, preserved: set[str]
 ) -> dict[str, Any]:
-    own, seen = merged.layers.get(key), [edge.layers[key] for edge in edges]
+    merged_layer, seen = merged.layers.get(key), [edge.layers[key] for edge in edges]
     there = merged.taps.get(key)
     state = "absent" if there is None else "joined" if there.joined else "merged"
     if there is None and tap.layer.fqn in preserved:
@@ -124,8 +118,8 @@ def _values(
         "silenced": mean([pair[key].share for pair in pairs if key in pair]),
     }
     for name, read in _READ.items():
-        values[name] = read(own) if own is not None else None
-        values[f"edge_{name}s"] = tuple(read(one) for one in seen)
+        values[name] = read(merged_layer) if merged_layer is not None else None
+        values[f"edge_{name}s"] = tuple(read(layer) for layer in seen)
     values["magnitude"] = _magnitude(merged, there)
     values["edge_magnitudes"] = tuple(_magnitude(edge, tap) for edge in edges)
     for name, source in (
@@ -153,12 +147,12 @@ def overall(moments: Moments | None) -> tuple[Number, Number]:
 
 
 _READ: dict[str, Any] = {
-    "feature": lambda one: one.feature if one.samples else None,
-    "offset": lambda one: one.offset if one.samples else None,
-    "variance": lambda one: one.variance,
-    "output_mean": lambda one: overall(one.output)[0],
-    "output_std": lambda one: overall(one.output)[1],
-    "activation_mean": lambda one: overall(one.activation)[0],
-    "activation_std": lambda one: overall(one.activation)[1],
-    "zero_share": lambda one: one.zero_share,
+    "feature": lambda layer: layer.feature if layer.samples else None,
+    "offset": lambda layer: layer.offset if layer.samples else None,
+    "variance": lambda layer: layer.variance,
+    "output_mean": lambda layer: overall(layer.output)[0],
+    "output_std": lambda layer: overall(layer.output)[1],
+    "activation_mean": lambda layer: overall(layer.activation)[0],
+    "activation_std": lambda layer: overall(layer.activation)[1],
+    "zero_share": lambda layer: layer.zero_share,
 }

@@ -134,10 +134,10 @@ def _survey(
 
     if ranked or (balanced and pseudo):
         runs = networks(models, _tuples_end_in_labels(data))
-        found = list(scores(watched(), runs, known, pseudo, progress))
-        if not found:
+        scored_runs = list(scores(watched(), runs, known, pseudo, progress))
+        if not scored_runs:
             raise DataError("the data hold no samples; give at least one batch")
-        values, classes = (torch.cat(parts) for parts in zip(*found))
+        values, classes = (torch.cat(parts) for parts in zip(*scored_runs))
         return _Facts(tuple(sizes), tuple(prints), values, classes)
     parts = [known(raw, sizes[-1]) for raw in watched()]
     if not sum(sizes):

@@ -32,11 +32,11 @@ def skew_notes(
     merged: Program, edges: Program, data: Any, held_out: Any = None, device: Any = None, progress: bool = True
 ) -> list[str]:
     """Warnings for a merge's report: from the labels that passed by in ``data``, and from ``held_out`` batches."""
-    found = [class_note(data.counts, _classes(edges)) if isinstance(data, LabelCount) else None]
+    candidates = [class_note(data.counts, _classes(edges)) if isinstance(data, LabelCount) else None]
     if held_out is not None:
         seen = compare(merged, edges, held_out, device=device, units=False, progress=progress)
-        found.append(variance_note(seen.rows))
-    return [note for note in found if note is not None]
+        candidates.append(variance_note(seen.rows))
+    return [note for note in candidates if note is not None]
 
 
 def _classes(program: Program) -> int | None:

@@ -53,12 +53,12 @@ def layer_taps(program: Program, like: Mapping[Key, LayerTap] = MappingProxyType
     """
     nodes = {node.name: node for node in program.graph.nodes}
     inserted = {affine.layer: affine for affine in affines(program)}
-    known = {key: layer for key, layer in _keyed(program, like) if layer.node in nodes}
-    places = [(layer, nodes[layer.node]) for layer in known.values()]
+    layer_of = {key: layer for key, layer in _keyed(program, like) if layer.node in nodes}
+    places = [(layer, nodes[layer.node]) for layer in layer_of.values()]
     outputs = {layer.node: LayerView(layer, node, inserted.get(node)).output for layer, node in places}
     owners = _owners(places, outputs)
     taps: dict[Key, LayerTap] = {}
-    for key, layer in known.items():
+    for key, layer in layer_of.items():
         joined = not is_layer(nodes[layer.node])
         weight = None if joined else weight_name(nodes[layer.node])
         taps[key] = LayerTap(layer, outputs[layer.node], owners.get(layer.node), weight, joined)

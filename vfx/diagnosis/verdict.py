@@ -57,25 +57,25 @@ def judge(
 ) -> Verdict:
     """The verdict on a network's rows. ``outputs`` are statistics of its logits, ``choices`` what a merge has done."""
     chain = [row for row in rows if not row.shortcut]
-    own = [row for row in chain if row.measured]
-    if not own:
+    measured = [row for row in chain if row.measured]
+    if not measured:
         return Verdict("healthy", None, None, "Every layer is the edges' own: nothing was merged.")
-    broken = _not_finite(own, outputs)
+    broken = _not_finite(measured, outputs)
     if broken is not None:
         return broken
-    share = own[-1].offset_share
+    share = measured[-1].offset_share
     dominated = share is not None and share > DOMINATED
-    vanished = next((row for row in own if row.bound is not None and row.bound < VANISHED), None)
+    vanished = next((row for row in measured if row.bound is not None and row.bound < VANISHED), None)
     if vanished is not None:
-        return _vanished(chain, own, vanished, dominated, batch_norm, choices)
+        return _vanished(chain, measured, vanished, dominated, batch_norm, choices)
     if dominated:
-        return _dominated(own[-1], batch_norm, choices)
-    return _variance(own, batch_norm, choices) or _healthy(own)
+        return _dominated(measured[-1], batch_norm, choices)
+    return _variance(measured, batch_norm, choices) or _healthy(measured)
 
 
-def _not_finite(own: Sequence[LayerRow], outputs: Sequence[Number]) -> Verdict | None:
+def _not_finite(measured: Sequence[LayerRow], outputs: Sequence[Number]) -> Verdict | None:
     bad = lambda values: any(x is not None and not math.isfinite(x) for x in values)  # noqa: E731
-    row = next((row for row in own if bad((row.feature, row.offset, row.variance, row.activation_mean))), None)
+    row = next((row for row in measured if bad((row.feature, row.offset, row.variance, row.activation_mean))), None)
     if row is not None:
         explanation = f"Values of layer {_name(row)} are NaN or infinite."
         return Verdict("not finite", row.number, row.layer, explanation, ("merge in float32 or float64",))
@@ -86,13 +86,13 @@ def _not_finite(own: Sequence[LayerRow], outputs: Sequence[Number]) -> Verdict |
 
 def _vanished(
     chain: Sequence[LayerRow],
-    own: Sequence[LayerRow],
+    measured: Sequence[LayerRow],
     first: LayerRow,
     dominated: bool,
     batch_norm: bool,
     choices: Mapping[str, Any],
 ) -> Verdict:
-    last = own[-1]
+    last = measured[-1]
     start = (
         f"From layer {_name(first)} on the feature E‖g‖ stays below {VANISHED:g} of the edges' "
         f"({_number(first.feature_ratio)} there, {_number(last.feature_ratio)} at the output)"
@@ -119,9 +119,9 @@ def _dominated(last: LayerRow, batch_norm: bool, choices: Mapping[str, Any]) -> 
     return Verdict("offset dominates", last.number, last.layer, explanation, tuple(remedies))
 
 
-def _variance(own: Sequence[LayerRow], batch_norm: bool, choices: Mapping[str, Any]) -> Verdict | None:
-    known = [(row, row.variance_ratio) for row in own if row.variance_ratio is not None]
-    for row, value in known:
+def _variance(measured: Sequence[LayerRow], batch_norm: bool, choices: Mapping[str, Any]) -> Verdict | None:
+    ratios = [(row, row.variance_ratio) for row in measured if row.variance_ratio is not None]
+    for row, value in ratios:
         if value < COLLAPSED:
             explanation = (
                 f"Features stay, but the output of layer {_name(row)} varies too little between samples: variance "
@@ -129,19 +129,19 @@ def _variance(own: Sequence[LayerRow], batch_norm: bool, choices: Mapping[str, A
             )
             remedies = [*_alignment(choices), *_normalization(batch_norm, choices, bias=False)]
             return Verdict("variance collapse", row.number, row.layer, explanation, tuple(remedies))
-    for row, value in known:
+    for row, value in ratios:
         if value > EXPLODED:
             explanation = (
                 f"The output of layer {_name(row)} varies more than the edges': variance ratio {_number(value)}. "
                 "Statistics from skewed calibration data do that."
             )
-            other = "calibrate on other data: vfx.select(data, n, strategy='random')"
-            return Verdict("variance explosion", row.number, row.layer, explanation, (other,))
+            remedy = "calibrate on other data: vfx.select(data, n, strategy='random')"
+            return Verdict("variance explosion", row.number, row.layer, explanation, (remedy,))
     return None
 
 
-def _healthy(own: Sequence[LayerRow]) -> Verdict:
-    ratios = [row.feature_ratio for row in own if row.feature_ratio is not None]
+def _healthy(measured: Sequence[LayerRow]) -> Verdict:
+    ratios = [row.feature_ratio for row in measured if row.feature_ratio is not None]
     if not ratios:
         return Verdict("healthy", None, None, "The edges carry no features at any merged layer: nothing could vanish.")
     explanation = (

@@ -36,7 +36,7 @@ class Acting:
 
     def __init__(self, symmetry: Symmetry, elements: Elements, without: tuple[Member, ...] = ()):
         self.symmetry = symmetry
-        self.index = {group: own.index for group, own in elements.items() if own.index is not None}
+        self.index = {group: element.index for group, element in elements.items() if element.index is not None}
         # where a matrix stands in its place on an axis, the index is left out
         self._skipped = {(m.fqn, m.dim, g.index) for g in symmetry.groups for m in g.members if m in without}
         for group in symmetry.groups:
@@ -55,8 +55,8 @@ class Acting:
         """The tensor of a name, moved; the same object where nothing moves it."""
         moved = self._ordered(name, tensor)
         for group, member, element, dual in self._behind.get(name, ()):
-            found = parts if element.is_exact else parts_by_role
-            for part in found(self.symmetry, group, member):
+            parts_of = parts if element.is_exact else parts_by_role
+            for part in parts_of(self.symmetry, group, member):
                 moved = mapped(moved, member.dim, part, element, dual, in_place=moved is not tensor)
         return moved
 
@@ -64,7 +64,7 @@ class Acting:
         axes: dict[int, ActedAxis] = {}
         for dim, labels in self.symmetry.axes_of(name) if self.index else ():
             if labels.shape[1] > 1:
-                chosen = {g: own for g, own in self.index.items() if (name, dim, g) not in self._skipped}
+                chosen = {g: index for g, index in self.index.items() if (name, dim, g) not in self._skipped}
                 axes[dim] = Ordered(self.symmetry, labels, chosen, unresized(self.symmetry, labels))
         return acted(tensor, axes) if axes else tensor
 
@@ -100,7 +100,9 @@ def act_on(symmetry: Symmetry, elements: Elements, node: fx.Node, dim: int) -> O
 
     Raises ArchitectureError where the axis goes through several maps (the rest of the tensor says which).
     """
-    index = {group: own.index for group, own in elements.items() if own.index is not None and not own.mixes}
+    index = {
+        group: element.index for group, element in elements.items() if element.index is not None and not element.mixes
+    }
     order = order_on(symmetry, index, node, dim)
     return OnAxis(order, _behind(symmetry, elements, node, dim))
 
@@ -132,8 +134,8 @@ def _turned(symmetry: Symmetry, elements: Elements, group: Group, node: fx.Node)
     """The parts of rotary planes on the output of the layer that makes them."""
     if group.index not in elements or not is_layer(node):
         return []
-    own = [m for m in group.members if (m.fqn, m.dim) == (weight_name(node), output_axis(node))]
-    return [part for member in own for part in parts(symmetry, group, member)]
+    members = [m for m in group.members if (m.fqn, m.dim) == (weight_name(node), output_axis(node))]
+    return [part for member in members for part in parts(symmetry, group, member)]
 
 
 def _onto(result: Tensor | None, size: int, part: Part, element: Element) -> Tensor | None:

@@ -47,20 +47,20 @@ def acted(tensor: Tensor, axes: Mapping[int, ActedAxis], standing: Mapping[int, 
     return tensor
 
 
-def _in_blocks(tensor: Tensor, dim: int, own: ActedAxis, axes: Mapping[int, ActedAxis], parent: int) -> Tensor:
+def _in_blocks(tensor: Tensor, dim: int, acted: ActedAxis, axes: Mapping[int, ActedAxis], parent: int) -> Tensor:
     """Block by block: the parent's axis is acted on already, and says which block each of its positions is."""
-    for other, axis in axes.items():
-        blocks = axis.blocks(parent) if other != dim else None
+    for across, axis in axes.items():
+        blocks = axis.blocks(parent) if across != dim else None
         if blocks is None:
             continue
         result: Tensor | None = None
         for block in np.unique(blocks).tolist():
             where = torch.from_numpy(np.flatnonzero(blocks == block)).to(tensor.device)
-            part = own.apply(tensor.index_select(other, where), dim, block)
+            part = acted.apply(tensor.index_select(across, where), dim, block)
             if result is None:
                 shape = [part.shape[d] if d == dim else size for d, size in enumerate(tensor.shape)]
                 result = tensor.new_empty(shape)
-            result.index_copy_(other, where, part)
+            result.index_copy_(across, where, part)
         assert result is not None
         return result
     raise AssertionError(f"group {parent} stands on no other axis")
@@ -102,10 +102,10 @@ class Ordered:
     @property
     def parent_apart(self) -> int | None:
         here = {group for _, group, _ in self.labelling.digits(self.labels)}
-        inner = [group for group in here if (own := self.index.get(group)) is not None and own.ndim == 2]
-        found = {self.labelling.groups[group].parent for group in inner} - here
-        assert len(found) <= 1, "blocks of two groups on one axis"
-        return next(iter(found), None)
+        inner = [group for group in here if (index := self.index.get(group)) is not None and index.ndim == 2]
+        parents = {self.labelling.groups[group].parent for group in inner} - here
+        assert len(parents) <= 1, "blocks of two groups on one axis"
+        return next(iter(parents), None)
 
     def blocks(self, parent: int) -> Index | None:
         for _, group, mask in self.labelling.digits(self.labels[self.line.position]):
@@ -135,5 +135,5 @@ class Ordered:
     def _block(self, group: int, digits: Digits, mask: NDArray[np.bool_], block: int | None) -> Index | int | None:
         """The new channel of a group's parent where the group's digits stand."""
         parent = self.labelling.groups[group].parent
-        own = next((where for _, other, where in digits if other == parent), None)
-        return block if own is None else np.where(own, self.line.rank, 0).sum(axis=1)[np.nonzero(mask)[0]]
+        blocks = next((where for _, group, where in digits if group == parent), None)
+        return block if blocks is None else np.where(blocks, self.line.rank, 0).sum(axis=1)[np.nonzero(mask)[0]]

@@ -18,14 +18,14 @@ from vfx.elements.permutations import compose_permutations, inverse_permutations
 def compose(symmetry: Symmetry, first: Elements, then: Elements) -> dict[int, Element]:
     """The element that does ``first``, and ``then`` to its result."""
     moved = compose_permutations(symmetry.groups, permutations_of(first), permutations_of(then))
-    found = {}
+    composed = {}
     for group in symmetry.moving:
-        one, two = _carried(group, first.get(group.index, Element()), then), then.get(group.index, Element())
-        if group.index in moved or one.matrix is not None or one.scales or two.matrix is not None or two.scales:
-            matrix = _product(two.matrix, one.matrix)
-            scales = {side: _times(one.scales.get(side), two.scales.get(side)) for side in {**one.scales, **two.scales}}
-            found[group.index] = Element(moved.get(group.index), matrix, scales)
-    return found
+        before, after = _carried(group, first.get(group.index, Element()), then), then.get(group.index, Element())
+        matrix = _product(after.matrix, before.matrix)
+        scales = {s: _times(before.scales.get(s), after.scales.get(s)) for s in {**before.scales, **after.scales}}
+        if group.index in moved or matrix is not None or scales:
+            composed[group.index] = Element(moved.get(group.index), matrix, scales)
+    return composed
 
 
 def inverse(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
@@ -34,25 +34,25 @@ def inverse(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
     undone = {
         index: Element(
             None,
-            None if own.matrix is None else np.linalg.inv(own.matrix),
-            {side: 1 / scale for side, scale in own.scales.items()},
+            None if inverted.matrix is None else np.linalg.inv(inverted.matrix),
+            {side: 1 / scale for side, scale in inverted.scales.items()},
         )
-        for index, own in element.items()
+        for index, inverted in element.items()
     }
     return compose(symmetry, undone, permuted(back))
 
 
 def _carried(group: Group, element: Element, by: Elements) -> Element:
     """P D P⁻¹ for the maps D of one group and the permutations P of an element."""
-    own = by.get(group.index, Element()).index
+    index = by.get(group.index, Element()).index
     blocks = None if group.parent is None else by.get(group.parent, Element()).index
     matrix, scales = element.matrix, dict(element.scales)
     if blocks is not None:
         matrix = matrix[blocks] if matrix is not None and matrix.ndim > 2 else matrix
         scales = {side: scale[blocks] if scale.ndim > 1 else scale for side, scale in scales.items()}
-    if own is not None:
-        assert matrix is None or (own == np.arange(group.size)).all(), "a map that mixes channels is not permuted too"
-        scales = {side: _ordered(scale, own) for side, scale in scales.items()}
+    if index is not None:
+        assert matrix is None or (index == np.arange(group.size)).all(), "a map that mixes channels is not permuted too"
+        scales = {side: _ordered(scale, index) for side, scale in scales.items()}
     return Element(None, matrix, scales)
 
 

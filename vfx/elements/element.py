@@ -74,12 +74,12 @@ Elements = Mapping[int, Element]  # by group index
 
 def permuted(moved: Permutations) -> dict[int, Element]:
     """The element that permutes and does no more."""
-    return {index: Element(own) for index, own in moved.items()}
+    return {index: Element(order) for index, order in moved.items()}
 
 
 def permutations_of(elements: Elements) -> dict[int, Index]:
     """What an element permutes."""
-    return {index: own.index for index, own in elements.items() if own.index is not None}
+    return {index: element.index for index, element in elements.items() if element.index is not None}
 
 
 def identity(symmetry: Symmetry) -> dict[int, Element]:
@@ -89,15 +89,15 @@ def identity(symmetry: Symmetry) -> dict[int, Element]:
 
 def exact_part(elements: Elements) -> dict[int, Element]:
     """What keeps the function: of maps that do not, the permutation nearest to them."""
-    return {index: own if own.is_exact else Element(own.index) for index, own in elements.items()}
+    return {index: element if element.is_exact else Element(element.index) for index, element in elements.items()}
 
 
 def behind_exact(elements: Elements) -> dict[int, Element]:
     """What is left of the maps that do not keep the function, once channels stand in the order of ``exact_part``."""
     return {
-        index: Element(matrix=_columns(own.matrix, own.index), dual=_columns(own.dual, own.index))
-        for index, own in elements.items()
-        if own.matrix is not None and own.dual is not None
+        index: Element(matrix=_columns(element.matrix, element.index), dual=_columns(element.dual, element.index))
+        for index, element in elements.items()
+        if element.matrix is not None and element.dual is not None
     }
 
 
@@ -110,9 +110,9 @@ def _columns(matrix: Matrix, index: Index | None) -> Matrix:
 def undone(elements: Elements) -> dict[int, Element]:
     """The way back of maps that do not keep the function."""
     return {
-        index: Element(matrix=own.dual.mT, dual=own.matrix.mT)
-        for index, own in elements.items()
-        if own.matrix is not None and own.dual is not None
+        index: Element(matrix=element.dual.mT, dual=element.matrix.mT)
+        for index, element in elements.items()
+        if element.matrix is not None and element.dual is not None
     }
 
 
@@ -128,14 +128,14 @@ def random_element(symmetry: Symmetry, generator: np.random.Generator, classes: 
     moved = random_permutations(symmetry.groups, generator)
     if classes == "permutation":
         return permuted(moved)
-    found = {}
+    drawn = {}
     for group in symmetry.moving:
-        own = symmetry.classes[group.index]
-        if own.kind.mixes and own.scales is None:
-            found[group.index] = Element(matrix=_matrices(group, own.kind, generator))
+        group_class = symmetry.classes[group.index]
+        if group_class.kind.mixes and group_class.scales is None:
+            drawn[group.index] = Element(matrix=_matrices(group, group_class.kind, generator))
         else:
-            found[group.index] = Element(moved[group.index], scales=_scales(group, own, generator))
-    return found
+            drawn[group.index] = Element(moved[group.index], scales=_scales(group, group_class, generator))
+    return drawn
 
 
 def check_classes(classes: str) -> str:
@@ -151,23 +151,26 @@ def _matrices(group: Group, kind: Maps, generator: np.random.Generator) -> Matri
     return np.stack([draw(kind, group.size, generator) for _ in range(group.outer)])
 
 
-def _scales(group: Group, own: Class, generator: np.random.Generator) -> dict[int, Matrix]:
+def _scales(group: Group, group_class: Class, generator: np.random.Generator) -> dict[int, Matrix]:
     """Free scales are drawn, the sides' follow."""
-    if own.scales is None:
+    if group_class.scales is None:
         return {}
     shape = group.shape
-    free = {x for vector in own.scales.magnitudes.values() for x in vector}
+    free = {x for vector in group_class.scales.magnitudes.values() for x in vector}
     logs = {x: generator.uniform(-SPREAD, SPREAD, shape) for x in sorted(free)}
-    free = {x for vector in own.scales.signs.values() for x in vector}
+    free = {x for vector in group_class.scales.signs.values() for x in vector}
     signs = {x: generator.integers(0, 2, shape) for x in sorted(free)}
     sides = {
-        side.index for side in own.sides if own.scales.magnitudes.get(side.index) or own.scales.signs.get(side.index)
+        side.index
+        for side in group_class.sides
+        if group_class.scales.magnitudes.get(side.index) or group_class.scales.signs.get(side.index)
     }
-    log = {side: _sum(own.scales.magnitudes.get(side, {}), logs, shape) for side in sides}
-    widest = max((np.abs(one).max() for one in log.values()), default=0.0)
+    log = {side: _sum(group_class.scales.magnitudes.get(side, {}), logs, shape) for side in sides}
+    widest = max((np.abs(x).max() for x in log.values()), default=0.0)
     mild = min(1.0, 2 * SPREAD / widest) if widest else 1.0  # the equations are linear
     return {
-        side: np.exp(mild * log[side]) * (-1.0) ** _sum(own.scales.signs.get(side, {}), signs, shape) for side in sides
+        side: np.exp(mild * log[side]) * (-1.0) ** _sum(group_class.scales.signs.get(side, {}), signs, shape)
+        for side in sides
     }
 
 
@@ -182,28 +185,28 @@ def check_elements(symmetry: Symmetry, elements: Elements) -> Elements:
     return elements
 
 
-def _check(group: Group, own: Class, element: Element) -> None:
+def _check(group: Group, group_class: Class, element: Element) -> None:
     if element.matrix is not None:
-        if own.scales is not None and not own.kind.mixes:
+        if group_class.scales is not None and not group_class.kind.mixes:
             raise ArgumentError(
-                f"group {group.index} ({group.name}) takes {own.kind.title} maps ({own.reason}): give a permutation "
-                "and scales, not a matrix"
+                f"group {group.index} ({group.name}) takes {group_class.kind.title} maps ({group_class.reason}): "
+                "give a permutation and scales, not a matrix"
             )
-        if not contains(own.kind, element.matrix):
-            raise ArgumentError(f"the matrix for group {group.index} ({group.name}) is not {own.kind.title}")
+        if not contains(group_class.kind, element.matrix):
+            raise ArgumentError(f"the matrix for group {group.index} ({group.name}) is not {group_class.kind.title}")
     if element.scales:
-        _check_scales(group, own, element.scales)
+        _check_scales(group, group_class, element.scales)
 
 
-def _check_scales(group: Group, own: Class, scales: Mapping[int, Matrix]) -> None:
+def _check_scales(group: Group, group_class: Class, scales: Mapping[int, Matrix]) -> None:
     """They obey the equations of the sides: given by the free ones."""
-    known = {side.index for side in own.sides}
-    if own.scales is None or not set(scales) <= known:
+    sides = {side.index for side in group_class.sides}
+    if group_class.scales is None or not set(scales) <= sides:
         raise ArgumentError(
-            f"group {group.index} ({group.name}) has no such sides: its scales stand on {sorted(known)}"
+            f"group {group.index} ({group.name}) has no such sides: its scales stand on {sorted(sides)}"
         )
-    for side in known:
-        vector, signs = own.scales.magnitudes.get(side, {}), own.scales.signs.get(side, {})
+    for side in sides:
+        vector, signs = group_class.scales.magnitudes.get(side, {}), group_class.scales.signs.get(side, {})
         expected: Matrix | float = 1.0
         for x, power in vector.items():
             expected = expected * np.abs(scales.get(x, np.ones(1))) ** float(power)

@@ -81,8 +81,8 @@ def mapped(
     if element.matrix is not None and dual is not None:
         matrix = _block(dual if part.dual else element.matrix, part.block, 2)
     elif scales is not None:
-        own = _block(scales, part.block, 1)
-        matrix = 1 / own if part.dual else own
+        factors = _block(scales, part.block, 1)
+        matrix = 1 / factors if part.dual else factors
     else:
         return tensor
     if part.elsewhere is None and matrix.ndim == 1:
@@ -120,14 +120,14 @@ def multiplied(tensor: Tensor, dim: int, position: Index, matrix: Matrix, in_pla
 
 def stacked(symmetry: Symmetry, group: Group, weights: Weights, dual: bool) -> list[Tensor]:
     """What carries T (or T⁻ᵀ) of a group, side by side: (size, n) for each of its blocks, float64."""
-    found: list[list[Tensor]] = [[] for _ in range(group.outer if group.parent is not None else 1)]
+    blocks: list[list[Tensor]] = [[] for _ in range(group.outer if group.parent is not None else 1)]
     for member in group.members:
         if member.fqn not in weights:
             continue
         for part in parts(symmetry, group, member):
             if part.dual is dual:
-                found[part.block].append(rows_of(weights[member.fqn], member.dim, part))
-    return [torch.cat(own, 1) if own else torch.zeros(group.size, 0, dtype=torch.float64) for own in found]
+                blocks[part.block].append(rows_of(weights[member.fqn], member.dim, part))
+    return [torch.cat(rows, 1) if rows else torch.zeros(group.size, 0, dtype=torch.float64) for rows in blocks]
 
 
 def rows_of(tensor: Tensor, dim: int, part: Part) -> Tensor:
@@ -152,12 +152,12 @@ def standing(
     table = grid(groups, digits, position, chosen, [sizes[groups.index(index)] for index in chosen])
     table = table.reshape(-1, group.size, table.shape[-1])
     apart = group.parent is not None and group.parent not in groups
-    for block, own in enumerate(table if not (apart and by_role) else ()):
+    for block, block_columns in enumerate(table if not (apart and by_role) else ()):
         if by_role:
-            yield Part(own, block, 0, False)
+            yield Part(block_columns, block, 0, False)
             continue
-        found = symmetry.classes.slots(node, dim, group, own)
-        if found is None or apart:
+        slots = symmetry.classes.slots(node, dim, group, block_columns)
+        if slots is None or apart:
             raise ArchitectureError(f"axis {dim} of {node.name} goes through several maps of group {group.index}")
-        for side, dual, columns in alike(np.arange(own.shape[1]), *found):
-            yield Part(own[:, columns], block, side, dual)
+        for side, dual, columns in alike(np.arange(block_columns.shape[1]), *slots):
+            yield Part(block_columns[:, columns], block, side, dual)

@@ -55,33 +55,33 @@ def _moving(size: int, generator: np.random.Generator) -> Index:
 
 def inverse_permutations(groups: Sequence[Permutable], element: Permutations) -> dict[int, Index]:
     """The element that undoes another."""
-    found: dict[int, Index] = {}
+    inverses: dict[int, Index] = {}
     for group in groups:
-        own = element.get(group.index)
-        if own is None:
+        index = element.get(group.index)
+        if index is None:
             continue
-        found[group.index] = np.argsort(own, axis=-1)
-        if own.ndim == 2:  # new block b came from old block outer[b]: there its order is undone
-            found[group.index] = found[group.index][np.argsort(_outer(element, group))]
+        inverses[group.index] = np.argsort(index, axis=-1)
+        if index.ndim == 2:  # new block b came from old block outer[b]: there its order is undone
+            inverses[group.index] = inverses[group.index][np.argsort(_outer(element, group))]
         elif group.parent is not None:
-            found[group.index] = _rows(found[group.index], group)
-    return found
+            inverses[group.index] = _rows(inverses[group.index], group)
+    return inverses
 
 
 def compose_permutations(groups: Sequence[Permutable], first: Permutations, then: Permutations) -> dict[int, Index]:
     """The element that does ``first``, and ``then`` to its result."""
-    found = dict(first)
+    composed = dict(first)
     for group in groups:
         if group.index not in then and (group.parent is None or group.parent not in then):
             continue
-        one = first.get(group.index, np.arange(group.size))
+        earlier = first.get(group.index, np.arange(group.size))
         two = then.get(group.index, np.arange(group.size))
         if group.parent is None:
-            found[group.index] = one[two]
+            composed[group.index] = earlier[two]
         else:
-            rows = _rows(one, group)[_outer(then, group)]
-            found[group.index] = np.take_along_axis(rows, _rows(two, group), axis=1)
-    return found
+            rows = _rows(earlier, group)[_outer(then, group)]
+            composed[group.index] = np.take_along_axis(rows, _rows(two, group), axis=1)
+    return composed
 
 
 def moved(groups: Sequence[Permutable], columns: Sequence[int], digits: Index, element: Permutations) -> Index:

@@ -59,7 +59,7 @@ def entries(labelling: Labelling, dim: int, labels: Rows, wanted: Collection[int
 
     Empty where they move nothing; None where their channels are no full product.
     """
-    found, left = [], np.ones(len(labels), bool)
+    axis_entries, left = [], np.ones(len(labels), bool)
     for groups, digits, position in labelling.features(labels):
         chosen = tuple(group for group in groups if wanted is None or group in wanted)
         if not chosen:
@@ -67,16 +67,16 @@ def entries(labelling: Labelling, dim: int, labels: Rows, wanted: Collection[int
         sizes = [labelling.groups[group].size for group in chosen]
         if len(digits) % int(np.prod(sizes)):
             return None
-        found.append(Entry(dim, grid(groups, digits, position, chosen, sizes), chosen))
+        axis_entries.append(Entry(dim, grid(groups, digits, position, chosen, sizes), chosen))
         left[position] = False
-    if found and left.any():
-        found.append(Entry(dim, np.flatnonzero(left), ()))
-    return found
+    if axis_entries and left.any():
+        axis_entries.append(Entry(dim, np.flatnonzero(left), ()))
+    return axis_entries
 
 
 def combinations(axes: Sequence[Sequence[Found]]) -> Iterator[tuple[Found, ...]]:
     """One entry of each dimension that has any: those of one piece."""
-    return product(*(found for found in axes if found))
+    return product(*filter(None, axes))
 
 
 def piece(labelling: Labelling, fqn: str, chosen: Sequence[Entry]) -> Piece:
@@ -91,6 +91,6 @@ def piece(labelling: Labelling, fqn: str, chosen: Sequence[Entry]) -> Piece:
             stands += [Standing(group, dim, len(sizes) + k) for k, group in enumerate(entry.groups)]
         sizes += (size,) if entry is None else entry.position.shape
     order = {entry.dim: entry.position.reshape(-1) for entry in chosen}
-    moved = {dim: own for dim, own in order.items() if len(own) != shape[dim] or (own != np.arange(len(own))).any()}
-    places = tuple((dim, torch.from_numpy(own)) for dim, own in moved.items())
+    moved = {d: new for d, new in order.items() if len(new) != shape[d] or (new != np.arange(len(new))).any()}
+    places = tuple((dim, torch.from_numpy(index)) for dim, index in moved.items())
     return Piece(fqn, places, tuple(sizes), tuple(stands))

@@ -40,7 +40,7 @@ def write_package(
     with drafts_beside(path) as folder:
         package = folder / "package.pt2"  # as torch wants it called
         _compile(module, call, dynamic_shapes, package, metadata)
-        worst = _compare(module, package, [one for _, one in tried], folder)
+        worst = _compare(module, package, [trial for _, trial in tried], folder)
         move_into_place(package, path)
     return worst
 
@@ -72,9 +72,9 @@ def _compare(module: nn.Module, package: Path, calls: list[Call], folder: Path) 
         last = " ".join(ended.stderr.strip().splitlines()[-1:]) or f"status {ended.returncode}"
         raise VerificationError(f"the compiled network does not run: {last}; nothing was written. Use .onnx or .pt2")
     worst = 0.0
-    for call, found in zip(calls, torch.load(outputs, weights_only=True), strict=True):
+    for call, given in zip(calls, torch.load(outputs, weights_only=True), strict=True):
         wanted = named_tensors(module(*call.args, **call.kwargs))
-        gaps = [error_to_size(want, got, least=1.0) for want, got in zip(wanted.values(), found, strict=True)]
+        gaps = [error_to_size(want, got, least=1.0) for want, got in zip(wanted.values(), given, strict=True)]
         if not max(gaps) <= SINGLE:
             raise VerificationError(
                 f"the compiled network differs from the module by {max(gaps):.1e} with inputs {call}; nothing was "

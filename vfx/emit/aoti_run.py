@@ -13,8 +13,8 @@ def main(package: str, inputs: str, outputs: str) -> None:
     """Write what the package gives for each call in the file ``inputs`` to the file ``outputs``."""
     network = torch._inductor.aoti_load_package(package)
     calls = torch.load(inputs, weights_only=True)
-    found = [list(named_tensors(network(*args, **kwargs)).values()) for args, kwargs in calls]
-    torch.save(found, outputs)
+    results = [list(named_tensors(network(*args, **kwargs)).values()) for args, kwargs in calls]
+    torch.save(results, outputs)
 
 
 if __name__ == "__main__":

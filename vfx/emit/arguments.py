@@ -55,16 +55,16 @@ def _bare(argument: Argument) -> bool:
 
 def _unpacked(graph: fx.Graph, root: nn.Module, argument: Argument, node: fx.Node) -> list[tuple[Leaf, fx.Node]]:
     """The tensors inside an argument; each constant gets its check."""
-    found = []
+    leaves = []
     for leaf in argument.leaves:
         value = node
         for step in leaf.path:
             getter = getattr if isinstance(step, pytree.GetAttrKey) else operator.getitem  # a named tuple's field
             value = graph.call_function(getter, (value, key_of(step)))
         if leaf.name is not None:
-            found.append((leaf, value))
+            leaves.append((leaf, value))
         else:
             name = f"{argument.name}_{len(root._modules)}"
             root.add_module(name, Constant(argument.name, leaf.value))
             graph.call_module(name, (value,))
-    return found
+    return leaves

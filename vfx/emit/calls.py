@@ -81,20 +81,20 @@ def _layer_calls(
 ) -> dict[str, dict[fx.Node, ModuleCall]]:
     """The calls of each module, by the path that its tensors stand under."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found: dict[str, dict[fx.Node, ModuleCall]] = {}
+    calls_of: dict[str, dict[fx.Node, ModuleCall]] = {}
     for node in graph.nodes:
         layer = layer_of(node, shapes)
         if layer is not None and layer.path:
-            found.setdefault(layer.path, {})[node] = layer
+            calls_of.setdefault(layer.path, {})[node] = layer
     foreign = {
         path
         for name, readers in readers_of(graph).items()
         for path in _above(name)
-        if path in found and not (_own(found[path], path, name) and found[path].keys() >= {*readers})
+        if path in calls_of and not (_own(calls_of[path], path, name) and calls_of[path].keys() >= {*readers})
     }
     return {
         path: calls
-        for path, calls in found.items()
+        for path, calls in calls_of.items()
         if path not in foreign and _one_module(list(calls.values()), path, program, weights)
     }
 
@@ -115,11 +115,11 @@ def _one_module(layers: list[ModuleCall], path: str, program: Program, weights: 
     if any(layer.construction != first.construction for layer in layers):
         return False
     module = _constructed(first)
-    own = {name: tensor for name, tensor in _tensors(module).items() if name != _COUNTER}
-    return own.keys() == first.tensors.keys() and all(
+    own_tensors = {name: tensor for name, tensor in _tensors(module).items() if name != _COUNTER}
+    return own_tensors.keys() == first.tensors.keys() and all(
         tensor.shape == weights[f"{path}.{name}"].shape
         and (name in module._parameters) == program.is_parameter(f"{path}.{name}")
-        for name, tensor in own.items()
+        for name, tensor in own_tensors.items()
     )
 
 
@@ -146,8 +146,8 @@ def _built(layer: ModuleCall, path: str, program: Program, weights: Mapping[str,
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers by name."""
-    own = module._parameters | module._buffers
-    return {name: tensor for name, tensor in own.items() if tensor is not None}
+    tensors = module._parameters | module._buffers
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _momentum(program: Program, path: str, captured: float) -> float | None:
@@ -240,10 +240,10 @@ def by_packets(graph: fx.Graph) -> None:
             continue
         try:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), _example)
-            found = torch._C._jit_resolve_packet(node.target._schema.name, *args, **kwargs)
+            overload = torch._C._jit_resolve_packet(node.target._schema.name, *args, **kwargs)
         except (RuntimeError, TypeError, KeyError):  # no example of an argument
             continue
-        if (found or "default") == node.target._overloadname:
+        if (overload or "default") == node.target._overloadname:
             node.target = node.target.overloadpacket
 
 

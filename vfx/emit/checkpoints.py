@@ -45,18 +45,18 @@ def entries(value: Any) -> list[StateDictEntry]:
     return list(_entries(value, "", True, _DEPTH))
 
 
-def _entries(value: Any, name: str, known: bool, depth: int) -> Iterator[StateDictEntry]:
+def _entries(value: Any, name: str, wanted: bool, depth: int) -> Iterator[StateDictEntry]:
     if not isinstance(value, Mapping) or "param_groups" in value or not depth:  # an optimizer's state
         return
     tensors = {key: x for key, x in value.items() if isinstance(key, str) and isinstance(x, Tensor)}
     if tensors and len(tensors) == len(value):
-        yield StateDictEntry(name, tensors, known)
+        yield StateDictEntry(name, tensors, wanted)
         return
     named = [key for key in (*WEIGHTS, *AVERAGES) if key in value]
     for key in [*named, *(key for key in value if key not in named)]:
-        yield from _entries(value[key], f"{name}.{key}" if name else str(key), known and key in named, depth - 1)
+        yield from _entries(value[key], f"{name}.{key}" if name else str(key), wanted and key in named, depth - 1)
     if any(x.ndim for x in tensors.values()):  # weights beside counters and settings
-        yield StateDictEntry(name, tensors, known)
+        yield StateDictEntry(name, tensors, wanted)
 
 
 def choose(
@@ -72,13 +72,13 @@ def choose(
         return _named(every, entry, file, value)
     if not every:
         raise CheckpointError(f"{file} holds no state dict of tensors; {_held(value)}")
-    fitting = [one for one in every if model is not None and _fits(model, one.tensors)]
+    fitting = [candidate for candidate in every if model is not None and _fits(model, candidate.tensors)]
     possible = fitting or every
     chosen = possible[0]
-    others = [one.name or "its own tensors" for one in every if one is not chosen]
+    others = [candidate.name or "its own tensors" for candidate in every if candidate is not chosen]
     if not chosen.known and len(possible) > 1:  # nothing tells weights from momenta, a teacher or another network
         fit = f" that fit {type(model).__name__}" if fitting else ""
-        names = _listed([one.name or "its own tensors" for one in possible])
+        names = _listed([candidate.name or "its own tensors" for candidate in possible])
         raise CheckpointError(f"{file} holds several state dicts{fit}: {names}; choose by entry=")
     if others or (chosen.name and not chosen.known):
         rest = f" and left {_listed(others)}; entry= takes another" if others else ""
@@ -87,11 +87,11 @@ def choose(
 
 
 def _named(every: list[StateDictEntry], entry: str, file: str, value: Any) -> dict[str, Tensor]:
-    for one in every:
-        if one.name == entry or one.name.startswith(f"{entry}."):
-            return one.tensors
-    for one in every:
-        inside = {key.removeprefix(entry): x for key, x in one.tensors.items() if key.startswith(entry)}
+    for candidate in every:
+        if candidate.name == entry or candidate.name.startswith(f"{entry}."):
+            return candidate.tensors
+    for candidate in every:
+        inside = {key.removeprefix(entry): x for key, x in candidate.tensors.items() if key.startswith(entry)}
         if inside:
             return inside
     raise CheckpointError(f"{file} holds no state dict {entry!r}; {_held(value)}")
@@ -204,8 +204,8 @@ def _ways(wanted: Mapping[str, Tensor], bare: Mapping[str, Tensor]) -> Iterator[
 def _in_front(keys: Collection[str], bare: Collection[str]) -> list[str]:
     """What stands before the first of ``keys`` that ends a name in the file (which may leave some out)."""
     for key in keys:
-        if found := [name.removesuffix(key) for name in bare if f".{name}".endswith(f".{key}")]:
-            return found
+        if prefixes := [name.removesuffix(key) for name in bare if f".{name}".endswith(f".{key}")]:
+            return prefixes
     return []
 
 

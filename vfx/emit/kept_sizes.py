@@ -34,7 +34,7 @@ class KeptSize(NamedTuple):
 def kept_sizes(program: Program, edge: int = 0) -> list[KeptSize]:
     """The attributes of the user's modules that may hold sizes which changed."""
     assert program.module is not None
-    found = []
+    kept = []
     for path, sizes in _changes(program, edge).items():
         module = dict(program.module.named_modules()).get(path)
         if module is None or type(module).__module__.startswith("torch.nn."):
@@ -45,8 +45,8 @@ def kept_sizes(program: Program, edge: int = 0) -> list[KeptSize]:
         for name, value in vars(module).items():
             fresh = _fresh(value, likely)
             if type(value) in (int, tuple, list) and fresh != value:
-                found.append(KeptSize(path, name, type(module), fresh, fresh == _fresh(value, certain)))
-    return found
+                kept.append(KeptSize(path, name, type(module), fresh, fresh == _fresh(value, certain)))
+    return kept
 
 
 def _fresh(value: Any, certain: Mapping[int, int]) -> Any:
@@ -83,13 +83,13 @@ def _without(sizes: list[KeptSize], role: Any) -> list[KeptSize]:
 
 def _changes(program: Program, edge: int) -> dict[str, dict[int, set[int]]]:
     """What each size that a module has to do with became, by the module's path."""
-    found: dict[str, dict[int, set[int]]] = {}
+    changes: dict[str, dict[int, set[int]]] = {}
     assert program.module is not None
     for name, tensor in own_tensors(program.module).items():
         new = program.weights[edge].get(program.aliases.get(name, name), tensor)
         for old, size in zip(tensor.shape, new.shape):
-            found.setdefault(name.rpartition(".")[0], {}).setdefault(old, set()).add(size)
+            changes.setdefault(name.rpartition(".")[0], {}).setdefault(old, set()).add(size)
     for node in program.graph.nodes:
         for old, size in node.meta.get("sizes", ()):
-            found.setdefault(str(node.meta.get("module") or ""), {}).setdefault(old, set()).add(size)
-    return found
+            changes.setdefault(str(node.meta.get("module") or ""), {}).setdefault(old, set()).add(size)
+    return changes

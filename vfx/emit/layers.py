@@ -65,8 +65,8 @@ def layer_of(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> ModuleCall
     a = arguments(node)
     if "batch_sizes" in a or not _taken_apart(node):  # packed sequences have a form of their own
         return None
-    own = _stacked(a["params"]) if "params" in a else {leaf: a[name] for leaf, name in kind.tensors.items()}
-    tensors = {leaf: value for leaf, value in own.items() if value is not None}
+    named = _stacked(a["params"]) if "params" in a else {leaf: a[name] for leaf, name in kind.tensors.items()}
+    tensors = {leaf: value for leaf, value in named.items() if value is not None}
     inputs = tuple(tuple(a[name]) if isinstance(a[name], (list, tuple)) else a[name] for name in kind.inputs)
     if not tensors or not all(isinstance(t, fx.Node) and t.op == "get_attr" for t in tensors.values()):
         return None

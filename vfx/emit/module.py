@@ -44,14 +44,14 @@ def emit(
     if program.structural and not program.resized:
         return whole("the structure changed")
     if program.resized and program.outputs:
-        return whole(f"only outputs {listed([str(one) for one in program.outputs])} are kept")
+        return whole(f"only outputs {listed([str(name) for name in program.outputs])} are kept")
     try:
         module = own_class(program, edge, taking)
         # queries that were scaled for the class are rounded: the algebra is checked, as for passes
         exact = with_exact_scales(module, program, edge) if _scales(program) else module
     except (RuntimeError, TypeError, WeightError) as error:
         return whole(f"writing back to {type(program.module).__name__} failed: {error}")
-    said = not program.resized or fit_config(module, program.module, lambda one: _same(one, module, program))
+    said = not program.resized or fit_config(module, program.module, lambda built: _same(built, module, program))
     put_config(exact, config_changes(program.module, module))
     reason = _unproved(program, edge, exact) if verify or program.resized else ""
     if reason and program.resized:
@@ -71,11 +71,11 @@ _UNSAID = (
 
 
 @torch.no_grad()
-def _same(one: nn.Module, other: nn.Module, program: Program) -> bool:
+def _same(network: nn.Module, module: nn.Module, program: Program) -> bool:
     """Whether two networks give the same outputs on the example inputs."""
     call = program.with_samples(FEW).to("cpu").example_call
-    found = [program.returned(copy.deepcopy(net).cpu()(*call.args, **call.kwargs)) for net in (one, other)]
-    return outputs_error(*found) <= SINGLE
+    outputs = [program.returned(copy.deepcopy(net).cpu()(*call.args, **call.kwargs)) for net in (network, module)]
+    return outputs_error(*outputs) <= SINGLE
 
 
 def _scales(program: Program) -> bool:

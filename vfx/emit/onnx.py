@@ -93,18 +93,18 @@ def _converted(
         inputs, outputs = names_of(module, call, options)
         named: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "opset_version": options.opset}
         try:
-            found = torch.onnx.export(program, (), dynamo=True, verbose=False, **named)
+            network = torch.onnx.export(program, (), dynamo=True, verbose=False, **named)
         except Exception as error:  # beside its own class the exporter lets those of its passes through
             cause = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
             raise ArgumentError(
                 f"torch's exporter cannot write this network ({_types(module, call)}) as ONNX in opset "
                 f"{options.opset}: {cause}; use another opset or .pt2"
             ) from error
-    assert found is not None  # with dynamo=True
-    made = found.model.opset_imports[""]
+    assert network is not None  # with dynamo=True
+    made = network.model.opset_imports[""]
     if made != options.opset:  # the exporter's converter gives up in silence
         raise ArgumentError(f"torch's exporter writes this network in opset {made} only, not {options.opset}")
-    return found, program
+    return network, program
 
 
 def _narrowed(
@@ -118,24 +118,26 @@ def _narrowed(
     """A graph in the precision that ``options`` asks for and its error, both in ONNX Runtime."""
     from vfx.emit.onnx_precision import NOISE, Calibration, in_float16, in_int8, noise
 
-    metadata = {one.key: one.value for one in model.metadata_props}
+    metadata = {fact.key: fact.value for fact in model.metadata_props}
     with _quiet():
         if options.precision == "float16":
             small = in_float16(model)
             onnx.helper.set_model_props(small, with_facts(metadata, precision="float16"))
             tolerance = ROUNDINGS * torch.finfo(torch.float16).eps
             return small, _compare(module, small.SerializeToString(), tried, tolerance)
-        data = Calibration(program, [one.name for one in model.graph.input], options.data, options.max_samples)
+        data = Calibration(
+            program, [graph_input.name for graph_input in model.graph.input], options.data, options.max_samples
+        )
         with drafts_beside(path) as folder:
             small = in_int8(model, data, folder)
-        found = noise(module, _session(small.SerializeToString()), data)
-    if not found.share <= NOISE:
+        deviation = noise(module, _session(small.SerializeToString()), data)
+    if not deviation.share <= NOISE:
         raise VerificationError(
-            f"in int8 output {found.output or 0} differs by {found.share:.2f} of its standard deviation on the "
+            f"in int8 output {deviation.output or 0} differs by {deviation.share:.2f} of its standard deviation on the "
             f"calibration data (at most {NOISE} is let pass); nothing was written. Use float16, or more data"
         )
-    onnx.helper.set_model_props(small, with_facts(metadata, precision="int8", noise=round(found.share, 6)))
-    return small, found.share
+    onnx.helper.set_model_props(small, with_facts(metadata, precision="int8", noise=round(deviation.share, 6)))
+    return small, deviation.share
 
 
 def _types(module: nn.Module, call: Call) -> str:

@@ -44,26 +44,28 @@ def name_axes(model: Any, names: Sequence[str] | None, batch: bool) -> None:
     ``batch``: whether the first of them is that of the samples, which is called so where no names are given. Raises
     ArgumentError where the number of names is not that of the open sizes.
     """
-    found = [str(size.value) for one in model.graph.inputs for size in one.shape if not isinstance(size, int)]
-    symbols = list(dict.fromkeys(found))
+    symbols_read = [
+        str(size.value) for graph_input in model.graph.inputs for size in graph_input.shape if not isinstance(size, int)
+    ]
+    symbols = list(dict.fromkeys(symbols_read))
     if names and (len(names) != len(symbols) or len(set(names)) != len(names)):
         raise ArgumentError(
             f"axis_names must be {len(symbols)} names, one for each size that the capture left open, got {names!r}"
         )
     chosen = list(names) if names else ["batch"] if batch else []
-    known = dict(zip(symbols, chosen))
-    if not known:
+    new_names = dict(zip(symbols, chosen))
+    if not new_names:
         return
     for value in _values(model.graph):
         if value.shape is not None:  # a shape of its own: some are shared and cannot be changed
-            value.shape = type(value.shape)([_renamed(size, known) for size in value.shape])
+            value.shape = type(value.shape)([_renamed(size, new_names) for size in value.shape])
 
 
-def _renamed(size: Any, known: Mapping[str, str]) -> int | str | None:
+def _renamed(size: Any, new_names: Mapping[str, str]) -> int | str | None:
     """A size, whose open parts have new names."""
     if isinstance(size, int) or size.value is None:
         return size if isinstance(size, int) else None
-    return re.sub(r"[^\W\d]\w*", lambda symbol: known.get(symbol[0], symbol[0]), str(size.value))
+    return re.sub(r"[^\W\d]\w*", lambda symbol: new_names.get(symbol[0], symbol[0]), str(size.value))
 
 
 def _values(graph: Any) -> Iterable[Any]:

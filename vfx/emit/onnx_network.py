@@ -46,7 +46,7 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # ONNX Runtime's errors share no public class
             raise CheckpointError(f"{path} does not run: {str(error).splitlines()[0]}") from error
         self._inputs = self._session.get_inputs()
-        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._outputs = [output.name for output in self._session.get_outputs()]
 
     def __deepcopy__(self, memo: Any) -> OnnxNetwork:
         return self  # it holds nothing that changes
@@ -54,19 +54,22 @@ class OnnxNetwork(nn.Module):
     def example_call(self) -> Call:
         """A call with random numbers (zeros where they are no floating ones) of the shapes that the file names."""
         generator = torch.Generator().manual_seed(0)
-        found = []
-        for one in self._inputs:
-            if one.type not in _DTYPES:
-                raise ArgumentError(f"input {one.name!r} is a {one.type}, which cannot be made up; give --input")
-            shape, dtype = [size if isinstance(size, int) else BATCH for size in one.shape], _DTYPES[one.type]
-            found.append(torch.randn(shape, generator=generator).to(dtype) * dtype.is_floating_point)
-        return Call(tuple(found))
+        tensors = []
+        for graph_input in self._inputs:
+            if graph_input.type not in _DTYPES:
+                raise ArgumentError(
+                    f"input {graph_input.name!r} is a {graph_input.type}, which cannot be made up; give --input"
+                )
+            shape = [size if isinstance(size, int) else BATCH for size in graph_input.shape]
+            dtype = _DTYPES[graph_input.type]
+            tensors.append(torch.randn(shape, generator=generator).to(dtype) * dtype.is_floating_point)
+        return Call(tuple(tensors))
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        names = [one.name for one in self._inputs]
+        names = [graph_input.name for graph_input in self._inputs]
         given = dict(zip(names, args)) | kwargs
         if len(args) > len(names) or set(given) != set(names):
             raise ArgumentError(f"the .onnx network takes {', '.join(names)}, got {', '.join(given)}")
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in given.items()}
-        found = [torch.from_numpy(np.asarray(array)) for array in self._session.run(None, arrays)]
-        return found[0] if len(found) == 1 else dict(zip(self._outputs, found))
+        outputs = [torch.from_numpy(np.asarray(array)) for array in self._session.run(None, arrays)]
+        return outputs[0] if len(outputs) == 1 else dict(zip(self._outputs, outputs))

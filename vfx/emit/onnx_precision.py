@@ -77,11 +77,11 @@ def in_int8(model: onnx.ModelProto, data: Calibration, folder: Path) -> onnx.Mod
     try:
         quant_pre_process(model, str(prepared), auto_merge=True)
         quantize_static(str(prepared), str(small), _Reader(data), per_channel=True)
-        found = onnx.load(str(small))
+        network = onnx.load(str(small))
     except Exception as error:  # the quantiser raises any class
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise VerificationError(f"ONNX Runtime cannot quantise this network: {cause}; nothing was written") from error
-    return found
+    return network
 
 
 class Noise(NamedTuple):
@@ -104,8 +104,8 @@ def noise(module: nn.Module, session: onnxruntime.InferenceSession, data: Calibr
             exact = want.double().numpy()
             parts = (exact.size, exact.sum(), (exact**2).sum(), ((got.astype(np.float64) - exact) ** 2).sum())
             sums[path] = sums.get(path, np.zeros(4)) + np.array(parts)
-    found = [Noise(_share(*total), path) for path, total in sums.items()]
-    return max(found, key=lambda one: np.nan_to_num(one.share, nan=np.inf), default=Noise(0.0, ""))
+    outputs = [Noise(_share(*total), path) for path, total in sums.items()]
+    return max(outputs, key=lambda output: np.nan_to_num(output.share, nan=np.inf), default=Noise(0.0, ""))
 
 
 def _share(count: float, total: float, squares: float, error: float) -> float:

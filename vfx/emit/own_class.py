@@ -36,12 +36,12 @@ def own_class(program: Program, edge: int = 0, taking: Taking | None = None) -> 
     assert program.module is not None
     held = with_default_scales(program, edge) if program.resized else program.weights[edge]
     weights = {**held, **_resized_buffers(program, edge)}
-    own = own_tensors(program.module)
-    names = {program.aliases.get(name, name) for name in own}
+    tensors = own_tensors(program.module)
+    names = {program.aliases.get(name, name) for name in tensors}
     if program.resized and (added := [name for name in program.names() if name not in names | program.buffers]):
         raise WeightError(f"{type(program.module).__name__} has no {listed(added)}")
     taking, new = taking or Taking(), dict[int, tuple[Tensor, Tensor]]()
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         given = weights.get(program.aliases.get(name, name))
         if given is not None and id(tensor) not in new:
             new[id(tensor)] = tensor, taking(restored(given, tensor), tensor.dtype)
@@ -84,11 +84,11 @@ def _like(tensor: Tensor, data: Tensor) -> Tensor:
 
 def _resized_buffers(program: Program, edge: int) -> dict[str, Tensor]:
     """Buffers of the user's model at their new sizes, where all who read one agree on them."""
-    found: dict[str, list[Tensor]] = {}
+    buffers_of: dict[str, list[Tensor]] = {}
     for node in program.graph.nodes:
         if "buffer" in node.meta:
-            found.setdefault(node.meta["buffer"], []).append(program.weights[edge][str(node.target)])
-    return {name: one[0] for name, one in found.items() if all(torch.equal(one[0], other) for other in one)}
+            buffers_of.setdefault(node.meta["buffer"], []).append(program.weights[edge][str(node.target)])
+    return {name: sets[0] for name, sets in buffers_of.items() if all(torch.equal(sets[0], buffer) for buffer in sets)}
 
 
 def _resize(module: nn.Module, program: Program, edge: int) -> None:

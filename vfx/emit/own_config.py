@@ -73,11 +73,11 @@ def put_config(module: nn.Module, values: Mapping[Place, Any]) -> None:
     if not values:
         return
     old = {place: _value(module.config, place) for place in values}
-    parts = {id(one): one for part in module.modules() if (one := getattr(part, "config", None)) is not None}
-    for one in parts.values():
+    parts = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    for config in parts.values():
         for place, value in values.items():
-            if _value(one, place) == old[place]:
-                _set(one, place, value)
+            if _value(config, place) == old[place]:
+                _set(config, place, value)
 
 
 def _changes(
@@ -134,9 +134,9 @@ _UNSAID = ("n_inner", "head_dim", "d_kv", "ffn_dim", "intermediate_size", "num_k
 
 
 def _with(config: Any, place: Place, value: Any) -> Any:
-    found = copy.deepcopy(config)
-    _set(found, place, value)
-    return found
+    changed = copy.deepcopy(config)
+    _set(changed, place, value)
+    return changed
 
 
 def _value(config: Any, place: Place) -> Any:

@@ -76,10 +76,10 @@ def save_pretrained(
         export(result, folder / PROGRAM, origin=origin)
         config |= {"holds": "program"}
     else:
-        own = make_permanent(copy.deepcopy(result.module)).cpu().eval()
-        config |= {"holds": "class", "class": _name(own), **_differences(program.module, own)}
-        write_tensors(folder / TENSORS, _kept(own, program.module), provenance(result, origin), shard_size)
-        write_atomic(folder / CHECK, safetensors_of(_probe(own, program), {}))
+        module = make_permanent(copy.deepcopy(result.module)).cpu().eval()
+        config |= {"holds": "class", "class": _name(module), **_differences(program.module, module)}
+        write_tensors(folder / TENSORS, _kept(module, program.module), provenance(result, origin), shard_size)
+        write_atomic(folder / CHECK, safetensors_of(_probe(module, program), {}))
     write_atomic(folder / CONFIG, json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
     return folder
 
@@ -124,8 +124,8 @@ def _differences(before: nn.Module | None, after: nn.Module) -> dict[str, Any]:
     sizes: dict[str, dict[str, Any]] = {}
     for path, module in after.named_modules():
         for name, value in vars(module).items():
-            other = getattr(modules.get(path), name, value)
-            if _is_size(value) and _is_size(other) and value != other and name != "training":
+            old_value = getattr(modules.get(path), name, value)
+            if _is_size(value) and _is_size(old_value) and value != old_value and name != "training":
                 sizes.setdefault(path, {})[name] = value
     said = {".".join(place): value for place, value in config_changes(before, after).items()}
     return {"resized": shapes, "sizes": sizes, "configuration": said}
@@ -134,26 +134,26 @@ def _differences(before: nn.Module | None, after: nn.Module) -> dict[str, Any]:
 def _is_size(value: Any) -> bool:
     """A number, or several in a list or tuple."""
     if isinstance(value, (list, tuple)):
-        return all(isinstance(one, (int, float)) for one in value)
+        return all(isinstance(size, (int, float)) for size in value)
     return isinstance(value, (int, float))
 
 
-def _kept(own: nn.Module, before: nn.Module | None) -> dict[str, Tensor]:
+def _kept(module: nn.Module, before: nn.Module | None) -> dict[str, Tensor]:
     """The state dict, and buffers outside it that the constructor would not give."""
-    state, old = dict(own.state_dict()), {} if before is None else own_tensors(before)
+    state, old = dict(module.state_dict()), {} if before is None else own_tensors(before)
     changed = {
         name: tensor
-        for name, tensor in own.named_buffers()
+        for name, tensor in module.named_buffers()
         if name not in state and name in old and not torch.equal(old[name].cpu(), tensor)
     }
     return state | changed
 
 
 @torch.no_grad()
-def _probe(own: nn.Module, program: Program) -> dict[str, Tensor]:
+def _probe(module: nn.Module, program: Program) -> dict[str, Tensor]:
     """A few inputs and the outputs that they give."""
     call = program.with_samples(SAMPLES).example_call.map(lambda x: x.cpu() if isinstance(x, Tensor) else x)
-    outputs = {f"output{path}": x for path, x in named_tensors(own(*call.args, **call.kwargs)).items()}
+    outputs = {f"output{path}": x for path, x in named_tensors(module(*call.args, **call.kwargs)).items()}
     if not outputs or not all(isinstance(x, Tensor) for x in (*call.args, *call.kwargs.values())):
         return {}  # nested arguments are not kept
     positional = {f"input.{index}": x for index, x in enumerate(call.args)}
@@ -218,13 +218,13 @@ def _apply_sizes(module: nn.Module, config: Mapping[str, Any], folder: Path) -> 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
     """Put the tensors in, each where the constructor's has the shape that it was resized from."""
-    own, changes = own_tensors(module), config.get("resized", {})
+    tensors_built, changes = own_tensors(module), config.get("resized", {})
     missing = next((name for name in module.state_dict() if name not in tensors), None)
-    extra = next((name for name in tensors if name not in own), None)
+    extra = next((name for name in tensors if name not in tensors_built), None)
     if missing or extra:
         what = f"lacks {missing!r}" if missing else f"holds {extra!r}, which the model has not"
         raise ArchitectureError(f"{folder / TENSORS} {what}; {_other(config)}")
-    for name, built in own.items():
+    for name, built in tensors_built.items():
         tensor = tensors.get(name, built)  # a buffer outside the state dict is the constructor's
         old, new = changes.get(name, [list(tensor.shape)] * 2)
         if list(built.shape) != old or list(tensor.shape) != new:
@@ -233,7 +233,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str,
                 f"came from {tuple(old)}; {_other(config)}"
             )
     for name, tensor in tensors.items():
-        own[name].data = tensor.clone()
+        tensors_built[name].data = tensor.clone()
 
 
 def _other(config: Mapping[str, Any]) -> str:
@@ -251,12 +251,12 @@ def _verify(module: nn.Module, folder: Path) -> None:
     args = [held[f"input.{index}"] for index in range(sum(name.startswith("input.") for name in held))]
     kwargs = {name.removeprefix("keyword."): x for name, x in held.items() if name.startswith("keyword.")}
     try:
-        found = named_tensors(module(*args, **kwargs))
+        outputs = named_tensors(module(*args, **kwargs))
     except Exception as error:  # the user's forward raises any class
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise VerificationError(f"{folder}: the network does not run at the saved sizes: {cause}") from error
-    gaps = [error_to_size(x, found[path]) for path, x in expected.items() if path in found]
-    if len(gaps) < max(len(expected), len(found)) or not max(gaps) <= CLOSE:
+    gaps = [error_to_size(x, outputs[path]) for path, x in expected.items() if path in outputs]
+    if len(gaps) < max(len(expected), len(outputs)) or not max(gaps) <= CLOSE:
         raise VerificationError(
             f"{folder}: the network does not give the outputs that it gave when it was saved (relative "
             f"differences {gaps}); is model= the class that it was saved from?"

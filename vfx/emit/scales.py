@@ -56,12 +56,12 @@ def _queries(program: Program) -> Iterator[tuple[fx.Node, fx.Node, list[fx.Node]
 def _numbered(projection: fx.Node, chain: list[fx.Node]) -> Tensor:
     """The numbers of a projection's features behind a chain of views."""
     shape = projection.meta["val"].sizes(_BATCH)
-    found = {projection: torch.arange(shape[-1]).expand(shape)}
+    numbers_of = {projection: torch.arange(shape[-1]).expand(shape)}
 
     def value(node: fx.Node) -> Any:
-        return found[node] if node in found else Value((node.meta["val"],), torch.int64).sizes(_BATCH)[0]
+        return numbers_of[node] if node in numbers_of else Value((node.meta["val"],), torch.int64).sizes(_BATCH)[0]
 
     for node in chain:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return found[chain[-1]] if chain else found[projection]
+        numbers_of[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return numbers_of[chain[-1]] if chain else numbers_of[projection]

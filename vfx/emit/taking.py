@@ -41,8 +41,10 @@ class Taking:
 
     def shared(self, program: Program) -> Program:
         """The Program with the copies that a module got in place of what they were copied from."""
-        own = lambda tensor: self._given.get(id(tensor), (tensor, tensor))[1]  # noqa: E731
-        return program.with_weights([{name: own(tensor) for name, tensor in w.items()} for w in program.weights])
+        shared_tensor = lambda tensor: self._given.get(id(tensor), (tensor, tensor))[1]  # noqa: E731
+        return program.with_weights(
+            [{name: shared_tensor(tensor) for name, tensor in w.items()} for w in program.weights]
+        )
 
 
 def _storage(tensor: Tensor) -> int:

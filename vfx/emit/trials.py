@@ -34,8 +34,8 @@ def _fresh(module: nn.Module, call: Call, axes: Sequence[int | None], batch: int
     fresh = call.map(lambda x: next(drawn) if isinstance(x, Tensor) else x)
     if is_defined(module(*fresh.args, **fresh.kwargs)):
         return fresh
-    own = iter(axes)
-    return call.map(lambda x: _repeated(x, next(own), batch) if isinstance(x, Tensor) else x)
+    axes_left = iter(axes)
+    return call.map(lambda x: _repeated(x, next(axes_left), batch) if isinstance(x, Tensor) else x)
 
 
 def _repeated(x: Tensor, axis: int | None, count: int) -> Tensor:

@@ -44,10 +44,10 @@ class ActivationMatching(Pairwise):
         if not bridge.full:
             return _permuted(Ascent(bridge.facts, statistics, 1), starts)
         ascent = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights)
-        found, value, sweeps = max((ascent.elements(start) for start in starts), key=lambda run: run[1])
-        return [(with_turns(bridge.facts, found, bridge.weights), value, sweeps)]
+        elements, value, sweeps = max((ascent.elements(start) for start in starts), key=lambda run: run[1])
+        return [(with_turns(bridge.facts, elements, bridge.weights), value, sweeps)]
 
 
 def _permuted(ascent: Ascent, starts: Starts) -> list[Run]:
     runs = (ascent.run(start) for start in starts)
-    return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]
+    return [({i: Element(orders) for i, orders in index.items()}, value, sweeps) for index, value, sweeps in runs]

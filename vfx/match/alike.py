@@ -29,19 +29,19 @@ def check_alike(one: Program, other: Program, name: str) -> None:
         raise ArchitectureError(f"{name} is another network: its graph has {len(theirs)} nodes, edge 0's {len(ours)}")
 
 
-def _same(one: Any, other: Any, key: str = "") -> bool:
+def _same(left: Any, right: Any, key: str = "") -> bool:
     """Arguments that agree, whatever the sizes in them."""
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[k], other[k], k) for k in one)
-    if isinstance(one, fx.Node) and isinstance(other, fx.Node):
-        return one.name == other.name
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, int) and isinstance(other, int):
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_same(left[k], right[k], k) for k in left)
+    if isinstance(left, fx.Node) and isinstance(right, fx.Node):
+        return left.name == right.name
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, int) and isinstance(right, int):
         return True
-    return bool(one == other) or (key in _SCALES and isinstance(one, float) and isinstance(other, float))
+    return bool(left == right) or (key in _SCALES and isinstance(left, float) and isinstance(right, float))
 
 
 def _text(node: fx.Node) -> str:

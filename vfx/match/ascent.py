@@ -69,9 +69,9 @@ class Ascent:
             value = 0.0
             for unit in self.units:
                 unmatched -= unit.groups
-                best, own = self._blocks(unit) if unit.inner else self._single(unit.outer, unmatched)
+                best, gained = self._blocks(unit) if unit.inner else self._single(unit.outer, unmatched)
                 self.found |= best
-                value += own
+                value += gained
             if value <= total * (1 + 1e-12):
                 break
             total = value
@@ -121,11 +121,13 @@ class Ascent:
         outer, group, *others = chosen
         indices, sizes = [g.index for g in chosen], [g.size for g in chosen]
         positions = np.arange(tap.size), self._image(tap, keep=indices)
-        one, other = (grid(tap.groups, tap.digits, own[:, None], indices, sizes) for own in positions)
+        first_grid, second_grid = (
+            grid(tap.groups, tap.digits, position[:, None], indices, sizes) for position in positions
+        )
         free = [g for g in others if g.index not in orders]
         total = np.empty((outer.size,) * 2 + (group.size,) * 2)
         for i, j in np.ndindex(outer.size, outer.size):
-            copies = zip(np.moveaxis(one[i], -1, 0), np.moveaxis(other[j], -1, 0))
+            copies = zip(np.moveaxis(first_grid[i], -1, 0), np.moveaxis(second_grid[j], -1, 0))
             pairs = sum(gain[np.ix_(a.reshape(-1), b.reshape(-1))] for a, b in copies)
             pairs = np.asarray(pairs).reshape(*sizes[1:], *sizes[1:])
             maps = {g.index: _as_map(orders[g.index][i, j]) for g in others if g.index in orders}
@@ -145,11 +147,11 @@ class Ascent:
         """Gain (n…, n…) between channels of the chosen groups: (n, n), or (n, n, size, size) for two."""
         sizes = [group.size for group in chosen]
         indices = [group.index for group in chosen]
-        one = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], indices, sizes)
-        other = grid(tap.groups, tap.digits, self._image(tap, keep=indices)[:, None], indices, sizes)
+        first_grid = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], indices, sizes)
+        second_grid = grid(tap.groups, tap.digits, self._image(tap, keep=indices)[:, None], indices, sizes)
         if len(chosen) == 1:
-            return gain[one[:, None], other[None]].sum(-1)
-        return gain[one[:, None, :, None], other[None, :, None, :]].sum(-1)
+            return gain[first_grid[:, None], second_grid[None]].sum(-1)
+        return gain[first_grid[:, None, :, None], second_grid[None, :, None, :]].sum(-1)
 
     def _image(self, tap: Tap, keep: Collection[int]) -> Index:
         """The old feature that each new one comes from, the groups in ``keep`` left as they are."""
@@ -176,7 +178,7 @@ def _as_map(order: Gain | Index) -> Gain:
 
 def _through(pairs: Gain, maps: Sequence[Gain | None]) -> Gain:
     """Gains (n…, n…) between features of several digits, those with a map summed over, matched by it."""
-    for k, own in reversed(list(enumerate(maps))):
-        if own is not None:
-            pairs = np.asarray(np.tensordot(pairs, own, ([k, pairs.ndim // 2 + k], [0, 1])), float)
+    for k, matrix in reversed(list(enumerate(maps))):
+        if matrix is not None:
+            pairs = np.asarray(np.tensordot(pairs, matrix, ([k, pairs.ndim // 2 + k], [0, 1])), float)
     return pairs

@@ -35,8 +35,8 @@ class BlockPiece:
         """(outer, inner groups…, everything else), in a dtype, or in that of the weights."""
         array = self.piece.read(weights[self.piece.fqn])
         array = array if dtype is None else array.to(dtype)
-        order = sorted(self.piece.stands, key=lambda own: (own.group != self.outer, own.group))
-        front = [own.axis for own in order]
+        order = sorted(self.piece.stands, key=lambda stand: (stand.group != self.outer, stand.group))
+        front = [stand.axis for stand in order]
         rest = [axis for axis in range(array.ndim) if axis not in front]
         shape = [array.shape[axis] for axis in front]
         return array.permute(*front, *rest).reshape(*shape, -1).cpu().numpy()
@@ -44,7 +44,7 @@ class BlockPiece:
     @property
     def inner(self) -> tuple[int, ...]:
         """Inner groups in the order of ``array``'s axes."""
-        return tuple(sorted(own.group for own in self.piece.stands if own.group != self.outer))
+        return tuple(sorted(stand.group for stand in self.piece.stands if stand.group != self.outer))
 
 
 Arrays = Sequence[tuple[BlockPiece, Gain, Gain]]  # a part in the first edge and in the other
@@ -70,13 +70,13 @@ class BlockGains:
     def _find(self, unit: GroupUnit, fqn: str) -> Iterator[BlockPiece]:
         outer = unit.outer.index
         whole = [entries(self.symmetry, dim, labels, unit.groups) or [] for dim, labels in self.symmetry.axes_of(fqn)]
-        axes = [[own for entry in found for own in self._by_signs(fqn, entry)] for found in whole]
+        axes = [[signed for entry in entries for signed in self._by_signs(fqn, entry)] for entries in whole]
         for chosen in combinations(axes):
             groups = [group for entry, _ in chosen for group in entry.groups]
             if groups.count(outer) == 1 and len(set(groups)) == len(groups):
-                signs = {group: own for _, signed in chosen for group, own in signed.items()}
+                signs = {group: sides for _, signed in chosen for group, sides in signed.items()}
                 yield BlockPiece(piece(self.symmetry, fqn, [entry for entry, _ in chosen]), outer, signs=signs)
-        standing = [own for found in axes for own in found if outer in own[0].groups]
+        standing = [signed for entries in axes for signed in entries if outer in signed[0].groups]
         if len({entry.dim for entry, _ in standing}) > 1:
             for entry, signed in standing:
                 yield BlockPiece(piece(self.symmetry, fqn, [entry]), outer, quadratic=True, signs=signed)
@@ -91,23 +91,23 @@ class BlockGains:
         keys = np.stack([self._sides_along(group, fqn, entry.dim)[first] for group in signed])
         for key in np.unique(keys, axis=1).T:
             copies = np.flatnonzero((keys == key[:, None]).all(0))
-            own = {group: self.signs[group].get(side, frozenset()) for group, side in zip(signed, key.tolist())}
-            yield entry._replace(position=entry.position[..., copies]), own
+            side_signs = {group: self.signs[group].get(side, frozenset()) for group, side in zip(signed, key.tolist())}
+            yield entry._replace(position=entry.position[..., copies]), side_signs
 
     def _sides_along(self, group: int, fqn: str, dim: int) -> Index:
         """The side of a group at each position of a dimension."""
         (member,) = (m for m in self.symmetry.groups[group].members if (m.fqn, m.dim) == (fqn, dim))
-        found = np.full(int(member.position.max()) + 1, -1)
-        found[member.position] = self.symmetry.classes[group].slots[fqn, dim][0]
-        return found
+        side_of = np.full(int(member.position.max()) + 1, -1)
+        side_of[member.position] = self.symmetry.classes[group].slots[fqn, dim][0]
+        return side_of
 
     @staticmethod
     def outer(unit: GroupUnit, arrays: Arrays) -> Gain:
         """What pairs of blocks give whatever their inner order (n, n)."""
         total = np.zeros((unit.outer.size, unit.outer.size))
-        for part, one, other in arrays:
+        for part, first, second in arrays:
             if not part.inner:
-                total += one @ other.T
+                total += first @ second.T
         return total
 
     @staticmethod
@@ -116,27 +116,27 @@ class BlockGains:
 
         Where each of its parts has others, too, these count at their best order.
         """
-        known = [a for a in arrays if group.index in a[0].inner and set(a[0].inner) <= {group.index, *orders}]
-        chosen = known or [a for a in arrays if group.index in a[0].inner]
+        settled = [a for a in arrays if group.index in a[0].inner and set(a[0].inner) <= {group.index, *orders}]
+        chosen = settled or [a for a in arrays if group.index in a[0].inner]
         shape = (unit.outer.size,) * 2 + (group.size,) * 2
-        found: dict[Signs, Gain] = {}
-        for part, one, other in chosen:
-            total = found.setdefault(part.signs.get(group.index, frozenset()), np.zeros(shape))
+        gains: dict[Signs, Gain] = {}
+        for part, first_array, second_array in chosen:
+            total = gains.setdefault(part.signs.get(group.index, frozenset()), np.zeros(shape))
             axis = 1 + part.inner.index(group.index)
-            first = np.moveaxis(one, axis, 1)
+            first = np.moveaxis(first_array, axis, 1)
             rest = [g for g in part.inner if g != group.index]
             if not rest:
-                flat = [x.reshape(unit.outer.size, group.size, -1) for x in (first, np.moveaxis(other, axis, 1))]
+                flat = [x.reshape(unit.outer.size, group.size, -1) for x in (first, np.moveaxis(second_array, axis, 1))]
                 total += np.einsum("iax,jbx->ijab", *flat, optimize=True)
                 continue
             for i, j in np.ndindex(*total.shape[:2]):
-                moved = np.moveaxis(other[j], axis - 1, 0)
+                moved = np.moveaxis(second_array[j], axis - 1, 0)
                 for k, g in enumerate(rest, start=1):
                     if g in orders:
                         moved = _reordered(moved, orders[g][i, j], k, part.signs.get(g, frozenset()))
                 ordered = [k for k, g in enumerate(rest, start=1) if g in orders]
                 total[i, j] += _at_best(*(_last(x, ordered, len(rest)) for x in (first[i], moved)))
-        return found or {frozenset(): np.zeros(shape)}
+        return gains or {frozenset(): np.zeros(shape)}
 
 
 def _last(array: Gain, ordered: Sequence[int], inner: int) -> Gain:
@@ -146,11 +146,11 @@ def _last(array: Gain, ordered: Sequence[int], inner: int) -> Gain:
     return turned.reshape(len(array), int(np.prod([array.shape[k] for k in free])), -1)
 
 
-def _at_best(one: Gain, other: Gain) -> Gain:
+def _at_best(first: Gain, second: Gain) -> Gain:
     """⟨one, other⟩ (size, size) of arrays (size, n, rest), each pair at the best order of the n."""
-    if one.shape[1] == 1:
-        return one[:, 0] @ other[:, 0].T
-    return best_over_blocks(np.einsum("amx,bnx->abmn", one, other, optimize=True))
+    if first.shape[1] == 1:
+        return first[:, 0] @ second[:, 0].T
+    return best_over_blocks(np.einsum("amx,bnx->abmn", first, second, optimize=True))
 
 
 def _reordered(array: Gain, order: Gain | Index | SignedOrders, axis: int, signs: Signs) -> Gain:

@@ -100,7 +100,7 @@ class C2M3:
         else:
             first = objective.weights[0]
             elements = [still_permutations(symmetry.groups)]
-            elements += [Descent(symmetry, first, other).run(generator)[0] for other in objective.weights[1:]]
+            elements += [Descent(symmetry, first, weights).run(generator)[0] for weights in objective.weights[1:]]
         points = [objective.vertex(element) for element in elements]
         if attempt or self.initial == "identity":
             return points
@@ -150,10 +150,10 @@ class JointObjective:
             with torch.enable_grad():
                 moved = [piece.move(x, point) for x, point in zip(self._read(piece), leaves)]
             whole = torch.stack([m.detach() for m in moved]).sum(0)
-            for own in moved:
-                others = whole - own.detach()  # what F is linear in, but for this edge's own matrices
-                total += 0.5 * inner_product(own.detach(), others)
-                own.backward(others)
+            for tensor in moved:
+                others = whole - tensor.detach()  # what F is linear in, but for this edge's own matrices
+                total += 0.5 * inner_product(tensor.detach(), others)
+                tensor.backward(others)
         zero = torch.zeros_like
         return total, [{g: zero(m) if m.grad is None else m.grad for g, m in leaf.items()} for leaf in leaves]
 
@@ -161,9 +161,9 @@ class JointObjective:
         """F((1 − t) · points + t · vertices) as a polynomial in t."""
         coefficients = np.zeros(1 + 2 * max((piece.degree for piece in self.pieces), default=0))
         for piece in self.pieces:
-            own = _pair_coefficients(piece, self._read(piece), points, vertices)
-            for a, b in np.ndindex(own.shape):
-                coefficients[a + b] += own[a, b]
+            coefficients_of_pair = _pair_coefficients(piece, self._read(piece), points, vertices)
+            for a, b in np.ndindex(coefficients_of_pair.shape):
+                coefficients[a + b] += coefficients_of_pair[a, b]
         return Polynomial(coefficients)
 
     def _read(self, relaxed: RelaxedPiece) -> list[Tensor]:
@@ -178,9 +178,9 @@ def _pair_coefficients(
     A polynomial's coefficients are linear in its values at as many points as it has coefficients.
     """
     nodes = np.linspace(0, 1, piece.degree + 1)
-    own = {g for action in piece.actions for g in (action.group, *(g for g, _ in action.inner))}
+    groups = {g for action in piece.actions for g in (action.group, *(g for g, _ in action.inner))}
     rows = [
-        piece.move(x, {g: torch.lerp(point[g], target[g], float(t)) for g in own}).reshape(-1)
+        piece.move(x, {g: torch.lerp(point[g], target[g], float(t)) for g in groups}).reshape(-1)
         for x, point, target in zip(values, points, vertices)
         for t in nodes
     ]
@@ -232,20 +232,20 @@ def descend(objective: JointObjective, elements: Elements, generator: np.random.
         return [elements[0], Descent(symmetry, target, weights[1]).run(generator, elements[1])[0]]
     value = objective.discrete(elements)
     while True:
-        found = list(elements)
+        moved = list(elements)
         for edge in generator.permutation(len(weights)):
-            target = _sum_of_others(symmetry, weights, found, int(edge))
-            found[edge] = Descent(symmetry, target, weights[edge]).run(generator, found[edge])[0]
-        after = objective.discrete(found)
+            target = _sum_of_others(symmetry, weights, moved, int(edge))
+            moved[edge] = Descent(symmetry, target, weights[edge]).run(generator, moved[edge])[0]
+        after = objective.discrete(moved)
         if after <= value * (1 + 1e-12) if value > 0 else after <= value:
             return elements
-        elements, value = found, after
+        elements, value = moved, after
 
 
 def _sum_of_others(symmetry: Symmetry, weights: Sequence[Weights], elements: Elements, edge: int) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
-    for other, (w, element) in enumerate(zip(weights, elements)):
-        if other != edge:
+    for index, (w, element) in enumerate(zip(weights, elements)):
+        if index != edge:
             moved = act(symmetry, permuted(element), w)
             total = {name: total[name] + moved[name] for name in moved} if total else moved
     return total

@@ -89,7 +89,7 @@ class Pairing:
         places: dict[tuple[object, ...], list[int]] = {}
         for group in self.other.groups:
             places.setdefault(_place(group), []).append(group.index)
-        found = {}
+        twin_of = {}
         for group in self.one.groups:
             candidates = places.get(_place(group))
             if not candidates:
@@ -97,11 +97,11 @@ class Pairing:
                     f"the {group.size} channels of {group.name!r} stand elsewhere in {self.name}; edges may differ in "
                     "the numbers of their channels alone"
                 )
-            found[group.index] = candidates.pop(0)
+            twin_of[group.index] = candidates.pop(0)
         left = next((index for indices in places.values() for index in indices), None)
         if left is not None:
             raise ArchitectureError(f"{self.name} has channels, {self.other.groups[left].name!r}, that edge 0 lacks")
-        return found
+        return twin_of
 
     def entries(
         self, one: Rows, other: Rows
@@ -110,13 +110,13 @@ class Pairing:
         theirs = {frozenset(groups): (groups, digits, at) for groups, digits, at in self.other.features(other)}
         for groups, digits, position in self.one.features(one):
             twins = [self.twin[g] for g in groups]
-            found = theirs.get(frozenset(twins))
-            if found is None or found[2].shape[1] != position.shape[1]:
+            entry = theirs.get(frozenset(twins))
+            if entry is None or entry[2].shape[1] != position.shape[1]:
                 raise ArchitectureError(
                     f"channels of {self.one.groups[groups[0]].name!r} do not stand in {self.name} as they do in edge 0"
                 )
-            own, other_digits, other_position = found
-            yield groups, (digits, other_digits[:, [own.index(t) for t in twins]]), (position, other_position)
+            their_groups, other_digits, other_position = entry
+            yield groups, (digits, other_digits[:, [their_groups.index(t) for t in twins]]), (position, other_position)
 
 
 def _place(group: Group) -> tuple[object, ...]:
@@ -223,9 +223,9 @@ class CarriedAxis:
     def blocks(self, parent: int) -> Index | None:
         for groups, digits, position in self.carrier.pairing.one.features(self.ours):
             if parent in groups:
-                found = np.zeros(len(self.ours), np.int64)
-                found[position] = digits[:, groups.index(parent)][:, None]
-                return found
+                block_of = np.zeros(len(self.ours), np.int64)
+                block_of[position] = digits[:, groups.index(parent)][:, None]
+                return block_of
         return None
 
     def apply(self, tensor: Tensor, dim: int, block: int | None = None) -> Tensor:
@@ -234,7 +234,7 @@ class CarriedAxis:
         if not entries:
             return tensor
         moving = [np.concatenate([at[side].reshape(-1) for _, _, at in entries]) for side in (0, 1)]
-        still = [np.setdiff1d(np.arange(len(rows)), own) for rows, own in zip((self.ours, self.theirs), moving)]
+        still = [np.setdiff1d(np.arange(len(rows)), places) for rows, places in zip((self.ours, self.theirs), moving)]
         if len(still[0]) != len(still[1]):
             raise ArchitectureError(
                 f"axis {dim} of {self.fqn or 'a value'} has {len(still[1])} fixed positions in {pairing.name} and "
@@ -261,14 +261,14 @@ def fitted(pairing: Pairing, first: Weights, other: Weights, carried: Weights) -
     """
     result = {}
     for name, target in first.items():
-        own = carried.get(name, target)
-        if own.shape != target.shape and pairing.one.axes_of(name):
+        moved = carried.get(name, target)
+        if moved.shape != target.shape and pairing.one.axes_of(name):
             raise ArchitectureError(
                 f"{name!r} has shape {tuple(other[name].shape)} in {pairing.name} and {tuple(target.shape)} "
                 "in edge 0, and not all of these axes are free channels; last layers that differ can be kept as heads, "
                 "where all else is of one width"
             )
-        result[name] = own if own.shape == target.shape else target
+        result[name] = moved if moved.shape == target.shape else target
     return result
 
 

@@ -41,12 +41,12 @@ class CCAMerging(LinearMatching):
         merge, unmerge, worst = [first], [first], 1.0
         root, inverse = self._roots(features.covariance[0, 0])
         for edge in range(1, features.edges):
-            own = alive[edge]
-            there, back = self._roots(features.covariance[edge, edge][own][:, own])
-            coherence = inverse @ features.covariance[0, edge][:, own] @ back
-            turn = rotation(coherence, features.correlation[0, edge][:, own])
-            merge.append(_columns(root @ turn @ back, own))
-            unmerge.append(_columns((there @ turn.T @ inverse).T, own).T)
+            live = alive[edge]
+            there, back = self._roots(features.covariance[edge, edge][live][:, live])
+            coherence = inverse @ features.covariance[0, edge][:, live] @ back
+            turn = rotation(coherence, features.correlation[0, edge][:, live])
+            merge.append(_columns(root @ turn @ back, live))
+            unmerge.append(_columns((there @ turn.T @ inverse).T, live).T)
             worst = max(worst, _norm(merge[-1]) * _norm(unmerge[-1]))
         return Solution(merge, unmerge, {"condition": worst})
 

@@ -42,9 +42,9 @@ def again(descent: Descent, run: Run, generator: np.random.Generator) -> Run:
         wrong = set().union(*(descent.groups_of[name] for name in best.apart))
         start = descent.disordered(best.run[0], wrong, generator)
         right = set().union(*descent.groups_of.values()) - wrong
-        found = _solved(descent, descent.run(generator, start, known=right))
-        if found.left < best.left:
-            best = found
+        again_solved = _solved(descent, descent.run(generator, start, known=right))
+        if again_solved.left < best.left:
+            best = again_solved
     return run if best.apart else best.run
 
 
@@ -53,22 +53,22 @@ def are_copies(descent: Descent) -> bool:
 
     Parameters of one value (new biases and gains) tell nothing.
     """
-    open_ended = {i for i, own in descent.symmetry.classes.items() if own.kind is Maps.LINEAR}
+    open_ended = {i for i, group_class in descent.symmetry.classes.items() if group_class.kind is Maps.LINEAR}
     names = [name for name, groups in descent.groups_of.items() if name in descent.target and not groups & open_ended]
-    sizes = ([float(own[name].norm()) for own in (descent.target, descent.current)] for name in names)
+    sizes = ([float(weights[name].norm()) for weights in (descent.target, descent.current)] for name in names)
     telling = any(bool((descent.target[name] != descent.target[name].flatten()[:1]).any()) for name in names)
-    return telling and all(abs(one - two) <= EQUAL * one for one, two in sizes)
+    return telling and all(abs(first - second) <= EQUAL * first for first, second in sizes)
 
 
 def _apart(descent: Descent) -> dict[str, float]:
     """By parameter that differs, by how much of its squares."""
-    found = {}
-    for name, one in descent.target.items():
-        whole = float(one.double().square().sum())
-        left = float((one.double() - descent.current[name].double()).square().sum())
+    shares = {}
+    for name, target in descent.target.items():
+        whole = float(target.double().square().sum())
+        left = float((target.double() - descent.current[name].double()).square().sum())
         if left > SAME * whole:
-            found[name] = left / whole if whole else 1.0
-    return found
+            shares[name] = left / whole if whole else 1.0
+    return shares
 
 
 def _solved(descent: Descent, run: Run) -> _State:

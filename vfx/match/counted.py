@@ -28,25 +28,25 @@ from vfx.program import BATCH, Value
 def attention_factors(own: Symmetry, there: Symmetry) -> Carrier | None:
     """What multiplies an edge's queries and keys before it goes to other widths; None where no scale differs."""
     theirs = {node.name: node for node in there.program.graph.nodes}
-    found: dict[int, float] = {}
+    factors: dict[int, float] = {}
     for node in own.program.graph.nodes:
         if not operator_of(node).is_attention:
             continue
         ratio = _scale(node) / _scale(theirs[node.name])
         query, key, value = (own.classes.groups_on(arguments(node)[x]) for x in ("query", "key", "value"))
         if abs(ratio - 1) > 1e-12 and ratio > 0:
-            found |= dict.fromkeys((query & key) - value, math.sqrt(ratio))
-    if not found:
+            factors |= dict.fromkeys((query & key) - value, math.sqrt(ratio))
+    if not factors:
         return None
     carrier = Carrier(Pairing(own, own))
     for group in own.groups:
-        carrier.found[group.index] = embedding(found.get(group.index, 1.0) * np.eye(group.size))
+        carrier.found[group.index] = embedding(factors.get(group.index, 1.0) * np.eye(group.size))
     return carrier
 
 
 def _scale(node: fx.Node) -> float:
-    own = arguments(node).get("scale")
-    return float(own) if own is not None else 1 / math.sqrt(_sizes(arguments(node)["query"])[-1])
+    scale = arguments(node).get("scale")
+    return float(scale) if scale is not None else 1 / math.sqrt(_sizes(arguments(node)["query"])[-1])
 
 
 def norm_scales(own: Symmetry, there: Symmetry) -> Elements:
@@ -113,6 +113,6 @@ def _standing(facts: Symmetry, node: fx.Node, dim: int) -> Iterator[tuple[Group,
     labels = facts.labels(node, dim)
     for groups, _, position in facts.features(labels) if labels is not None else ():
         group = facts.groups[groups[0]]
-        found = facts.classes.slots(node, dim, group, position) if len(groups) == 1 else None
-        for side in set(found[0].tolist()) if found is not None else ():
+        slots = facts.classes.slots(node, dim, group, position) if len(groups) == 1 else None
+        for side in set(slots[0].tolist()) if slots is not None else ():
             yield group, side

@@ -76,7 +76,9 @@ class Descent:
         """
         self.element = self._identity() if start is None else dict(start)
         placed = self._placed(self.element)
-        self.current = {n: t.clone() if (t := placed(n, own)) is own else t for n, own in self.original.items()}
+        self.current = {
+            n: t.clone() if (t := placed(n, tensor)) is tensor else t for n, tensor in self.original.items()
+        }
         self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
         settled = set(known or ()) if start is None or known is not None else None
         objective, sweep = self.objective, 0
@@ -94,7 +96,7 @@ class Descent:
         """An element behind which ``groups`` stand in a random order."""
         self.element = dict(element)
         drawn = random_permutations(self.symmetry.groups, generator)
-        self._compose(self._disorder({i: own for i, own in drawn.items() if i in groups}, generator))
+        self._compose(self._disorder({i: order for i, order in drawn.items() if i in groups}, generator))
         return self.element
 
     def _held_in(self, name: str, tensor: Tensor) -> torch.dtype:
@@ -181,11 +183,11 @@ class Descent:
     def _first_gain(self, group: Group, members: list[Member], settled: set[int]) -> Gain:
         """The gain from what is known in the first sweep; ``group`` counts as settled afterwards."""
         others = {id(m): self.groups_of[m.fqn] - {group.index} - settled for m in members}
-        known = [m for m in members if not others[id(m)]]
+        unshared = [m for m in members if not others[id(m)]]
         shared = [m for m in members if others[id(m)] == self._sharing(group, m) - settled]
         settled.add(group.index)
-        if known or not shared:
-            return self._gain(known or members, group.size)
+        if unshared or not shared:
+            return self._gain(unshared or members, group.size)
         copies = shared[0].position.shape[1]
         blocks = [self._blocks([m for m in shared if m.position.shape[1] == copies], w, group.size)
                   for w in (self.target, self.current)]  # fmt: skip
@@ -193,8 +195,8 @@ class Descent:
 
     def _sharing(self, group: Group, member: Member) -> set[int]:
         """Other groups that move the same positions of a member's axis."""
-        own = set(member.position.reshape(-1).tolist())
-        return {g for g, where in self.on_axis[member.fqn, member.dim] if g != group.index and where & own}
+        places = set(member.position.reshape(-1).tolist())
+        return {g for g, where in self.on_axis[member.fqn, member.dim] if g != group.index and where & places}
 
     def _blocks(self, members: list[Member], weights: Weights, size: int) -> Gain:
         """(size, copies, everything else) of the members side by side."""
@@ -236,9 +238,9 @@ class Descent:
 
     def _known(self, unit: GroupUnit, names: set[str], settled: set[int]) -> set[str]:
         """The weights whose other groups are settled; of a group that none of them holds, all weights."""
-        known = {n for n in names if self.groups_of[n] - unit.groups <= settled}
-        unseen = unit.groups - {group for name in known for group in self.groups_of[name]}
-        return known | {n for n in names if self.groups_of[n] & unseen}
+        settled_names = {n for n in names if self.groups_of[n] - unit.groups <= settled}
+        unseen = unit.groups - {group for name in settled_names for group in self.groups_of[name]}
+        return settled_names | {n for n in names if self.groups_of[n] & unseen}
 
     def _beside(self, unit: GroupUnit, names: set[str]) -> Gain | float:
         """What pairs of blocks give beside their parts."""

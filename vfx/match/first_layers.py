@@ -25,23 +25,23 @@ class FirstLayers:
 
     @checked
     def __init__(self, matcher: str | Matcher, count: int):
-        found = find_matcher(matcher)
-        if found is None:
+        matcher_found = find_matcher(matcher)
+        if matcher_found is None:
             raise ArgumentError("FirstLayers needs a matcher, e.g. FirstLayers('activation', 3)")
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ArgumentError(f"count is a number of layers, got {count!r}")
-        self.matcher, self.count = found, count
-        self.needs, self.exact = found.needs, found.exact
+        self.matcher, self.count = matcher_found, count
+        self.needs, self.exact = matcher_found.needs, matcher_found.exact
 
     def __call__(self, problem: Problem) -> Matching:
         matching = self.matcher(problem)
         symmetry = problem.symmetry
-        moved = {index for own in matching.elements for index in own}
+        moved = {index for elements in matching.elements for index in elements}
         first = first_layer_of_groups(problem.program, [symmetry.group(index) for index in sorted(moved)])
         still = identity(symmetry)
         kept = tuple(
-            still | {index: element for index, element in own.items() if first[index] <= self.count}
-            for own in matching.elements
+            still | {index: element for index, element in elements.items() if first[index] <= self.count}
+            for elements in matching.elements
         )
         return replace(matching, elements=kept)
 

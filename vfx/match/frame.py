@@ -42,38 +42,38 @@ class Frame:
 
     def __init__(self, pairing: Pairing):
         self.facts = _widest(pairing)
-        self.into = tuple(self._into(own, pairing.name) for own in (pairing.one, pairing.other))
+        self.into = tuple(self._into(facts, pairing.name) for facts in (pairing.one, pairing.other))
         self.back = Carrier(Pairing(pairing.one, self.facts, pairing.name))
         for group, twin in self.back.pairing.twin.items():
             self.back.found[group] = embedding(self._table(twin, pairing.one.groups[group].size).T)
 
-    def _into(self, own: Symmetry, name: str) -> Carrier:
-        carrier = Carrier(Pairing(self.facts, own, name))
+    def _into(self, facts: Symmetry, name: str) -> Carrier:
+        carrier = Carrier(Pairing(self.facts, facts, name))
         for group, twin in carrier.pairing.twin.items():
-            carrier.found[group] = embedding(self._table(group, own.groups[twin].size))
+            carrier.found[group] = embedding(self._table(group, facts.groups[twin].size))
         return carrier
 
     def _table(self, group: int, size: int) -> Gain:
-        own = self.facts.groups[group]
-        return isometry(own.size, size, compact(self.facts, own) is Maps.ORTHOGONAL_ONES)
+        group_of = self.facts.groups[group]
+        return isometry(group_of.size, size, compact(self.facts, group_of) is Maps.ORTHOGONAL_ONES)
 
     def statistics(self, readings: Sequence[Reading], edge: int, bases: tuple[Bases, Bases]) -> Statistics:
         """What is known of both edges' features, in the frame: edge 0 and edge 1.
 
         ``bases`` give for a tap of each edge the matrix that its features are seen through, or None.
         """
-        found = {}
+        features = {}
         in_frame = {twin: group for group, twin in self.into[0].pairing.twin.items()}
-        known = {reading[0].place(in_frame): reading for reading in readings}
-        taps = [tap for tap in feature_taps(self.facts) if tap.place() in known]
+        reading_of = {reading[0].place(in_frame): reading for reading in readings}
+        taps = [tap for tap in feature_taps(self.facts) if tap.place() in reading_of]
         for tap in taps:
-            one, other, moments = known[tap.place()]
+            first_tap, second_tap, moments = reading_of[tap.place()]
             tables = []
-            for carrier, own, base in zip(self.into, (one, other), bases):
-                table, seen = carrier.between(tap, own), base(own)
+            for carrier, its_tap, base in zip(self.into, (first_tap, second_tap), bases):
+                table, seen = carrier.between(tap, its_tap), base(its_tap)
                 tables.append(table if seen is None else table @ seen)
-            found[tap.key] = _seen(moments, edge, tables)
-        return Statistics(0, tuple(taps), found, {}, (), frozenset({"features"}))
+            features[tap.key] = _seen(moments, edge, tables)
+        return Statistics(0, tuple(taps), features, {}, (), frozenset({"features"}))
 
 
 def embedding(table: Matrix) -> Element:
@@ -110,9 +110,9 @@ def _still(element: Element) -> bool:
 
 def _widest(pairing: Pairing) -> Symmetry:
     sizes = {g.index: (g.size, pairing.other.groups[pairing.twin[g.index]].size) for g in pairing.one.groups}
-    if all(one >= other for one, other in sizes.values()):
+    if all(first >= second for first, second in sizes.values()):
         return pairing.one
-    if all(one <= other for one, other in sizes.values()):
+    if all(first <= second for first, second in sizes.values()):
         return pairing.other
     kept = {g: np.arange(max(pair)) % pair[0] for g, pair in sizes.items()}
     try:

@@ -44,7 +44,7 @@ def grow(program: Program, facts: Symmetry, apart: Mapping[int, Index], shares: 
     if min(shares) <= 0:
         raise ArgumentError(f"channels are kept apart for edges with positive weights, got {list(shares)}")
     edges = program.edges
-    kept = {g: np.concatenate([np.arange(facts.groups[g].size), *[own] * (edges - 1)]) for g, own in apart.items()}
+    kept = {g: np.concatenate([np.arange(facts.groups[g].size), *[extra] * (edges - 1)]) for g, extra in apart.items()}
     try:
         grown = resize(program, facts, kept).program
     except PassError as error:
@@ -74,15 +74,15 @@ def _placed(size: int, apart: Index | None, edge: int, shares: Sequence[float]) 
     index = np.concatenate([np.arange(size), *[apart] * (len(shares) - 1)])
     owner = np.concatenate([np.full(size, -1), *(np.full(len(apart), e) for e in range(1, len(shares)))])
     owner[apart] = 0
-    own = np.asarray((owner < 0) | (owner == edge), float)[:, None] * (index[:, None] == np.arange(size))
+    selection = np.asarray((owner < 0) | (owner == edge), float)[:, None] * (index[:, None] == np.arange(size))
     scale = np.where(owner < 0, 1.0, 1 / shares[edge])[:, None]
-    return Element(matrix=own * scale, dual=own)
+    return Element(matrix=selection * scale, dual=selection)
 
 
 def _goals(program: Program, grown: Program, carriers: Sequence[Carrier]) -> dict[str, Goal]:
     """Statistics of the channels where they stand now; those of other edges count nothing."""
-    nodes = [{n.name: n for n in own.graph.nodes} for own in (grown, program)]
-    found = {}
+    nodes = [{n.name: n for n in program_of.graph.nodes} for program_of in (grown, program)]
+    goals = {}
     for layer in number_layers(grown):
         goal = program.goals.get(layer.node)
         if goal is None:
@@ -92,5 +92,5 @@ def _goals(program: Program, grown: Program, carriers: Sequence[Carrier]) -> dic
             matrix = carrier.matrix(nodes[0][layer.node], nodes[1][layer.node], layer.channel)
             mean, std = goal.mean[edge], goal.std[edge]
             rows.append((mean, std) if matrix is None else (matrix.to(mean) @ mean, matrix.to(std) @ std))
-        found[layer.node] = Goal(*(torch.stack(column) for column in zip(*rows)))
-    return found
+        goals[layer.node] = Goal(*(torch.stack(column) for column in zip(*rows)))
+    return goals

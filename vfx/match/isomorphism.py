@@ -44,14 +44,14 @@ def isomorphism(symmetry: Symmetry, target: Weights, other: Weights) -> dict[int
         return {}
     equations = [_equation(symmetry, groups, name, target, other) for name in names]
     start = torch.cat([torch.eye(g.size, dtype=torch.float64).expand(shapes[g.index]).reshape(-1) for g in groups])
-    found = _newton(lambda maps: _residual(equations, _by_group(maps, shapes)), start)
-    matrices = {index: own.numpy() for index, own in _by_group(found, shapes).items()}
+    maps_solved = _newton(lambda maps: _residual(equations, _by_group(maps, shapes)), start)
+    matrices = {index: matrix.numpy() for index, matrix in _by_group(maps_solved, shapes).items()}
     if not all(np.isfinite(m).all() and (np.linalg.cond(m) < WORST).all() for m in matrices.values()):
         return {}
     return {g.index: Element(matrix=matrices[g.index][0 if g.parent is None else slice(None)]) for g in groups}
 
 
-def _equation(symmetry: Symmetry, groups: Sequence[Group], name: str, target: Weights, other: Weights) -> Equation:
+def _equation(symmetry: Symmetry, groups: Sequence[Group], name: str, target: Weights, current: Weights) -> Equation:
     where = [
         (group.index, member.dim, part)
         for group in groups
@@ -59,28 +59,28 @@ def _equation(symmetry: Symmetry, groups: Sequence[Group], name: str, target: We
         if member.fqn == name
         for part in parts(symmetry, group, member)
     ]
-    one, two = (own[name].double().cpu() for own in (target, other))
-    size = max(float(one.norm()), float(np.finfo(float).tiny))
-    return two / size, one / size, where
+    first, second = (weights[name].double().cpu() for weights in (target, current))
+    size = max(float(first.norm()), float(np.finfo(float).tiny))
+    return second / size, first / size, where
 
 
 def _by_group(maps: Tensor, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
     split = maps.split([math.prod(shape) for shape in shapes.values()])
-    return {index: own.reshape(shapes[index]) for index, own in zip(shapes, split)}
+    return {index: flat.reshape(shapes[index]) for index, flat in zip(shapes, split)}
 
 
 def _residual(equations: Sequence[Equation], maps: Mapping[int, Tensor]) -> Tensor:
     """T W₁ − W₀ S of every tensor."""
-    found = []
-    for other, target, where in equations:
+    residuals = []
+    for current, target, where in equations:
         for group, dim, part in where:
-            own = maps[group][part.block]
+            matrix = maps[group][part.block]
             if part.dual:
-                target = _through(target, dim, part, own.T)
+                target = _through(target, dim, part, matrix.T)
             else:
-                other = _through(other, dim, part, own)
-        found.append((other - target).reshape(-1))
-    return torch.cat(found)
+                current = _through(current, dim, part, matrix)
+        residuals.append((current - target).reshape(-1))
+    return torch.cat(residuals)
 
 
 def _through(tensor: Tensor, dim: int, part: Part, matrix: Tensor) -> Tensor:
@@ -122,7 +122,9 @@ def _linearised(residual: Callable[[Tensor], Tensor], maps: Tensor) -> tuple[Lin
     )  # linear in ``weight``: its derivative goes ahead
 
     def along(result: Tensor, source: Tensor) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        return lambda own: torch.autograd.grad(result, source, torch.from_numpy(own), retain_graph=True)[0].numpy()
+        return lambda vector: torch.autograd.grad(result, source, torch.from_numpy(vector), retain_graph=True)[
+            0
+        ].numpy()
 
     shape = len(value), len(at)
     return LinearOperator(shape, along(back, weight), along(value, at), dtype=np.float64), value.detach().numpy()

@@ -71,7 +71,7 @@ class IteratedMatching:
         best, kept, values = 0.0, elements, []
         for _ in range(self.iterations + 1):
             ascents = self._against_merged(problem, elements)
-            values.append(sum(ascent.value(own) for ascent, own in zip(ascents, elements)))
+            values.append(sum(ascent.value(element) for ascent, element in zip(ascents, elements)))
             if len(values) > 1 and values[-1] <= best + TOLERANCE * abs(best):
                 break
             best, kept = values[-1], elements
@@ -90,11 +90,11 @@ class IteratedMatching:
         merged = self._merged(problem, elements)
         neutral = _neutral(merged, set(merged.weights[0]) - set(problem.program.weights[0]))
         both = merged.with_weights([merged.weights[0], *({**w, **neutral} for w in problem.program.weights)])
-        found = collect(both, problem.symmetry, problem.data, layers=False, progress=problem.progress)
-        return [Ascent(problem.symmetry, found, edge) for edge in range(1, both.edges)]
+        crossed = collect(both, problem.symmetry, problem.data, layers=False, progress=problem.progress)
+        return [Ascent(problem.symmetry, crossed, edge) for edge in range(1, both.edges)]
 
     def _merged(self, problem: Problem, elements: Sequence[Permutations]) -> Program:
-        aligned = [act(problem.symmetry, permuted(own), w) for w, own in zip(problem.program.weights, elements)]
+        aligned = [act(problem.symmetry, permuted(element), w) for w, element in zip(problem.program.weights, elements)]
         merged = problem.program.with_weights([mean_weights(aligned, problem.shares)])
         if self.normalize is None:
             return merged
@@ -109,15 +109,15 @@ class IteratedMatching:
 def _goals(problem: Problem, elements: Sequence[Permutations]) -> dict[str, Goal]:
     """Statistics of each layer that the merged network should have: the aligned edges', averaged by their shares."""
     assert problem.statistics is not None
-    known, nodes = problem.statistics.goals(), {node.name: node for node in problem.program.graph.nodes}
+    goal_of, nodes = problem.statistics.goals(), {node.name: node for node in problem.program.graph.nodes}
     shares = torch.tensor(problem.shares, dtype=torch.float64)
-    found = {}
-    for layer in number_layers(problem.program) if known else ():
+    goals = {}
+    for layer in number_layers(problem.program) if goal_of else ():
         moves = [OnAxis(order_on(problem.symmetry, e, nodes[layer.node], layer.channel), None) for e in elements]
         rows = [torch.stack([move(row) for row, move in zip(x, moves)])
-                for x in (known[layer.node].mean, known[layer.node].std)]  # fmt: skip
-        found[layer.node] = Goal(*((shares.to(x.device)[:, None] * x).sum(0, keepdim=True) for x in rows))
-    return found
+                for x in (goal_of[layer.node].mean, goal_of[layer.node].std)]  # fmt: skip
+        goals[layer.node] = Goal(*((shares.to(x.device)[:, None] * x).sum(0, keepdim=True) for x in rows))
+    return goals
 
 
 def _reset(program: Program, batches: Batches, progress: bool) -> Program:

@@ -72,11 +72,11 @@ class Features:
     @cached_property
     def second(self) -> Tensor:
         """E[x_i x_jᵀ], means included: (N, N, C, C)."""
-        found = []
+        moments_of = []
         for moments, rows in self._taps:
             mean = self._means(moments, rows)
-            found.append(self._pairs(moments, rows) + torch.einsum("ic,jd->ijcd", mean, mean))
-        return self._mean(found)
+            moments_of.append(self._pairs(moments, rows) + torch.einsum("ic,jd->ijcd", mean, mean))
+        return self._mean(moments_of)
 
     @cached_property
     def correlation(self) -> Tensor:
@@ -86,8 +86,8 @@ class Features:
     @cached_property
     def constant(self) -> Tensor:
         """Channels (N, C) that vary at no tap."""
-        found = [torch.stack([m.constant.cpu()[r] for m, r in zip(x.moments, rows)]) for x, rows in self._taps]
-        return torch.stack(found).all(0)
+        constants = [torch.stack([m.constant.cpu()[r] for m, r in zip(x.moments, rows)]) for x, rows in self._taps]
+        return torch.stack(constants).all(0)
 
     @cached_property
     def silent(self) -> Tensor:
@@ -102,8 +102,8 @@ class Features:
         result = torch.empty((self.edges,) * 2 + (self.size,) * 2, dtype=torch.float64)
         for i in range(self.edges):
             for j in range(i, self.edges):
-                own = moments.covariance(i, j).cpu()[rows[i]][:, rows[j]]
-                result[i, j] = (own + own.T) / 2 if i == j else own  # symmetric to the last bit
+                covariance = moments.covariance(i, j).cpu()[rows[i]][:, rows[j]]
+                result[i, j] = (covariance + covariance.T) / 2 if i == j else covariance  # symmetric to the last bit
                 result[j, i] = result[i, j].T.clone()
         return result
 
@@ -180,18 +180,18 @@ def linear_taps(symmetry: Symmetry, statistics: Statistics) -> dict[int, list[Ta
     for tap in statistics.taps:
         for index in tap.groups:
             taps.setdefault(index, []).append(tap)
-    found = {}
+    taps_of = {}
     for group in symmetry.groups:
-        own = {group.index} | ({group.parent} if group.parent is not None else set())
-        alone = all(set(tap.groups) == own for tap in taps.get(group.index, ()))
+        groups = {group.index} | ({group.parent} if group.parent is not None else set())
+        alone = all(set(tap.groups) == groups for tap in taps.get(group.index, ()))
         if alone and group.index in taps and mappable(symmetry, group):
-            found[group.index] = taps[group.index]
-    return found
+            taps_of[group.index] = taps[group.index]
+    return taps_of
 
 
 def _stacked(blocks: Sequence[Element]) -> Element:
     """The elements of blocks as one."""
-    index, matrix, dual = (np.stack([getattr(own, x) for own in blocks]) for x in ("index", "matrix", "dual"))
+    index, matrix, dual = (np.stack([getattr(block, x) for block in blocks]) for x in ("index", "matrix", "dual"))
     return Element(index, matrix, dual=dual)
 
 
@@ -211,23 +211,24 @@ class _Run:
 
     def add(self, group: Group) -> None:
         blocks = 1 if group.parent is None else group.outer
-        found = [self._solve(self._features(group, block)) for block in range(blocks)]
+        solved = [self._solve(self._features(group, block)) for block in range(blocks)]
         for edge, elements in enumerate(self.elements):
-            own = [block[edge] for block in found]
-            elements[group.index] = own[0] if group.parent is None else _stacked(own)
+            edge_blocks = [block[edge] for block in solved]
+            elements[group.index] = edge_blocks[0] if group.parent is None else _stacked(edge_blocks)
 
     def _features(self, group: Group, block: int) -> Features:
         """What is known of a group; inside blocks, of the block that each edge's heads were matched to."""
-        found = []
+        features = []
         for tap in self.taps[group.index]:
             chosen = [group.index] if group.parent is None else [group.parent, group.index]
             sizes = [self.symmetry.groups[index].size for index in chosen]
             table = grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], chosen, sizes).reshape(-1, group.size)
             old = [
-                block if group.parent is None else self._old_block(own, group.parent, block) for own in self.elements
+                block if group.parent is None else self._old_block(element, group.parent, block)
+                for element in self.elements
             ]
-            found.append((self.statistics.features[tap.key], tuple(torch.from_numpy(table[b]) for b in old)))
-        return Features(group, self.shares, tuple(found))
+            features.append((self.statistics.features[tap.key], tuple(torch.from_numpy(table[b]) for b in old)))
+        return Features(group, self.shares, tuple(features))
 
     @staticmethod
     def _old_block(elements: Elements, outer: int, block: int) -> int:
@@ -266,15 +267,15 @@ def ordered(features: Features, solution: Solution, between: list[Tensor], sprea
         correlation = torch.where(seen, between[edge] / torch.where(seen, scale, 1.0), 0.0)
         gains.append(merge + NEARLY * float(merge.abs().max()) * correlation)
     place = np.argsort(assign(gains[0])[0])  # the common channel that stands where each channel of the first edge does
-    found = []
+    elements = []
     for gain, merge, unmerge in zip(gains, solution.merge, solution.unmerge):
         nearest = assign(gain[place])[0]
-        found.append(Element(nearest, merge[place].numpy(), dual=unmerge[:, place].T.numpy()))
-    return found
+        elements.append(Element(nearest, merge[place].numpy(), dual=unmerge[:, place].T.numpy()))
+    return elements
 
 
-def _explained(own: Tensor, between: Tensor, spread: Tensor, unmerge: Tensor) -> float:
+def _explained(spread_before: Tensor, between: Tensor, spread: Tensor, unmerge: Tensor) -> float:
     """1 − Σ var(x − U z) / Σ var(x)."""
-    total = float(own.diagonal().sum())
+    total = float(spread_before.diagonal().sum())
     lost = total - 2 * float((unmerge * between.T).sum()) + float(((unmerge @ spread) * unmerge).sum())
     return 1 - lost / total if total > 0 else 1.0

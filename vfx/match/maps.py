@@ -36,13 +36,13 @@ def places(symmetry: Symmetry, labels: Rows, group: Group) -> Index | None:
     """Where a group's channels stand along an axis: (blocks, size, copies); None if they, or their blocks, do not."""
     chosen = [group.index] if group.parent is None else [group.parent, group.index]
     sizes = [symmetry.groups[index].size for index in chosen]
-    found = [
+    tables = [
         grid(groups, digits, position, chosen, sizes)
         for groups, digits, position in symmetry.features(labels)
         if set(chosen) <= set(groups)
     ]
-    if not found:
+    if not tables:
         return None
     return np.concatenate(
-        [table.reshape(-1 if len(chosen) == 2 else 1, group.size, table.shape[-1]) for table in found], -1
+        [table.reshape(-1 if len(chosen) == 2 else 1, group.size, table.shape[-1]) for table in tables], -1
     )

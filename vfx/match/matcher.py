@@ -69,7 +69,7 @@ class Matching:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        wrong = next((e for own in self.elements for e in own.values() if not isinstance(e, Element)), None)
+        wrong = next((e for elements in self.elements for e in elements.values() if not isinstance(e, Element)), None)
         if wrong is not None:
             raise ArgumentError(
                 f"a Matching holds an Element for each group and edge, not {type(wrong).__name__}: give a permutation "
@@ -79,12 +79,12 @@ class Matching:
     @property
     def permutations(self) -> tuple[Permutations, ...]:
         """How the elements order the channels."""
-        return tuple(permutations_of(own) for own in self.elements)
+        return tuple(permutations_of(elements) for elements in self.elements)
 
     @property
     def is_exact(self) -> bool:
         """Whether every edge keeps its function."""
-        return all(element.is_exact for own in self.elements for element in own.values())
+        return all(element.is_exact for elements in self.elements for element in elements.values())
 
     def aligned(self, symmetry: Symmetry, weights: Weights, edge: int) -> dict[str, Tensor]:
         """An edge's weights in the first edge's channels, as far as it keeps its function."""

@@ -54,7 +54,7 @@ class PartialMatching:
 
     @torch.no_grad()
     def __call__(self, problem: Problem) -> Matching:
-        found = (
+        matching = (
             ActivationMatching(classes="permutation")
             if self.by == "activation"
             else WeightMatching(classes="permutation")
@@ -68,10 +68,10 @@ class PartialMatching:
             count = round(self._share(group) * group.size)
             reason = fixed(problem.symmetry, group) if count else ""
             if count and not reason:
-                channels[group.index] = worst(problem, found, group, count)
+                channels[group.index] = worst(problem, matching, group, count)
             elif count:
                 notes.append(f"{group.name} keeps no channels apart: {reason}")
-        return replace(found, apart=channels, ridge=self.ridge, notes=tuple(notes))
+        return replace(matching, apart=channels, ridge=self.ridge, notes=tuple(notes))
 
     def _share(self, group: Group) -> float:
         return self.apart.get(group.name, 0.0) if isinstance(self.apart, Mapping) else self.apart

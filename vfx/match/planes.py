@@ -22,8 +22,8 @@ Numbers = NDArray[np.complex128]
 
 def products(symmetry: Symmetry, group: Group, target: Weights, other: Weights) -> Numbers:
     """⟨x₁, x₀⟩ of each plane (n, n, planes) for each pair of blocks, one of each network; dual members alike."""
-    one, two = (_numbers(symmetry, group, weights) for weights in (target, other))
-    return np.einsum("ifx,jfx->ijf", one, two.conj(), optimize=True)
+    first, second = (_numbers(symmetry, group, weights) for weights in (target, other))
+    return np.einsum("ifx,jfx->ijf", first, second.conj(), optimize=True)
 
 
 def at_best(numbers: Numbers) -> Gain:
@@ -40,17 +40,17 @@ def turned(numbers: Numbers) -> Element:
 
 def turns(symmetry: Symmetry, target: Weights, other: Weights) -> dict[int, Element]:
     """The turns of every rotation that bring ``other`` to ``target``, blocks being in the same order."""
-    found = {}
+    elements = {}
     for group in symmetry.rotations:
         numbers = products(symmetry, group, target, other)
         element = turned(numbers[np.arange(len(numbers)), np.arange(len(numbers))])
         assert element.matrix is not None
-        found[group.index] = element if group.parent is not None else Element(matrix=element.matrix[0])
-    return found
+        elements[group.index] = element if group.parent is not None else Element(matrix=element.matrix[0])
+    return elements
 
 
 def _numbers(symmetry: Symmetry, group: Group, weights: Weights) -> Numbers:
     """(blocks, planes, everything that carries the map or its dual)."""
     sides = [stacked(symmetry, group, weights, dual) for dual in (False, True)]
     rows = [np.concatenate([side.numpy() for side in block], 1) for block in zip(*sides)]
-    return np.stack([own[0::2] + 1j * own[1::2] for own in rows])
+    return np.stack([row[0::2] + 1j * row[1::2] for row in rows])

@@ -64,10 +64,10 @@ class WidthReader:
                 self.layers[name] = CrossMoments(len(values), sizes, values[0].device, within=True, between=False)
             self.layers[name].read(values, channel, self._workspace)
         for index in taps:
-            own = self.taps[index]
+            node_taps = self.taps[index]
             if index not in self.features:
-                self.features[index] = CrossMoments(len(values), [tap.size for tap in own], values[0].device)
-            self.features[index].update([features(tap, x) for tap, x in zip(own, values)])
+                self.features[index] = CrossMoments(len(values), [tap.size for tap in node_taps], values[0].device)
+            self.features[index].update([features(tap, x) for tap, x in zip(node_taps, values)])
 
     def readings(self, edge: int) -> list[Reading]:
         """What is known of the features of the first edge and of another."""
@@ -75,20 +75,20 @@ class WidthReader:
 
     def statistics(self, program: Program, carriages: Sequence[Carriage]) -> tuple[Statistics, tuple[str, ...]]:
         """The layers' statistics of the carried edges, and a note on those that are not known."""
-        nodes = [{node.name: node for node in own.graph.nodes} for own in self.programs]
+        nodes = [{node.name: node for node in each.graph.nodes} for each in self.programs]
         layers: dict[str, list[Moments]] = {}
         covariances: dict[str, list[Tensor]] = {}
         unknown = []
         for name, moments in self.layers.items():
-            found = [(moments.moments[0], moments.covariance(0, 0))]
+            moments_of = [(moments.moments[0], moments.covariance(0, 0))]
             try:
                 for edge, carriage in enumerate(carriages, start=1):
                     matrix = carriage.matrix(nodes[0][name], nodes[edge][name], self.channel[name])
-                    found.append(_carried(moments.moments[edge], moments.covariance(edge, edge), matrix))
+                    moments_of.append(_carried(moments.moments[edge], moments.covariance(edge, edge), matrix))
             except ArchitectureError:
                 unknown.append(name)
                 continue
-            layers[name], covariances[name] = map(list, zip(*found))
+            layers[name], covariances[name] = map(list, zip(*moments_of))
         statistics = Statistics(
             samples=self.samples,
             taps=(),
@@ -107,28 +107,28 @@ def _unknown(names: Sequence[str]) -> tuple[str, ...]:
     return (f"{', '.join(names)}: not normalized, since the channels of these layers go through several maps",)
 
 
-def _carried(own: Moments, spread: Tensor, matrix: Tensor | None) -> tuple[Moments, Tensor]:
+def _carried(moments: Moments, spread: Tensor, matrix: Tensor | None) -> tuple[Moments, Tensor]:
     """Moments and covariance of T y."""
     if matrix is None:
-        return own, spread
+        return moments, spread
     matrix = matrix.to(spread)
     result = Moments(len(matrix), spread.device)
-    result.count, result.mean = own.count, matrix @ own.mean
+    result.count, result.mean = moments.count, matrix @ moments.mean
     spread = matrix @ spread @ matrix.T
-    result.m2 = spread.diagonal().clamp_min(0) * own.count
+    result.m2 = spread.diagonal().clamp_min(0) * moments.count
     return result, spread
 
 
 def _paired_taps(pairings: Sequence[Pairing]) -> list[list[Tap]]:
     """The taps of the first edge, each with those of the other edges at the same place."""
-    found = [[tap] for tap in feature_taps(pairings[0].one)]
+    paired = [[tap] for tap in feature_taps(pairings[0].one)]
     for pairing in pairings[1:]:
         theirs = {tap.place(): tap for tap in feature_taps(pairing.other)}
-        for own in found:
-            key = own[0].place(pairing.twin)
-            if key not in theirs or theirs[key].position.shape[1] != own[0].position.shape[1]:
+        for taps in paired:
+            key = taps[0].place(pairing.twin)
+            if key not in theirs or theirs[key].position.shape[1] != taps[0].position.shape[1]:
                 raise ArchitectureError(
-                    f"the features of node {own[0].node} do not stand in {pairing.name} as they do in edge 0"
+                    f"the features of node {taps[0].node} do not stand in {pairing.name} as they do in edge 0"
                 )
-            own.append(theirs[key])
-    return found
+            taps.append(theirs[key])
+    return paired

@@ -40,23 +40,23 @@ class Bridge:
         self.full = full and beyond_permutations(self.facts)
         self.own = crossing.pairing.one, crossing.pairing.other
         self.corrections = corrections(crossing, self.frame)
-        other = crossing.other
+        second = crossing.other
         for step in self.corrections:
-            other = step.weights(other)
-        self.given = crossing.first, other
+            second = step.weights(second)
+        self.given = crossing.first, second
         self.balances = tuple(balance(f, w) if self.full else {} for f, w in zip(self.own, self.given))
 
     @cached_property
     def weights(self) -> tuple[Weights, Weights]:
         """Both balanced weight sets in the frame."""
         given = zip(self.own, self.given, self.balances, self.frame.into)
-        first, other = (moved_into(into, act(f, s, w)) for f, w, s, into in given)
-        return first, other
+        first, second = (moved_into(into, act(f, s, w)) for f, w, s, into in given)
+        return first, second
 
     def statistics(self) -> Statistics:
         """The features of both edges in the frame, as their balanced forms have them."""
-        first, other = zip(self.own, self.balances)
-        bases = (lambda tap: basis(first[0], tap, first[1])), (lambda tap: basis(other[0], tap, other[1]))
+        first, second = zip(self.own, self.balances)
+        bases = (lambda tap: basis(first[0], tap, first[1])), (lambda tap: basis(second[0], tap, second[1]))
         return self.frame.statistics(self.crossing.readings, self.crossing.edge, bases)
 
     def carriage(self, found: Elements) -> Steps:
@@ -139,14 +139,14 @@ def corrections(crossing: Crossing, frame: Frame) -> tuple[Step, ...]:
     subsets = [*chain.from_iterable(combinations(range(len(steps)), k) for k in range(len(steps), -1, -1))]
     across = _Resized(frame.into[1]), _Resized(frame.back)
     ways = [Steps(pairing, (*(tried[k] for k in subset), *across)) for subset in subsets]
-    errors = [deviation(pairing, own, crossing) for own in ways]
+    errors = [deviation(pairing, way, crossing) for way in ways]
     return tuple(steps[k] for k in subsets[errors.index(min(errors))])
 
 
-def _counted(own: Symmetry, there: Symmetry) -> list[Step]:
-    factors, scales = attention_factors(own, there), norm_scales(own, there)
-    found: list[Step] = [] if factors is None else [_Resized(factors)]
-    return [*found, _Moved(own, scales)] if scales else found
+def _counted(facts: Symmetry, there: Symmetry) -> list[Step]:
+    factors, scales = attention_factors(facts, there), norm_scales(facts, there)
+    steps: list[Step] = [] if factors is None else [_Resized(factors)]
+    return [*steps, _Moved(facts, scales)] if scales else steps
 
 
 Step = _Moved | _Resized
@@ -158,9 +158,9 @@ def deviation(pairing: Pairing, carriage: Carriage, crossing: Crossing) -> float
 
     In float64; 0 up to rounding where the carriage keeps the function.
     """
-    first, other = (
-        in_double(own.program.with_weights([weights]))
-        for own, weights in ((pairing.one, crossing.first), (pairing.other, crossing.other))
+    first, second = (
+        in_double(facts.program.with_weights([weights]))
+        for facts, weights in ((pairing.one, crossing.first), (pairing.other, crossing.other))
     )
-    carried = carriage.weights(first.weights[0], other.weights[0])
-    return function_error(other, lambda inputs: run(first.graph, carried, inputs))
+    carried = carriage.weights(first.weights[0], second.weights[0])
+    return function_error(second, lambda inputs: run(first.graph, carried, inputs))

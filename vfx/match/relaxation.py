@@ -84,33 +84,33 @@ def _blocks(x: Tensor, action: Action, point: Point) -> Tensor:
 
 def pieces(symmetry: Symmetry) -> tuple[list[RelaxedPiece], list[str]]:
     """The pieces of every parameter that groups move, and the parameters whose action is not a product of matrices."""
-    found: list[RelaxedPiece] = []
+    relaxed: list[RelaxedPiece] = []
     left: list[str] = []
     for fqn in scored_names(symmetry):
-        own = _pieces_of(symmetry, fqn)
-        if own is None:
+        pieces = _pieces_of(symmetry, fqn)
+        if pieces is None:
             left.append(fqn)
         else:
-            found += own
-    return found, left
+            relaxed += pieces
+    return relaxed, left
 
 
 def _pieces_of(symmetry: Symmetry, fqn: str) -> list[RelaxedPiece] | None:
     axes = []
     for dim, labels in symmetry.axes_of(fqn):
-        own = entries(symmetry, dim, labels)
-        if own is None:
+        axis_entries = entries(symmetry, dim, labels)
+        if axis_entries is None:
             return None
-        axes.append(own)
-    found = []
+        axes.append(axis_entries)
+    pieces = []
     for chosen in combinations(axes):
         if any(entry.groups for entry in chosen):
             whole = piece(symmetry, fqn, chosen)
             actions = _actions(symmetry, whole.stands)
             if actions is None:
                 return None
-            found.append(RelaxedPiece(whole, actions))
-    return found
+            pieces.append(RelaxedPiece(whole, actions))
+    return pieces
 
 
 def _actions(symmetry: Symmetry, stands: Sequence[Standing]) -> tuple[Action, ...] | None:
@@ -134,13 +134,13 @@ def vertex(symmetry: Symmetry, element: Permutations, dtype: torch.dtype, device
     """The matrices of a group element."""
     point = {}
     for group in symmetry.groups:
-        own = torch.from_numpy(np.asarray(element[group.index])).to(device)
+        index = torch.from_numpy(np.asarray(element[group.index])).to(device)
         if group.parent is None:
-            point[group.index] = torch.nn.functional.one_hot(own, group.size).to(dtype)
+            point[group.index] = torch.nn.functional.one_hot(index, group.size).to(dtype)
         else:
             outer = torch.from_numpy(np.asarray(element[group.parent])).to(device)
             matrix = torch.zeros(len(outer), len(outer), group.size, group.size, dtype=dtype, device=device)
-            rows = own if own.ndim == 2 else own.expand(len(outer), -1)
+            rows = index if index.ndim == 2 else index.expand(len(outer), -1)
             matrix[torch.arange(len(outer), device=device), outer] = torch.nn.functional.one_hot(rows, group.size).to(
                 dtype
             )

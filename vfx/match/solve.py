@@ -38,7 +38,7 @@ class SignedOrders:
     signs: Mapping[int, Gain]
 
     def __getitem__(self, where: Any) -> SignedOrders:
-        return SignedOrders(self.order[where], {x: own[where] for x, own in self.signs.items()})
+        return SignedOrders(self.order[where], {x: sign[where] for x, sign in self.signs.items()})
 
     def behind(self, signs: Signs) -> Gain:
         """The product (…, size) of some signs."""
@@ -56,8 +56,8 @@ def procrustes(gain: Gain, kind: Maps = Maps.ORTHOGONAL) -> tuple[Gain, Gain]:
     """T maximising ⟨T, G⟩ and that value, for a gain (…, size, size) or a stack of them."""
     if kind is Maps.ROTATIONS:
         numbers = turns(gain)
-        found = turning(np.where(numbers == 0, 1.0, numbers / np.where(numbers == 0, 1.0, np.abs(numbers))))
-        return found, (found * gain).sum((-2, -1))
+        turn = turning(np.where(numbers == 0, 1.0, numbers / np.where(numbers == 0, 1.0, np.abs(numbers))))
+        return turn, (turn * gain).sum((-2, -1))
     size = gain.shape[-1]
     scale = np.linalg.norm(gain, axis=(-2, -1), keepdims=True)
     seen = gain + UNSEEN * np.where(scale > 0, scale, 1.0) * np.eye(size)
@@ -66,8 +66,8 @@ def procrustes(gain: Gain, kind: Maps = Maps.ORTHOGONAL) -> tuple[Gain, Gain]:
         centre = np.eye(size) - ones
         seen = centre @ seen @ centre + ones * np.abs(seen).sum((-2, -1), keepdims=True)
     u, _, vt = np.linalg.svd(seen)
-    found = u @ vt
-    return found, (found * gain).sum((-2, -1))
+    turn = u @ vt
+    return turn, (turn * gain).sum((-2, -1))
 
 
 def assign_signed(gains: Mapping[Signs, Gain]) -> tuple[Index, dict[int, Gain]]:
@@ -80,9 +80,9 @@ def assign_signed(gains: Mapping[Signs, Gain]) -> tuple[Index, dict[int, Gain]]:
     best = {x: np.ones_like(value) for x in free}
     if len(free) <= ENUMERATED:
         for choice in product((1.0, -1.0), repeat=len(free)):
-            own = _signed(gains, dict(zip(free, choice)))
-            better = own > value
-            value = np.where(better, own, value)
+            signed_value = _signed(gains, dict(zip(free, choice)))
+            better = signed_value > value
+            value = np.where(better, signed_value, value)
             for x, sign in zip(free, choice):
                 best[x] = np.where(better, sign, best[x])
     else:
@@ -98,20 +98,20 @@ def assign_signed_pairs(gains: Mapping[Signs, Gain]) -> tuple[SignedOrders, Gain
     orders, values = np.empty((count, count, size), np.int64), np.empty((count, count))
     signs = {x: np.ones(orders.shape) for x in sorted(set().union(*gains))}
     for i, j in np.ndindex(count, count):
-        orders[i, j], found = assign_signed({own: gain[i, j] for own, gain in gains.items()})
-        for x, own in found.items():
-            signs[x][i, j] = own
+        orders[i, j], signs_at = assign_signed({sides: gain[i, j] for sides, gain in gains.items()})
+        for x, sign in signs_at.items():
+            signs[x][i, j] = sign
         rows = np.arange(size)
-        ones = {x: own[:, None] for x, own in found.items()}
-        values[i, j] = _signed({own: gain[i, j] for own, gain in gains.items()}, ones)[rows, orders[i, j]].sum()
+        ones = {x: sign[:, None] for x, sign in signs_at.items()}
+        values[i, j] = _signed({sides: gain[i, j] for sides, gain in gains.items()}, ones)[rows, orders[i, j]].sum()
     return SignedOrders(orders, signs), values
 
 
 def _signed(gains: Mapping[Signs, Gain], signs: Mapping[int, float | Gain]) -> Gain:
     total = np.zeros_like(next(iter(gains.values())))
-    for own, gain in gains.items():
+    for sides, gain in gains.items():
         factor: float | Gain = 1.0
-        for x in own:
+        for x in sides:
             factor = factor * signs[x]
         total = total + factor * gain
     return total

@@ -121,7 +121,7 @@ class _Costs(ABC):
 class _ActivationCosts(_Costs):
     def __init__(self, pairing: Pairing, readings: Sequence[Reading], edge: int):
         self.pairing = pairing
-        self.readings = [(one, other, distances(moments, edge)) for one, other, moments in readings]
+        self.readings = [(tap, twin, distances(moments, edge)) for tap, twin, moments in readings]
 
     def single(self, group: Group) -> Gain | None:
         inside = {g.index for g in self.pairing.one.groups if g.parent == group.index}
@@ -132,15 +132,21 @@ class _ActivationCosts(_Costs):
 
     def _mean(self, chosen: list[Group], readings: Sequence[tuple[Tap, Tap, Gain]]) -> Gain | None:
         wanted = {g.index for g in chosen}
-        found = [self._channels(chosen, *reading) for reading in readings if wanted <= set(reading[0].groups)]
-        return np.mean(found, axis=0) if found else None
+        costs = [self._channels(chosen, *reading) for reading in readings if wanted <= set(reading[0].groups)]
+        return np.mean(costs, axis=0) if costs else None
 
-    def _channels(self, chosen: list[Group], one: Tap, other: Tap, cost: Gain) -> Gain:
+    def _channels(self, chosen: list[Group], first_tap: Tap, second_tap: Tap, cost: Gain) -> Gain:
         """A tap's costs by channels of the chosen groups; other groups of the tap in their best order."""
         twins = [self.pairing.other.groups[self.pairing.twin[g.index]] for g in chosen]
         rows, columns = (
-            grid(tap.groups, tap.digits, np.arange(tap.size)[:, None], [g.index for g in own], [g.size for g in own])
-            for tap, own in ((one, chosen), (other, twins))
+            grid(
+                tap.groups,
+                tap.digits,
+                np.arange(tap.size)[:, None],
+                [g.index for g in groups],
+                [g.size for g in groups],
+            )
+            for tap, groups in ((first_tap, chosen), (second_tap, twins))
         )
         if len(chosen) == 1:
             return _best(cost[rows[:, None, :, None], columns[None, :, None, :]])
@@ -149,9 +155,9 @@ class _ActivationCosts(_Costs):
 
 def distances(moments: CrossMoments, edge: int) -> Gain:
     """Euclidean distance (C₀, Cᵢ) between activations of the first edge and of another, each of unit length."""
-    one, other = moments.moments[0], moments.moments[edge]
-    product = moments.covariance(0, edge) + torch.outer(one.mean, other.mean)
-    lengths = [(m.m2 / max(m.count, 1) + m.mean**2).sqrt() for m in (one, other)]
+    first, second = moments.moments[0], moments.moments[edge]
+    product = moments.covariance(0, edge) + torch.outer(first.mean, second.mean)
+    lengths = [(m.m2 / max(m.count, 1) + m.mean**2).sqrt() for m in (first, second)]
     alive = [(length > 0).double() for length in lengths]
     inverse = [a / torch.where(length > 0, length, 1.0) for a, length in zip(alive, lengths)]
     cosine = product * torch.outer(*inverse)
@@ -162,11 +168,11 @@ def _best(cost: Gain) -> Gain:
     """Costs (…, r, s) of things whose parts may be paired in any order: the mean over the best pairs."""
     if cost.shape[-2:] == (1, 1):
         return cost[..., 0, 0]
-    found = np.empty(cost.shape[:-2])
-    for at in np.ndindex(*found.shape):
+    least = np.empty(cost.shape[:-2])
+    for at in np.ndindex(*least.shape):
         rows, columns = linear_sum_assignment(cost[at])
-        found[at] = cost[at][rows, columns].mean()
-    return found
+        least[at] = cost[at][rows, columns].mean()
+    return least
 
 
 class _WeightCosts(_Costs):
@@ -190,7 +196,7 @@ class _WeightCosts(_Costs):
         """What makes the channels in both edges (blocks, C, everything else), from the weights that can be compared."""
         pairing = self.carrier.pairing
         twin = pairing.other.groups[pairing.twin[group.index]]
-        found: tuple[list[Tensor], list[Tensor]] = [], []
+        stacked: tuple[list[Tensor], list[Tensor]] = [], []
         for member in group.members:
             fqn, dim = member.fqn, member.dim
             trained = pairing.one.program.is_parameter(fqn)
@@ -199,22 +205,22 @@ class _WeightCosts(_Costs):
             if self._moved_inside(group, fqn, dim):
                 continue
             tensors = self.carrier.comparable(fqn, self.weights[0][fqn], self.weights[1][fqn], dim)
-            for rows, facts, own, tensor in zip(found, (pairing.one, pairing.other), (group, twin), tensors):
-                where = places(facts, dict(facts.axes_of(fqn))[dim], own)
+            for rows, facts, its_group, tensor in zip(stacked, (pairing.one, pairing.other), (group, twin), tensors):
+                where = places(facts, dict(facts.axes_of(fqn))[dim], its_group)
                 if where is None:
                     continue
                 index = torch.from_numpy(where.reshape(-1)).to(tensor.device)
                 values = tensor.index_select(dim, index).movedim(dim, 0).double().cpu()
                 rows.append(values.reshape(*where.shape[:2], -1))
-        if not found[0]:
+        if not stacked[0]:
             return None
-        return torch.cat(found[0], -1), torch.cat(found[1], -1)
+        return torch.cat(stacked[0], -1), torch.cat(stacked[1], -1)
 
     def _moved_inside(self, group: Group, fqn: str, dim: int) -> bool:
         """Whether groups inside the blocks of this one stand on the axis too: they count block by block."""
         labels = dict(self.carrier.pairing.one.axes_of(fqn))[dim]
         facts = self.carrier.pairing.one
-        return any(facts.groups[g].parent == group.index for own, _, _ in facts.features(labels) for g in own)
+        return any(facts.groups[g].parent == group.index for groups, _, _ in facts.features(labels) for g in groups)
 
 
 def _scaled(cost: Gain) -> Gain:
@@ -251,16 +257,16 @@ class _Fusion:
         if cost is None:
             self.carrier.found[group.index] = Element(_spread(*sizes))
             return
-        found = self.method.solve(cost)
-        spent.append(float((found * cost).sum()))
+        plan = self.method.solve(cost)
+        spent.append(float((plan * cost).sum()))
         soft = mappable(self.pairing.one, group)
-        self.carrier.found[group.index] = self._element(_nearest(found, cost), found if soft else None, sizes)
+        self.carrier.found[group.index] = self._element(_nearest(plan, cost), plan if soft else None, sizes)
 
-    def _element(self, nearest: Index, found: Gain | None, sizes: tuple[int, int]) -> Element:
+    def _element(self, nearest: Index, plan: Gain | None, sizes: tuple[int, int]) -> Element:
         """C₀ Π for what makes the feature, Cᵢ Π for what reads it; a coupling that is a permutation is no more."""
-        if found is None or (self.method.method == "exact" and sizes[0] == sizes[1]):
+        if plan is None or (self.method.method == "exact" and sizes[0] == sizes[1]):
             return Element(nearest)
-        return Element(nearest, found * sizes[0], dual=found * sizes[1])
+        return Element(nearest, plan * sizes[0], dual=plan * sizes[1])
 
     def _blocks(self, unit: GroupUnit, spent: list[float]) -> None:
         """Blocks are assigned one to one, on what the transport of their channels costs."""
@@ -287,18 +293,18 @@ class _Fusion:
             if group.index not in solved:
                 self.carrier.found[group.index] = Element(_all(_spread(*sizes), len(blocks)))
                 continue
-            own, cost = (x[rows, blocks] for x in solved[group.index])
-            soft = own if mappable(self.pairing.one, group) else None
-            nearest = np.stack([_nearest(*one) for one in zip(own, cost)])
+            plans, cost = (x[rows, blocks] for x in solved[group.index])
+            soft = plans if mappable(self.pairing.one, group) else None
+            nearest = np.stack([*map(_nearest, plans, cost)])
             self.carrier.found[group.index] = self._element(nearest, soft, sizes)
 
 
-def _nearest(found: Gain, cost: Gain) -> Index:
+def _nearest(plan: Gain, cost: Gain) -> Index:
     """The permutation nearest to a coupling, as far as there are channels; what is left takes its largest share.
 
     Between equal shares the cost decides.
     """
-    return _assigned(NEARLY * _scaled(cost) - found / found.max())
+    return _assigned(NEARLY * _scaled(cost) - plan / plan.max())
 
 
 def _assigned(cost: Gain) -> Index:
@@ -308,9 +314,9 @@ def _assigned(cost: Gain) -> Index:
     return chosen.astype(np.int64)
 
 
-def _spread(one: int, other: int) -> Index:
+def _spread(size: int, other_size: int) -> Index:
     """Channels of which nothing is known, in order."""
-    return np.arange(one, dtype=np.int64) * other // one
+    return np.arange(size, dtype=np.int64) * other_size // size
 
 
 def _all(nearest: Index, blocks: int) -> Index:

@@ -40,8 +40,8 @@ def units(symmetry: Symmetry) -> list[GroupUnit]:
     for group in symmetry.groups:
         if group.parent is not None:
             inner.setdefault(group.parent, []).append(group)
-    found = [GroupUnit(g, tuple(inner.get(g.index, ()))) for g in symmetry.groups if g.parent is None]
-    return sorted(found, key=lambda unit: min(unit.groups))
+    outer_units = [GroupUnit(g, tuple(inner.get(g.index, ()))) for g in symmetry.groups if g.parent is None]
+    return sorted(outer_units, key=lambda unit: min(unit.groups))
 
 
 def assign_pairs(group: Group, gains: Gain) -> tuple[Index, Gain]:

@@ -39,7 +39,7 @@ def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
         for k in edges:
             around = compose_permutations(symmetry.groups, to_zero[k], from_zero[i])
             straight = pairwise(symmetry, elements, i, k)
-            count += sum(int((around[g] != own).sum()) for g, own in straight.items())
+            count += sum(int((around[g] != index).sum()) for g, index in straight.items())
     return count
 
 

@@ -54,14 +54,14 @@ class WeightMatching(Pairwise):
 def _in_classes(problem: Problem, first: Weights) -> Match:
     symmetry = problem.symmetry
     usual, whole = _Balanced(problem, first), _Balanced(problem, first, running=True)
-    measured = any(own.running and own.scales for own in symmetry.classes.values())
+    measured = any(group_class.running and group_class.scales for group_class in symmetry.classes.values())
 
     def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
-        other = problem.program.weights[edge]
-        runs = usual.match(other, starts, generator)
-        copy = whole.copies(other, generator) if measured else None
+        second = problem.program.weights[edge]
+        runs = usual.match(second, starts, generator)
+        copy = whole.copies(second, generator) if measured else None
         best = max(runs, key=lambda run: run[1])[0]
-        better = copy is not None and whole.disagreement(copy[0], other) < usual.disagreement(best, other) - SAME
+        better = copy is not None and whole.disagreement(copy[0], second) < usual.disagreement(best, second) - SAME
         return [copy] * len(runs) if copy is not None and better else runs
 
     return match
@@ -92,7 +92,7 @@ class _Balanced:
         """What brings another network to the first as it is, from each start."""
         symmetry, frame = self.problem.symmetry, self._frame(other)
         runs = _runs(symmetry, self.balanced, other, starts, generator, frame, self.problem.heads, self.running)
-        return [(between(symmetry, self.target, frame, found), value, sweeps) for found, value, sweeps in runs]
+        return [(between(symmetry, self.target, frame, element), value, sweeps) for element, value, sweeps in runs]
 
     def copies(self, other: Weights, generator: np.random.Generator) -> Run | None:
         """The same if the other network is a copy of the first, or nearly so, else None: they agree when matched.
@@ -100,8 +100,8 @@ class _Balanced:
         No scale moves a running variance: that of a copy has the values of the first one's.
         """
         for name in self._variances:
-            one, two = (own[name].double().flatten().sort().values for own in (self.first, other))
-            if one.shape != two.shape or float((one - two).norm()) > ALIKE * float(one.norm()):
+            first, second = (weights[name].double().flatten().sort().values for weights in (self.first, other))
+            if first.shape != second.shape or float((first - second).norm()) > ALIKE * float(first.norm()):
                 return None
         (run,) = self.match(other, [None], generator)
         return run if self.disagreement(run[0], other) <= AGREED else None
@@ -109,31 +109,31 @@ class _Balanced:
     @cached_property
     def _variances(self) -> list[str]:
         """Running statistics that no scale moves."""
-        symmetry, found = self.problem.symmetry, dict[str, None]()
+        symmetry, names = self.problem.symmetry, dict[str, None]()
         for group in symmetry.groups:
-            own = symmetry.classes[group.index]
-            scales = own.scales if own.running else None
+            group_class = symmetry.classes[group.index]
+            scales = group_class.scales if group_class.running else None
             for member in group.members if scales is not None else ():
-                sides = own.slots[member.fqn, member.dim][0].tolist()
+                sides = group_class.slots[member.fqn, member.dim][0].tolist()
                 moves = any(scales.magnitudes.get(x) or scales.signs.get(x) for x in sides)  # type: ignore[union-attr]
                 if member.fqn in symmetry.program.buffers and not moves:
-                    found[member.fqn] = None
-        return list(found)
+                    names[member.fqn] = None
+        return list(names)
 
     def disagreement(self, element: Elements, other: Weights) -> float:
         """Σ ‖W₀ − g W₁‖² over Σ ‖W₀‖², of the networks as they are."""
         moved = act(self.problem.symmetry, element, other)
         pairs = [(self.first[name].double(), moved[name].double()) for name in self._compared(other)]
-        whole = sum(float(one.square().sum()) for one, _ in pairs)
-        return sum(float((one - two).square().sum()) for one, two in pairs) / whole if whole else 0.0
+        whole = sum(float(first.square().sum()) for first, _ in pairs)
+        return sum(float((first - second).square().sum()) for first, second in pairs) / whole if whole else 0.0
 
-    def _compared(self, other: Weights) -> list[str]:
+    def _compared(self, second: Weights) -> list[str]:
         named = [name for name in scored_names(self.problem.symmetry) if name not in self.problem.apart]
-        return [name for name in named if self.first[name].shape == other[name].shape]
+        return [name for name in named if self.first[name].shape == second[name].shape]
 
 
 def _runs(
-    symmetry: Symmetry, first: Weights, other: Weights, starts: Starts, generator: np.random.Generator,
+    symmetry: Symmetry, first: Weights, second: Weights, starts: Starts, generator: np.random.Generator,
     frame: Elements | None, heads: frozenset[str] = frozenset(), running: bool = False,
 ) -> list[Run]:  # fmt: skip
     """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations.
@@ -141,9 +141,9 @@ def _runs(
     ``heads`` are not compared.
     """
     if frame is not None:
-        descent = ClassDescent(symmetry, first, other, frame, heads, running)
+        descent = ClassDescent(symmetry, first, second, frame, heads, running)
         begin = (start and descent.permuted(start) for start in starts)
         return [again(descent, descent.run(generator, start), generator) for start in begin]
-    plain = Descent(symmetry, first, other, heads)
+    plain = Descent(symmetry, first, second, heads)
     runs = (again(plain, plain.run(generator, start), generator) for start in starts)
-    return [({i: Element(own) for i, own in found.items()}, value, sweeps) for found, value, sweeps in runs]
+    return [({i: Element(index) for i, index in orders.items()}, value, sweeps) for orders, value, sweeps in runs]

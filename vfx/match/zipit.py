@@ -60,7 +60,9 @@ class ZipIt(LinearMatching):
         weight = torch.einsum("i,icm->m", shares, unmerge)  # zero for dead features and edges without a share
         scale = torch.where(weight > 0, 1 / torch.where(weight > 0, weight, 1.0), 0.0)
         inside = (unmerge.sum(1) > 1).any(0).double().mean()  # clusters of several features of one edge
-        return Solution([scale[:, None] * own.T for own in unmerge], list(unmerge), {"merged inside": float(inside)})
+        return Solution(
+            [scale[:, None] * columns.T for columns in unmerge], list(unmerge), {"merged inside": float(inside)}
+        )
 
 
 def similarities(features: Features) -> Similarity:
@@ -71,14 +73,14 @@ def similarities(features: Features) -> Similarity:
     """
     total = features.edges * features.size
     constant, mean = features.constant.reshape(-1), features.mean.reshape(-1)
-    found = features.correlation.permute(0, 2, 1, 3).reshape(total, total).clone()
-    found[constant[:, None] != constant] = -1.0
-    one, other = torch.meshgrid(mean[constant], mean[constant], indexing="ij")
-    scale = one.abs() + other.abs()
-    alike = 1 - 2 * (one - other).abs() / torch.where(scale > 0, scale, 1.0)
+    similarity = features.correlation.permute(0, 2, 1, 3).reshape(total, total).clone()
+    similarity[constant[:, None] != constant] = -1.0
+    first, second = torch.meshgrid(mean[constant], mean[constant], indexing="ij")
+    scale = first.abs() + second.abs()
+    alike = 1 - 2 * (first - second).abs() / torch.where(scale > 0, scale, 1.0)
     where = torch.nonzero(constant)
-    found[where, where.T] = alike
-    return found.numpy()
+    similarity[where, where.T] = alike
+    return similarity.numpy()
 
 
 def clusters(similarity: Similarity, edges: int, a: float, b: float) -> Index:

@@ -39,12 +39,12 @@ def build(model: str, options: Mapping[str, Any] | None = None) -> nn.Module:
         if place.name in FAMILIES:
             if not place.where:
                 raise ArgumentError(f"model {model!r} names no network: {place.name}:NAME")
-            found = FAMILIES[place.name].build(place.where, given)
+            model_built = FAMILIES[place.name].build(place.where, given)
         elif is_code(model):
-            found = load_object(model, "model")(**given)
+            model_built = load_object(model, "model")(**given)
         else:
-            known = ", ".join(f"{name}:…" for name in FAMILIES)
-            raise ArgumentError(f"model {model!r} must be one of {known}, module:name or ./file.py:name")
+            families = ", ".join(f"{name}:…" for name in FAMILIES)
+            raise ArgumentError(f"model {model!r} must be one of {families}, module:name or ./file.py:name")
     except ArgumentError:
         raise
     except ImportError as error:
@@ -54,22 +54,22 @@ def build(model: str, options: Mapping[str, Any] | None = None) -> nn.Module:
     except Exception as error:  # constructors raise any class
         cause = str(error).splitlines()[0] if str(error) else "no message"
         raise ArgumentError(f"model {model!r} cannot be built: {type(error).__name__}: {cause}") from error
-    if not isinstance(found, nn.Module):
-        raise ArgumentError(f"model {model!r} gave {type(found).__name__}, not a torch.nn.Module")
-    return found.eval()
+    if not isinstance(model_built, nn.Module):
+        raise ArgumentError(f"model {model!r} gave {type(model_built).__name__}, not a torch.nn.Module")
+    return model_built.eval()
 
 
 def usual_inputs(model: str) -> list[str]:
     """The inputs that the named network usually takes, as ``--input`` describes them. Raises ArgumentError."""
     place: Address = address(model)
     try:
-        found = FAMILIES[place.name].inputs(place.where) if place.name in FAMILIES else []
+        texts = FAMILIES[place.name].inputs(place.where) if place.name in FAMILIES else []
     except ImportError:
-        found = []
-    if not found:
+        texts = []
+    if not texts:
         whose = repr(model) if model else "the network"
         raise ArgumentError(f"--input is missing: the shape of one sample that {whose} takes, e.g. -i 3x224x224")
-    return found
+    return texts
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -106,8 +106,8 @@ def _timm(name: str, options: Mapping[str, Any]) -> nn.Module:
 def _timm_inputs(name: str) -> list[str]:
     import timm
 
-    known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-    return ["x".join(map(str, known.input_size))] if known is not None else []
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    return ["x".join(map(str, config.input_size))] if config is not None else []
 
 
 def _hf_config(folder: str) -> Any:
@@ -126,12 +126,12 @@ def _hf(folder: str, options: Mapping[str, Any]) -> nn.Module:
     for key, value in options.items():
         setattr(config, key, value)
     name = next(iter(config.architectures or ()), "")
-    found = getattr(transformers, name, None) if name else None
-    if found is None:
+    constructor = getattr(transformers, name, None) if name else None
+    if constructor is None:
         raise ArgumentError(
             f"hf:{folder}: its config.json names {name or 'no class'}, which transformers does not have"
         )
-    return found(config)
+    return constructor(config)
 
 
 def _hf_inputs(folder: str) -> list[str]:

@@ -19,7 +19,7 @@ def removed_biases(program: Program, count: int | None, direction: Direction) ->
     """The biases of ``count`` layers (None: all) from the end (backward) or the start, those of branches left out."""
     layers = number_layers(program)
     number = {layer.node: layer.number for layer in layers}
-    found = set()
+    removed = set()
     for node in program.graph.nodes:
         if node.name not in number:
             continue
@@ -27,8 +27,8 @@ def removed_biases(program: Program, count: int | None, direction: Direction) ->
         chosen = count is None or (depth > len(layers) - count if direction == "backward" else depth <= count)
         name = weight_name(node, "bias")
         if chosen and name is not None and name not in program.private:
-            found.add(name)
-    return found
+            removed.add(name)
+    return removed
 
 
 def without(weights: Weights, names: Collection[str]) -> dict[str, Tensor]:

@@ -65,8 +65,8 @@ class Normalization:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.method != "auto" and self.method not in METHODS:
-            known = ", ".join(METHODS)
-            raise ArgumentError(f"normalize={self.method!r} is unknown; choose one of {known}, None or 'auto'")
+            methods = ", ".join(METHODS)
+            raise ArgumentError(f"normalize={self.method!r} is unknown; choose one of {methods}, None or 'auto'")
         if self.sweep == "batch" and (self.method not in METHODS or not METHODS[self.method].data or self.behind):
             raise ArgumentError("sweep='batch' normalises before the activation by repair, rescale or reset; name one")
         if self.method == "reset" and self.behind:
@@ -104,12 +104,12 @@ def normalization(normalize: str | Normalization | None, data: bool) -> Normaliz
     """
     if normalize is None:
         return None
-    found = Normalization(normalize) if isinstance(normalize, str) else normalize
-    if found.method == "auto":
-        return found if data else None
-    if found.needs_data and not data:
-        raise ArgumentError(f"normalize={found.method!r} runs the merged network on data; give data=")
-    return found
+    asked = Normalization(normalize) if isinstance(normalize, str) else normalize
+    if asked.method == "auto":
+        return asked if data else None
+    if asked.needs_data and not data:
+        raise ArgumentError(f"normalize={asked.method!r} runs the merged network on data; give data=")
+    return asked
 
 
 def candidates(asked: Normalization, program: Program) -> dict[str, Normalization | None]:
@@ -122,10 +122,10 @@ def candidates(asked: Normalization, program: Program) -> dict[str, Normalizatio
     """
     has_norm = bool(batch_norms(program))
     use = {name: method for name, method in METHODS.items() if method.tried and method.norm in (None, has_norm)}
-    found: dict[str, Normalization | None] = {"none": None}
-    found |= {name: replace(asked, method=name) for name in use if not (asked.behind and not use[name].goals)}
+    methods: dict[str, Normalization | None] = {"none": None}
+    methods |= {name: replace(asked, method=name) for name in use if not (asked.behind and not use[name].goals)}
     return (
-        found
+        methods
         if asked.behind or "repair" not in use
-        else found | {BEHIND: replace(asked, method="repair", site="activation")}
+        else methods | {BEHIND: replace(asked, method="repair", site="activation")}
     )

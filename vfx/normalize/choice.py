@@ -36,7 +36,7 @@ def removals(
     copies go on with theirs.
     """
     plan = [step._replace(in_place=None) for step in program.plan]  # copies share their values
-    found = []
+    tried = []
     for direction in directions:
         sets = {count: removed_biases(program, count, direction) for count in counts}
         everything = removed_biases(program, None, direction)
@@ -50,13 +50,15 @@ def removals(
         for batch in judge.held.batches:
             for count, output in _forked(program, plan, start, forks, batch):
                 outputs[count].append(output)
-        found += [BiasRemoval(count, direction, judge.score(outputs[count])) for count in counts]
-    return found
+        tried += [BiasRemoval(count, direction, judge.score(outputs[count])) for count in counts]
+    return tried
 
 
-def _parting(program: Program, plan: list[Step], one: Weights, other: Weights) -> int:
+def _parting(program: Program, plan: list[Step], first: Weights, second: Weights) -> int:
     """The first position of the plan at which two weight sets differ (other tensors are other objects, or equal)."""
-    different = {name for name in one if one[name] is not other[name] and not torch.equal(one[name], other[name])}
+    different = {
+        name for name in first if first[name] is not second[name] and not torch.equal(first[name], second[name])
+    }
     for position, step in enumerate(plan):
         if any(a.op == "get_attr" and str(a.target) in different for a in step.node.all_input_nodes):
             return position
@@ -77,4 +79,4 @@ def _forked(
 
 def best_removal(found: Sequence[BiasRemoval]) -> BiasRemoval:
     """The best score; of equals the fewest layers."""
-    return min(found, key=lambda one: (one.score.value, one.count))
+    return min(found, key=lambda removal: (removal.score.value, removal.count))

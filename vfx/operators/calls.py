@@ -63,10 +63,10 @@ def is_product(node: fx.Node) -> bool:
     """
     if not operator_of(node).multiplies:
         return False
-    a, own = arguments(node), operands(node)
-    parameters = [own["weight"], own["bias"]] if "bias" in own else [own["weight"]]
+    a, inputs = arguments(node), operands(node)
+    parameters = [inputs["weight"], inputs["bias"]] if "bias" in inputs else [inputs["weight"]]
     ranks = [len(p.meta["val"].shape) if isinstance(p, fx.Node) and p.op == "get_attr" else 0 for p in parameters]
-    computed = isinstance(own["input"], fx.Node) and own["input"].op != "get_attr"
+    computed = isinstance(inputs["input"], fx.Node) and inputs["input"].op != "get_attr"
     return computed and ranks == [2, 1][: len(ranks)] and a.get("alpha", 1) == a.get("beta", 1) == 1
 
 

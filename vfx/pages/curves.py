@@ -20,20 +20,20 @@ _MOST = len(marks.STYLES) - 1  # edges that are drawn beside the normalization
 
 def judged_by(scores: Mapping[str, Score]) -> str | None:
     """The figure that candidates were chosen by."""
-    known = (key for key in ("loss", "divergence") if any(score.get(key) is not None for score in scores.values()))
-    return next(known, None)
+    judges = (key for key in ("loss", "divergence") if any(score.get(key) is not None for score in scores.values()))
+    return next(judges, None)
 
 
 def choice_curves(scores: Mapping[str, Score], chosen: str | None) -> dict[str, Markup]:
     """The judge's figure over the layers that follow one edge, and over those that are kept for each edge."""
     key = judged_by(scores)
-    found = {name: one for name, one in scores.items() if key and _drawable(one.get(key))}
-    if key is None or not found:
+    drawable = {name: score for name, score in scores.items() if key and _drawable(score.get(key))}
+    if key is None or not drawable:
         return {}
-    chosen = chosen if chosen in found else None
-    kept = sorted({one["preserve"] for one in found.values()})
-    curves = _follow_curve(found, key, found[chosen]["preserve"] if chosen else kept[0], chosen)
-    return curves | (_preserve_curve(found, key, kept, chosen) if len(kept) > 1 else {})
+    chosen = chosen if chosen in drawable else None
+    kept = sorted({score["preserve"] for score in drawable.values()})
+    curves = _follow_curve(drawable, key, drawable[chosen]["preserve"] if chosen else kept[0], chosen)
+    return curves | (_preserve_curve(drawable, key, kept, chosen) if len(kept) > 1 else {})
 
 
 def _drawable(value: Any) -> bool:
@@ -42,24 +42,24 @@ def _drawable(value: Any) -> bool:
 
 def _follow_curve(scores: Mapping[str, Score], key: str, kept: int, chosen: str | None) -> dict[str, Markup]:
     """A line for each edge: from the network solved for the mean alone to the edge as it is."""
-    rows = {name: one for name, one in scores.items() if one["preserve"] == kept}
-    solved = {name: one for name, one in rows.items() if one["follow"] is not None}
+    rows = {name: score for name, score in scores.items() if score["preserve"] == kept}
+    solved = {name: score for name, score in rows.items() if score["follow"] is not None}
     edges = sorted(
-        {one["follow_edge"] for one in solved.values() if one["follow"]}, key=lambda e: _least(solved, key, e)
+        {score["follow_edge"] for score in solved.values() if score["follow"]}, key=lambda e: _least(solved, key, e)
     )
-    count = max((one["follow"] for one in solved.values()), default=0)
+    count = max((score["follow"] for score in solved.values()), default=0)
     series: dict[str, list[float | None]] = {}
     place = None
     for edge in sorted(edges[:_MOST]):
         line: list[float | None] = [None] * (count + 1)
-        for name, one in solved.items():
-            if not one["follow"] or one["follow_edge"] == edge:
-                line[one["follow"]] = one[key]
-                place = (f"edge {edge}", one["follow"]) if name == chosen else place
+        for name, score in solved.items():
+            if not score["follow"] or score["follow_edge"] == edge:
+                line[score["follow"]] = score[key]
+                place = (f"edge {edge}", score["follow"]) if name == chosen else place
         series[f"edge {edge}"] = line
     if not any(sum(value is not None for value in line) > 1 for line in series.values()):
         return {}
-    others = [one[key] for one in rows.values() if one["follow"] is None]
+    others = [score[key] for score in rows.values() if score["follow"] is None]
     highest = max(value for line in series.values() for value in line if value is not None)
     if others and min(others) <= _FAR * highest:  # else the lines would be flat below it; the table has it
         series["normalized"] = [min(others), *[None] * (count - 1), min(others)]
@@ -71,7 +71,7 @@ def _follow_curve(scores: Mapping[str, Score], key: str, kept: int, chosen: str 
 
 
 def _least(scores: Mapping[str, Score], key: str, edge: int) -> float:
-    return min(one[key] for one in scores.values() if one["follow"] and one["follow_edge"] == edge)
+    return min(score[key] for score in scores.values() if score["follow"] and score["follow_edge"] == edge)
 
 
 def _preserve_curve(
@@ -80,10 +80,12 @@ def _preserve_curve(
     """The best of the candidates for each number of layers kept, beside the best edge as it is."""
     best = {}
     for count in kept:
-        rows = [one[key] for name, one in scores.items() if one["preserve"] == count and not name.startswith("edge ")]
+        rows = [
+            score[key] for name, score in scores.items() if score["preserve"] == count and not name.startswith("edge ")
+        ]
         best[count] = min(rows) if rows else None
     series: dict[str, list[float | None]] = {"merged": [best.get(count) for count in range(kept[-1] + 1)]}
-    given = [one[key] for name, one in scores.items() if name.startswith("edge ")]
+    given = [score[key] for name, score in scores.items() if name.startswith("edge ")]
     if given:
         series["best edge"] = [min(given), *[None] * (kept[-1] - 1), min(given)]
     place = None

@@ -78,8 +78,8 @@ def lines(
     """
     if len(series) > len(STYLES):
         raise ValueError(f"{len(series)} lines cannot be told apart")
-    known = [value for one in series.values() for value in one if value is not None]
-    axis = _logarithmic(known, rule) if log and 0 < max(known) <= _SPAN * min(known) else _linear(known)
+    heights = [value for line in series.values() for value in line if value is not None]
+    axis = _logarithmic(heights, rule) if log and 0 < max(heights) <= _SPAN * min(heights) else _linear(heights)
     right = WIDE - 20 - 7 * max(map(len, series))
     x = [_LEFT + (right - _LEFT) * (index / max(len(ticks) - 1, 1)) for index in range(len(ticks))]
     parts = [_grid(axis, right, unit, rule), _below(ticks, x, below)]
@@ -172,7 +172,7 @@ def _short(name: str) -> str:
 
 def _apart(ends: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
     """Labels that do not cover each other, in their order from above."""
-    found: list[tuple[float, str, str]] = []
+    placed: list[tuple[float, str, str]] = []
     for at, name, colour in sorted(ends):
-        found.append((max(at, found[-1][0] + 16) if found else at, name, colour))
-    return found
+        placed.append((max(at, placed[-1][0] + 16) if placed else at, name, colour))
+    return placed

@@ -6,21 +6,18 @@ name of a machine, so that the same run gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vfx import __version__
 from vfx.address import address
 from vfx.emit.pretrained import BUILT_IN
 from vfx.pages import marks
 from vfx.pages.curves import choice_curves, judged_by, layer_curves
+from vfx.pages.templates import filled, setting
 from vfx.terminal import percent
 
 PACKAGES = ("torch", "numpy", "scipy", "safetensors", "scikit-learn", "onnxruntime")
@@ -40,29 +37,12 @@ class Run(NamedTuple):
 
 def page(run: Run) -> str:
     """The page."""
-    return _environment(html=True).get_template("run.html.jinja").render(_view(run))
+    return filled("run.html.jinja", _view(run))
 
 
 def card(run: Run) -> str:
     """The card that stands beside the network: what it is, its figures, how to load it."""
-    return _environment(html=False).get_template("card.md.jinja").render(_view(run))
-
-
-def _environment(html: bool) -> Environment:
-    found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=html,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    found.filters |= {
-        "count": lambda number: "" if number is None else f"{number:,}",
-        "percent": percent,
-        "setting": _setting,
-    }
-    return found
+    return filled("card.md.jinja", _view(run))
 
 
 def _view(run: Run) -> dict[str, Any]:
@@ -94,15 +74,7 @@ def _view(run: Run) -> dict[str, Any]:
 
 def _chosen(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that came out otherwise than they were asked for."""
-    return {name: facts[name] for name in asked if name in facts and _setting(facts[name]) != _setting(asked[name])}
-
-
-def _setting(value: Any) -> str:
-    if value in (None, "none", [], {}):
-        return "none"
-    if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return ", ".join(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return {name: facts[name] for name in asked if name in facts and setting(facts[name]) != setting(asked[name])}
 
 
 def _loads_with(model: str, facts: Mapping[str, Any]) -> str | None:
@@ -112,14 +84,14 @@ def _loads_with(model: str, facts: Mapping[str, Any]) -> str | None:
 
 def _headlines(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Two or three figures that say most."""
-    found = []
+    lines = []
     accuracies = {row["name"]: row["accuracy"] for row in networks if row["accuracy"] is not None}
     if _RESULT in accuracies:
         given = [value for name, value in accuracies.items() if name not in (_RESULT, "ensemble")]
-        found.append((f"{percent(accuracies[_RESULT])} %", f"accuracy; best network given {percent(max(given))} %"))
+        lines.append((f"{percent(accuracies[_RESULT])} %", f"accuracy; best network given {percent(max(given))} %"))
     sizes = _ratios(facts)
-    found += [(f"{ratio:.3g}×", text) for text, ratio in sizes.items()]
-    return found
+    lines += [(f"{ratio:.3g}×", text) for text, ratio in sizes.items()]
+    return lines
 
 
 def _ratios(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -149,16 +121,16 @@ def _costs(facts: Mapping[str, Any], networks: Sequence[Mapping[str, Any]]) -> l
     rows = [row for row in networks if row["params"] is not None] or [
         {"name": _RESULT, "params": facts["params"], "nonzeros": facts.get("nonzeros"), "flops": facts["flops"]}
     ]
-    found = []
+    bars = []
     for key, title in (("params", "parameters"), ("nonzeros", "not zero"), ("flops", "FLOPs")):
         most = max((row[key] or 0 for row in rows), default=0)
         if most and not (key == "nonzeros" and "nonzeros" not in facts):
-            found += [
+            bars += [
                 {"kind": title, "name": row["name"], "value": row[key],
                  "mark": marks.bar((row[key] or 0) / most, row["name"] == _RESULT)}
                 for row in rows
             ]  # fmt: skip
-    return found
+    return bars
 
 
 def _candidates(scores: Mapping[str, Mapping[str, float | None]], chosen: str | None) -> list[dict[str, Any]]:
@@ -188,33 +160,37 @@ def _layers(facts: Mapping[str, Any]) -> dict[str, Any]:
     if not rows:
         return {}
     zeros = [100 * row["sparsity"] for row in rows]
-    found = {"Share of zeros in each layer": marks.lines({"zeros": zeros}, names, "%")}
+    curves = {"Share of zeros in each layer": marks.lines({"zeros": zeros}, names, "%")}
     if any(row["variance_after"] is not None for row in rows):
         variances = {name: [row[f"variance_{when}"] for row in rows] for name, when in _REPAIR.items()}
-        found["Variance of each layer's outputs, against the network before"] = marks.lines(variances, names, "×")
-    return found
+        curves["Variance of each layer's outputs, against the network before"] = marks.lines(variances, names, "×")
+    return curves
 
 
 def _checks(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What was checked, its error, and what that says."""
-    found = []
+    checks = []
     if facts.get("verify_error") is not None and "groups" in facts:
-        found.append(("removal", f"{facts['verify_error']:.1e}", "equals the network with masked channels, in float64"))
+        checks.append(
+            ("removal", f"{facts['verify_error']:.1e}", "equals the network with masked channels, in float64")
+        )
     elif facts.get("verify_error") is not None:
-        found.append(("alignment", f"{facts['verify_error']:.1e}", "each network computes what it did, in float64"))
-    own = facts["own_class"]
-    found.append(("class", "own" if own else "new", "the user's own class" if own else facts["class_reason"]))
-    found.append(("file", "outputs", "check.safetensors holds outputs that the loaded network must give"))
+        checks.append(("alignment", f"{facts['verify_error']:.1e}", "each network computes what it did, in float64"))
+    own_class = facts["own_class"]
+    checks.append(
+        ("class", "own" if own_class else "new", "the user's own class" if own_class else facts["class_reason"])
+    )
+    checks.append(("file", "outputs", "check.safetensors holds outputs that the loaded network must give"))
     if facts.get("not_counted"):
-        found.append(("FLOPs", "partial", f"without {', '.join(facts['not_counted'])}"))
-    return found
+        checks.append(("FLOPs", "partial", f"without {', '.join(facts['not_counted'])}"))
+    return checks
 
 
 def _versions() -> dict[str, str]:
-    found = {"vfx": __version__, "Python": platform.python_version()}
+    versions = {"vfx": __version__, "Python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

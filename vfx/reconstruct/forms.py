@@ -262,8 +262,8 @@ def form_of(node: fx.Node) -> tuple[Form, fx.Node, fx.Node, Any] | None:
     if operator_of(node).is_convolving:
         a = arguments(node)
         shape = _shape(a["weight"])
-        known = shape is not None and _is_parameter(a["weight"])
-        return (Convolution(node, shape), a["input"], a["weight"], a["bias"]) if known else None  # type: ignore
+        fits = shape is not None and _is_parameter(a["weight"])
+        return (Convolution(node, shape), a["input"], a["weight"], a["bias"]) if fits else None  # type: ignore
     for x, weight, bias, letters in _contractions(node):
         if _is_parameter(weight) and not _is_parameter(x):
             form = Contraction(*letters, _sizes(weight, letters[1]))
@@ -283,22 +283,22 @@ def _contractions(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, Any, tuple[
         free = rows[: len(_shape(x) or ()) - 1]
         yield x, weight, a["bias"], (free + "k", "ko" if is_product(node) else "ok", free + "o")
     elif entry.multiplies and not entry.adds_summand:
-        one, two = node.args[0], node.args[1]
-        first, second = _shape(one), _shape(two)
+        first_node, second_node = node.args[0], node.args[1]
+        first, second = _shape(first_node), _shape(second_node)
         if first is not None and second is not None and min(len(first), len(second)) >= 2:
             batch = rows[: max(len(first), len(second)) - 2]
             left, right = (batch[len(batch) - len(s) + 2 :] for s in (first, second))
             if not _broadcasts(first, second):
-                yield one, two, None, (left + "rk", right + "ko", batch + "ro")  # type: ignore[misc]
-                yield two, one, None, (right + "kr", left + "ok", batch + "or")  # type: ignore[misc]
+                yield first_node, second_node, None, (left + "rk", right + "ko", batch + "ro")  # type: ignore[misc]
+                yield second_node, first_node, None, (right + "kr", left + "ok", batch + "or")  # type: ignore[misc]
     elif entry.ties == "einsum":
         equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
         inputs, _, out = equation.partition("->")
         letters = inputs.split(",")
         if "." not in equation and "->" in equation and len(letters) == 2:
-            one, two = operands
-            yield one, two, None, (letters[0], letters[1], out)
-            yield two, one, None, (letters[1], letters[0], out)
+            first_node, second_node = operands
+            yield first_node, second_node, None, (letters[0], letters[1], out)
+            yield second_node, first_node, None, (letters[1], letters[0], out)
 
 
 def _broadcasts(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:

@@ -89,15 +89,17 @@ class LogitUnit:
         matrix, bias = self.layer.read(weights)
         rows = matrix[0].clone()
         columns = self.channels.to(rows.device)
-        for head, own in enumerate(columns):
-            rows[:, own] = matrix[0][:, own] @ turn[head]
-        found = {self.layer.weight: self.layer.forms[0].weight(rows[None]).to(weights[self.layer.weight]).contiguous()}
+        for head, columns_of in enumerate(columns):
+            rows[:, columns_of] = matrix[0][:, columns_of] @ turn[head]
+        written = {
+            self.layer.weight: self.layer.forms[0].weight(rows[None]).to(weights[self.layer.weight]).contiguous()
+        }
         if bias is not None and self.layer.bias is not None:
             shift = bias[0].clone()
-            for head, own in enumerate(columns):
-                shift[own] = bias[0][own] @ turn[head]
-            found[self.layer.bias] = shift.reshape(weights[self.layer.bias].shape).to(weights[self.layer.bias])
-        return found
+            for head, columns_of in enumerate(columns):
+                shift[columns_of] = bias[0][columns_of] @ turn[head]
+            written[self.layer.bias] = shift.reshape(weights[self.layer.bias].shape).to(weights[self.layer.bias])
+        return written
 
 
 def _heads(x: Tensor, kept: Tensor | None) -> Tensor:
@@ -119,7 +121,7 @@ def visible(mask: Tensor) -> Tensor:
 @torch.no_grad()
 def logit_units(program: Program, layers: list[MatrixUnit], removed: Any) -> list[LogitUnit]:
     """The attention calls whose heads lost inner channels; ``removed(name, axis)`` says of a value whether it did."""
-    found = []
+    logit_layers = []
     for node in program.graph.nodes:
         if operator_of(node).ties != "attention":
             continue
@@ -134,8 +136,8 @@ def logit_units(program: Program, layers: list[MatrixUnit], removed: Any) -> lis
             simple = len(layer.uses) == 1 and layer.norm is None and layer.uses[0].other is None
             channels = _channels(program, layer, query) if simple and _feeds(layer.uses[0].node, query) else None
             if channels is not None:
-                found.append(LogitUnit(node, layer, channels))
-    return found
+                logit_layers.append(LogitUnit(node, layer, channels))
+    return logit_layers
 
 
 def _feeds(layer: fx.Node, node: fx.Node) -> bool:
@@ -159,10 +161,10 @@ def _channels(program: Program, layer: MatrixUnit, query: fx.Node) -> Tensor | N
             run.values[node] = numbers.expand(value.shape).clone()
         if node is query:
             break
-    found = run.value(query)
-    heads = found[:1, :, :1]
-    if not torch.equal(found, heads.expand_as(found)):
+    queries = run.value(query)
+    heads = queries[:1, :, :1]
+    if not torch.equal(queries, heads.expand_as(queries)):
         return None
     channels = heads[0, :, 0].round().long()
     whole = torch.equal(channels.reshape(-1).sort().values.cpu(), torch.arange(channels.numel()))
-    return channels.cpu() if whole and torch.equal(heads[0, :, 0], channels.to(found)) else None
+    return channels.cpu() if whole and torch.equal(heads[0, :, 0], channels.to(queries)) else None

@@ -27,8 +27,8 @@ def units_of(program: Program, known: frozenset[str], sums: bool) -> tuple[list[
     readers = readers_of(program.graph)
     matrices, notes = _matrices(program, known, readers)
     norms = {unit.norm.node for unit in matrices if unit.norm is not None}
-    found = (_diagonal(program, node, known, readers) for node in program.graph.nodes if node not in norms)
-    diagonals = [unit for unit in found if unit is not None]
+    diagonal_units = (_diagonal(program, node, known, readers) for node in program.graph.nodes if node not in norms)
+    diagonals = [unit for unit in diagonal_units if unit is not None]
     position = {node: index for index, node in enumerate(program.graph.nodes)}
     units: list[Unit] = sorted([*matrices, *diagonals], key=lambda unit: position[unit.uses[0].node])
     if sums:
@@ -66,24 +66,24 @@ def products_of(program: Program) -> dict[str, list[ProductCall]]:
 
 
 def _matrices(
-    program: Program, known: frozenset[str], readers: dict[str, list[fx.Node]]
+    program: Program, kept: frozenset[str], readers: dict[str, list[fx.Node]]
 ) -> tuple[list[MatrixUnit], list[str]]:
     by_weight: dict[str, list[Found]] = {}
     notes: list[str] = []
     for node in program.graph.nodes:
-        found = form_of(node) if node.op == "call_function" else None
-        if found is None:
+        form_and_operands = form_of(node) if node.op == "call_function" else None
+        if form_and_operands is None:
             if is_layer(node):
                 notes.append(_kept(node, "its weight is computed"))
             continue
-        form, source, weight, bias = found
+        form, source, weight, bias = form_and_operands
         name = str(weight.target)
         if bias is not None and _parameter(bias) is None:
             notes.append(_kept(node, "its bias is computed"))
             continue
         if name in program.private or not program.is_parameter(name):
             continue
-        if node.name in known:
+        if node.name in kept:
             by_weight.setdefault(name, []).append((node, form, source, name, str(bias.target) if bias else None))
     units = []
     for calls in by_weight.values():
@@ -91,7 +91,7 @@ def _matrices(
         if reason:
             notes.append(_kept(calls[0][0], reason))
         else:
-            units.append(_matrix_unit(program, calls, known, readers))
+            units.append(_matrix_unit(program, calls, kept, readers))
     return units, notes
 
 
@@ -120,31 +120,31 @@ def _irregular(calls: Sequence[Found], readers: dict[str, list[fx.Node]]) -> str
 
 def _layout(form: Form) -> Any:
     """What decides how a form arranges its weight."""
-    own = vars(form)
+    fields = vars(form)
     return tuple(
-        tuple(own[name]) if isinstance(own[name], list) else own[name]
+        tuple(fields[name]) if isinstance(fields[name], list) else fields[name]
         for name in ("w", "shared", "read", "made", "groups", "transposed", "shape")
-        if name in own
+        if name in fields
     )
 
 
 def _matrix_unit(
-    program: Program, calls: Sequence[Found], known: frozenset[str], readers: dict[str, list[fx.Node]]
+    program: Program, calls: Sequence[Found], kept: frozenset[str], readers: dict[str, list[fx.Node]]
 ) -> MatrixUnit:
     node = calls[0][0]
-    norm = _batch_norm(program, node, known, readers) if len(calls) == 1 else None
+    norm = _batch_norm(program, node, kept, readers) if len(calls) == 1 else None
     uses = [Use(call[0], call[0] if norm is None else norm.node) for call in calls]
     forms, sources = [call[1] for call in calls], [call[2] for call in calls]
     return MatrixUnit(uses, forms, sources, calls[0][3], calls[0][4], norm)
 
 
 def _batch_norm(
-    program: Program, node: fx.Node, known: frozenset[str], readers: dict[str, list[fx.Node]]
+    program: Program, node: fx.Node, kept: frozenset[str], readers: dict[str, list[fx.Node]]
 ) -> BatchNorm | None:
     """The layer's own BatchNorm that is solved with it: fixed, its tensors its own and no edge's alone."""
     view = layer_views(program).get(node.name)
     norm = None if view is None else view.norm
-    if norm is None or not norm.is_fixed or norm.node.name not in known:
+    if norm is None or not norm.is_fixed or norm.node.name not in kept:
         return None
     shared = not_alone(norm.node, NORM_TENSORS, readers) or program.private.intersection(norm.names.values())
     return norm if not shared and _follows(norm.node, node) else None
@@ -164,10 +164,10 @@ def _follows(norm: fx.Node, node: fx.Node) -> bool:
 
 
 def _diagonal(
-    program: Program, node: fx.Node, known: frozenset[str], readers: dict[str, list[fx.Node]]
+    program: Program, node: fx.Node, kept: frozenset[str], readers: dict[str, list[fx.Node]]
 ) -> DiagonalUnit | None:
     """A norm's gain and shift, or the parameter that an add or a product applies entry by entry."""
-    if node.op != "call_function" or node.name not in known or not isinstance(node.meta.get("val"), Value):
+    if node.op != "call_function" or node.name not in kept or not isinstance(node.meta.get("val"), Value):
         return None
     if is_complex(node):
         return None
@@ -203,8 +203,10 @@ def _entries(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, int | None]
 
 
 def _broadcasts_to(parameter: fx.Node, node: fx.Node) -> bool:
-    own, whole = parameter.meta["val"].shape, node.meta["val"].shape
-    return len(own) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(own), reversed(whole)))
+    parameter_shape, whole = parameter.meta["val"].shape, node.meta["val"].shape
+    return len(parameter_shape) <= len(whole) and all(
+        a in (1, b) for a, b in zip(reversed(parameter_shape), reversed(whole))
+    )
 
 
 def _parameter(value: Any) -> fx.Node | None:
@@ -214,13 +216,13 @@ def _parameter(value: Any) -> fx.Node | None:
 # goals ----------------------------------------------------------------------------------------------------------------
 
 
-def _towards_sum(use: Use, known: frozenset[str], position: dict[fx.Node, int], starts: Sequence[int]) -> Use:
+def _towards_sum(use: Use, kept: frozenset[str], position: dict[fx.Node, int], starts: Sequence[int]) -> Use:
     """The same use with the goal of the sum that its output goes into, where the other operand is known by then."""
-    for total, other in _sums(use.goal):
-        ready = position[other] < position[use.node] and other.op != "get_attr"
+    for total, addend in _sums(use.goal):
+        ready = position[addend] < position[use.node] and addend.op != "get_attr"
         between = any(position[use.node] < start < position[total] for start in starts)
-        if ready and not between and total.name in known:
-            return replace(use, goal=total, other=other)
+        if ready and not between and total.name in kept:
+            return replace(use, goal=total, other=addend)
     return use
 
 

@@ -162,8 +162,8 @@ def _small_systems(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
         small = small.masked_fill(~(inside[:, :, None] & inside[:, None, :]), 0.0)
         small.diagonal(dim1=1, dim2=2).add_(~inside * system.diagonal().mean())
         goals = right[:, columns].T.gather(1, chosen).masked_fill(~inside, 0.0)
-        found = _inverse(small)(goals[:, :, None])[:, :, 0]
-        result[:, columns] = torch.zeros_like(right[:, columns]).T.scatter(1, chosen, found * inside).T
+        solution = _inverse(small)(goals[:, :, None])[:, :, 0]
+        result[:, columns] = torch.zeros_like(right[:, columns]).T.scatter(1, chosen, solution * inside).T
     return result
 
 
@@ -172,7 +172,7 @@ def _conjugate_gradients(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
     scale = system.diagonal().clamp_min(torch.finfo(system.dtype).tiny)[:, None]
     residual = right * mask
     direction = preconditioned = residual / scale
-    found, power = torch.zeros_like(right), (residual * preconditioned).sum(0)
+    solution, power = torch.zeros_like(right), (residual * preconditioned).sum(0)
     wanted = TOLERANCE**2 * residual.square().sum(0)
     for _ in range(STEPS):
         image = (system @ direction) * mask
@@ -180,7 +180,7 @@ def _conjugate_gradients(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
         # Directions without curvature are those that no row tells; rounding must not pass for one.
         seen = curvature > _EPS * (direction.square() * scale).sum(0)
         step = torch.where(seen, power / curvature.clamp_min(1e-300), 0.0)
-        found = found + step * direction
+        solution = solution + step * direction
         residual = residual - step * image
         if bool((residual.square().sum(0) <= wanted).all()):
             break
@@ -188,4 +188,4 @@ def _conjugate_gradients(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
         following = (residual * preconditioned).sum(0)
         direction = preconditioned + torch.where(power > 0, following / power.clamp_min(1e-300), 0.0) * direction
         power = following
-    return found
+    return solution

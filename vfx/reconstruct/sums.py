@@ -32,14 +32,14 @@ class Sums:
         return self
 
     def __add__(self, other: Sums) -> Sums:
-        return self._mapped(other.count, lambda name, own: own + getattr(other, name))
+        return self._mapped(other.count, lambda name, tensor: tensor + getattr(other, name))
 
     def double(self) -> Sums:
-        return self._mapped(0, lambda name, own: own.double())
+        return self._mapped(0, lambda name, tensor: tensor.double())
 
     def _mapped(self, count: int, change: Callable[[str, Tensor], Tensor]) -> Sums:
-        found = {name: change(name, getattr(self, name)) for name in _TENSORS}
-        return Sums(**found, count=self.count + count)
+        tensors = {name: change(name, getattr(self, name)) for name in _TENSORS}
+        return Sums(**tensors, count=self.count + count)
 
     def tensors(self) -> list[Tensor]:
         """All of them, the number of rows as a tensor; ``of_tensors`` is the way back."""

@@ -64,7 +64,7 @@ class _Bundle:
 
     def ahead(self, plan: list, plans: Sequence[list]) -> _Bundle:  # type: ignore[type-arg]
         """A copy that runs on without touching this one's values."""
-        runs = [run.fork(own) for run, own in zip(self.references, plans)]
+        runs = [run.fork(its_plan) for run, its_plan in zip(self.references, plans)]
         return _Bundle(self.network.fork(plan), runs, self.held)
 
 
@@ -89,7 +89,7 @@ class Sweep:
         """Solve unit after unit; ``centres`` are the matrices and biases that the ridge draws them to."""
         limit = MEMORY_LIMIT if self.options.memory_limit is None else self.options.memory_limit
         shared = [t for r in self.references.all for t in r.program.weights[0].values()]
-        found, self._bundles = [], []
+        solved, self._bundles = [], []
         with Spill(limit, [*self.weights.values(), *shared]) as spill:
             for number, unit in enumerate(track(self.units, "reconstruction", len(self.units), self.options.progress)):
                 if isinstance(unit, LogitUnit):
@@ -99,9 +99,9 @@ class Sweep:
                 centre = centres[number]
                 assert centre is not None
                 problem = unit.problem(centre, masks)
-                found.append(self._solve(unit, problem, fit, held))
+                solved.append(self._solve(unit, problem, fit, held))
         self._bundles = []
-        return found
+        return solved
 
     def _sums(self, unit: Unit, batches: Batches, spill: Spill, last: bool) -> tuple[Sums, Sums | None]:
         """The sums of all batches, those of the held-out samples apart."""
@@ -115,8 +115,8 @@ class Sweep:
                 continue
             for run in (bundle.network, *bundle.references):
                 run.values.clear()
-        tensors = added({held: own.sums().tensors() for held, own in parts.items()})
-        whole = {held: Sums.of_tensors(found) for held, found in tensors.items()}
+        tensors = added({held: sums.sums().tensors() for held, sums in parts.items()})
+        whole = {held: Sums.of_tensors(tensors_of) for held, tensors_of in tensors.items()}
         if False not in whole:  # too few samples to hold any out
             return whole[True], None
         return whole[False], whole.get(True)

@@ -88,8 +88,8 @@ class MatrixUnit(Unit):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        own = (self.weight, *([self.bias] if self.bias else []))
-        return own if self.norm is None else (*own, *self.norm.names.values())
+        names = (self.weight, *([self.bias] if self.bias else []))
+        return names if self.norm is None else (*names, *self.norm.names.values())
 
     def collect(self, collected: Collected, use: int, value: Evaluate, goal: Tensor, max_rows: int | None) -> None:
         x, form = value(self.sources[use]), self.forms[use]
@@ -137,19 +137,19 @@ def _split(
     """
     old = norm.affine(weights)[0].reshape(bias.shape)
     scale = torch.where(old.abs() > NEGLIGIBLE * old.abs().max(), old, 1.0)
-    found: dict[str, Tensor] = {}
+    split: dict[str, Tensor] = {}
     running = weights[norm.names["running_var"]].double().reshape(bias.shape)
     if "weight" in norm.names:
         running = variance / scale.square()
-        found["weight"] = scale * (running + norm.eps).sqrt()
+        split["weight"] = scale * (running + norm.eps).sqrt()
     else:
         scale = (running + norm.eps).rsqrt()
     if "bias" in norm.names:
-        found["running_mean"], found["bias"] = (mean - bias) / scale + kept, mean
+        split["running_mean"], split["bias"] = (mean - bias) / scale + kept, mean
     else:
-        found["running_mean"] = kept - bias / scale
-    found["running_var"] = running
-    flat = {norm.names[role]: tensor.reshape(-1) for role, tensor in found.items()}
+        split["running_mean"] = kept - bias / scale
+    split["running_var"] = running
+    flat = {norm.names[role]: tensor.reshape(-1) for role, tensor in split.items()}
     return scale, {name: tensor.to(weights[name]) for name, tensor in flat.items()}
 
 
@@ -193,10 +193,10 @@ class DiagonalUnit(Unit):
 
     def write(self, weights: Weights, matrix: Tensor, bias: Tensor | None, sums: Sums) -> dict[str, Tensor]:
         result = {}
-        for node, found in ((self.gain, matrix), (self.shift, bias)):
-            if node is not None and found is not None:
+        for node, solved in ((self.gain, matrix), (self.shift, bias)):
+            if node is not None and solved is not None:
                 old = weights[str(node.target)]
-                result[str(node.target)] = found.reshape(old.shape).to(old)
+                result[str(node.target)] = solved.reshape(old.shape).to(old)
         return result
 
     def _run(self, value: Evaluate, gain: float) -> Tensor:

@@ -40,7 +40,7 @@ def fewer_positions(program: Program) -> Iterator[Program]:
     """Example inputs of about a quarter of each long side, and of a half."""
     for part in PARTS:
         cut = [_cut(x, part) if isinstance(x, Tensor) and x.is_floating_point() else x for x in program.example_inputs]
-        if any(one is not other for one, other in zip(cut, program.example_inputs)):
+        if any(after is not before for after, before in zip(cut, program.example_inputs)):
             yield replace(program, example_inputs=tuple(cut))
 
 
@@ -69,14 +69,14 @@ def written_sizes(node: fx.Node, before: Sequence[Any], after: Sequence[int]) ->
     if not operator_of(node).is_reshape or not name:
         return "", {}
     sizes = a[name]
-    found = {}
+    sizes_after = {}
     for steps in (range(min(len(sizes), len(before))), range(-1, -min(len(sizes), len(before)) - 1, -1)):
         for k in steps:
             if isinstance(before[k], int) and sizes[k] != before[k]:
                 break
             if isinstance(before[k], int) and after[k] != before[k]:
-                found[k % len(sizes)] = after[k]
-    return name, found
+                sizes_after[k % len(sizes)] = after[k]
+    return name, sizes_after
 
 
 def rewritten(program: Program, sizes: Mapping[str, tuple[str, dict[int, int]]]) -> Program:

@@ -50,16 +50,16 @@ def numbered_axes(facts: Symmetry) -> Iterator[Rows]:
 def _cells(facts: Symmetry, a: dict[str, Any]) -> Iterable[list[Rows]]:
     """The features of all cells of a recurrent call, which are of one size; with projections their memories, too."""
     cells = recurrent_cells(a)
-    found = [[cell[1] for cell in cells]]
+    columns = [[cell[1] for cell in cells]]
     if len(cells[0]) > 2 + 2 * a["has_biases"]:
-        found.append([cell[-1] for cell in cells])
-    labels = [[facts.labels(parameter, 1) for parameter in column] for column in found]
+        columns.append([cell[-1] for cell in cells])
+    labels = [[facts.labels(parameter, 1) for parameter in column] for column in columns]
     return [[rows for rows in column if rows is not None] for column in labels]
 
 
 def _stacked(rows: list[Rows]) -> Block:
-    width = max(one.shape[1] for one in rows)
-    wide = [np.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1) for one in rows]
+    width = max(row.shape[1] for row in rows)
+    wide = [np.pad(row, ((0, 0), (0, width - row.shape[1])), constant_values=-1) for row in rows]
     return Block(np.concatenate(wide), (len(wide), len(wide[0])))
 
 

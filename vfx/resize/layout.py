@@ -75,11 +75,11 @@ class Layout:
         lengths = [size if size < BATCH else size // BATCH * batch for size in sizes]
         if prod(lengths) > MAX_ENUMERATED:
             raise PassError("an axis too long to write out is cut at positions that move")
-        found = np.zeros(1, np.int64)
+        places = np.zeros(1, np.int64)
         for factor, length in zip(entry.factors, lengths):
-            own = np.arange(length) if isinstance(factor, Opaque) else self.line(factor).position
-            found = (found[:, None] * length + own).reshape(-1)
-        return found
+            position = np.arange(length) if isinstance(factor, Opaque) else self.line(factor).position
+            places = (places[:, None] * length + position).reshape(-1)
+        return places
 
     def changed(self, entry: Axis | Digit) -> bool:
         """Whether an axis loses or gains positions."""

@@ -77,18 +77,18 @@ def to_slots(facts: Symmetry, layout: Layout, kept: Kept) -> dict[int, Index]:
     """The group element that brings the kept channels to the slots that stay, in order."""
     leaves = facts.leaves
     alive = {group: layout.times[leaves.elements(leaf)] > 0 for leaf, group in facts.group_of.items()}
-    found = {}
+    slots = {}
     for group in facts.groups:
-        own = kept[group.index]
-        if own.ndim == 1:
-            found[group.index] = _placed(alive[group.index], own)
+        indices = kept[group.index]
+        if indices.ndim == 1:
+            slots[group.index] = _placed(alive[group.index], indices)
             continue
         assert group.parent is not None
         rows = np.repeat(np.arange(group.size)[None], group.outer, axis=0)
-        for block, chosen in zip(np.flatnonzero(alive[group.parent]), own):
+        for block, chosen in zip(np.flatnonzero(alive[group.parent]), indices):
             rows[block] = _placed(alive[group.index], chosen)
-        found[group.index] = rows
-    return found
+        slots[group.index] = rows
+    return slots
 
 
 def _placed(alive: Any, chosen: Index) -> Index:
@@ -154,10 +154,10 @@ class MaskedRun(fx.Interpreter):
             return super().run_node(n)
         self.sizes[n.name] = name, new
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        own = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
-        given = dict(zip(own, args)) | kwargs
+        names = [argument.name for argument in n.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, args)) | kwargs
         given[name] = [new.get(k, size) for k, size in enumerate(given[name])]
-        positional = [given.pop(key) for key in own[: len(args)]]
+        positional = [given.pop(key) for key in names[: len(args)]]
         return n.target(*positional, **given)  # type: ignore[operator]
 
     def _lengths(self, node: fx.Node) -> list[tuple[int, int]]:
@@ -223,15 +223,15 @@ class MaskedRun(fx.Interpreter):
         if name is not None:
             entry = self._shape(a["input"]).axes[1]
             left = self._index(entry)
-            found = {name: len((left // (entry.size // a[name])).unique())}
-            return found | ({"C": len(left)} if "C" in a else {})
+            counts = {name: len((left // (entry.size // a[name])).unique())}
+            return counts | ({"C": len(left)} if "C" in a else {})
         if "query" in a and a.get("scale") is None:
             return {"scale": self.env[a["query"]].shape[-1] ** -0.5}
         return {}
 
     def _spread(self, small: Any, shape: Any) -> Any:
         if isinstance(small, (list, tuple)):
-            return [self._spread(s, own) for s, own in zip(small, shape)]
+            return [self._spread(s, size) for s, size in zip(small, shape)]
         small = self._as_before(small, shape)
         for dim, entry in enumerate(shape.axes if shape is not None else ()):
             if self.layout.changed(entry):

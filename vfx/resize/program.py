@@ -97,24 +97,24 @@ def resize(
 
 def _checked(facts: Symmetry, kept: Kept) -> dict[int, Index]:
     """One choice of channels with every group in it."""
-    found: dict[int, Index] = {}
+    checked: dict[int, Index] = {}
     for group in facts.groups:
         chosen = np.asarray(kept.get(group.index, np.arange(group.size)), np.int64)
         if chosen.ndim not in ((1,) if group.parent is None else (1, 2)) or not chosen.shape[-1]:
             raise ArgumentError(f"{group.name}: channels to keep must be one list of at least one, got {chosen.shape}")
         if chosen.min() < 0 or chosen.max() >= group.size:
             raise ArgumentError(f"{group.name}: channels to keep lie outside 0…{group.size - 1}")
-        found[group.index] = chosen
+        checked[group.index] = chosen
     for group in facts.groups:
-        _check_blocks(group, found)
-    return found
+        _check_blocks(group, checked)
+    return checked
 
 
-def _check_blocks(group: Group, found: Mapping[int, Index]) -> None:
-    if group.parent is not None and found[group.index].ndim == 2:
-        blocks = len(found[group.parent])
-        if len(found[group.index]) != blocks:
-            raise ArgumentError(f"{group.name}: {len(found[group.index])} rows of channels for {blocks} blocks")
+def _check_blocks(group: Group, chosen: Mapping[int, Index]) -> None:
+    if group.parent is not None and chosen[group.index].ndim == 2:
+        blocks = len(chosen[group.parent])
+        if len(chosen[group.index]) != blocks:
+            raise ArgumentError(f"{group.name}: {len(chosen[group.index])} rows of channels for {blocks} blocks")
 
 
 # graph ----------------------------------------------------------------------------------------------------------------
@@ -191,11 +191,11 @@ def _selected(weights: Weights, gather: Gather) -> dict[str, Tensor]:
 
 def _computed(program: Program, edge: int, selected: Weights, gather: Gather) -> dict[str, Tensor]:
     """Tensors whose values depend on what was removed, in float64: the gains of weight norms."""
-    found: dict[str, Tensor] = {}
+    computed: dict[str, Tensor] = {}
     for node in program.graph.nodes:
         if operator_of(node).ties == "weight norm":
-            found |= _weight_norm(node, program.weights[edge], selected, gather)
-    return found
+            computed |= _weight_norm(node, program.weights[edge], selected, gather)
+    return computed
 
 
 def _weight_norm(node: fx.Node, old: Weights, selected: Weights, gather: Gather) -> dict[str, Tensor]:
@@ -216,13 +216,13 @@ def _goals(program: Program, facts: Symmetry, layout: Layout, gathers: Sequence[
         return {}
     nodes = {node.name: node for node in facts.program.graph.nodes}
     channel = statistics_channels(program)
-    found = {}
+    goals = {}
     for name, goal in program.goals.items():
         rows = len(goal.mean)
         order = [_along(layout, gathers[min(e, len(gathers) - 1)], nodes[name], channel[name]) for e in range(rows)]
         index = [torch.from_numpy(o).to(goal.mean.device) for o in order]
-        found[name] = Goal(*(torch.stack([row[o] for row, o in zip(x, index)]) for x in (goal.mean, goal.std)))
-    return found
+        goals[name] = Goal(*(torch.stack([row[o] for row, o in zip(x, index)]) for x in (goal.mean, goal.std)))
+    return goals
 
 
 def _along(layout: Layout, gather: Gather, node: fx.Node, dim: int) -> Index:

@@ -27,13 +27,13 @@ def positions(facts: Symmetry) -> dict[int, str]:
         weights = [a for a in node.all_input_nodes if a not in values and len(facts.terms.sizes(a)) > 1]
         if not values or not weights:
             continue
-        data, own, result = (_leaves(spaces, nodes) for nodes in (values, weights, [node]))
-        summed |= (data & own) - result
-        carried |= {leaf: node.name for leaf in (data & result) - own if leaf not in carried}
+        data, read_by, result = (_leaves(spaces, nodes) for nodes in (values, weights, [node]))
+        summed |= (data & read_by) - result
+        carried |= {leaf: node.name for leaf in (data & result) - read_by if leaf not in carried}
     read = {g.index for g in facts.groups if any(m.role in ("in", "tied") for m in g.members)}
-    found = {facts.group_of[leaf]: name for leaf, name in carried.items() if leaf in facts.group_of}
+    names = {facts.group_of[leaf]: name for leaf, name in carried.items() if leaf in facts.group_of}
     named = {facts.group_of[leaf] for leaf in summed if leaf in facts.group_of}
-    return {group: name for group, name in found.items() if group not in read | named}
+    return {group: name for group, name in names.items() if group not in read | named}
 
 
 def _leaves(spaces: Spaces, nodes: list[fx.Node]) -> frozenset[int]:

@@ -90,8 +90,8 @@ class RemovalUnits:
         sizes_of = np.array([*self.leaves.sizes, 0])
         pairs: list[NDArray[np.int64]] = []
         for dim in range(len(sizes)):
-            own = np.where(owner == dim, rows, -1)
-            pairs += _on_axis(own, sizes_of[self.leaves.leaf_of(own)], places[:, dim], stuck)
+            rows_on_axis = np.where(owner == dim, rows, -1)
+            pairs += _on_axis(rows_on_axis, sizes_of[self.leaves.leaf_of(rows_on_axis)], places[:, dim], stuck)
         return pairs
 
     def _grouped(self, component: Index, stuck: int) -> tuple[Bundle, ...]:
@@ -102,21 +102,21 @@ class RemovalUnits:
         )  # in the order of self.elements
         order = np.lexsort((elements, group, component[elements]))
         units = np.split(order, np.flatnonzero(np.diff(component[elements[order]])) + 1) if len(order) else []
-        found: dict[tuple[bool, tuple[int, ...]], list[Index]] = {}
+        bundles: dict[tuple[bool, tuple[int, ...]], list[Index]] = {}
         for unit in sorted(units, key=lambda unit: int(elements[unit].min())):
             fixed = int(component[elements[unit[0]]]) == stuck
-            found.setdefault((fixed, tuple(group[unit].tolist())), []).append(elements[unit])
-        return tuple(_bundle(fixed, members, slots) for (fixed, members), slots in found.items())
+            bundles.setdefault((fixed, tuple(group[unit].tolist())), []).append(elements[unit])
+        return tuple(_bundle(fixed, members, slots) for (fixed, members), slots in bundles.items())
 
     # choices --------------------------------------------------------------------------------------------------------
 
     def sizes(self, units: Iterable[int]) -> dict[int, int]:
         """Channels of each group when ``units[k]`` of bundle k are kept."""
-        found = dict.fromkeys(sorted(self.leaf_of_group), 0)
+        totals = dict.fromkeys(sorted(self.leaf_of_group), 0)
         for bundle, count in zip(self.bundles, units, strict=True):
             for group, share in zip(bundle.groups, bundle.share):
-                found[group] += count * share
-        return found
+                totals[group] += count * share
+        return totals
 
     def units(self, sizes: Mapping[int, int]) -> list[int]:
         """How many units of each bundle give the groups these sizes; groups left out keep theirs.
@@ -186,7 +186,7 @@ def _whole(share: Index, goal: Index, bundles: list[Bundle]) -> list[int] | None
     mean = np.full((count, count), -1 / count) / sizes + np.diag(1 / sizes)
     sides = np.block([[mean, -np.ones((count, 1))], [-mean, -np.ones((count, 1))]])
     low = np.array([bundle.units if bundle.fixed else 0 for bundle in bundles], float)
-    found = milp(
+    solution = milp(
         np.append(np.zeros(count), 1.0),
         integrality=np.append(np.ones(count), 0),
         bounds=Bounds(np.append(low, 0), np.full(count + 1, np.inf)),
@@ -195,7 +195,7 @@ def _whole(share: Index, goal: Index, bundles: list[Bundle]) -> list[int] | None
             LinearConstraint(sides, -np.inf, 0),
         ],
     )
-    return np.rint(found.x[:count]).astype(int).tolist() if found.x is not None else None
+    return np.rint(solution.x[:count]).astype(int).tolist() if solution.x is not None else None
 
 
 def _blocks(values: Iterable[object]) -> Iterable[Block]:
@@ -234,7 +234,7 @@ def _components(position: Index, element: Index) -> int:
     return int(connected_components(matrix, directed=False)[0])
 
 
-def _on_axis(own: Index, size: Index, position: Index, stuck: int) -> Iterable[NDArray[np.int64]]:
+def _on_axis(rows: Index, size: Index, position: Index, stuck: int) -> Iterable[NDArray[np.int64]]:
     """Ties that make the slots (places, digits) of an axis the same at all places of one position.
 
     What a place stays for is compared with the first place at its position: slots that stand at both need no tie, the
@@ -242,9 +242,9 @@ def _on_axis(own: Index, size: Index, position: Index, stuck: int) -> Iterable[N
     """
     first = np.zeros(int(position.max()) + 1, np.int64)
     first[position[::-1]] = np.arange(len(position))[::-1]
-    other, other_size = own[first[position]], size[first[position]]
-    here = _left_over(own, other, size)
-    there = _left_over(other, own, other_size)
+    others, other_size = rows[first[position]], size[first[position]]
+    here = _left_over(rows, others, size)
+    there = _left_over(others, rows, other_size)
     ties = np.stack([here, there], axis=-1)
     missing = (ties < 0).any(axis=-1) & (ties >= 0).any(axis=-1)
     yield ties[(ties >= 0).all(axis=-1)]
@@ -252,8 +252,8 @@ def _on_axis(own: Index, size: Index, position: Index, stuck: int) -> Iterable[N
     yield np.stack([rest, np.full(len(rest), stuck)], axis=1)
 
 
-def _left_over(own: Index, other: Index, size: Index) -> Index:
+def _left_over(rows: Index, others: Index, size: Index) -> Index:
     """Slots of each place that the other has not, larger groups first, -1 behind them."""
-    alone = np.where((own[:, :, None] == other[:, None, :]).any(axis=-1), -1, own)
+    alone = np.where((rows[:, :, None] == others[:, None, :]).any(axis=-1), -1, rows)
     order = np.argsort(np.where(alone >= 0, -size, 1), axis=1, kind="stable")
     return np.take_along_axis(alone, order, axis=1)

@@ -33,8 +33,8 @@ class Gather:
 
     def index(self, rows: Rows) -> Index:
         """Old position of each new position of an axis."""
-        found = self._axis(rows).sources()
-        return np.arange(len(rows)) if found is None else found
+        sources = self._axis(rows).sources()
+        return np.arange(len(rows)) if sources is None else sources
 
     def _axis(self, rows: Rows) -> Ordered:
         return Ordered(self.facts, self.facts.leaves.resolve(rows), self.kept, self.layout.line(rows))

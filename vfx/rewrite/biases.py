@@ -25,13 +25,13 @@ def add_bias(graph: fx.Graph, layer: fx.Node, sets: Sequence[dict[str, Tensor]],
     with graph.inserting_before(layer):
         bias = graph.create_node("get_attr", name)
     bias.meta = {"val": Value((len(values[0]),), sets[0][name].dtype)}
-    own = layer_arguments(layer) | {"bias": bias}
+    operands = layer_arguments(layer) | {"bias": bias}
     if not is_product(layer):
-        layer.args, layer.kwargs = tuple(own.values()), {}
+        layer.args, layer.kwargs = tuple(operands.values()), {}
         return layer
     if len(layer.meta["val"].shape) == 2:
         layer.target = torch.ops.aten.addmm.default
-        layer.args, layer.kwargs = (bias, own["input"], own["weight"]), {}
+        layer.args, layer.kwargs = (bias, operands["input"], operands["weight"]), {}
         return layer
     with graph.inserting_after(layer):
         total = graph.create_node("call_function", torch.ops.aten.add.Tensor, (layer, bias))

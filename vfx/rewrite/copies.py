@@ -40,7 +40,7 @@ class Duplicator(ABC):
         self.graph.eliminate_dead_code()
         self.graph.lint()
         weights, private = _own_weights(program, self.graph, self.prefixes)
-        weights = [self._with_maps(own) for own in weights]
+        weights = [self._with_maps(tensors) for tensors in weights]
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
         changes: dict[str, Any] = {
             "private": program.private | private.keys() | self.matrices.keys(),
@@ -65,16 +65,16 @@ class Duplicator(ABC):
         return new
 
     def _argument(self, node: fx.Node, argument: fx.Node, edge: int) -> fx.Node:
-        own = self.copies[edge]
-        if argument not in own and argument.op != "get_attr":
+        copies = self.copies[edge]
+        if argument not in copies and argument.op != "get_attr":
             return self.crossing(node, argument, edge)
-        if argument not in own:
+        if argument not in copies:
             tensor = self.program.weights[edge][str(argument.target)]
-            own[argument] = self.graph.create_node(
+            copies[argument] = self.graph.create_node(
                 "get_attr", f"{self.prefixes[edge]}{argument.target}", name=f"{self.single}{edge}_{argument.name}"
             )
-            own[argument].meta = {**argument.meta, "val": Value(tuple(tensor.shape), tensor.dtype)}
-        return own[argument]
+            copies[argument].meta = {**argument.meta, "val": Value(tuple(tensor.shape), tensor.dtype)}
+        return copies[argument]
 
     def mapped(self, node: fx.Node, value: fx.Node, edge: int, dim: int, matrix: Tensor) -> fx.Node:
         """A value of ``node`` behind a matrix of its own along one axis: y = M x."""
@@ -103,12 +103,12 @@ def _prefixes(program: Program, root: str) -> list[str]:
 
 def read_only_in(program: Program, part: Collection[fx.Node]) -> frozenset[str]:
     """The tensors that no node outside a part of the graph reads."""
-    own: dict[str, bool] = {}
+    inside_of: dict[str, bool] = {}
     for node in program.graph.nodes:
         if node.op == "get_attr":
             name = str(node.target)
-            own[name] = own.get(name, True) and all(user in part for user in node.users)
-    return frozenset(name for name, inside in own.items() if inside)
+            inside_of[name] = inside_of.get(name, True) and all(user in part for user in node.users)
+    return frozenset(name for name, inside in inside_of.items() if inside)
 
 
 def _own_weights(program: Program, graph: fx.Graph, names: list[str]) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
@@ -118,8 +118,8 @@ def _own_weights(program: Program, graph: fx.Graph, names: list[str]) -> tuple[l
     private: dict[str, Tensor] = {}
     old: dict[str, str] = {}
     for prefix, weights in zip(names, program.weights):
-        own = {name for name in weights if prefix + name in read}
-        for name in own | _counters(own, weights):
+        owned = {name for name in weights if prefix + name in read}
+        for name in owned | _counters(owned, weights):
             private[prefix + name], old[prefix + name] = weights[name], name
     return [{name: t for name, t in weights.items() if name in kept} | private for weights in program.weights], old
 

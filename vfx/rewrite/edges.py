@@ -19,29 +19,29 @@ def own_values(program: Program, edge: int, part: Collection[fx.Node]) -> dict[f
     if all(weights[edge][name].shape == weights[0][name].shape for name in read):
         return {node: node.meta.get("val") for node in part}
     run = Execution(program.graph, weights[edge], program.flatten(program.example_inputs))
-    found = {}
+    values = {}
     with torch.no_grad():
         while run.position < len(run.plan):
             node, value = run.step()
             if node in part:
-                found[node] = _resized(node.meta.get("val"), value)
-    return found
+                values[node] = _resized(node.meta.get("val"), value)
+    return values
 
 
 def edge_alone(program: Program, edge: int) -> Program:
     """The Program of one edge, its shapes those of its own weights where they differ from the first edge's."""
-    one = program.select(edge)
-    if all(tensor.shape == program.weights[0][name].shape for name, tensor in one.weights[0].items()):
-        return one
+    alone = program.select(edge)
+    if all(tensor.shape == program.weights[0][name].shape for name, tensor in alone.weights[0].items()):
+        return alone
     values = own_values(program, edge, [node for node in program.graph.nodes if node.op == "call_function"])
     graph, copies = copy_graph(program.graph)
     for node, value in values.items():
         copies[node].meta["val"] = value
     for node in graph.nodes:
         if node.op == "get_attr":
-            tensor = one.weights[0][str(node.target)]
+            tensor = alone.weights[0][str(node.target)]
             node.meta["val"] = Value(tuple(tensor.shape), tensor.dtype)
-    return replace(one, graph=graph)
+    return replace(alone, graph=graph)
 
 
 def _resized(value: Any, actual: Any) -> Any:

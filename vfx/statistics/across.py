@@ -27,54 +27,54 @@ def number_across(own: int) -> int:
 def moments_across(parts: Mapping[K, Sequence[Moments]]) -> dict[K, list[Moments]]:
     """The moments over all processes, under the names of the first process that has them."""
     if count() == 1:
-        return {name: list(own) for name, own in parts.items()}
+        return {name: list(moments) for name, moments in parts.items()}
     means = _means(parts)
-    spread = added({name: [_moved(*pair) for pair in zip(own, means[name])] for name, own in parts.items()})
-    found: dict[K, list[Moments]] = {}
+    spread = added({name: [_moved(*pair) for pair in zip(moments, means[name])] for name, moments in parts.items()})
+    totals_of: dict[K, list[Moments]] = {}
     for name, totals in means.items():
-        found[name] = [Moments(len(total.mean), total.mean.device) for total in totals]
-        for one, total, m2 in zip(found[name], totals, spread[name]):
-            one.count, one.mean, one.m2 = total.count, total.mean, m2
-    return found
+        totals_of[name] = [Moments(len(total.mean), total.mean.device) for total in totals]
+        for part, total, m2 in zip(totals_of[name], totals, spread[name]):
+            part.count, part.mean, part.m2 = total.count, total.mean, m2
+    return totals_of
 
 
 def cross_across(parts: Mapping[K, CrossMoments], *, within: bool, between: bool = True) -> dict[K, CrossMoments]:
     """The cross moments over all processes; ``within`` and ``between`` are those with which all were made."""
     if count() == 1:
         return dict(parts)
-    moments = moments_across({name: own.moments for name, own in parts.items()})
-    products = added({name: _products(own, moments[name]) for name, own in parts.items()})
-    found: dict[K, CrossMoments] = {}
-    for name, own in moments.items():
-        sizes, device = [len(one.mean) for one in own], own[0].mean.device
-        found[name] = CrossMoments(len(own), sizes, device, within=within, between=between)
-        found[name].moments = own
-        found[name].cross = dict(zip(found[name].cross, products.get(name, ())))
-    return found
+    moments = moments_across({name: cross.moments for name, cross in parts.items()})
+    products = added({name: _products(cross, moments[name]) for name, cross in parts.items()})
+    totals_of: dict[K, CrossMoments] = {}
+    for name, moments_of in moments.items():
+        sizes, device = [len(part.mean) for part in moments_of], moments_of[0].mean.device
+        totals_of[name] = CrossMoments(len(moments_of), sizes, device, within=within, between=between)
+        totals_of[name].moments = moments_of
+        totals_of[name].cross = dict(zip(totals_of[name].cross, products.get(name, ())))
+    return totals_of
 
 
 def _means(parts: Mapping[K, Sequence[Moments]]) -> dict[K, list[Moments]]:
     """Counts and means over all processes."""
     sums = added({
-        name: [x for one in own for x in (one.mean.new_tensor([one.count]), one.mean * one.count)]
-        for name, own in parts.items()
+        name: [x for part in part for x in (part.mean.new_tensor([part.count]), part.mean * part.count)]
+        for name, part in parts.items()
     })  # fmt: skip
-    found: dict[K, list[Moments]] = {}
+    means: dict[K, list[Moments]] = {}
     for name, tensors in sums.items():
-        found[name] = []
+        means[name] = []
         for number, total in zip(tensors[::2], tensors[1::2]):
-            found[name].append(Moments(len(total), total.device))
-            found[name][-1].count = int(number)
-            found[name][-1].mean = total / number.clamp_min(1)
-    return found
+            means[name].append(Moments(len(total), total.device))
+            means[name][-1].count = int(number)
+            means[name][-1].mean = total / number.clamp_min(1)
+    return means
 
 
-def _moved(own: Moments, whole: Moments) -> Tensor:
+def _moved(part: Moments, whole: Moments) -> Tensor:
     """Squared deviations from the common mean."""
-    return own.m2 + own.count * (own.mean - whole.mean) ** 2
+    return part.m2 + part.count * (part.mean - whole.mean) ** 2
 
 
-def _products(own: CrossMoments, whole: Sequence[Moments]) -> list[Tensor]:
-    shifts = [one.mean - total.mean for one, total in zip(own.moments, whole)]
-    weight = own.moments[0].count
-    return [torch.addr(total, shifts[i], shifts[j], alpha=weight) for (i, j), total in own.cross.items()]
+def _products(part: CrossMoments, whole: Sequence[Moments]) -> list[Tensor]:
+    shifts = [part.mean - total.mean for part, total in zip(part.moments, whole)]
+    weight = part.moments[0].count
+    return [torch.addr(total, shifts[i], shifts[j], alpha=weight) for (i, j), total in part.cross.items()]

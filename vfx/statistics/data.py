@@ -99,8 +99,8 @@ class Batches:
         self.unread = data.unread if isinstance(data, Prepared) else ""  # of labels, as far as the data were read
 
     def _given_as(self, max_samples: int | None, device: Any) -> tuple[Any, int | None, Any]:
-        limit, own = self._limit, self._device
-        return self._data, limit if max_samples is None else max_samples, own if device is None else device
+        limit, device_set = self._limit, self._device
+        return self._data, limit if max_samples is None else max_samples, device_set if device is None else device
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch for _, _, batch in self._read())
@@ -153,15 +153,16 @@ class Batches:
             for part, chosen in zip(parts, (~held, held)):
                 rows = chosen.nonzero()[:, 0]
                 if len(rows):
-                    own = self._rows(batch, rows)
-                    part.append((own, labels[rows.to(labels.device)] if labels is not None else None))
+                    rows_held = self._rows(batch, rows)
+                    part.append((rows_held, labels[rows.to(labels.device)] if labels is not None else None))
             seen += size
             if seen >= limit:
                 break
-        one, other = (
-            Prepared(tuple(batch for batch, _ in part), tuple(own for _, own in part), self.unread) for part in parts
+        first, second = (
+            Prepared(tuple(batch for batch, _ in part), tuple(label for _, label in part), self.unread)
+            for part in parts
         )
-        return one, other
+        return first, second
 
     def parts(self, every: int) -> Iterator[tuple[Batch, bool]]:
         """Batches that are not held out and such that are (True): every ``every``-th, or where there are few batches,

@@ -119,7 +119,7 @@ def _exact(
                     spill.keep(run)
                 else:
                     run.values.clear()
-            whole = moments_across(dict(enumerate([one] for one in totals)))
+            whole = moments_across(dict(enumerate([total] for total in totals)))
             for reader, (moments,) in zip(readers[node], whole.values()):
                 yield from filter(None, [reader.write(_exactly(moments), weights)])
 
@@ -157,7 +157,7 @@ def _uncorrected(
             for index, reader in enumerate(readers[plan[stop].node]):
                 empty = Moments(value.shape[reader.channel], value.device)
                 totals.setdefault((stop, index), empty).update(*batch_moments(value, reader.channel))
-    for (stop, index), (moments,) in moments_across({place: [one] for place, one in totals.items()}).items():
+    for (stop, index), (moments,) in moments_across({place: [total] for place, total in totals.items()}).items():
         yield from filter(None, [readers[plan[stop].node][index].write(_exactly(moments), weights)])
 
 
@@ -167,20 +167,20 @@ def _train(
 ) -> Iterator[str]:  # fmt: skip
     seen: dict[tuple[int, int], list[ChannelMoments]] = {}
     for batch in shared(batches, list):
-        own = dict(weights)
-        run = Execution(program.graph, own, batch, plan)
+        tensors = dict(weights)
+        run = Execution(program.graph, tensors, batch, plan)
         for stop in stops:
             value = _advance(run, stop)
             for index, reader in enumerate(readers[plan[stop].node]):
                 count, mean, m2 = batch_moments(value, reader.channel)
                 seen.setdefault((stop, index), []).append(ChannelMoments(mean, m2 / count, m2 / max(count - 1, 1)))
-                reader.write(ChannelMoments(mean, m2 / count, m2 / count), own)
+                reader.write(ChannelMoments(mean, m2 / count, m2 / count), tensors)
     sums = added({
         place: [
-            torch.tensor(float(len(found))),
-            *(torch.stack(x).sum(0) for x in ([o.mean for o in found], [o.unbiased for o in found])),
+            torch.tensor(float(len(parts))),
+            *(torch.stack(x).sum(0) for x in ([o.mean for o in parts], [o.unbiased for o in parts])),
         ]
-        for place, found in seen.items()
+        for place, parts in seen.items()
     })  # fmt: skip
     for (stop, index), (number, *totals) in sums.items():
         mean, variance = (total / number.to(total) for total in totals)

@@ -26,25 +26,25 @@ def batch_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
 
 def integer_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
     """The integer labels (samples, …) of one batch, one for each sample or for each of its positions, or None."""
-    found = _behind(raw, inputs)
-    if class_labels(found, samples) is not None or not isinstance(found, Tensor):
-        return class_labels(found, samples)
-    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-    return found if whole and found.ndim and len(found) == samples else None
+    labels = _behind(raw, inputs)
+    if class_labels(labels, samples) is not None or not isinstance(labels, Tensor):
+        return class_labels(labels, samples)
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return labels if whole and labels.ndim and len(labels) == samples else None
 
 
 def unread(raw: Any, inputs: int, samples: int) -> str:
     """Why what a batch holds behind the network's inputs are no integer labels, in words; nothing if it holds none."""
-    found = _behind(raw, inputs)
-    if found is None or integer_labels(raw, inputs, samples) is not None:
+    labels = _behind(raw, inputs)
+    if labels is None or integer_labels(raw, inputs, samples) is not None:
         return ""
-    if not isinstance(found, Tensor):
-        count = f" of {len(found)}" if isinstance(found, Sized) else ""
-        return f"they are a {type(found).__name__}{count}, not {samples} integers"
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        nan = f", {int(found.isnan().sum())} of them NaN" if found.isnan().any() else ""
-        return f"they are {found.dtype}{nan}; classes are integers (labels.long())"
-    return f"their shape is {tuple(found.shape)}, for a batch of {samples} samples"
+    if not isinstance(labels, Tensor):
+        count = f" of {len(labels)}" if isinstance(labels, Sized) else ""
+        return f"they are a {type(labels).__name__}{count}, not {samples} integers"
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        nan = f", {int(labels.isnan().sum())} of them NaN" if labels.isnan().any() else ""
+        return f"they are {labels.dtype}{nan}; classes are integers (labels.long())"
+    return f"their shape is {tuple(labels.shape)}, for a batch of {samples} samples"
 
 
 def tensor_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
@@ -52,11 +52,11 @@ def tensor_labels(raw: Any, inputs: int, samples: int) -> Tensor | None:
 
     Raises DataError for labels that are no tensor of as many.
     """
-    found = _behind(raw, inputs)
-    if found is not None and (not isinstance(found, Tensor) or not found.ndim or len(found) != samples):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    labels = _behind(raw, inputs)
+    if labels is not None and (not isinstance(labels, Tensor) or not labels.ndim or len(labels) != samples):
+        shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"the labels of a batch of {samples} samples must be a tensor of as many, got {shape}")
-    return found
+    return labels
 
 
 def _behind(raw: Any, inputs: int) -> Any:
@@ -84,15 +84,15 @@ def outside(labels: Tensor, classes: int) -> str:
     wrong = labels[((labels < 0) & (labels != PADDING)) | (labels >= classes)]
     if not len(wrong):
         return ""
-    count, known = f"{len(wrong)} of {labels.numel()} labels", f"the {classes} classes 0 to {classes - 1}"
-    return f"{count} are none of {known}, such as {int(wrong.max())}"
+    count, expected = f"{len(wrong)} of {labels.numel()} labels", f"the {classes} classes 0 to {classes - 1}"
+    return f"{count} are none of {expected}, such as {int(wrong.max())}"
 
 
 def check_classes(labels: Tensor, classes: int) -> None:
     """Raise DataError for labels that are no class of ``classes`` and no padding."""
-    found = outside(labels, classes)
-    if found:
-        raise DataError(f"{found}; labels count from 0, and {PADDING} stands for none")
+    problem = outside(labels, classes)
+    if problem:
+        raise DataError(f"{problem}; labels count from 0, and {PADDING} stands for none")
 
 
 def in_order(data: Any) -> Any:

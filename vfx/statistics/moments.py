@@ -107,9 +107,9 @@ class CrossMoments:
 
     def correlation(self, i: int, j: int) -> Tensor:
         """Pearson correlation (C, C) between the channels of edges i < j; 0 where a channel is constant."""
-        one, other = self.moments[i], self.moments[j]
-        scale = torch.outer(one.m2.sqrt(), other.m2.sqrt())
-        varies = torch.outer(~one.constant, ~other.constant) & (scale > 0)
+        first, second = self.moments[i], self.moments[j]
+        scale = torch.outer(first.m2.sqrt(), second.m2.sqrt())
+        varies = torch.outer(~first.constant, ~second.constant) & (scale > 0)
         return torch.where(varies, self.cross[i, j] / torch.where(varies, scale, 1.0), 0.0)
 
 

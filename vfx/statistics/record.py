@@ -89,14 +89,14 @@ def recorded(program: Program, recorders: Sequence[Recorder]) -> Statistics:
     if len(recorders) != program.edges:
         raise ArgumentError(f"{len(recorders)} recorders for {program.edges} edges; give one for each, in their order")
     calls: dict[str, int] = {}
-    found: dict[str, list[Moments]] = {}
+    moments_of: dict[str, list[Moments]] = {}
     for layer in number_layers(program):
         call = calls[layer.fqn] = calls.get(layer.fqn, -1) + 1
-        own = [recorder.moments.get((layer.fqn, call)) for recorder in recorders]
-        kept = [moments for moments in own if moments is not None]
-        if len(kept) == len(own):
-            found[layer.node] = kept
-    if not found:
+        recorded_moments = [recorder.moments.get((layer.fqn, call)) for recorder in recorders]
+        kept = [moments for moments in recorded_moments if moments is not None]
+        if len(kept) == len(recorded_moments):
+            moments_of[layer.node] = kept
+    if not moments_of:
         raise DataError("the recorders hold nothing; train the models (in training mode) while they record")
     samples = min(recorder.samples for recorder in recorders)
-    return Statistics(samples, (), {}, found, fingerprint(program), frozenset({"layers"}))
+    return Statistics(samples, (), {}, moments_of, fingerprint(program), frozenset({"layers"}))

@@ -88,15 +88,15 @@ class Spill:
         self._leave_inputs(run)
         leaves, spec = pytree.tree_flatten(list(run.values.values()))
         leaves = [x.resolve_conj().resolve_neg() if isinstance(x, Tensor) else x for x in leaves]
-        own = {_address(x): x.untyped_storage() for x in leaves if self._is_own(x)}
-        size = sum(storage.nbytes() for storage in own.values())
+        storages = {_address(x): x.untyped_storage() for x in leaves if self._is_own(x)}
+        size = sum(storage.nbytes() for storage in storages.values())
         if self.held + size <= self.limit:
             self._kept[id(run)] = size
             self.held += size
             return
-        number = {address: index for index, address in enumerate(own)}
+        number = {address: index for index, address in enumerate(storages)}
         parked = (_parked(x, number[_address(x)]) if self._is_own(x) else x for x in leaves)
-        pieces = tuple(self._append(storage) for storage in own.values())
+        pieces = tuple(self._append(storage) for storage in storages.values())
         self._away[id(run)] = _Away(tuple(run.values), tuple(parked), spec, pieces)
         run.values = {}
 

@@ -113,12 +113,12 @@ def axis_taps(symmetry: Symmetry, node: fx.Node, dim: int) -> list[Tap]:
     labels = symmetry.labels(node, dim)
     if labels is None:
         return []
-    found = []
+    taps = []
     for groups, digits, position in symmetry.features(labels):
-        for part, (own, sides) in enumerate(_by_side(symmetry, node, dim, groups, position)):
-            whole = own.shape == (len(labels), 1) and bool((own[:, 0] == np.arange(len(labels))).all())
-            found.append(Tap(node.name, dim, groups, digits, own, whole, sides, part))
-    return found
+        for part, (positions, sides) in enumerate(_by_side(symmetry, node, dim, groups, position)):
+            whole = positions.shape == (len(labels), 1) and bool((positions[:, 0] == np.arange(len(labels))).all())
+            taps.append(Tap(node.name, dim, groups, digits, positions, whole, sides, part))
+    return taps
 
 
 def _by_side(
@@ -142,10 +142,10 @@ def _by_side(
 def _standing(symmetry: Symmetry, node: fx.Node, dim: int, group: int, position: Index) -> Index:
     """2 · side + dual of a group at some positions of an axis, -1 where it is not known."""
     table = symmetry.positions(node, dim)[group]
-    found = symmetry.classes.slots(node, dim, symmetry.groups[group], table)
+    slots = symmetry.classes.slots(node, dim, symmetry.groups[group], table)
     along = np.full(int(position.max()) + 1, -1, np.int64)
-    if found is not None:
-        sides, duals = found
+    if slots is not None:
+        sides, duals = slots
         inside = table < len(along)
         along[table[inside]] = np.broadcast_to(2 * sides + duals, table.shape)[inside]
     return along[position]

@@ -45,15 +45,15 @@ def operand(w: Walk, node: fx.Node, letters: Sequence[Letter], power: int = 1) -
 
 def placed(w: Walk, entries: Entries, letters: Sequence[Letter], stands: Sequence[frozenset[int]]) -> dict[Place, Ids]:
     """Entries by the letter that their leaf stands on; a leaf that no one letter holds is only permuted."""
-    found: dict[Place, Ids] = {}
+    placed_ids: dict[Place, Ids] = {}
     for (leaf, axis), ids in entries.items():
-        dims = [axis] if axis != ANY else [d for d, own in enumerate(stands) if leaf in own]
+        dims = [axis] if axis != ANY else [d for d, leaves in enumerate(stands) if leaf in leaves]
         names = {letters[d] for d in dims}
         if len(names) != 1:
             w.slots.restrict(ids, Maps.PERMUTATION)
         for name in names:
-            found[leaf, name] = ids
-    return found
+            placed_ids[leaf, name] = ids
+    return placed_ids
 
 
 def contract(w: Walk, operands: Sequence[Operand], result: Sequence[Letter]) -> dict[Place, Ids]:
@@ -96,8 +96,8 @@ def multiplied(w: Walk, factors: Sequence[tuple[Ids, Any]], leaf: int, summed: b
     arrays = np.broadcast_arrays(*(ids for ids, _ in factors))
     rows, inverse = unique_rows(np.stack([ids.reshape(-1) for ids in arrays], axis=1))
     powers = [power for _, power in factors]
-    found = [_power(w, list(zip(row, powers)), leaf, summed, signs) for row in rows.tolist()]
-    return np.array(found)[inverse].reshape(arrays[0].shape)
+    products = [_power(w, list(zip(row, powers)), leaf, summed, signs) for row in rows.tolist()]
+    return np.array(products)[inverse].reshape(arrays[0].shape)
 
 
 def _power(w: Walk, factors: Sequence[tuple[int, Any]], leaf: int, summed: bool, signs: bool) -> int:
@@ -119,20 +119,20 @@ def added(w: Walk, result: Entries, bias: Any, dim: int, rank: int) -> Entries:
     """The result with a vector added along one of its axes."""
     if not isinstance(bias, fx.Node):
         return result
-    own = {key: ids.reshape([-1 if d == dim else 1 for d in range(rank)]) for key, ids in w.entries(bias).items()}
-    own = {(leaf, dim if (leaf, dim) in result else ANY): ids for (leaf, _), ids in own.items()}
-    return sum_of(w, [(result, rank), (own, rank)], rank)
+    bias_ids = {key: ids.reshape([-1 if d == dim else 1 for d in range(rank)]) for key, ids in w.entries(bias).items()}
+    bias_ids = {(leaf, dim if (leaf, dim) in result else ANY): ids for (leaf, _), ids in bias_ids.items()}
+    return sum_of(w, [(result, rank), (bias_ids, rank)], rank)
 
 
 def sum_of(w: Walk, terms: Sequence[tuple[Entries, int]], rank: int) -> Entries:
     """Tensors, each with its rank, aligned to the right and added: all carry one map; one without is uniform."""
-    found: dict[Key, list[Ids]] = {}
-    for own, own_rank in terms:
-        for (leaf, axis), ids in own.items():
+    terms_of: dict[Key, list[Ids]] = {}
+    for entries, own_rank in terms:
+        for (leaf, axis), ids in entries.items():
             key = leaf, axis + rank - own_rank if axis != ANY else ANY
-            found.setdefault(key, []).append(padded(ids, rank))
+            terms_of.setdefault(key, []).append(padded(ids, rank))
     result: Entries = {}
-    for key, arrays in found.items():
+    for key, arrays in terms_of.items():
         result[key] = w.slots.equal(arrays) if len(arrays) > 1 else arrays[0]
         if len(arrays) < len(terms):
             w.slots.restrict(result[key], Maps.ORTHOGONAL_ONES)
@@ -207,8 +207,8 @@ def convolution(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries | None:
     if x is None or weight is None:
         return None
     out = [*batch, "g", "o", *(spatial if keeps else [f"t{d}" for d in range(kernels)])]
-    found = contract(w, [x, weight], out)
-    joined = {key: _joined(w, ids, channel, groups, w.sizes(node)[channel]) for key, ids in found.items()}
+    products = contract(w, [x, weight], out)
+    joined = {key: _joined(w, ids, channel, groups, w.sizes(node)[channel]) for key, ids in products.items()}
     names = [*batch, "c", *out[channel + 2 :]]
     result = entries({(leaf, "c" if x in ("g", "o") else x): ids for (leaf, x), ids in joined.items()}, names)
     return added(w, result, a.get("bias"), channel, rank)
@@ -263,7 +263,7 @@ def attention(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
                 w.slots.restrict(ids, Maps.PERMUTATION)
     batch = list(range(rank - 2))
     names = ([*batch, "L", "e"], [*batch, "S", "e"], [*batch, "S", "d"])
-    queries, keys, values = (_heads(w, operand(w, x, own), a) for x, own in zip((q, k, v), names))
+    queries, keys, values = (_heads(w, operand(w, x, axes), a) for x, axes in zip((q, k, v), names))
     contract(w, [queries, keys], [*batch, "L", "S"])
     out = [*batch, "L", "d"]
     return entries(contract(w, [values], out), out)
@@ -302,7 +302,7 @@ def bilinear(w: Walk, node: fx.Node, a: dict[str, Any]) -> Entries:
     rank = len(w.sizes(node))
     batch = list(range(rank - 1))
     letters: dict[str, list[Letter]] = {"input1": [*batch, "i"], "input2": [*batch, "j"], "weight": ["o", "i", "j"]}
-    factors = [operand(w, a[name], own) for name, own in letters.items()]
+    factors = [operand(w, a[name], axes) for name, axes in letters.items()]
     return added(w, entries(contract(w, factors, [*batch, "o"]), [*batch, "o"]), a.get("bias"), rank - 1, rank)
 
 

@@ -60,8 +60,8 @@ def pairs(left: Ids, right: Ids) -> list[tuple[int, int]]:
         if (mask == (right >= 0)).all() and (left[mask] == a).all() and (right[mask] == b).all():  # the usual case
             return [(a, b)]
     both = np.broadcast_arrays(left, right)
-    found, _ = unique_rows(np.stack([ids.reshape(-1) for ids in both], axis=1))
-    return [(a, b) for a, b in found.tolist()]
+    distinct, _ = unique_rows(np.stack([ids.reshape(-1) for ids in both], axis=1))
+    return [(a, b) for a, b in distinct.tolist()]
 
 
 class Joint(Slots):

@@ -42,7 +42,7 @@ def turned(w: Walk, node: fx.Node, a: Arguments) -> Any:
 def _moving(w: Walk, node: fx.Node) -> fx.Node | None:
     """The one operand whose slots go elsewhere; None where others have slots, too."""
     (x, *others) = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), Value)]
-    return None if any(w.entries(other) for other in others) else x
+    return None if any(w.entries(tensor) for tensor in others) else x
 
 
 def _stands_on_several(w: Walk, x: fx.Node) -> bool:
@@ -50,21 +50,21 @@ def _stands_on_several(w: Walk, x: fx.Node) -> bool:
 
 
 def _rearranged(w: Walk, node: fx.Node, x: fx.Node, view: bool = False) -> Any:
-    own = w.entries(x)
+    entries = w.entries(x)
     value = node.meta["val"]
-    ranks = [len(one.shape) for one in value] if isinstance(value, list) else [len(value.shape)]
+    ranks = [len(part.shape) for part in value] if isinstance(value, list) else [len(value.shape)]
     results: list[Entries] = [{} for _ in ranks]
-    for key, ids in own.items():
+    for key, ids in entries.items():
         if ids.size == 1:
-            found: list[Ids] = [constant(int(ids.flat[0]), rank) for rank in ranks]
+            runs: list[Ids] = [constant(int(ids.flat[0]), rank) for rank in ranks]
         else:
             run = _run(w, node, x, ids, view)
             if run is None:
                 return None
-            found = run
-        for result, one in zip(results, found):
-            if (one >= 0).any():
-                result[key] = one
+            runs = run
+        for result, kept_ids in zip(results, runs):
+            if (kept_ids >= 0).any():
+                result[key] = kept_ids
     return results if isinstance(value, list) else results[0]
 
 
@@ -74,11 +74,13 @@ def _run(w: Walk, node: fx.Node, x: fx.Node, ids: Ids, view: bool) -> list[Ids] 
     if view:
         return [_compact(tensor.reshape(w.sizes(node)))]
     try:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda one: tensor if one is x else _known(w, one))
+        args, kwargs = map_arg(
+            (node.args, node.kwargs), lambda argument: tensor if argument is x else _known(w, argument)
+        )
         out = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError):
         return None
-    return [_compact(one) for one in (out if isinstance(out, (list, tuple)) else [out])]
+    return [_compact(part) for part in (out if isinstance(out, (list, tuple)) else [out])]
 
 
 def _known(w: Walk, node: fx.Node) -> Any:
@@ -103,7 +105,7 @@ def _turned(w: Walk, node: fx.Node, x: fx.Node) -> Entries | None:
     """Axes change places, and with them the leaves that stand on several."""
     rank = len(w.sizes(x))
     marks = torch.zeros([2 + d for d in range(rank)])
-    args, kwargs = map_arg((node.args, node.kwargs), lambda one: marks if one is x else _known(w, one))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda argument: marks if argument is x else _known(w, argument))
     order = [size - 2 for size in node.target(*args, **kwargs).shape]  # type: ignore[operator]
     return {
         (leaf, order.index(axis) if axis != ANY else ANY): ids.transpose(order)
@@ -113,7 +115,7 @@ def _turned(w: Walk, node: fx.Node, x: fx.Node) -> Entries | None:
 
 def expanded(w: Walk, node: fx.Node, a: Arguments) -> Entries:
     """Broadcasting: what does not vary goes on not varying."""
-    x = next(one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Value))
+    x = next(operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), Value))
     return _broadcast(w, x, w.t.shapes[node])
 
 
@@ -149,14 +151,14 @@ def _widened(entries: Entries, d: int) -> Entries:
     }
 
 
-def _beside(w: Walk, tensors: list[fx.Node] | None, own: list[Entries], d: int) -> Entries | None:
+def _beside(w: Walk, tensors: list[fx.Node] | None, operands: list[Entries], d: int) -> Entries | None:
     """Arrays one after the other along an axis; -1 where a tensor has no slot."""
     result: Entries = {}
-    sizes = [1] * len(own) if tensors is None else [w.sizes(x)[d] for x in tensors]
-    for key in dict.fromkeys(key for entries in own for key in entries):
-        if key[1] == d and sum(key in entries for entries in own) < len(own):
+    sizes = [1] * len(operands) if tensors is None else [w.sizes(x)[d] for x in tensors]
+    for key in dict.fromkeys(key for entries in operands for key in entries):
+        if key[1] == d and sum(key in entries for entries in operands) < len(operands):
             return None
-        arrays = [entries.get(key) for entries in own]
+        arrays = [entries.get(key) for entries in operands]
         shape = np.broadcast_shapes(*(_without(ids, d) for ids in arrays if ids is not None))
         parts = [
             np.broadcast_to(-1 if ids is None else ids, (*shape[:d], size, *shape[d + 1 :]))
@@ -224,10 +226,10 @@ def sampled(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
 
 def complex_pairs(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
     """Real maps do the same to real and imaginary parts."""
-    own = w.entries(a["self"])
-    if any(ids.shape[-1] != 1 for ids in own.values()):
+    entries = w.entries(a["self"])
+    if any(ids.shape[-1] != 1 for ids in entries.values()):
         return None
-    return {key: ids[..., 0] for key, ids in own.items()}
+    return {key: ids[..., 0] for key, ids in entries.items()}
 
 
 def real_pairs(w: Walk, node: fx.Node, a: Arguments) -> Entries:

@@ -76,13 +76,13 @@ def weight_norm(w: Walk, node: fx.Node, a: Arguments) -> Any:
     v, g = w.entries(a["v"]), w.entries(a["g"])
     result: Entries = {}
     for key, ids in v.items():
-        own = g.get(key, g.get((key[0], ANY)))
-        if own is None:
+        gain = g.get(key, g.get((key[0], ANY)))
+        if gain is None:
             w.slots.restrict(ids, Maps.ORTHOGONAL)
             result[key] = ids
         else:
             w.slots.restrict(ids, Maps.SIGNED)
-            result[key] = multiplied(w, [(ids, 1), (own, 1)], key[0])
+            result[key] = multiplied(w, [(ids, 1), (gain, 1)], key[0])
     return [result, g] if isinstance(node.meta["val"], list) else result
 
 

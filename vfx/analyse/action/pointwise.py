@@ -85,8 +85,8 @@ def multiplied_entries(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
 
 
 def power(w: Walk, node: fx.Node, a: Arguments) -> Entries | None:
-    own = operator_of(node).exponent
-    return _power(w, node, a.get("exponent") if own is None else own, _tensors(a))
+    exponent = operator_of(node).exponent
+    return _power(w, node, a.get("exponent") if exponent is None else exponent, _tensors(a))
 
 
 def _power(w: Walk, node: fx.Node, power: Any, tensors: Sequence[fx.Node]) -> Entries | None:
@@ -113,11 +113,13 @@ def _summed(w: Walk, square: fx.Node) -> set[Any]:
         return set()
     rank = len(w.sizes(square))
     keys = [set(w.on(operand, {d})) for d in range(rank)]
-    found = set(w.entries(operand))
+    standing = set(w.entries(operand))
     for reader in readers:
         gone = dims_of(arguments(reader).get("dim"), rank)
-        found &= set().union(*(keys[d] for d in gone)) - set().union(*(keys[d] for d in range(rank) if d not in gone))
-    return found
+        standing &= set().union(*(keys[d] for d in gone)) - set().union(
+            *(keys[d] for d in range(rank) if d not in gone)
+        )
+    return standing
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -189,7 +191,7 @@ def _reduced(w: Walk, node: fx.Node, a: Arguments, along: Maps, beside: Maps) ->
 def _with_others(w: Walk, node: fx.Node, result: Entries) -> Any:
     """Masks and indices beside a result are moved, not scaled."""
     shapes = w.t.shapes[node]
-    return [result, *(w.permuted(one) for one in shapes[1:])] if isinstance(shapes, (list, tuple)) else result
+    return [result, *(w.permuted(sizes) for sizes in shapes[1:])] if isinstance(shapes, (list, tuple)) else result
 
 
 def average_windows(w: Walk, node: fx.Node, a: Arguments) -> Any:

@@ -65,8 +65,8 @@ class Walk:
 
     def entries(self, value: Any) -> Entries:
         """The entries of an argument; none for what is no tensor, or has no leaf."""
-        found = self.values.get(value) if isinstance(value, fx.Node) else None
-        return found if isinstance(found, dict) else {}
+        held = self.values.get(value) if isinstance(value, fx.Node) else None
+        return held if isinstance(held, dict) else {}
 
     def shape(self, node: Any) -> Shape | None:
         return self.spaces.shape(node)
@@ -106,19 +106,19 @@ class Walk:
 
     def _parameter(self, fqn: str) -> Entries:
         rank = len(self.t.parameters[fqn])
-        found: list[tuple[int, int, Ids]] = []
+        standing: list[tuple[int, int, Ids]] = []
         for dim in range(rank):
             rows = self.labels[fqn, dim]
-            own = self.parameters[fqn, dim] = {}
+            slots_of = self.parameters[fqn, dim] = {}
             shape = [-1 if d == dim else 1 for d in range(rank)]
             for leaf, (count, copies, along, twice) in self.t.leaves.once(_copies, rows).items():
                 slots = np.array([*(self.slots.fresh(leaf) for _ in range(count)), -1])
                 if twice:
                     self.slots.restrict(slots, Maps.PERMUTATION)
-                own[leaf] = slots[copies]
-                found.append((leaf, dim, slots[along].reshape(shape)))
-        leaves = [leaf for leaf, _, _ in found]
-        return {(leaf, dim if leaves.count(leaf) > 1 else ANY): ids for leaf, dim, ids in found}
+                slots_of[leaf] = slots[copies]
+                standing.append((leaf, dim, slots[along].reshape(shape)))
+        leaves = [leaf for leaf, _, _ in standing]
+        return {(leaf, dim if leaves.count(leaf) > 1 else ANY): ids for leaf, dim, ids in standing}
 
     def _call(self, node: fx.Node) -> Any:
         if operator_of(node).ties == "item":
@@ -159,14 +159,14 @@ class Walk:
         ]
 
     def _complete(self, node: fx.Node, shape: Any, entries: Entries) -> Entries:
-        known = {leaf for leaf, _ in entries}
+        present = {leaf for leaf, _ in entries}
         operands = [self.values.get(operand) for operand in node.all_input_nodes]
-        given = [key for own in operands if isinstance(own, dict) for key in own if key[0] not in known]
+        given = [key for operand in operands if isinstance(operand, dict) for key in operand if key[0] not in present]
         if given and isinstance(shape, Shape):
             stands = frozenset().union(*map(self.spaces.leaves, shape.axes))
             lost = {leaf for leaf, _ in given if leaf in stands}
-            for own in operands if lost else ():
-                for key, ids in own.items() if isinstance(own, dict) else ():
+            for entries_given in operands if lost else ():
+                for key, ids in entries_given.items() if isinstance(entries_given, dict) else ():
                     if key[0] in lost:
                         self.slots.restrict(ids, Maps.PERMUTATION)
             entries = entries | self.standing(shape, self._still_slot, lost)
@@ -202,15 +202,15 @@ class Walk:
     def permuted(self, shape: Any) -> Any:
         """Entries of a result that only permutations move."""
         if isinstance(shape, (list, tuple)):
-            return [self.permuted(one) for one in shape]
+            return [self.permuted(part) for part in shape]
         return self.standing(shape, self._still_slot) if isinstance(shape, Shape) else None
 
     def uniform(self, shape: Any, entries: Entries | None = None) -> Entries:
         """Entries of a result that does not vary along any other leaf: what lends it a shape lends no values."""
-        known = {leaf for leaf, _ in entries or ()}
+        present = {leaf for leaf, _ in entries or ()}
         if not isinstance(shape, Shape):
             return entries or {}
-        others = frozenset().union(*map(self.spaces.leaves, shape.axes)) - known
+        others = frozenset().union(*map(self.spaces.leaves, shape.axes)) - present
         return self.standing(shape, lambda leaf: -1, others) | (entries or {})
 
     def standing(self, shape: Shape, slot: Callable[[int], int], only: Collection[int] | None = None) -> Entries:
@@ -219,7 +219,7 @@ class Walk:
         held = frozenset().union(*stands)
         result: Entries = {}
         for leaf in sorted(held if only is None else held.intersection(only)):
-            dims = [d for d, own in enumerate(stands) if leaf in own]
+            dims = [d for d, leaves in enumerate(stands) if leaf in leaves]
             for d in dims if len(dims) > 1 else [ANY]:
                 mask = self._mask(shape, leaf, dims[0] if d == ANY else d)
                 result[leaf, d] = np.where(mask, slot(leaf), -1)
@@ -262,12 +262,12 @@ def _copies(leaves: Store, rows: Rows) -> dict[int, tuple[int, Ids, Ids, bool]]:
     Tags are numbered; -1 where the leaf does not stand, size 1 where all positions are alike. The flag says that the
     leaf stands twice on one position (an outer product with itself).
     """
-    found = {}
+    copies_of = {}
     for leaf, table in places(leaves, rows).items():
         assert table is not None
         tags, copies = np.unique(rows[table[0], 0], return_inverse=True)
         along = np.full(len(rows), -1, np.int64)
         along[table] = copies.reshape(-1)
         twice = rows.shape[1] > 2 and bool(((leaves.leaf_of(rows[:, 1:]) == leaf).sum(axis=1) > 1).any())
-        found[leaf] = len(tags), copies.reshape(-1), shrunk(along), twice
-    return found
+        copies_of[leaf] = len(tags), copies.reshape(-1), shrunk(along), twice
+    return copies_of

@@ -180,9 +180,9 @@ def attention(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None
 def _repeated_heads(t: ProgramTerms, x: Shape, heads: int) -> Shape:
     """Each head of keys or values serves several in a row of queries."""
     d = len(x.axes) - 3
-    own = t.axis(x, d)
-    copies = t.fresh(heads // own.size)
-    return Shape((*x.axes[:d], Axis((*own.factors, *copies.factors)), *x.axes[d + 1 :]))
+    head = t.axis(x, d)
+    copies = t.fresh(heads // head.size)
+    return Shape((*x.axes[:d], Axis((*head.factors, *copies.factors)), *x.axes[d + 1 :]))
 
 
 def fused_attention(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:

@@ -21,22 +21,22 @@ Letters = Sequence[Any]  # a character for each axis, an int (counted from the r
 
 def contract(t: ProgramTerms, operands: Sequence[tuple[Any, Letters]], result: Letters) -> Shape:
     """Axes of ``operands`` (nodes with their letters) tied by letter; the axes of ``result``."""
-    found: dict[Any, Axis] = {}
+    axis_of: dict[Any, Axis] = {}
     for node, letters in operands:
         shape = t.shape(node)
         for d, letter in enumerate(letters):
             axis = t.axis(shape, d)
-            if letter not in found or found[letter].size == 1:  # an axis of one position is broadcast
-                found[letter] = axis
+            if letter not in axis_of or axis_of[letter].size == 1:  # an axis of one position is broadcast
+                axis_of[letter] = axis
             elif axis.size > 1:
-                found[letter] = t.tie(found[letter], axis)
+                axis_of[letter] = t.tie(axis_of[letter], axis)
     _roles(t, operands, result)
-    return Shape(tuple(found[letter] for letter in result))
+    return Shape(tuple(axis_of[letter] for letter in result))
 
 
 def _roles(t: ProgramTerms, operands: Sequence[tuple[Any, Letters]], result: Letters) -> None:
     for node, letters in operands:
-        others = {letter for other, names in operands if other is not node for letter in names}
+        others = {letter for operand, names in operands if operand is not node for letter in names}
         for d, letter in enumerate(letters):
             kept = "elementwise" if letter in others else "out"
             t.role(node, d, kept if letter in result else "in")

@@ -60,8 +60,8 @@ def _looked_up(t: ProgramTerms, nodes: list[fx.Node], sizes: Sequence[int] | Non
             for d in range(_rank(node)):
                 t.pin_dim(t.shape(node), d, NUMBERED)
         rank = max(1 if _is_mask(node) else _rank(node) for node in nodes)
-        own = sizes[first : first + rank] if sizes is not None else [0] * rank
-        return [t.opaque(size, NUMBERED) for size in own]
+        picked = sizes[first : first + rank] if sizes is not None else [0] * rank
+        return [t.opaque(size, NUMBERED) for size in picked]
     return list(t.broadcast_together([t.shape(node) for node in nodes]).axes)
 
 
@@ -100,8 +100,8 @@ def select_at(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x, numbers = t.shape(a["self"]), t.shape(a["index"])
     d = normal(a["dim"], len(x.axes))
     t.pin_dim(x, d, NUMBERED)
-    own = t.axis(numbers, 0) if numbers.axes else t.fresh(1)
-    return Shape((*x.axes[:d], own, *x.axes[d + 1 :]))
+    picked = t.axis(numbers, 0) if numbers.axes else t.fresh(1)
+    return Shape((*x.axes[:d], picked, *x.axes[d + 1 :]))
 
 
 def gather(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
@@ -173,7 +173,7 @@ def embedding_bag(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Sha
     t.role(a["weight"], 1, "out")
     value = node.meta["val"]
     bags = t.opaque(value[0].sizes(BATCH)[0], "bags of tokens")
-    return [Shape((bags, t.axis(w, 1))), *(_pinned(t, other) for other in value[1:])]
+    return [Shape((bags, t.axis(w, 1))), *(_pinned(t, output) for output in value[1:])]
 
 
 def data_dependent(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
@@ -182,7 +182,7 @@ def data_dependent(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Any:
         for d in range(len(operand.axes)):
             t.pin_dim(operand, d, NUMBERED)
     value = node.meta["val"]
-    return [_pinned(t, one) for one in value] if isinstance(value, list) else _pinned(t, value)
+    return [_pinned(t, part) for part in value] if isinstance(value, list) else _pinned(t, value)
 
 
 def masked_scatter(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:

@@ -38,9 +38,9 @@ def _results(t: ProgramTerms, node: fx.Node, lead: tuple[Any, ...], reason: str)
 
     def shape(value: Any) -> Any:
         if isinstance(value, list):
-            return [shape(one) for one in value]
-        own = value.sizes(BATCH)[len(lead) :] if isinstance(value, Value) else ()
-        return Shape((*lead, *(t.opaque(size, reason) for size in own))) if isinstance(value, Value) else None
+            return [shape(part) for part in value]
+        core = value.sizes(BATCH)[len(lead) :] if isinstance(value, Value) else ()
+        return Shape((*lead, *(t.opaque(size, reason) for size in core))) if isinstance(value, Value) else None
 
     return shape(node.meta["val"])
 

@@ -41,13 +41,13 @@ def on_diagonal(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
     x = t.shape(a["self"])
     rank = len(x.axes) + 1
     i, j = sorted((normal(a.get("dim1", -2), rank), normal(a.get("dim2", -1), rank)))
-    own = t.axis(x, len(x.axes) - 1)
+    diagonal = t.axis(x, len(x.axes) - 1)
     if a.get("offset", 0) != 0:
-        t.pin(own, "a diagonal of positions")
-        own = t.opaque(t.sizes(node)[i], "a diagonal of positions")
+        t.pin(diagonal, "a diagonal of positions")
+        diagonal = t.opaque(t.sizes(node)[i], "a diagonal of positions")
     axes = list(x.axes[:-1])
-    axes.insert(i, own)
-    axes.insert(j, own)
+    axes.insert(i, diagonal)
+    axes.insert(j, diagonal)
     return Shape(tuple(axes))
 
 

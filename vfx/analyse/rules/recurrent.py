@@ -33,12 +33,12 @@ def layers(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape] | N
     fed, outputs, memories = t.axis(x, 2), [], []
     for layer in range(a["num_layers"]):
         directions = range(layer * len(cells) // a["num_layers"], (layer + 1) * len(cells) // a["num_layers"])
-        found = [_cell(t, cells[index], gates, fed, bool(a["has_biases"])) for index in directions]
-        for index, (output, memory) in zip(directions, found):
+        outputs_of = [_cell(t, cells[index], gates, fed, bool(a["has_biases"])) for index in directions]
+        for index, (output, memory) in zip(directions, outputs_of):
             _start(t, states, index, (output, memory))
-        outputs += [output for output, _ in found]
-        memories += [memory for _, memory in found]
-        fed = found[0][0] if len(found) == 1 else t.concatenate([output for output, _ in found])
+        outputs += [output for output, _ in outputs_of]
+        memories += [memory for _, memory in outputs_of]
+        fed = outputs_of[0][0] if len(outputs_of) == 1 else t.concatenate([output for output, _ in outputs_of])
     axes = [x.axes[batch], t.opaque(x.axes[time].size, RECURS)]
     result = Shape((*(axes if batch == 0 else reversed(axes)), fed))
     return [result, *(_final(t, rows, x.axes[batch]) for rows in (outputs, memories)[: len(states)])]
@@ -46,16 +46,16 @@ def layers(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape] | N
 
 def _cell(t: ProgramTerms, parameters: Sequence[Any], gates: int, fed: Axis, biases: bool) -> tuple[Axis, Axis]:
     """One layer in one direction: its output's axis and its memory's (they differ where a projection follows)."""
-    own, recurrent, *rest = parameters
-    width = t.axis(t.shape(own), 0).size // gates
+    weight, recurrent, *rest = parameters
+    width = t.axis(t.shape(weight), 0).size // gates
     memory = t.fresh(width)
     stacked = t.rows(Axis((*t.opaque(gates, "gates of a recurrent cell").factors, *memory.factors)))
     assert stacked is not None
-    for parameter in (own, recurrent, *rest[: 2 * biases]):
+    for parameter in (weight, recurrent, *rest[: 2 * biases]):
         t.tie(t.axis(t.shape(parameter), 0), Axis((stacked,)))
         t.role(parameter, 0, "out")
-    t.tie(fed, t.axis(t.shape(own), 1))
-    t.role(own, 1, "in")
+    t.tie(fed, t.axis(t.shape(weight), 1))
+    t.role(weight, 1, "in")
     output = memory
     if len(rest) > 2 * biases:  # a projection of the features (proj, H)
         projection = rest[-1]

@@ -70,8 +70,8 @@ class Spaces:
             labels = axis.block.labels
             rows = labels[tuple(slice(None) if d == axis.position else 0 for d in range(labels.ndim - 1))]
             return self._varying(rows, sizes)
-        found = self.t.rows(axis)
-        return None if found is None else self._varying(found, sizes)
+        row_table = self.t.rows(axis)
+        return None if row_table is None else self._varying(row_table, sizes)
 
     def _varying(self, rows: Rows, sizes: tuple[int, ...]) -> list[frozenset[int]]:
         return self.t.leaves.once(varying, self.t.leaves.resolve(rows), sizes)
@@ -84,13 +84,13 @@ def varying(leaves: Store, rows: Rows, sizes: tuple[int, ...]) -> list[frozenset
     """
     digits = rows[:, 1:].reshape(*sizes, -1)
     owner = leaves.leaf_of(digits)
-    found: list[set[int]] = [set() for _ in sizes]
+    leaves_of: list[set[int]] = [set() for _ in sizes]
     for leaf in distinct(owner):
         channels = np.sort(np.where(owner == leaf, digits, -1), axis=-1)
-        for d, own in enumerate(found):
+        for d, varying_leaves in enumerate(leaves_of):
             if (channels != np.take(channels, [0], axis=d)).any():
-                own.add(leaf)
-    return [frozenset(own) for own in found]
+                varying_leaves.add(leaf)
+    return [frozenset(leaves) for leaves in leaves_of]
 
 
 Space = Callable[[Spaces, fx.Node, dict[str, Any]], "list[Dim] | None"]
@@ -119,8 +119,10 @@ def aligned(s: Spaces, shapes: list[Shape], names: str = "") -> list[Dim]:
     dims = []
     for back in range(1, len(shapes[0].axes) + 1):
         size = shapes[0].axes[-back].size
-        own = [(x.axes[-back], n) for x, n in zip(shapes, names) if len(x.axes) >= back and x.axes[-back].size == size]
-        dims.append(s.dim([axis for axis, _ in own], "".join(name for _, name in own)))
+        named = [
+            (x.axes[-back], n) for x, n in zip(shapes, names) if len(x.axes) >= back and x.axes[-back].size == size
+        ]
+        dims.append(s.dim([axis for axis, _ in named], "".join(name for _, name in named)))
     return dims
 
 
@@ -228,8 +230,8 @@ def addmm(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     shape = s.shape(bias)
     if dims is None or shape is None:
         return None
-    own = frozenset().union(*map(s.leaves, shape.axes))
-    return [dim._replace(tensors=dim.tensors | {"c"}) if dim.leaves & own else dim for dim in dims]
+    added = frozenset().union(*map(s.leaves, shape.axes))
+    return [dim._replace(tensors=dim.tensors | {"c"}) if dim.leaves & added else dim for dim in dims]
 
 
 def embedding(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
@@ -251,8 +253,8 @@ def attention(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     if heads is None:
         heads = aligned(s, [Shape(x.axes[:-2]) for x in (y, q, k, v)], "yqkv")
     if mask is not None:  # it lacks no dimension that it moves along
-        own = frozenset().union(*map(s.leaves, mask.axes))
-        heads = [dim._replace(tensors=dim.tensors | {"m"}) if dim.leaves & own else dim for dim in heads]
+        mask_leaves = frozenset().union(*map(s.leaves, mask.axes))
+        heads = [dim._replace(tensors=dim.tensors | {"m"}) if dim.leaves & mask_leaves else dim for dim in heads]
     masked = [mask.axes[-2], mask.axes[-1]] if mask is not None else []
     rows = s.dim([q.axes[rank - 2], *masked[:1]], "qy" + "m" * bool(masked))
     columns = s.dim([k.axes[rank - 2], v.axes[rank - 2], *masked[1:]], "kv" + "m" * bool(masked), True)
@@ -277,13 +279,13 @@ def letters(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:
     if any(shape is None for shape in shapes):
         return None
     terms, result = einsum.parse(a["equation"], [len(shape.axes) for shape in shapes])  # type: ignore[union-attr]
-    found = []
+    dims = []
     for letter in dict.fromkeys(x for term in terms for x in term):
         axes = [shape.axes[d] for shape, term in zip(shapes, terms) for d, x in enumerate(term) if x == letter]  # type: ignore[union-attr]
         names = {str(k) for k, term in enumerate(terms) if letter in term} | ({"y"} if letter in result else set())
         leaves = frozenset().union(*map(s.leaves, axes))
-        found.append(Dim(leaves, frozenset(names), letter not in result))
-    return found
+        dims.append(Dim(leaves, frozenset(names), letter not in result))
+    return dims
 
 
 def prelu(s: Spaces, node: fx.Node, a: dict[str, Any]) -> list[Dim] | None:

@@ -101,8 +101,8 @@ def _check_symbol(node: ast.Call) -> None:
     if len(named) != 1 or not isinstance(named[0], str) or not SYMBOL.fullmatch(named[0]):
         raise ValueError("Symbol takes a symbol's name")
     for keyword in node.keywords:
-        known = isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, bool)
-        if not known or keyword.arg not in ("integer", "positive", "nonnegative", "real", "negative", "nonzero"):
+        is_plain = isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, bool)
+        if not is_plain or keyword.arg not in ("integer", "positive", "nonnegative", "real", "negative", "nonzero"):
             raise ValueError(f"{keyword.arg!r} is no property of a symbol")
 
 

@@ -150,8 +150,8 @@ def _operator(target: str) -> str:
         raise CheckpointError(f"operator {target} reaches beyond tensors and is refused")
     if not torch._C._dispatch_has_kernel(qualified):
         raise CheckpointError(f"operator {target} is not known here; import the package that defines it first")
-    found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    odd = [argument.name for argument in found._schema.arguments if not _PLAIN.fullmatch(str(argument.type))]
+    packet = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    odd = [argument.name for argument in packet._schema.arguments if not _PLAIN.fullmatch(str(argument.type))]
     if odd:
         raise CheckpointError(f"operator {target} takes {', '.join(odd)}, which is no tensor and no number")
     return f"{namespace}.{name}"
