@@ -292,6 +292,8 @@ def test_one_model_is_not_enough(models: list[nn.Module]) -> None:
         _merge(trace(models[0], X[:2]))
     with pytest.raises(ArgumentError, match="models must be a list of networks or a Program, got Sequential"):
         _merge(models[0])
+    with pytest.raises(ArgumentError, match=r"got \['a.pth', 'b.pth'\]; vfx.load reads files"):
+        _merge(["a.pth", "b.pth"])
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------

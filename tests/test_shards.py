@@ -55,7 +55,7 @@ def test_networks_in_shards_are_merged(tmp_path: Path) -> None:
     for seed, folder in enumerate(folders):
         _sharded(folder, _network(seed))
     x = torch.randn(4, 6)
-    merged = vfx.merge([vfx.load(folder, _network()) for folder in folders], x, progress=False)
+    merged = vfx.merge(vfx.load(folders, _network()), x, progress=False)
     expected = vfx.merge([_network(0), _network(1)], x, progress=False)
     assert torch.equal(merged(x), expected(x))
     assert [entry["file"] for entry in digests(folders[:1])] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
@@ -87,7 +87,7 @@ def _foreign(index: Path) -> None:
     [
         (_without_file, "there is no file .*model-00002"),
         (_without_tensor, r"lack 2.weight \(model-00002-of-00002.safetensors\)"),
-        (_twice, "both hold 0.weight"),
+        (_twice, "both hold 0.bias, 0.weight"),
         (_outside, "names ../../secret.safetensors, which is no file beside it"),
         (_foreign, "names weights.h5: cannot read that"),
         (lambda index: index.write_text('{"weight_map": {}}'), "it has no weight_map"),

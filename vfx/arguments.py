@@ -79,7 +79,8 @@ def check_fields(value: Any) -> None:
 def check_argument(owner: str, name: str, value: Any, hint: Any) -> None:
     """Raise ArgumentError unless ``value`` is what ``hint`` says, and at least the least that ``name`` admits."""
     if not _fits(value, hint):
-        raise ArgumentError(f"{owner}: {name} must be {_words(hint)}, got {_shown(value)}")
+        way = "; vfx.load reads files" if name in ("model", "models") and _are_paths(value) else ""
+        raise ArgumentError(f"{owner}: {name} must be {_words(hint)}, got {_shown(value)}{way}")
     least = LEAST.get(name)
     if least is not None and isinstance(value, Real) and not float(value) >= least:
         raise ArgumentError(f"{owner}: {name} must be at least {least}, got {value}")
@@ -122,6 +123,11 @@ def _is(value: Any, kind: type) -> bool:
         scalar = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0 and kind is float
         return (isinstance(value, number) and not isinstance(value, bool)) or scalar
     return isinstance(value, kind)
+
+
+def _are_paths(value: Any) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return bool(items) and all(isinstance(item, (str, os.PathLike)) for item in items)
 
 
 def _is_list(value: Any, kind: Any) -> bool:

@@ -178,13 +178,13 @@ FORMATS = tuple(_WRITERS)  # suffixes
 
 @checked
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     model: nn.Module | None = None,
     *,
     entry: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Read a checkpoint without running code from it.
+    """Read a checkpoint, or a list of several, without running code from it.
 
     ``.safetensors`` and what ``torch.save`` wrote (``.pt``, ``.pth``, ``.ckpt``, ``.bin``, ``.pth.tar``) give a state
     dict, or a copy of ``model`` that holds it, as do the index (``.index.json``) of one in several files and a Hugging
@@ -202,8 +202,15 @@ def load(
     the tensors do not fit; WeightError for NaN and infinities.
 
     >>> network = vfx.load("last.ckpt", resnet18(), entry="ema")
+    >>> merged = vfx.merge(vfx.load(["a.pth", "b.pth"], resnet18()), images, data=loader)
     """
-    path, notes = weights_in(Path(path)), list[str]()
+    if not isinstance(path, (str, os.PathLike)):
+        return [_load(Path(file), model, entry, dtype) for file in path]
+    return _load(Path(path), model, entry, dtype)
+
+
+def _load(path: Path, model: nn.Module | None, entry: str | None, dtype: torch.dtype | None) -> Any:
+    path, notes = weights_in(path), list[str]()
     suffix = path.suffix.lower()
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype must be a floating type, such as torch.float32, got {dtype!r}")
@@ -224,7 +231,7 @@ def load(
         result = filled(model, tensors, path.name, notes, dtype)
         check_finite(result.state_dict(), path.name, masks_of(result))
     for text in notes:
-        warnings.warn(text, CheckpointNote, stacklevel=3)  # behind the check of the arguments
+        warnings.warn(text, CheckpointNote, stacklevel=4)  # behind the check of the arguments
     return result
 
 

@@ -113,7 +113,7 @@ def read_shards(path: Path) -> dict[str, Tensor]:
         tensors = reader(file)
         if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise CheckpointError(f"{file} holds more than tensors, so that it is no part of a state dict")
-        if twice := [name for name in tensors if name in held]:
+        if twice := sorted(tensors.keys() & held.keys()):
             raise CheckpointError(f"{file.name} and a file before it, of {path.name}, both hold {listed(twice)}")
         held |= tensors
     if missing := [f"{name} ({file})" for name, file in read_index(path).items() if name not in held]:
