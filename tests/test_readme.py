@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 from collections.abc import Callable
@@ -31,6 +32,16 @@ NAMES = [str(path.relative_to(ROOT)) for path in PAGES if "```python" in path.re
 def _net(seed: int, build: Callable[..., nn.Module] = vgg11, **options: Any) -> nn.Module:
     torch.manual_seed(seed)
     return build(in_channels=1, **({"width": 1 / 16} | options)).eval()
+
+
+def _tuned(model: nn.Module, seed: int) -> nn.Module:
+    """A copy that has gone on a little way of its own."""
+    tuned = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return tuned
 
 
 def _readers_names() -> dict[str, Any]:
@@ -63,6 +74,11 @@ def _readers_names() -> dict[str, Any]:
         "four_classes": _net(3, num_classes=4),
         "small": _net(4),
         "large": _net(5, width=1 / 8),
+        "pretrained": model_a,
+        "tuned": [_tuned(model_a, 8), _tuned(model_a, 9)],
+        "x": images[:2],
+        "images_of_a": images[:8],
+        "images_of_b": images[8:],
         "vit_a": _net(6, vit_tiny, width=0.25),
         "vit_b": _net(7, vit_tiny, width=0.25),
         "train": train,

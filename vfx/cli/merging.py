@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_models, check_network, weights_in
+from vfx.cli.early import check_models, check_network
 from vfx.cli.inputs import cut_of, data_of, examples_of, load_all, match_of, normalization_of, required
 from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Chosen, Entry, Evaluate, Inputs, Json, Memory, Model, Models, Out, Site, Sweep
@@ -59,7 +59,7 @@ def merge(
         "data": data_of(given["data"], examples, model),
         "match": match_of(given["match"], match_layers, given["data"], match_arguments),
         "normalize": normalization_of(given["normalize"], layers, memory_limit, **asked),
-        "base": None if given["base"] is None else load(weights_in(given["base"]), entry=entry),
+        "base": None if given["base"] is None else load(given["base"], entry=entry),
         "references": load_all(given["references"] or [], model, arguments, entry),
     }
     result = api.merge(edges, examples, **values(MergeOptions, given, **made))
