@@ -356,7 +356,7 @@ def test_data_of_too_few_tasks_are_refused(base: nn.Module) -> None:
 
 def test_a_base_that_does_not_fit_is_refused_by_name(base: nn.Module) -> None:
     models, state = fine_tuned(base), base.state_dict()
-    with pytest.raises(ArchitectureError, match=r"'6.weight' has shape .* in base=; keep the layers"):
+    with pytest.raises(ArchitectureError, match=r"'6.weight' has shape .* in base=; give one of their architecture"):
         merge(models, X[:2], base={**state, "6.weight": state["6.weight"][:3]}, combine="ties")
     with pytest.raises(ArchitectureError, match=r"base= lacks '3.weight'"):
         merge(models, X[:2], base={name: own for name, own in state.items() if name != "3.weight"}, combine="ties")

@@ -81,6 +81,11 @@ def _readers_names() -> dict[str, Any]:
         "images_of_b": images[8:],
         "vit_a": _net(6, vit_tiny, width=0.25),
         "vit_b": _net(7, vit_tiny, width=0.25),
+        "pretrained": model_a,
+        "other_pretrained": model_b,
+        "tuned": _net(8),
+        "loader_a": [(images, classes)],
+        "loader_b": [(test, labels)],
         "train": train,
         "recorder_b": recorders[1],
     }
@@ -130,6 +135,7 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     for file, seed in (("a.safetensors", 0), ("b.safetensors", 1)):
         save_file(_net(seed).state_dict(), file)
     save_file(_net(2, num_classes=4).state_dict(), "c.safetensors")
+    save_file(_net(3).state_dict(), "base.safetensors")
     Path("demo").mkdir()
     for seed in (0, 1):
         save_file(_net(seed).state_dict(), f"demo/vgg16_w0.25_e15_s{seed}.safetensors")

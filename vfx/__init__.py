@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
     from vfx.api import repair as repair
     from vfx.api import symmetry as symmetry
     from vfx.api import trace as trace
+    from vfx.api import transfer as transfer
     from vfx.combine.combiner import Combiner as Combiner
     from vfx.combine.dare import Dare as Dare
     from vfx.combine.iso import IsoC as IsoC

@@ -11,6 +11,7 @@ from vfx.api.pruning import prune, prune_structured
 from vfx.api.repairing import repair
 from vfx.api.results import Result
 from vfx.api.tracing import collect, layers, profile, record, recorded, symmetry, trace
+from vfx.api.transferring import transfer
 
 __all__ = [
     "Result",
@@ -28,4 +29,5 @@ __all__ = [
     "repair",
     "symmetry",
     "trace",
+    "transfer",
 ]

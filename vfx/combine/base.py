@@ -1,9 +1,9 @@
-"""The common base of edges: a network, a state dict or a checkpoint, under the names of a Program."""
+"""Networks that edges come from or became: a module, a state dict or a checkpoint, under the names of a Program."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,42 +17,51 @@ from vfx.errors import ArchitectureError, ArgumentError
 from vfx.program import Program, Weights
 from vfx.wrappers import plain_model
 
-Base = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-
 
 def base_weights(base: Any, program: Program) -> Weights:
     """The base's tensors for all that is combined in ``program``; heads that each edge keeps need not fit.
 
     Raises ArgumentError, CheckpointError, ArchitectureError, WeightError.
     """
-    tensors, notes = _tensors(base), list[str]()
-    wanted = {name: program.weights[0][name] for name in combined_names(program)}
-    others = {alias: tensors[alias] for alias in program.aliases if alias in tensors}
-    found = renamed(wanted, {**{program.aliases[alias]: x for alias, x in others.items()}, **tensors}, "base", notes)
-    for name, tensor in wanted.items():
-        if name not in found:
-            raise ArchitectureError(f"base= lacks {name!r}, which the edges have; give the network they come from")
-        if found[name].shape != tensor.shape:
+    names = combined_names(program)
+    found = tensors_of(base, program, names, "base")
+    absent = next((name for name in names if name not in found), None)
+    if absent is not None:
+        raise ArchitectureError(f"base= lacks {absent!r}, which the edges have; give the network they come from")
+    return found
+
+
+def tensors_of(source: Any, program: Program, names: Collection[str], argument: str) -> dict[str, Tensor]:
+    """Those of the tensors called ``names`` that a module, a state dict or a checkpoint (a path) holds.
+
+    ``argument``: what errors call it. Raises ArgumentError, CheckpointError, ArchitectureError, WeightError.
+    """
+    tensors = _read(source, argument)
+    wanted = {name: program.weights[0][name] for name in names}
+    others = {program.aliases[alias]: tensors[alias] for alias in program.aliases if alias in tensors}
+    found = renamed(wanted, {**others, **tensors}, argument, [])
+    found = {name: found[name] for name in wanted if name in found}
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
             raise ArchitectureError(
-                f"{name!r} has shape {tuple(tensor.shape)} in the edges and {tuple(found[name].shape)} in base=; keep "
-                "the layers that differ for each edge by heads=, or give the network the edges come from"
+                f"{name!r} has shape {tuple(wanted[name].shape)} in the networks and {tuple(tensor.shape)} in "
+                f"{argument}=; give one of their architecture, or keep the layers that differ for each edge by heads="
             )
-    own = {name: found[name] for name in wanted}
-    check_finite(own, "base")
-    return own
+    check_finite(found, argument, program.masks)
+    return found
 
 
-def _tensors(base: Any) -> dict[str, Tensor]:
-    """What a base holds, by name."""
-    if isinstance(base, (str, os.PathLike)):
-        base = load(base)
-    if isinstance(base, nn.Module):
-        model = plain_model(base, "base")
-        named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        base = named
-    if not isinstance(base, Mapping) or not all(isinstance(x, Tensor) for x in base.values()):
+def _read(source: Any, argument: str) -> dict[str, Tensor]:
+    """What a network holds, by name."""
+    if isinstance(source, (str, os.PathLike)):
+        source = load(source)
+    if isinstance(source, nn.Module):
+        model = plain_model(source, argument)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        source = parameters | dict(model.named_buffers(remove_duplicate=False))
+    if not isinstance(source, Mapping) or not all(isinstance(x, Tensor) for x in source.values()):
         raise ArgumentError(
-            f"base= is a network, a state dict or the path of a checkpoint, not {type(base).__name__}; "
-            "load() reads files whose state dict lies inside other entries"
+            f"{argument}= is a network, a state dict or the path of a checkpoint, not {type(source).__name__}; "
+            "vfx.load(path, entry=) reads a state dict inside other entries"
         )
-    return {name: real_parts(tensor.detach()) for name, tensor in base.items()}
+    return {name: real_parts(tensor.detach()) for name, tensor in source.items()}
