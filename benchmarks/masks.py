@@ -2,7 +2,7 @@
 
 Global magnitude masks of the first network of each Fashion-MNIST pair, calibrated on the first 2,000 training images
 without labels (RESET and REPAIR on 64, as ``vfx.prune`` reads them), accuracy over the test images; nothing is trained.
-"auto" is the default call, which chooses on held-out images.
+"auto" is ``solve="auto"``, which chooses on held-out images.
 
 Results go to ``benchmarks/results``: masks.json and masks.md, written after each cell; a run that was stopped goes on
 where it was.
@@ -34,29 +34,32 @@ CALIBRATION = 2000
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 METHODS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "RESET / REPAIR": {"solve": None},
-    "solved": {"solve": "least_squares"},
-    "auto": {},
+    "RESET / REPAIR": {"score": "magnitude", "solve": None},
+    "solved": {"score": "magnitude", "solve": "least_squares"},
+    "auto": {"score": "magnitude"},
 }
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A table of ways to prune networks: ``methods`` name keywords of ``vfx.prune``, None for no data at all."""
+    """A table of ways to prune networks: ``methods`` name keywords of ``vfx.prune``, None for no data at all.
+
+    ``shares`` are sparsities and patterns such as "2:4", which allocations have nothing to spread in.
+    """
 
     name: str
     title: str
     preface: str
     methods: Mapping[str, Mapping[str, Any] | None]
-    sparsities: Sequence[float]
+    shares: Sequence[float | str]
 
     def markdown(self, results: dict[str, Any]) -> str:
-        head = ["network", "method", *(f"{100 * s:g} %" for s in self.sparsities), "seconds"]
+        head = ["network", "method", *(s if isinstance(s, str) else f"{100 * s:g} %" for s in self.shares), "seconds"]
         rows = []
         for name, found in results.items():
             for number, method in enumerate(self.methods):
-                cells = [found["cells"].get(f"{method}/{s}") for s in self.sparsities]
+                cells = [found["cells"].get(f"{method}/{s}") for s in self.shares]
                 seconds = [cell["seconds"] for cell in cells if cell]
                 span = f"{min(seconds):.0f}–{max(seconds):.0f}" if seconds else ""
                 title = f"{name} ({found['dense']:.2f})" if not number else ""
@@ -64,9 +67,20 @@ class Sweep:
         return "\n".join([f"# {self.title}", "", self.preface, "", *grid(head, rows), ""])
 
     def __call__(
-        self, pairs: Sequence[str], checkpoints: Path, data: Path, output: Path, samples: int | None, fresh: bool
+        self,
+        pairs: Sequence[str],
+        checkpoints: Path,
+        data: Path,
+        output: Path,
+        samples: int | None,
+        fresh: bool,
+        rows: Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
     ) -> None:
-        """Measure the cells that the results do not hold, and write them one by one."""
+        """Measure the cells (of some ``rows`` and ``columns``) that the results do not hold, and write them singly."""
+        methods = {name: way for name, way in self.methods.items() if name in (rows or self.methods)}
+        shares = [share for share in self.shares if columns is None or str(share) in columns]
+        cells = [(f"{m}/{s}", m, s) for s in shares for m in methods if fits(methods[m], s)]
         output.mkdir(parents=True, exist_ok=True)
         file = output / f"{self.name}.json"
         results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
@@ -80,23 +94,31 @@ class Sweep:
                 return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
 
             found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
-            for key, method, sparsity in [(f"{m}/{s}", m, s) for s in self.sparsities for m in self.methods]:
+            for key, method, share in cells:
                 if key in found["cells"]:
                     continue
-                found["cells"][key] = self._cell(program, method, sparsity, train, accuracy)
+                found["cells"][key] = self._cell(program, method, share, train, accuracy)
                 console.print(name, key, found["cells"][key])
                 write_atomic(file, json.dumps(results, indent=1) + "\n")
                 write_atomic(file.with_suffix(".md"), self.markdown(results))
 
     def _cell(
-        self, program: Program, method: str, sparsity: float, train: Tensor, accuracy: Callable[[Any], float]
+        self, program: Program, method: str, share: float | str, train: Tensor, accuracy: Callable[[Any], float]
     ) -> dict[str, Any]:
         options, start = self.methods[method], time.process_time()
         given = {} if options is None else {"data": train, **options}
-        result = prune(program, sparsity=sparsity, progress=False, **given)
+        given |= {"sparsity": share} if isinstance(share, float) else {"scope": share, "protect": ("first", "head")}
+        result = prune(program, progress=False, **given)
         seconds = round(time.process_time() - start, 1)
         choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
         return {"accuracy": accuracy(result.module), "seconds": seconds} | choices
+
+
+def fits(options: Mapping[str, Any] | None, share: float | str) -> bool:
+    """Whether a way of pruning has this share: patterns leave allocations nothing to spread."""
+    if isinstance(share, float):
+        return True
+    return not options or (options.get("allocation", "scope") == "scope" and options.get("scope") != "global")
 
 
 SWEEP = Sweep("masks", "Masks, solved", (__doc__ or "").split("\n\n")[1].replace("\n", " "), METHODS, SPARSITIES)

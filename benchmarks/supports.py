@@ -3,8 +3,10 @@
 The first networks of two Fashion-MNIST pairs, calibrated on the first 2,000 training images without labels, accuracy
 over the test images; nothing is trained. "x, y, z" is a score, its scope, and an allocation of the sparsity over
 layers; where none is named the scope alone decides. The last layer keeps all weights but for magnitude, where it is
-pruned with the others; "head kept" is the control. Behind every mask all layers are solved for the dense network's
-outputs.
+pruned with the others; "head kept" and "head too" are the controls. "default" is ``vfx.prune`` as it stands:
+ALPS, and ERK with the last layer whole where it holds at most a quarter of what is left; it loses as many weights as
+global magnitude. Patterns leave the first layer whole, too: it has one input. Behind every mask all layers are solved
+for the dense network's outputs.
 
 Results go to ``benchmarks/results``: supports.json and supports.md, written after each cell; a run that was stopped
 goes on where it was.
@@ -22,10 +24,10 @@ from benchmarks.masks import Sweep
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 
 NETWORKS = ("vgg16_bn_w025", "resnet20_bn_w05")
-SPARSITIES = (0.9, 0.95, 0.98)
+SHARES = ("2:4", 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
-def _way(score: str, scope: str, allocation: str = "scope", protect: str = "head") -> dict[str, Any]:
+def _way(score: str, scope: str, allocation: str = "scope", protect: str | tuple[str, ...] = "head") -> dict[str, Any]:
     return {"score": score, "scope": scope, "allocation": allocation, "protect": protect, "solve": "least_squares"}
 
 
@@ -43,10 +45,12 @@ METHODS = {
     "alps, layer": _way("alps", "layer"),
     "alps, layer, progressive": _way("alps", "layer", "progressive"),
     "alps, layer, erk": _way("alps", "layer", "erk"),
+    "alps, layer, erk, head too": _way("alps", "layer", "erk", protect=()),
+    "default": {"solve": "least_squares"},
     "alps, layer, error": _way("alps", "layer", "error"),
 }
 PREFACE = (__doc__ or "").split("\n\n")[1].replace("\n", " ")
-SWEEP = Sweep("supports", "Supports and allocations", PREFACE, METHODS, SPARSITIES)
+SWEEP = Sweep("supports", "Supports and allocations", PREFACE, METHODS, SHARES)
 
 
 def main(
@@ -54,6 +58,8 @@ def main(
     data: DataFolder = FASHION_MNIST,
     output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this row (may be repeated).")] = None,
+    share: Annotated[list[str] | None, typer.Option(help="Only this column, 0.9 or 2:4 (may be repeated).")] = None,
     samples: Samples = None,
     fresh: Fresh = False,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
@@ -61,7 +67,7 @@ def main(
     """Prune both networks by every score and allocation and write supports.json and supports.md."""
     if threads:
         torch.set_num_threads(threads)
-    SWEEP(pair or NETWORKS, checkpoints, data, output, samples, fresh)
+    SWEEP(pair or NETWORKS, checkpoints, data, output, samples, fresh, method, share)
 
 
 if __name__ == "__main__":

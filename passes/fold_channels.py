@@ -8,7 +8,7 @@ be averaged channel by channel: of them the strongest are kept, as ``RemoveChann
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from vfx.analyse.layers import number_layers
@@ -45,12 +45,13 @@ class FoldChannels(Pass[Removed]):
         budget: str = "channels",
         round_to: int = 1,
         units: str = "auto",
+        roles: Sequence[str] = (),
         protect: Collection[str] = (),
         variance: bool = True,
         verify: bool = True,
         seed: int = 0,
     ):
-        self.widths = Widths(allocation, round_to, tuple(protect), units)
+        self.widths = Widths(allocation, round_to, tuple(protect), units, tuple(roles))
         self.sparsity, self.budget, self.variance = sparsity, budget, variance
         self.verify, self.seed = verify, seed
 

@@ -7,7 +7,7 @@ schedule, the scores are taken anew on what is left, and what went stays away. T
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +44,8 @@ class MaskWeights(Pass[Masked]):
 
     ``scope``: "global", "layer", "row", "N:M", or "auto" (the score's own). ``sparsity``: a share in [0, 1), or a dict
     of globs of layers; what no glob matches is kept. ``allocation``: how the share is spread over layers, "scope" (the
-    scope alone decides), "progressive", "erk", "owl", "error", or an Allocation; for the scopes "layer" and "row".
+    scope alone decides), "progressive", "erk", "owl", "error", or an Allocation; for the scopes "layer" and "row", and
+    for each glob by itself.
     ``protect``: globs, "first", "head"; "auto" is the score's own.
     Raises ArgumentError, WeightError, DataError, PassError.
     """
@@ -85,10 +86,10 @@ class MaskWeights(Pass[Masked]):
         found = allocation_named(allocation)
         if found is None:
             return None
-        if self.selection.scope not in ("layer", "row") or isinstance(self.selection.sparsity, Mapping):
+        if self.selection.scope not in ("layer", "row"):
             raise ArgumentError(
-                f"allocation={found.name!r} spreads one sparsity over layers; it takes scope 'layer' or 'row' and one "
-                f"number, not scope={self.selection.scope!r} and sparsity={self.selection.sparsity!r}"
+                f"allocation={found.name!r} spreads a sparsity over layers; it takes scope 'layer' or 'row', not "
+                f"{self.selection.scope!r}"
             )
         if found.needs_data and data is None:
             raise ArgumentError(f"allocation={found.name!r} runs the network on data; give data=")
@@ -110,11 +111,12 @@ class MaskWeights(Pass[Masked]):
 
     def _budgets(self, program: Program, targets: tuple[Target, ...]) -> Budgets:
         """The targets that share one sparsity, with it."""
+        budgets = self.selection.budgets(targets)
         if self.allocation is None:
-            return self.selection.budgets(targets)
-        assert isinstance(self.selection.sparsity, float)
-        shares = self.allocation.shares(self._subject(program, targets, {}), self.selection.sparsity)
-        return [((target,), shares[target.name]) for target in targets]
+            return budgets
+        spread = self.allocation.shares
+        shares = [spread(self._subject(program, own, {}), sparsity) for own, sparsity in budgets if own]
+        return [((target,), each[target.name]) for (own, _), each in zip(budgets, shares) for target in own]
 
     def ensures(self, program: Program, result: PassResult[Masked]) -> None:
         """Raise unless exactly what was asked for is zero and nothing else than the targets changed."""

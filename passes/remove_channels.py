@@ -10,7 +10,7 @@ reconstruction (``vfx.passes.reconstruct``) solves for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vfx.analyse.layers import number_layers
@@ -40,7 +40,8 @@ class RemoveChannels(Pass[Removed]):
     that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform" or "global".
     ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency". ``units``: inside heads and
     groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do not allow the share); or
-    "experts" that a router chooses from, and nothing else. ``protect``: FQNs of modules or parameters. ``data`` feeds
+    "experts" that a router chooses from, and nothing else. ``roles``: the kinds of groups that may go, "streams",
+    "hidden", "blocks"; all if none is named. ``protect``: FQNs of modules or parameters. ``data`` feeds
     the scores that need it. The record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone;
     ``by(scores)`` is the same pass that goes by them.
     """
@@ -58,6 +59,7 @@ class RemoveChannels(Pass[Removed]):
         budget: str = "channels",
         round_to: int = 1,
         units: str = "auto",
+        roles: Sequence[str] = (),
         protect: Collection[str] = (),
         data: Any = None,
         loss: Loss | None = None,
@@ -69,7 +71,7 @@ class RemoveChannels(Pass[Removed]):
     ):
         if score == ROUTER and (units != "experts" or data is None):
             raise ArgumentError(f"score={ROUTER!r} is of experts and reads data; give units='experts' and data=")
-        self.widths = Widths(allocation, round_to, tuple(protect), units)
+        self.widths = Widths(allocation, round_to, tuple(protect), units, tuple(roles))
         self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
         self.loss, self.max_samples, self.comparable = loss, max_samples, score == "taylor"
         self.device, self.verify, self.seed, self.progress = device, verify, seed, progress

@@ -133,8 +133,8 @@ def test_no_layer_is_lost_and_totals_are_exact() -> None:
 def test_what_is_refused(model: nn.Module) -> None:
     with pytest.raises(ArgumentError, match="choose one of scope, progressive"):
         allocation_named("even")
-    for wrong in ({"sparsity": 0.5}, {"sparsity": {"*": 0.5}, "scope": "layer"}, {"scope": "1:2"}):
-        with pytest.raises(ArgumentError, match="spreads one sparsity over layers"):
+    for wrong in ({"sparsity": 0.5}, {"scope": "1:2"}):
+        with pytest.raises(ArgumentError, match="spreads a sparsity over layers"):
             prune(model, X[:2], allocation="erk", **wrong, **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="give data="):
         prune(model, X[:2], sparsity=0.5, scope="layer", allocation="owl", **QUIET)
@@ -149,3 +149,19 @@ def test_an_allocation_of_ones_own(model: nn.Module) -> None:
 
     result = prune(model, X[:2], sparsity=0.5, scope="layer", allocation=Head(), **QUIET)
     assert [int((w == 0).sum()) for w in weights(result.module)] == [0, 0, 60]
+
+
+@pytest.mark.parametrize(("sparsity", "whole"), [(0.7, True), (0.75, False)])
+def test_a_head_that_is_a_small_part_stays_whole_and_the_rest_makes_up_for_it(
+    model: nn.Module, sparsity: float, whole: bool
+) -> None:
+    """The head holds 120 of 840 weights: 0.48 of what is kept at 0.7, 0.57 at 0.75."""
+    own = subject(model)
+    shares = ErdosRenyi(head=0.5).shares(own, sparsity)
+    sizes = {target.name: target.numel for target in own.targets}
+    assert round(sum(share * sizes[name] for name, share in shares.items())) == int(sparsity * 840 + 1e-6)
+    assert (shares["4.weight"] == 0) == whole
+    plain = ErdosRenyi().shares(own, sparsity)
+    assert (shares == plain) == (not whole)
+    part = Subject(own.program, own.targets[:2], data=X, progress=False)  # whose last layer is no head
+    assert ErdosRenyi(head=0.5).shares(part, sparsity) == ErdosRenyi().shares(part, sparsity)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from vfx import cli, demo
 from vfx.emit.files import load
-from vfx.errors import ArchitectureError, ArgumentError, DataError
+from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, DataError
 from vfx.models import vgg11_bn
 from vfx.models.named import build
 
@@ -287,6 +287,18 @@ def test_prune_reads_labels_and_writes_the_result(checkpoints: list[str], tmp_pa
     assert set(shares.values()) == {0.75}
     pruned = load(safetensors)
     assert {name: float((pruned[name] == 0).double().mean()) for name in shares} == shares
+
+
+def test_prune_keeps_scores_in_a_file(checkpoints: list[str], tmp_path: Path) -> None:
+    data, scores, files = tmp_path / "x.npz", tmp_path / "w.safetensors", [tmp_path / f"{i}.safetensors" for i in "ab"]
+    np.savez(data, inputs=np.random.default_rng(0).standard_normal((8, 1, 32, 32)).astype(np.float32))
+    asked = ["prune", checkpoints[0], *MODEL, "-s", "0.5", "--scores", str(scores), "--solve", "none"]
+    invoke(*asked, "--score", "wanda", "-d", str(data), "--normalize", "none", "-o", str(files[0]))
+    invoke(*asked, "-o", str(files[1]))
+    one, two = map(load, files)
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    with pytest.raises(CheckpointError, match="another network"):
+        invoke("prune", checkpoints[1], *MODEL, "-s", "0.5", "--scores", str(scores))
 
 
 def test_prune_takes_one_share_and_says_what_is_wrong(checkpoints: list[str], tmp_path: Path) -> None:

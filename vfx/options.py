@@ -7,6 +7,7 @@ from the fields. Nothing heavy is imported: help and wrong options are answered 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -188,10 +189,15 @@ class PruneOptions(Rewriting):
         "Share of the weights that go, or glob=share for layers; repeatable.",
         Text("shares", ("--sparsity", "-s")),
     )
-    score: str | Score = keyword("magnitude", text=Text("text", catalogue=("pruning/scores/catalogue.py", "SCORES")))
+    score: str | Score = keyword(
+        "auto", text=Text("text", names=("auto",), catalogue=("pruning/scores/catalogue.py", "SCORES"))
+    )
+    scores: str | os.PathLike[str] | None = keyword(
+        None, "File of scores (.safetensors): read where it is there, else written.", Text("maybe")
+    )
     scope: str = keyword("auto", "auto, global, layer, row, or a pattern: 2:4, transposable 2:4.", Text("text"))
     allocation: str | Allocation = keyword(
-        "scope", text=Text("text", names=("scope",), catalogue=("pruning/allocation/catalogue.py", "ALLOCATIONS"))
+        "auto", text=Text("text", names=("auto", "scope"), catalogue=("pruning/allocation/catalogue.py", "ALLOCATIONS"))
     )
     repair_samples: int = keyword(64, "Samples that the repair reads.", Text("number"))
     protect: str | Sequence[str] = keyword(
@@ -225,6 +231,9 @@ class StructuredOptions(Rewriting):
         "auto",
         "What goes in heads and groups: channels, blocks, both, auto; or experts, or layers (residual blocks).",
         Text("text"),
+    )
+    roles: Sequence[str] = keyword(
+        (), "Kinds of groups that may go: streams, hidden, blocks; repeatable; default: all.", Text("texts")
     )
     protect: Sequence[str] = keyword((), "Weight whose groups stay whole; repeatable.", Text("texts"))
     variance: bool = keyword(True)

@@ -49,8 +49,8 @@ def compare(
     """Merge networks (or prune one) in every way of a grid, and hold what comes out side by side.
 
     ``models``: edges to merge, or one network to prune. ``grid``: values to try by the options of ``merge``, or of
-    ``prune`` (of ``prune_structured`` with ``method``, ``budget`` or ``units`` among them): a value or a list of
-    values; the default is a small grid of ``preserve`` and ``solve``, or of ``sparsity``. ``data`` calibrates,
+    ``prune`` (of ``prune_structured`` with ``method``, ``budget``, ``units`` or ``roles`` among them): a value or a
+    list of values; the default is a small grid of ``preserve`` and ``solve``, or of ``sparsity``. ``data`` calibrates,
     ``evaluate`` (batches, with labels behind the inputs) measures; without labels the figure is the agreement with the
     ensemble of the edges, or with the dense network. ``options``: given to every call. What cannot be made is listed
     with its error. Statistics that several merges read are collected once. ``resume``: a JSON file in which each
@@ -129,7 +129,7 @@ def _merging(grid: Mapping[str, Values] | None) -> tuple[Callable[..., Result], 
 
 def _pruning(grid: Mapping[str, Values] | None) -> tuple[Callable[..., Result], list[dict[str, Any]]]:
     chosen = {"sparsity": [0.5, 0.8, 0.9]} if grid is None else grid
-    structured = bool({"method", "budget", "units"} & set(chosen))
+    structured = bool({"method", "budget", "units", "roles"} & set(chosen))
     return (prune_structured if structured else prune), _combinations(chosen)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +18,20 @@ from vfx.passes.mask_weights import MaskWeights
 from vfx.program import Program
 from vfx.pruning.masks import KEEP, parametrize_masks, semi_structured
 from vfx.pruning.report import Moved, PruneReport, layer_rows, moved_statistics, output_moments
+from vfx.pruning.scores.catalogue import score_named
+from vfx.pruning.scores.file import ScoreFile
+from vfx.pruning.scores.score import Score
+from vfx.pruning.support import AUTO, Support, searchable
 from vfx.report import Stopwatch
 from vfx.statistics.data import Batches
 
 
 def masking(options: PruneOptions) -> MaskWeights:
-    """The pass that was asked for. Raises ArgumentError."""
+    """The pass that was asked for. Raises ArgumentError, and what a file of scores raises."""
     if options.masks not in KEEP:
         raise ArgumentError(f"masks={options.masks!r} is unknown; choose one of {', '.join(KEEP)}")
     return MaskWeights(
-        options.score,
+        _filed(options),
         options.sparsity,
         options.scope,
         allocation=options.allocation,
@@ -37,6 +42,28 @@ def masking(options: PruneOptions) -> MaskWeights:
         seed=options.seed,
         **options.reading,
     )
+
+
+def with_support(options: PruneOptions, program: Program | None = None) -> PruneOptions:
+    """The options with what "auto" stands for; without a ``program``, on one where it can be had."""
+    filed = options.scores is not None  # a file names its score itself
+    searched = options.data is not None and not filed and (program is None or searchable(program))
+    asked = Support(options.score, options.scope, options.allocation, options.protect)
+    chosen = asked.chosen(searched)
+    if filed:
+        return replace(options, allocation=chosen.allocation)
+    return replace(options, score=chosen.score, allocation=chosen.allocation, protect=chosen.protect)
+
+
+def _filed(options: PruneOptions) -> str | Score:
+    """The score, kept in a file where one is named. Raises ArgumentError, CheckpointError, OutputError."""
+    if options.scores is None:
+        return options.score
+    if options.steps != 1:
+        raise ArgumentError(
+            f"scores={options.scores!r} are of the dense network, and steps= takes them anew; leave one out"
+        )
+    return ScoreFile(Path(options.scores), None if options.score == AUTO else score_named(options.score))
 
 
 def masked(dense: Dense, mask: MaskWeights, options: PruneOptions, watch: Stopwatch) -> Restoring:
@@ -69,6 +96,8 @@ def _choices(mask: MaskWeights, restored: Restored, options: PruneOptions) -> di
     """What was chosen, for the report."""
     chosen = {"score": mask.score.name, "scope": mask.selection.scope}
     chosen["allocation"] = mask.allocation.name if mask.allocation else "scope"
+    if isinstance(mask.score, ScoreFile):
+        chosen["scores"] = mask.score.done
     return chosen | {"solve": restored.solve, "normalize": restored.normalize, "masks": options.masks}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from vfx.api.dense import capture_dense
 from vfx.api.elastic import prune_family
-from vfx.api.masking import masked, masked_result, masking
+from vfx.api.masking import masked, masked_result, masking, with_support
 from vfx.api.removing import removed, removed_result, share_of, whole_channels
 from vfx.api.restoring import decide
 from vfx.api.results import Result
@@ -32,9 +33,10 @@ def prune(
     example_inputs: Any = None,
     *,
     sparsity: Sparsity = None,
-    score: str | Score = "magnitude",
+    score: str | Score = "auto",
+    scores: str | os.PathLike[str] | None = None,
     scope: str = "auto",
-    allocation: str | Allocation = "scope",
+    allocation: str | Allocation = "auto",
     data: Any = None,
     max_samples: int | None = None,
     repair_samples: int = 64,
@@ -56,26 +58,32 @@ def prune(
     """Set the weights that a trained network needs least to zero and solve those that stay, without training.
 
     ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
-    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", "sparsegpt", "alps", or a Score. ``scope``:
-    "global", "layer", "row", a pattern such as "2:4" ("transposable 2:4" runs along the outputs, too), or "auto" (the
-    score's own: rows for Wanda, layers for SparseGPT and ALPS, else global).
+    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", "sparsegpt", "alps", or a Score; "auto" is ALPS
+    with data, unless a layer is too wide for it or the scope is "global", else magnitude. ``scores``: a .safetensors
+    file of scores, read where it is there (whatever data are given) and written where it is not.
+    ``scope``: "global", "layer", "row", a pattern such as "2:4" ("transposable 2:4" runs along the outputs, too), or
+    "auto" (the score's own: rows for Wanda, layers for SparseGPT and ALPS, else global).
     ``allocation``: how the share is spread over layers in the scopes "layer" and "row": "scope" (evenly),
-    "progressive", "erk" (Erdős–Rényi), "owl" (outliers), "error" (measured errors of the layers).
+    "progressive", "erk" (Erdős–Rényi), "owl" (outliers), "error" (measured errors of the layers); "auto" is "erk" where
+    score and scope are left to "auto" and ALPS is taken, else "scope".
     ``data``: batches as for ``merge``; labels behind the inputs serve the gradients. ``max_samples`` bounds what the
     score and the solution read, ``repair_samples`` what a normalization reads. ``protect``: layers that keep all
-    weights: globs, "first", "head"; "auto" is the head for Wanda. ``solve``: "least_squares" solves each layer, within
-    its mask, for the dense network's outputs on ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both,
-    whatever does best on held-out samples (as ``judge`` sees them, see ``merge``), and gives way to a normalization
-    that is named; None does not solve. ``normalize``: None, "repair", "rescale", "reset", towards the dense network's
-    statistics; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``steps`` one-shot steps along a
-    "cubic" or "linear" ``schedule``. ``masks``: "permanent" zeros, "parametrize" for fine-tuning, or "semi_structured"
-    2:4 tensors on CUDA. ``scope="group"`` (or ``structured``, its further options) removes whole channels instead: see
-    ``prune_structured``. ``dynamic_shapes`` and ``outputs`` (those that count): as for ``vfx.trace``.
+    weights: globs, "first", "head"; "auto" is the head where Wanda, SparseGPT or ALPS are named.
+    ``solve``: "least_squares" solves each layer, within its mask, for the dense network's outputs on ``data``
+    (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on held-out samples (as ``judge``
+    sees them, see ``merge``), and gives way to a normalization that is named; None does not solve. ``normalize``: None,
+    "repair", "rescale", "reset", towards the dense network's statistics; "auto" is RESET with BatchNorm, else REPAIR,
+    and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``: "permanent"
+    zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
+    ``structured``, its further options) removes whole channels instead: see ``prune_structured``. ``dynamic_shapes``
+    and ``outputs`` (those that count): as for ``vfx.trace``.
     *Vanishing Feature* §5.5, App. A.7.
-    Raises ArgumentError, WeightError, DataError, CaptureError, PassError, VerificationError.
+    Example: ``vfx.prune(model, x, sparsity=0.9, score="wanda", scores="wanda.safetensors", data=loader)``.
+    Raises ArgumentError, WeightError, DataError, CaptureError, CheckpointError, OutputError, PassError,
+    VerificationError.
     """
     options = PruneOptions(
-        sparsity=sparsity, score=score, scope=scope, allocation=allocation, data=reusable(data),
+        sparsity=sparsity, score=score, scores=scores, scope=scope, allocation=allocation, data=reusable(data),
         max_samples=max_samples, repair_samples=repair_samples, protect=protect, solve=solve, judge=judge,
         normalize=normalize, steps=steps, schedule=schedule, masks=masks, structured=structured,
         dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
@@ -83,8 +91,9 @@ def prune(
     if scope == "group" or structured is not None:
         return prune_structured(model, example_inputs, **whole_channels(options, prune_structured))
     watch = Stopwatch(progress)
-    mask = masking(options)
+    masking(with_support(options))  # what is wrong with them is said before anything takes time
     dense = capture_dense(model, example_inputs, options, watch)
+    mask = masking(with_support(options, dense.program))
     restoring = masked(dense, mask, options, watch)
     decision = decide({"": restoring}, dense.solved, watch)
     restored = restoring(decision.way, watch)
@@ -103,6 +112,7 @@ def prune_structured(
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
     units: str = "auto",
+    roles: Sequence[str] = (),
     protect: Sequence[str] = (),
     variance: bool = True,
     data: Any = None,
@@ -134,8 +144,10 @@ def prune_structured(
     chooses from, by the mean of what each adds as the router weighs it ("router", REAP, Lasby et al. 2025) where there
     are data; as many stay as it chooses for a token. "layers" are whole residual blocks of any network (``sparsity``:
     the share of them), each time the one without which the outputs on ``data`` change least (ShortGPT, Men et al.
-    2024). ``protect``: FQNs whose groups stay whole.
-    ``variance``: approximate the variances of folded channels without data.
+    2024).
+    ``roles``: the kinds of groups that may go, "streams" (residual), "hidden" (between layers), "blocks" (heads, groups
+    of convolutions, and what is inside); all if none is named. Positions (tokens, latents) never go.
+    ``protect``: FQNs whose groups stay whole. ``variance``: approximate the variances of folded channels without data.
     ``solve``: "least_squares" solves each layer for what the dense network gives in the channels kept (or merged) on
     ``data`` (``vfx.Reconstruct``); "auto" does that, normalizes, or both, whatever does best on
     held-out samples, and gives way to a normalization that is named.
@@ -150,7 +162,7 @@ def prune_structured(
     """
     options = StructuredOptions(
         sparsity=sparsity, method=method, score=score, allocation=allocation, budget=budget, round_to=round_to,
-        units=units, protect=protect, variance=variance, data=reusable(data), solve=solve, judge=judge,
+        units=units, roles=roles, protect=protect, variance=variance, data=reusable(data), solve=solve, judge=judge,
         loss=loss, max_samples=max_samples, repair_samples=repair_samples, normalize=normalize,
         dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Scores
 from vfx.pruning.removed import Removed
+from vfx.pruning.roles import check_roles
 from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
 
@@ -102,7 +103,7 @@ def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
     if options.units == "layers":
         return {"": _blocks(share, options)}
     keywords: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
-    keywords |= {"units": options.units, "protect": options.protect}
+    keywords |= {"units": options.units, "roles": options.roles, "protect": options.protect}
     keywords |= {"verify": options.verify, "seed": options.seed}
     if options.method == "fold" and options.units == "experts":
         raise ArgumentError("units='experts' are removed; folding merges channels, leave method='fold' out")
@@ -119,6 +120,7 @@ def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
 
 def _blocks(share: Share, options: StructuredOptions) -> RemoveBlocks:
     """What removes residual blocks. Raises ArgumentError for options that say how channels go."""
+    check_roles(options.roles, options.units)
     plain = {"method": "remove", "score": "auto", "allocation": "uniform", "round_to": 1}
     for name, value in plain.items():
         if getattr(options, name) != value:
@@ -155,7 +157,12 @@ def removed_result(
 def _choices(removal: Removal, share: Share, restored: Restored, options: StructuredOptions) -> dict[str, Any]:
     """What was chosen, for the report."""
     chosen: dict[str, Any] = {"method": options.method, "sparsity": share.part, "budget": dict(options.budget or {})}
-    chosen |= {"units": options.units, "allocation": options.allocation, "score": removal.score}
+    chosen |= {
+        "units": options.units,
+        "roles": list(options.roles),
+        "allocation": options.allocation,
+        "score": removal.score,
+    }
     return chosen | {"solve": restored.solve, "normalize": restored.normalize}
 
 
@@ -173,6 +180,10 @@ def whole_channels(options: PruneOptions, function: Callable[..., Any]) -> dict[
         raise ArgumentError(f"scope={options.scope!r} masks single weights; structured= goes with scope='group'")
     if options.masks != "permanent" or options.steps != 1:
         raise ArgumentError("scope='group' removes channels for good in one step: masks and steps are for weights")
+    if options.scores is not None:
+        raise ArgumentError(
+            "scope='group' goes by channels, and the file of scores= is of single weights; leave it out"
+        )
     if not isinstance(options.sparsity, float):
         raise ArgumentError(f"scope='group' takes one sparsity in [0, 1), got {options.sparsity!r}")
     protect = options.protect

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Entry, Evaluate, Inputs, Json, Model, Out
 from vfx.cli.results import STDOUT, check_outputs, evaluated, finish
+from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, StructuredOptions
 
 Checkpoint = Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")]
@@ -40,18 +41,28 @@ def prune(
     check_network(model, [checkpoint], inputs)
     asked = values(PruneOptions, given)  # raises before anything takes time
     from vfx import api
-    from vfx.pruning.scores.catalogue import score_named
 
     (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     protected = given["protect"]
     asked |= {
         "data": data_of(given["data"], examples, model),
-        "score": score_named(given["score"], **dict(option(text, "--score-arg") for text in score_arguments)),
+        "score": _score(given["score"], dict(option(text, "--score-arg") for text in score_arguments)),
         "protect": "auto" if protected in (None, [], ["auto"]) else [name for name in protected if name != "none"],
     }
     result = api.prune(network, examples, **asked)
     finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]), [checkpoint])
+
+
+def _score(name: str, options: dict[str, Any]) -> Any:
+    """A score with its options. Raises ArgumentError."""
+    from vfx.pruning.scores.catalogue import score_named
+
+    if name != "auto":
+        return score_named(name, **options)
+    if options:
+        raise ArgumentError("--score-arg: name the score that takes it (--score wanda)")
+    return name
 
 
 @app.command("prune-structured")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
@@ -80,6 +81,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     require_file(path, CheckpointError)
     try:
         return load_tensors(path.read_bytes())
+    except Exception as error:  # damaged headers raise more than SafetensorError
+        raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file. Raises CheckpointError for a file that is missing or damaged."""
+    require_file(path, CheckpointError)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
     except Exception as error:  # damaged headers raise more than SafetensorError
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
 

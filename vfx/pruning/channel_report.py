@@ -10,16 +10,18 @@ from rich.table import Table
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.pruning.depth import RemovedBlock
+from vfx.pruning.roles import group_roles
 from vfx.report import Report
 from vfx.terminal import largest, titled
 
 
 @dataclass(frozen=True)
 class Width:
-    """One group's channels (in each block) before and after, and the blocks it had; 1 without."""
+    """One group's channels (in each block) before and after, its ``role``, and the blocks it had; 1 without."""
 
     group: int
     name: str
+    role: str
     before: int
     after: int
     blocks: int
@@ -60,12 +62,13 @@ class ChannelReport(Report):
         shown = largest(self.widths, lambda one: (one.before - one.after) * one.blocks)
         table = Table(title=titled("channels", len(shown), len(self.widths)))
         table.add_column("group", overflow="fold")
+        table.add_column("role", no_wrap=True)
         for column in ("before", "after", "removed"):
             table.add_column(column, justify="right", no_wrap=True)
         for one in shown:
             times = f"{one.blocks} × " if one.blocks > 1 else ""
             removed = f"{1 - one.after / one.before:.0%}"
-            table.add_row(one.name, f"{times}{one.before}", f"{times}{one.after}", removed)
+            table.add_row(one.name, one.role, f"{times}{one.before}", f"{times}{one.after}", removed)
         return table
 
     def _proofs(self) -> Iterator[tuple[str, str]]:
@@ -76,4 +79,5 @@ class ChannelReport(Report):
 
 def widths(facts: Symmetry, sizes: Mapping[int, int]) -> tuple[Width, ...]:
     """Every group's width before and after."""
-    return tuple(Width(g.index, g.name, g.size, sizes[g.index], g.outer) for g in facts.groups)
+    roles = group_roles(facts)
+    return tuple(Width(g.index, g.name, roles[g.index], g.size, sizes[g.index], g.outer) for g in facts.groups)

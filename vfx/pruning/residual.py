@@ -49,6 +49,11 @@ def residual_blocks(program: Program) -> list[ResidualBlock]:
     return list(_named(program, inner))
 
 
+def residual_sums(program: Program) -> list[fx.Node]:
+    """The sums that add a branch to a value that it was computed from."""
+    return [node for node in program.graph.nodes if any(_branches(node))]
+
+
 def _branches(node: fx.Node) -> Iterator[str]:
     """The operands of a sum that are computed from another term of it."""
     a = arguments(node) if node.op == "call_function" and operator_of(node).is_add else {}

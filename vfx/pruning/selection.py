@@ -97,7 +97,7 @@ class Selection:
 
     def scopes(self, target: Target) -> tuple[int, int]:
         """How many scopes a single weight holds, and how many members each has; (0, 0) for the global scope."""
-        outputs, inputs, taps = self._matrix_shape(target)
+        outputs, inputs, taps = target.matrix_shape
         return {
             "global": (0, 0),
             "layer": (1, target.numel),
@@ -167,12 +167,9 @@ class Selection:
         whole = kept.reshape(blocks.shape).permute(1, 3, 2, 4, 0)
         return target.restored(whole.reshape(matrix.shape))
 
-    def _matrix_shape(self, target: Target) -> tuple[int, ...]:
-        return tuple(target.matrix(torch.empty(target.shape, device="meta")).shape)
-
     def _check_divides(self, targets: Sequence[Target]) -> None:
         for target in targets:
-            outputs, inputs, _ = self._matrix_shape(target)
+            outputs, inputs, _ = target.matrix_shape
             sizes = {"inputs": inputs} | ({"outputs": outputs // groups_of(target.nodes[0])} if self.both else {})
             for what, size in sizes.items():
                 if not size % self.of:

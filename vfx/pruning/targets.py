@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from vfx.analyse.layers import ancestors, descendants
@@ -56,6 +57,12 @@ class Target:
         groups = groups_of(node)
         inputs, outputs, taps = flat.shape
         return flat.reshape(groups, inputs // groups, outputs, taps).transpose(1, 2).reshape(-1, inputs // groups, taps)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """Outputs, inputs and taps."""
+        outputs, inputs, taps = self.matrix(torch.empty(self.shape, device="meta")).shape
+        return outputs, inputs, taps
 
     def restored(self, matrix: Tensor) -> Tensor:
         """The inverse of ``matrix``."""
@@ -133,7 +140,7 @@ def unprotected(targets: Sequence[Target], protect: Iterable[str]) -> tuple[Targ
     """
     guarded: set[str] = set()
     for pattern in protect:
-        special = {FIRST: _first, HEAD: _head}.get(pattern)
+        special = {FIRST: _first, HEAD: heads}.get(pattern)
         found = special(targets) if special else {target.name for target in targets if target.matches(pattern)}
         if not found:
             raise nothing_matches("protect", pattern, targets)
@@ -179,7 +186,7 @@ def _reads_input(node: fx.Node, layers: set[fx.Node]) -> bool:
     return not before & layers and any(one.op == "placeholder" for one in before)
 
 
-def _head(targets: Sequence[Target]) -> set[str]:
+def heads(targets: Sequence[Target]) -> set[str]:
     """Weights of layers behind which no other layer runs."""
     layers = {node for target in targets for node in target.nodes}
     return {target.name for target in targets if any(not descendants([node]) & layers for node in target.nodes)}

@@ -21,6 +21,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.pruning.experts import expert_groups
 from vfx.pruning.groups import Scores
+from vfx.pruning.roles import check_roles, group_roles
 from vfx.pruning.shares import Streams
 from vfx.resize.slots import Bundle, RemovalUnits
 
@@ -51,19 +52,22 @@ class Widths:
     where a group has as many. ``units``: of groups inside blocks (heads × dim, groups × channels) remove "channels" in
     each block, whole "blocks", or "both"; "auto" is channels, and blocks where their numbers do not allow the share.
     "experts" are what a router chooses from, and nothing else goes.
-    ``allocation``: "uniform" or "global".
+    ``allocation``: "uniform" or "global". ``roles``: the kinds of groups that may go (``vfx.pruning.roles``), all if
+    none is named.
     """
 
     allocation: str = "uniform"
     round_to: int = 1
     protect: tuple[str, ...] = ()
     units: str = "auto"
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
             raise ArgumentError(f"allocation={self.allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
         if self.units not in UNITS:
             raise ArgumentError(f"units={self.units!r}: choose one of {', '.join(UNITS)}")
+        check_roles(self.roles, self.units)
         if self.round_to < 1:
             raise ArgumentError(f"round_to must be at least 1, got {self.round_to}")
 
@@ -72,6 +76,9 @@ class Widths:
     def streams(self, slots: RemovalUnits) -> Streams:
         """What the bundles make up of which units may be removed."""
         movable = {k for k, bundle in enumerate(slots.bundles) if not (bundle.fixed or self._stays(slots, bundle))}
+        if self.roles:
+            known = group_roles(slots.facts)
+            movable = {k for k in movable if all(known[g] in self.roles for g in slots.bundles[k].groups)}
         if self.units == "experts":
             chosen = expert_groups(slots.facts)
             return Streams(slots, frozenset(k for k in movable if chosen.issuperset(slots.bundles[k].groups)))

@@ -6,6 +6,8 @@ one. Positions may be permuted like channels, but the network has as many as its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 from vfx.analyse.layers import descendants
@@ -27,7 +29,7 @@ def positions(facts: Symmetry) -> dict[int, str]:
         weights = [a for a in node.all_input_nodes if a not in values and len(facts.terms.sizes(a)) > 1]
         if not values or not weights:
             continue
-        data, read_by, result = (_leaves(spaces, nodes) for nodes in (values, weights, [node]))
+        data, read_by, result = (leaves_on(spaces, nodes) for nodes in (values, weights, [node]))
         summed |= (data & read_by) - result
         carried |= {leaf: node.name for leaf in (data & result) - read_by if leaf not in carried}
     read = {g.index for g in facts.groups if any(m.role in ("in", "tied") for m in g.members)}
@@ -36,6 +38,7 @@ def positions(facts: Symmetry) -> dict[int, str]:
     return {group: name for group, name in names.items() if group not in read | named}
 
 
-def _leaves(spaces: Spaces, nodes: list[fx.Node]) -> frozenset[int]:
+def leaves_on(spaces: Spaces, nodes: Iterable[fx.Node]) -> frozenset[int]:
+    """The leaves that stand on some axis of these values."""
     shapes = [shape for shape in map(spaces.shape, nodes) if shape is not None]
     return frozenset().union(*(spaces.leaves(axis) for shape in shapes for axis in shape.axes))

@@ -9,6 +9,7 @@ from vfx.arguments import checked
 from vfx.errors import ArgumentError
 from vfx.pruning.allocation.allocation import Allocation, met
 from vfx.pruning.scores.score import Subject
+from vfx.pruning.targets import find_targets, heads
 
 
 class Progressive(Allocation):
@@ -29,15 +30,25 @@ class Progressive(Allocation):
 
 
 class ErdosRenyi(Allocation):
-    """Densities in proportion to (outputs + inputs + Σ kernel) / (outputs · inputs · Π kernel) (Evci et al. 2020)."""
+    """Densities in proportion to (outputs + inputs + Σ kernel) / (outputs · inputs · Π kernel) (Evci et al. 2020).
+
+    ``head``: the layers behind which no other comes keep all weights where these are at most this share of what the
+    network keeps; the others make up for it. Raises ArgumentError.
+    """
 
     name: ClassVar[str] = "erk"
+
+    @checked
+    def __init__(self, head: float = 0.0):
+        if not 0 <= head < 1:
+            raise ArgumentError(f"head={head} lies in [0, 1)")
+        self.head = head
 
     def shares(self, subject: Subject, sparsity: float) -> dict[str, float]:
         sizes = {target.name: target.numel for target in subject.targets}
         density = {target.name: sum(target.shape) / math.prod(target.shape) for target in subject.targets}
         kept = (1 - sparsity) * sum(sizes.values())
-        full: set[str] = set()  # layers that the proportion would make more than dense keep all weights
+        full = self._whole(subject, sizes, kept)  # layers that would be more than dense keep all weights, too
         while True:
             rest = [name for name in sizes if name not in full]
             left = kept - sum(sizes[name] for name in full)
@@ -48,3 +59,8 @@ class ErdosRenyi(Allocation):
             full |= crowded
         wishes = {name: 0.0 if name in full else 1 - factor * density[name] for name in sizes}
         return met(wishes, sizes, sparsity)
+
+    def _whole(self, subject: Subject, sizes: dict[str, int], kept: float) -> set[str]:
+        """The layers of the head, where they keep all their weights."""
+        found = set(sizes) & heads(find_targets(subject.program)[0]) if self.head else set()
+        return found if sum(sizes[name] for name in found) <= self.head * kept else set()

@@ -24,6 +24,7 @@ class ScoreOnce(Score):
         if self.inner.layer_by_layer:
             raise ArgumentError(f"the {self.inner.name} scores of a layer depend on how earlier layers are pruned")
         self.name, self.needs_data = self.inner.name, self.inner.needs_data  # type: ignore[misc]
+        self.moves_weights = self.inner.moves_weights
         self.scope, self.protect = self.inner.scope, self.inner.protect  # type: ignore[misc]
         self._known: tuple[list[Tensor], Scored] | None = None
 

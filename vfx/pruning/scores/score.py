@@ -64,6 +64,7 @@ class Score(ABC):
     scope: ClassVar[str] = "global"  # where the user names none
     protect: ClassVar[tuple[str, ...]] = ()
     layer_by_layer: bool = False  # whether a layer's scores depend on what was pruned before it
+    moves_weights: bool = False  # whether those that stay are updated
 
     @abstractmethod
     def scores(self, subject: Subject) -> Values:

@@ -121,7 +121,7 @@ class WoodFisher(Score):
         if not damping > 0:
             raise ArgumentError(f"damping must be above 0, got {damping!r}")
         self.block, self.damping, self.update = block, damping, update
-        self.loss, self.labels = loss, labels
+        self.loss, self.labels, self.moves_weights = loss, labels, update is not None
         self.minibatch, self.memory = minibatch, memory
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
