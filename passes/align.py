@@ -134,11 +134,10 @@ def _with_goals(
     if not before:
         return result
     covariances = {} if statistics is None else statistics.covariances
-    nodes = {node.name: node for node in program.graph.nodes}
     channels = statistics_channels(program)
     goals, unknown = {}, dict[str, None]()
     for name, goal in before.items():
-        node, rows = nodes[name], []
+        node, rows = program.nodes[name], []
         for edge, elements in enumerate(matching.elements):
             on, spread = _on(facts, elements, node, channels[name]), covariances.get(name)
             if on is None or (spread is None and on.behind is not None and on.behind.ndim == 2):

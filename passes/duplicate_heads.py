@@ -24,8 +24,9 @@ from vfx.operators import arguments, operator_of
 from vfx.options import HeadOutput
 from vfx.program import Program, Value, copy_node, readers_of
 from vfx.rewrite import Pass, PassResult
-from vfx.rewrite.copies import Duplicator, call, weighted_sum
+from vfx.rewrite.copies import Duplicator, weighted_sum
 from vfx.rewrite.edges import own_values
+from vfx.rewrite.nodes import call
 
 
 class DuplicateHeads(Pass[None]):

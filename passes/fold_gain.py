@@ -14,7 +14,6 @@ class (``RestoreStructure``), unless a layer that had no bias was given one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -25,9 +24,10 @@ from vfx.analyse.shift import shift_readers
 from vfx.analyse.symmetry import symmetry
 from vfx.arguments import checked
 from vfx.operators import arguments, layer_arguments, weight_name
-from vfx.program import Program, Value, copy_graph, readers_of
+from vfx.program import Program, copy_graph, readers_of
 from vfx.rewrite import Pass, PassResult
 from vfx.rewrite.biases import add_bias
+from vfx.rewrite.nodes import call
 
 Sets = list[dict[str, Tensor]]
 
@@ -76,12 +76,7 @@ class _Run:
                 self.notes.append(f"gain of {gain.node.name} not folded: {reason}")
 
     def program(self) -> Program:
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        gone = set(self.source.names()) - read
-        sets = [{name: tensor for name, tensor in weights.items() if name not in gone} for weights in self.sets]
-        return replace(self.source, graph=self.graph, weights=tuple(sets))
+        return self.source.rewritten(self.graph, self.sets, "FoldGain")
 
     def _fold(self, gain: Gain) -> str:
         """Fold one gain; why it stays, or nothing."""
@@ -180,9 +175,7 @@ class _Run:
         old_value, wanted = value.meta["val"], node.meta["val"]
         if old_value.dtype != wanted.dtype:
             with self.graph.inserting_before(node):
-                cast = self.graph.call_function(torch.ops.aten.to.dtype, (value, wanted.dtype))
-            cast.meta = {"val": Value(wanted.shape, wanted.dtype)}
-            value = cast
+                value = call(self.graph, torch.ops.aten.to.dtype, (value, wanted.dtype), wanted)
         node.replace_all_uses_with(value)
         self.graph.erase_node(node)
         self._mapping[gain.node] = value  # what another gain may multiply

@@ -62,12 +62,7 @@ class FoldNormalization(Pass[None]):
                 continue
             _fold(graph, foldable, sets)
             count += 1
-        graph.eliminate_dead_code()
-        graph.lint()
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        gone = set(program.names()) - read
-        sets = [{name: tensor for name, tensor in weights.items() if name not in gone} for weights in sets]
-        result = program.with_graph(graph, sets, f"FoldNormalization({count} layers)")
+        result = program.rewritten(graph, sets, f"FoldNormalization({count} layers)")
         return PassResult(result.with_notes(notes))
 
 

@@ -20,8 +20,9 @@ from vfx.analyse.layer_view import layer_views
 from vfx.analyse.layers import Choice, Join, number_layers
 from vfx.arguments import checked
 from vfx.complex_numbers import is_complex
-from vfx.program import Program, copy_graph
+from vfx.program import Program, Value, copy_graph
 from vfx.rewrite import Pass, PassResult
+from vfx.rewrite.nodes import call, parameter
 
 
 class InsertNormalization(Pass[None]):
@@ -79,20 +80,12 @@ def _insert(graph: fx.Graph, node: fx.Node, channel: int, weights: dict[str, Ten
         name(node.name, SHIFT): torch.zeros(size, *[1] * after, dtype=value.dtype, device=like.device),
     }
     users = list(node.users)
-    with graph.inserting_after(node):
-        scale = graph.create_node("get_attr", name(node.name, SCALE), name=f"{node.name}_scale")
-    with graph.inserting_after(scale):
-        multiply = graph.create_node(
-            "call_function", torch.ops.aten.mul.Tensor, (node, scale), name=f"{node.name}_scaled"
-        )
-    with graph.inserting_after(multiply):
-        shift = graph.create_node("get_attr", name(node.name, SHIFT), name=f"{node.name}_shift")
-    with graph.inserting_after(shift):
-        add = graph.create_node(
-            "call_function", torch.ops.aten.add.Tensor, (multiply, shift), name=f"{node.name}_shifted"
-        )
-    for new in (multiply, add):
-        new.meta = {"val": value}
+    small = Value((size, *[1] * after), value.dtype)
+    with graph.inserting_before(node.next):
+        scale = parameter(graph, name(node.name, SCALE), small, f"{node.name}_scale")
+        multiply = call(graph, torch.ops.aten.mul.Tensor, (node, scale), value, name=f"{node.name}_scaled")
+        shift = parameter(graph, name(node.name, SHIFT), small, f"{node.name}_shift")
+        add = call(graph, torch.ops.aten.add.Tensor, (multiply, shift), value, name=f"{node.name}_shifted")
     for user in users:
         user.replace_input_with(node, add)
     return parameters

@@ -31,8 +31,7 @@ class RescaleWeights(Pass[None]):
 
     def apply(self, program: Program) -> PassResult[None]:
         alphas = edge_weights(self.weights, program.edges)
-        nodes = {node.name: node for node in program.graph.nodes}
-        chosen = [weight_name(nodes[layer.node]) for layer in number_layers(program).select(self.layers)]
+        chosen = [weight_name(program.nodes[layer.node]) for layer in number_layers(program).select(self.layers)]
         names = dict.fromkeys(name for name in chosen if name is not None and name not in program.private)
         sets, silent = [dict(weights) for weights in program.weights], []
         for name in names:

@@ -46,12 +46,11 @@ class Crossed:
 
     def references(self, shares: Sequence[float]) -> list[Reference]:
         """Every edge at its own width, with what brings its channels to the first one's."""
-        nodes = [{node.name: node for node in program.graph.nodes} for program in self.edges]
         references = [Reference(self.edges[0], shares[0])]
         for edge, carriage in enumerate(self.carriages, start=1):
 
             def along(node: str, dim: int, edge: int = edge, carriage: Carriage = carriage) -> Tensor | None:
-                return carriage.matrix(nodes[0][node], nodes[edge][node], dim)
+                return carriage.matrix(self.edges[0].nodes[node], self.edges[edge].nodes[node], dim)
 
             references.append(Reference(self.edges[edge], shares[edge], along))
         return references

@@ -44,9 +44,7 @@ class UntieWeights(Pass[None]):
                 for weights in sets:
                     weights.setdefault(new, weights[fqn])
                 _redirect(graph, node, value, new)
-        graph.eliminate_dead_code()
-        graph.lint()
-        return PassResult(program.with_graph(graph, sets, f"UntieWeights({len(copies)} tensors)"))
+        return PassResult(program.rewritten(graph, sets, f"UntieWeights({len(copies)} tensors)"))
 
 
 def _name(program: Program, fqn: str, layer: str, parameter: str, taken: set[str]) -> str:

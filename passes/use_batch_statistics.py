@@ -15,7 +15,7 @@ RESET    BatchNorm with μ_B, σ_B for its running values
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,7 @@ from vfx.normalize.batch_norms import merged_norms
 from vfx.operators import arguments
 from vfx.program import Goal, Program, Value, copy_graph
 from vfx.rewrite import Pass, PassResult
+from vfx.rewrite.nodes import call, parameter
 
 EPSILON = 1e-5
 Kind = Literal["repair", "rescale", "rescale_average", "reset"]
@@ -63,12 +64,10 @@ class UseBatchStatistics(Pass[None]):
                     )
                     count += 1
         for node in norms:
-            _by_batch(graph, node, weights)
-        graph.eliminate_dead_code()
-        graph.lint()
+            _by_batch(graph, node)
         note = f"UseBatchStatistics({self.kind}, {count + len(norms)} layers)"
         warning = f"{self.kind}: the network normalises by the statistics of each batch; one sample alone has none"
-        result = program.with_graph(graph, [weights], note)
+        result = program.rewritten(graph, [weights], note)
         return PassResult(result.with_notes([warning]))
 
 
@@ -79,35 +78,17 @@ def _plain_layers(program: Program, layers: Choice) -> list[Layer]:
     return [x for x in chosen if not views[x.node].is_normalized]
 
 
-class _Writer:
-    """Appends calls behind a node, each in front of what reads it."""
-
-    def __init__(self, graph: fx.Graph, before: fx.Node):
-        self.graph, self.before = graph, before
-
-    def __call__(self, target: Any, *args: Any, value: Value, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta = {"val": value}
-        return node
-
-    def parameter(self, fqn: str, value: Value) -> fx.Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.create_node("get_attr", fqn)
-        node.meta = {"val": value}
-        return node
-
-    def statistics(self, x: fx.Node, channel: int, epsilon: float = EPSILON) -> tuple[fx.Node, fx.Node]:
-        """x − μ_B and 1/√(σ_B² + ε), the latter with ones on every axis but the channels'."""
-        value = x.meta["val"]
-        dims = [d for d in range(len(value.shape)) if d != channel]
-        small = Value(tuple(s if d == channel else 1 for d, s in enumerate(value.shape)), value.dtype)
-        mean = self(_aten.mean.dim, x, dims, True, value=small)
-        centred = self(_aten.sub.Tensor, x, mean, value=value)
-        squared = self(_aten.mul.Tensor, centred, centred, value=value)
-        variance = self(_aten.mean.dim, squared, dims, True, value=small)
-        padded = self(_aten.add.Tensor, variance, epsilon, value=small)
-        return centred, self(_aten.rsqrt.default, padded, value=small)
+def _statistics(graph: fx.Graph, x: fx.Node, channel: int, epsilon: float = EPSILON) -> tuple[fx.Node, fx.Node]:
+    """x − μ_B and 1/√(σ_B² + ε), the latter with ones on every axis but the channels'."""
+    value = x.meta["val"]
+    dims = [d for d in range(len(value.shape)) if d != channel]
+    small = Value(tuple(s if d == channel else 1 for d, s in enumerate(value.shape)), value.dtype)
+    mean = call(graph, _aten.mean.dim, (x, dims, True), small)
+    centred = call(graph, _aten.sub.Tensor, (x, mean), value)
+    squared = call(graph, _aten.mul.Tensor, (centred, centred), value)
+    variance = call(graph, _aten.mean.dim, (squared, dims, True), small)
+    padded = call(graph, _aten.add.Tensor, (variance, epsilon), small)
+    return centred, call(graph, _aten.rsqrt.default, (padded,), small)
 
 
 def _normalised(graph: fx.Graph, node: fx.Node, channel: int, kind: str, goal: Goal) -> dict[str, Tensor]:
@@ -119,36 +100,32 @@ def _normalised(graph: fx.Graph, node: fx.Node, channel: int, kind: str, goal: G
     if kind == "rescale_average":
         std = std.mean().expand_as(std)
     parameters = {name(node.name, "goal_std"): std.reshape(shape).clone()}
-    write = _Writer(graph, node.next)
-    centred, inverse = write.statistics(node, channel)
-    wanted = write.parameter(name(node.name, "goal_std"), Value(shape, value.dtype))
-    small = inverse.meta["val"]
-    scale = write(_aten.mul.Tensor, inverse, wanted, value=small)
-    result = write(_aten.mul.Tensor, centred if kind == "repair" else node, scale, value=value)
-    if kind == "repair":
-        parameters[name(node.name, "goal_mean")] = mean.reshape(shape).clone()
-        offset = write.parameter(name(node.name, "goal_mean"), Value(shape, value.dtype))
-        result = write(_aten.add.Tensor, result, offset, value=value)
+    small = Value(shape, value.dtype)
+    with graph.inserting_before(node.next):
+        centred, inverse = _statistics(graph, node, channel)
+        wanted = parameter(graph, name(node.name, "goal_std"), small)
+        scale = call(graph, _aten.mul.Tensor, (inverse, wanted), inverse.meta["val"])
+        result = call(graph, _aten.mul.Tensor, (centred if kind == "repair" else node, scale), value)
+        if kind == "repair":
+            parameters[name(node.name, "goal_mean")] = mean.reshape(shape).clone()
+            offset = parameter(graph, name(node.name, "goal_mean"), small)
+            result = call(graph, _aten.add.Tensor, (result, offset), value)
     for user in users:
         user.replace_input_with(node, result)
     return parameters
 
 
-def _by_batch(graph: fx.Graph, node: fx.Node, weights: dict[str, Tensor]) -> None:
+def _by_batch(graph: fx.Graph, node: fx.Node) -> None:
     """A BatchNorm without running statistics: γ (x − μ_B)/√(σ_B² + ε) + β."""
     a = arguments(node)
-    source, value = a["input"], node.meta["val"]
-    write = _Writer(graph, node)
-    centred, inverse = write.statistics(source, 1, float(a["eps"]))
-    result = write(_aten.mul.Tensor, centred, inverse, value=value)
+    value = node.meta["val"]
     shape = (value.shape[1], *[1] * (len(value.shape) - 2))
-    for key, target in (("weight", _aten.mul.Tensor), ("bias", _aten.add.Tensor)):
-        if isinstance(a[key], fx.Node):
-            column = write(_aten.view.default, a[key], list(shape), value=Value(shape, value.dtype))
-            result = write(target, result, column, value=value)
+    with graph.inserting_before(node):
+        centred, inverse = _statistics(graph, a["input"], 1, float(a["eps"]))
+        result = call(graph, _aten.mul.Tensor, (centred, inverse), value)
+        for key, target in (("weight", _aten.mul.Tensor), ("bias", _aten.add.Tensor)):
+            if isinstance(a[key], fx.Node):
+                column = call(graph, _aten.view.default, (a[key], list(shape)), Value(shape, value.dtype))
+                result = call(graph, target, (result, column), value)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-    for unread in ("running_mean", "running_var"):
-        fqn = str(a[unread].target)
-        if not any(n.op == "get_attr" and n.target == fqn and n.users for n in graph.nodes):
-            weights.pop(fqn, None)

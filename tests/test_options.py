@@ -80,6 +80,7 @@ def test_a_name_that_no_catalogue_holds_is_refused_before_the_command_runs() -> 
 
 
 def test_every_keyword_that_is_written_says_what_it_is() -> None:
+    assert all(len(spoken(options)) > 5 for options in CALLS.values())
     for options in CALLS.values():
         for one, text in spoken(options).values():
             assert isinstance(text, Text)

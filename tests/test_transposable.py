@@ -117,7 +117,9 @@ def test_masks_run_along_both_axes_of_every_layout(score: str, solve: str | None
 def test_magnitudes_of_a_mask_are_the_best_sum() -> None:
     model = network(_layouts, X)
     result = prune(model, scope=SCOPE, example_inputs=X[:2], normalize=None, **OPTIONS)
-    for target, kept in zip(find_targets(trace(model, X[:2]))[0], _kept(result.program, result.program.weights[0])):
+    masks = _kept(result.program, result.program.weights[0])
+    assert len(masks) > 2
+    for target, kept in zip(find_targets(trace(model, X[:2]))[0], masks, strict=True):
         matrix = target.matrix(dict(model.named_parameters())[target.name].detach().abs())
         for tap, outputs, inputs in product(*(range(0, size, step) for size, step in zip(kept.shape, (1, 8, 16)))):
             place = slice(outputs, outputs + 4), slice(inputs, inputs + 4)

@@ -219,12 +219,16 @@ class Program:
         statistics = {str(value.target) for value in read if isinstance(value, fx.Node)}
         return (self.buffers & self.weights[0].keys()) - statistics
 
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """The graph's nodes by name."""
+        return {node.name: node for node in self.graph.nodes}
+
     def node(self, name: str) -> fx.Node:
         """The graph node called ``name``."""
-        for node in self.graph.nodes:
-            if node.name == name:
-                return node
-        raise ArgumentError(f"the graph has no node {name!r}")
+        if name not in self.nodes:
+            raise ArgumentError(f"the graph has no node {name!r}")
+        return self.nodes[name]
 
     def with_weights(self, weights: Iterable[Weights], note: str | None = None) -> Program:
         """The same graph with other weight sets."""
@@ -238,6 +242,14 @@ class Program:
     def with_graph(self, graph: fx.Graph, weights: Iterable[Weights], note: str, **changes: Any) -> Program:
         """A rewritten graph and its weight sets."""
         return replace(self, graph=graph, weights=tuple(weights), history=(*self.history, note), **changes)
+
+    def rewritten(self, graph: fx.Graph, weights: Iterable[Weights], note: str, **changes: Any) -> Program:
+        """As ``with_graph``, without the calls whose results, and the tensors that, nothing reads any more."""
+        graph.eliminate_dead_code()
+        graph.lint()
+        gone = set(self.names()) - {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        kept = ({name: tensor for name, tensor in tensors.items() if name not in gone} for tensors in weights)
+        return self.with_graph(graph, kept, note, **changes)
 
     def select(self, edge: int) -> Program:
         """The Program of one edge alone."""

@@ -75,7 +75,7 @@ class _Inference:
                 result = result if result is None else in_place(self.terms, node, kept(self.terms, node, result))
             if result is not None:
                 self._check(node, result)
-                return self.terms.carried(node, parts, result) if parts else result
+                return self.terms.parts.carried(node, parts, result) if parts else result
         self.terms.unknown.setdefault(str(node.target), []).append(node.name)
         reason = f"no rule for {node.target}" if rule is None else f"{node.target} is not covered in this form"
         return self._refused(node, reason)
@@ -88,9 +88,9 @@ class _Inference:
 
     def _parts(self, node: fx.Node) -> set[Axis]:
         """The open parts that an operator lets through; all others are closed (a concatenation does so itself)."""
-        if not self.terms.parts or operator_of(node).ties == "concatenate":
+        if not self.terms.parts.held or operator_of(node).ties == "concatenate":
             return set()
-        return self.terms.open_parts(node, self.terms.operands(node.all_input_nodes), keeps_parts(node))
+        return self.terms.parts.opened(node, self.terms.operands(node.all_input_nodes), keeps_parts(node))
 
     def _check(self, node: fx.Node, result: Any) -> None:
         """A rule that gets a shape wrong is a bug worth hearing of at once."""

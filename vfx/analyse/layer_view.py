@@ -111,9 +111,8 @@ def layer_views(program: Program) -> dict[str, LayerView]:
 
 
 def _views(program: Program, layers: Iterable[Layer]) -> dict[str, LayerView]:
-    nodes = {node.name: node for node in program.graph.nodes}
     inserted = {affine.layer: affine for affine in affines(program)}
-    views = [LayerView(layer, nodes[layer.node], inserted.get(nodes[layer.node])) for layer in layers]
+    views = [LayerView(x, program.nodes[x.node], inserted.get(program.nodes[x.node])) for x in layers]
     return {view.layer.node: view for view in views}
 
 

@@ -29,26 +29,26 @@ class CutPart(NamedTuple):
     done: tuple[str, ...] = ()
 
 
-class Parts(Algebra):
-    """Shapes some of whose axes are open ``parts``."""
+class Parts:
+    """The open parts among the axes of an algebra's shapes: ``held``, by axis."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: dict[Axis, CutPart] = {}
+    def __init__(self, algebra: Algebra) -> None:
+        self.algebra = algebra
+        self.held: dict[Axis, CutPart] = {}
 
-    def part(self, source: fx.Node, shape: Shape, dim: int, index: slice) -> Shape:
+    def cut(self, source: fx.Node, shape: Shape, dim: int, index: slice) -> Shape:
         """A slice of one axis of a value, left open; where it is empty nothing is said of any axis."""
         entry = shape.axes[dim]
         places = range(entry.size)[index]
         if not places:
             sizes = (*shape.sizes[:dim], 0, *shape.sizes[dim + 1 :])
-            return Shape(tuple(self.opaque(size, "an empty tensor") for size in sizes))
+            return Shape(tuple(self.algebra.opaque(size, "an empty tensor") for size in sizes))
         if not isinstance(entry, Axis) or entry.opaque or len(places) == entry.size:
-            return self.slice(shape, dim, index)
-        cut = self.parts.get(entry)
+            return self.algebra.slice(shape, dim, index)
+        cut = self.held.get(entry)
         factors = self._some(cut.factors if cut else entry.factors, places)
         if factors is None:
-            return self.slice(shape, dim, index)
+            return self.algebra.slice(shape, dim, index)
         axis = self._open(len(places), cut._replace(factors=factors) if cut else CutPart(factors, _value(source)))
         return Shape((*shape.axes[:dim], axis, *shape.axes[dim + 1 :]))
 
@@ -58,45 +58,45 @@ class Parts(Algebra):
         inner = int(np.prod([factor_size(factor) for factor in others], dtype=object))
         if isinstance(first, np.ndarray) and places.step == 1 and not (places.start % inner or places.stop % inner):
             return (first[places.start // inner : places.stop // inner], *others)
-        rows = self.rows(Axis(factors))
+        rows = self.algebra.rows(Axis(factors))
         return None if rows is None else (rows[places.start : places.stop : places.step],)
 
     def _open(self, size: int, part: CutPart) -> Axis:
         axis = Axis.pending(size, lambda _: self._closed(part.factors))
-        self.parts[axis] = part
+        self.held[axis] = part
         return axis
 
     def _closed(self, factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
         first, *others = factors
         assert isinstance(first, np.ndarray)
-        return factors if self.settled else (self._cut(first), *others)
+        return factors if self.algebra.settled else (self.algebra.cut(first), *others)
 
     def close(self, axis: Axis) -> None:
         """Give up putting a part together with others."""
-        if self.parts.pop(axis, None) is not None:
+        if self.held.pop(axis, None) is not None:
             assert axis.factors
 
     def together(self, axes: list[Any]) -> Axis | None:
         """Parts of one value side by side: an axis, or a larger part; None where they are not."""
-        parts = [self.parts.get(axis) for axis in axes]
+        parts = [self.held.get(axis) for axis in axes]
         first, written = parts[0], []
         for part in parts:
             if part is None or first is None or (part.source, part.done) != (first.source, first.done):
                 return None
-            written.append(self.rows(Axis(part.factors)))
+            written.append(self.algebra.rows(Axis(part.factors)))
         if any(rows is None for rows in written) or len({rows.shape[1] for rows in written if rows is not None}) > 1:
             return None
         joined = np.concatenate([rows for rows in written if rows is not None])
-        if not unique_labels(self.leaves.resolve(joined)):
+        if not unique_labels(self.algebra.leaves.resolve(joined)):
             return None
         assert first is not None
         return self._open(len(joined), first._replace(factors=(joined,)))
 
     # operators ------------------------------------------------------------------------------------------------------
 
-    def open_parts(self, node: fx.Node, shapes: list[Shape], keeps: bool) -> set[Axis]:
+    def opened(self, node: fx.Node, shapes: list[Shape], keeps: bool) -> set[Axis]:
         """The parts among an operator's operands; closed unless it ``keeps`` them."""
-        opened = dict.fromkeys(axis for shape in shapes for axis in shape.axes if axis in self.parts)
+        opened = dict.fromkeys(axis for shape in shapes for axis in shape.axes if axis in self.held)
         if keeps:
             return set(opened)  # type: ignore[arg-type]
         for axis in opened:  # in order: the numbers of groups depend on it
@@ -113,7 +113,7 @@ class Parts(Algebra):
         return replace(result, axes=tuple(self._after(axis, done) if axis in parts else axis for axis in result.axes))
 
     def _after(self, axis: Any, done: str) -> Axis:
-        part = self.parts[axis]
+        part = self.held[axis]
         return self._open(axis.size, part._replace(done=(*part.done, done)))
 
 

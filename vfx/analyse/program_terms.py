@@ -11,13 +11,13 @@ from torch import Tensor, fx
 from vfx.analyse.axis import Axis
 from vfx.analyse.meaning import NUMBERS, Meaning
 from vfx.analyse.parts import Parts
-from vfx.analyse.shapes import Shape
+from vfx.analyse.shapes import Algebra, Shape
 from vfx.program import BATCH, Program, Value
 
 OUT, IN, ELEMENTWISE = "out", "in", "elementwise"
 
 
-class ProgramTerms(Parts):
+class ProgramTerms(Algebra):
     """Axis terms of every value in a Program's graph.
 
     ``shapes`` holds them by node (for the nodes that are ``used``), ``parameters`` the axes of each parameter by FQN,
@@ -29,6 +29,7 @@ class ProgramTerms(Parts):
     def __init__(self, program: Program):
         super().__init__()
         self.program = program
+        self.parts = Parts(self)
         self.shapes: dict[fx.Node, Any] = {}
         self.parameters: dict[str, tuple[Axis, ...]] = {}
         self.roles: list[tuple[str, int, Axis, str]] = []

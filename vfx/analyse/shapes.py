@@ -203,7 +203,7 @@ class Algebra(Axes):
         labels = whole[(slice(None),) * entry.position + (index,)]
         if labels.shape == whole.shape and (labels == whole).all():
             return shape
-        flat = self._cut(labels.reshape(-1, labels.shape[-1]))
+        flat = self.cut(labels.reshape(-1, labels.shape[-1]))
         kept = [p for p in range(labels.ndim - 1) if labels.shape[p] != 1]
         entries = iter(self.digits(flat, tuple(labels.shape[p] for p in kept)) if kept else ())
         new = {p: next(entries) if p in kept else self.fresh(1) for p in range(labels.ndim - 1)}

@@ -147,7 +147,7 @@ class Axes:
         if rows is None:
             self.pin(axis, "part of a merged axis too long to analyse")
             return self.opaque(len(places), "part of a merged axis")
-        return Axis((self._cut(rows[index]),))
+        return Axis((self.cut(rows[index]),))
 
     def _outer_part(self, axis: Axis, places: range) -> Axis | None:
         """A part of the first factor where whole runs of the others are taken (some of the heads), else None."""
@@ -156,7 +156,7 @@ class Axes:
             return None
         return self.take(Axis(axis.factors[:1]), slice(places.start // inner, places.stop // inner))
 
-    def _cut(self, part: Rows) -> Rows:
+    def cut(self, part: Rows) -> Rows:
         """Labels used apart from the rest: leaves are split so that the part is closed under the action."""
         part = self.leaves.resolve(part)
         separate = self.leaves.apart(part)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from vfx.analyse.layers import number_layers
 from vfx.choice import Candidate, Judging, Split, scored
@@ -110,7 +110,7 @@ def references_of(
     if growth is not None:
         return carried(aligned, shares, growth.output)
     if transport is not None:
-        nodes: dict[str, fx.Node] = {node.name: node for node in transport.symmetry.program.graph.nodes}
+        nodes = transport.symmetry.program.nodes
         return carried(aligned, shares, lambda node, dim, edge: transport.on(edge, nodes[node], dim))
     return [Reference(aligned.select(edge), share) for edge, share in enumerate(shares)]
 

@@ -51,7 +51,7 @@ def layer_taps(program: Program, like: Mapping[Key, LayerTap] = MappingProxyType
     A merged network also has one where the pre-activations of its last preserved layers are joined. ``like``: the taps
     of its edges, which say what is a shortcut where a branch hides it.
     """
-    nodes = {node.name: node for node in program.graph.nodes}
+    nodes = program.nodes
     inserted = {affine.layer: affine for affine in affines(program)}
     layer_of = {key: layer for key, layer in _keyed(program, like) if layer.node in nodes}
     places = [(layer, nodes[layer.node]) for layer in layer_of.values()]

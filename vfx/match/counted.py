@@ -27,12 +27,11 @@ from vfx.program import BATCH, Value
 
 def attention_factors(own: Symmetry, there: Symmetry) -> Carrier | None:
     """What multiplies an edge's queries and keys before it goes to other widths; None where no scale differs."""
-    theirs = {node.name: node for node in there.program.graph.nodes}
     factors: dict[int, float] = {}
     for node in own.program.graph.nodes:
         if not operator_of(node).is_attention:
             continue
-        ratio = _scale(node) / _scale(theirs[node.name])
+        ratio = _scale(node) / _scale(there.program.nodes[node.name])
         query, key, value = (own.classes.groups_on(arguments(node)[x]) for x in ("query", "key", "value"))
         if abs(ratio - 1) > 1e-12 and ratio > 0:
             factors |= dict.fromkeys((query & key) - value, math.sqrt(ratio))
@@ -51,10 +50,9 @@ def _scale(node: fx.Node) -> float:
 
 def norm_scales(own: Symmetry, there: Symmetry) -> Elements:
     """The scales of the sides of an edge on which norms will count more or fewer channels."""
-    theirs = {node.name: node for node in there.program.graph.nodes}
     given: dict[int, dict[int, float]] = {}
     for x, dim in _counted(own):
-        ratio = _sizes(theirs[x.name])[dim] / _sizes(x)[dim]
+        ratio = _sizes(there.program.nodes[x.name])[dim] / _sizes(x)[dim]
         for group, side in _standing(own, x, dim) if ratio != 1 else ():
             given.setdefault(group.index, {})[side] = math.sqrt(ratio)
     solved = {index: own.classes.scaled(own.groups[index], sides) for index, sides in given.items()}
@@ -66,7 +64,7 @@ def norm_scales(own: Symmetry, there: Symmetry) -> Elements:
 
 def counts_channels(pairing: Pairing) -> list[str]:
     """Nodes whose values depend on how many channels there are, where there are more than in the other edge."""
-    theirs = {node.name: node for node in pairing.other.program.graph.nodes}
+    theirs = pairing.other.program.nodes
     wider = [x.name for x, dim in _counted(pairing.one) if _sizes(x)[dim] > _sizes(theirs[x.name])[dim]]
     return list(dict.fromkeys(wider))
 

@@ -48,10 +48,9 @@ class FirstLayers:
 
 def first_layer_of_groups(program: Program, groups: Sequence[Group]) -> dict[int, int]:
     """The number of the first layer that produces each group's channels; 1 where none does (embeddings)."""
-    nodes = {node.name: node for node in program.graph.nodes}
     number: dict[str, int] = {}
     for layer in number_layers(program):
-        weight = weight_name(nodes[layer.node])
+        weight = weight_name(program.nodes[layer.node])
         if weight is not None:
             number.setdefault(weight, layer.number)
     return {

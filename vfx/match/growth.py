@@ -34,9 +34,8 @@ class Growth:
 
     def output(self, node: str, dim: int, edge: int) -> Tensor | None:
         """(M, C): what brings a value's channels to the grown network's; None where they are the same."""
-        nodes = {n.name: n for n in self.facts.program.graph.nodes}
-        old = {n.name: n for n in self.carriers[edge].pairing.other.program.graph.nodes}
-        return self.carriers[edge].matrix(nodes[node], old[node], dim)
+        carrier = self.carriers[edge]
+        return carrier.matrix(self.facts.program.nodes[node], carrier.pairing.other.program.nodes[node], dim)
 
 
 def grow(program: Program, facts: Symmetry, apart: Mapping[int, Index], shares: Sequence[float]) -> Growth:
@@ -81,7 +80,6 @@ def _placed(size: int, apart: Index | None, edge: int, shares: Sequence[float]) 
 
 def _goals(program: Program, grown: Program, carriers: Sequence[Carrier]) -> dict[str, Goal]:
     """Statistics of the channels where they stand now; those of other edges count nothing."""
-    nodes = [{n.name: n for n in program_of.graph.nodes} for program_of in (grown, program)]
     goals = {}
     for layer in number_layers(grown):
         goal = program.goals.get(layer.node)
@@ -89,7 +87,7 @@ def _goals(program: Program, grown: Program, carriers: Sequence[Carrier]) -> dic
             continue
         rows = []
         for edge, carrier in enumerate(carriers):
-            matrix = carrier.matrix(nodes[0][layer.node], nodes[1][layer.node], layer.channel)
+            matrix = carrier.matrix(grown.nodes[layer.node], program.nodes[layer.node], layer.channel)
             mean, std = goal.mean[edge], goal.std[edge]
             rows.append((mean, std) if matrix is None else (matrix.to(mean) @ mean, matrix.to(std) @ std))
         goals[layer.node] = Goal(*(torch.stack(column) for column in zip(*rows)))

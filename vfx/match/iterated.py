@@ -109,7 +109,7 @@ class IteratedMatching:
 def _goals(problem: Problem, elements: Sequence[Permutations]) -> dict[str, Goal]:
     """Statistics of each layer that the merged network should have: the aligned edges', averaged by their shares."""
     assert problem.statistics is not None
-    goal_of, nodes = problem.statistics.goals(), {node.name: node for node in problem.program.graph.nodes}
+    goal_of, nodes = problem.statistics.goals(), problem.program.nodes
     shares = torch.tensor(problem.shares, dtype=torch.float64)
     goals = {}
     for layer in number_layers(problem.program) if goal_of else ():

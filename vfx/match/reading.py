@@ -75,7 +75,6 @@ class WidthReader:
 
     def statistics(self, program: Program, carriages: Sequence[Carriage]) -> tuple[Statistics, tuple[str, ...]]:
         """The layers' statistics of the carried edges, and a note on those that are not known."""
-        nodes = [{node.name: node for node in each.graph.nodes} for each in self.programs]
         layers: dict[str, list[Moments]] = {}
         covariances: dict[str, list[Tensor]] = {}
         unknown = []
@@ -83,7 +82,8 @@ class WidthReader:
             moments_of = [(moments.moments[0], moments.covariance(0, 0))]
             try:
                 for edge, carriage in enumerate(carriages, start=1):
-                    matrix = carriage.matrix(nodes[0][name], nodes[edge][name], self.channel[name])
+                    ours, theirs = self.programs[0].nodes[name], self.programs[edge].nodes[name]
+                    matrix = carriage.matrix(ours, theirs, self.channel[name])
                     moments_of.append(_carried(moments.moments[edge], moments.covariance(edge, edge), matrix))
             except ArchitectureError:
                 unknown.append(name)

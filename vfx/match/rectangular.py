@@ -99,7 +99,7 @@ class _Moved:
 
     def __init__(self, facts: Symmetry, element: Elements):
         self.facts, self.element = facts, element
-        self.nodes = {node.name: node for node in facts.program.graph.nodes}
+        self.nodes = facts.program.nodes
 
     def weights(self, weights: Weights) -> Weights:
         return act(self.facts, self.element, weights)
@@ -113,7 +113,7 @@ class _Resized:
 
     def __init__(self, carrier: Carrier):
         self.carrier = carrier
-        self.nodes = [{n.name: n for n in f.program.graph.nodes} for f in (carrier.pairing.one, carrier.pairing.other)]
+        self.nodes = [facts.program.nodes for facts in (carrier.pairing.one, carrier.pairing.other)]
 
     def weights(self, weights: Weights) -> Weights:
         return moved_into(self.carrier, weights)

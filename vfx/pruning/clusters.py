@@ -189,12 +189,11 @@ def _repaired(
 
 def merged_goals(program: Program, facts: Symmetry, chosen: Mapping[int, Clusters]) -> dict[str, Goal]:
     """Goal statistics of merged channels: the means of their clusters' (REPAIR)."""
-    nodes = {node.name: node for node in program.graph.nodes}
     channel = statistics_channels(program)
     result = {}
     for name, goal in program.goals.items():
         mean, std = goal.mean.clone(), goal.std.clone()
-        for group, position in facts.positions(nodes[name], channel[name]).items():
+        for group, position in facts.positions(program.nodes[name], channel[name]).items():
             if group in chosen:
                 place = torch.from_numpy(position).to(mean.device)
                 mix = chosen[group].average.to(mean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,12 +25,8 @@ class KeptChannels:
 
     def __call__(self, node: str, dim: int) -> Tensor | None:
         if (node, dim) not in self._known:
-            self._known[node, dim] = self._along(self._nodes[node], dim)
+            self._known[node, dim] = self._along(self.facts.program.nodes[node], dim)
         return self._known[node, dim]
-
-    @cached_property
-    def _nodes(self) -> dict[str, fx.Node]:
-        return {node.name: node for node in self.facts.program.graph.nodes}
 
     def _along(self, node: fx.Node, dim: int) -> Tensor | None:
         changes = self.resized.changes(node, dim)

@@ -107,7 +107,7 @@ class MaskedRun(fx.Interpreter):
         self.program, self.layout, self.is_cut = program, layout, False
         self.weights = program.weights[0]
         self.sizes: dict[str, tuple[str, dict[int, int]]] = {}  # that the graph holds and cut inputs change
-        self._old = {node.name: node for node in facts.program.graph.nodes}
+        self._old = facts.program.nodes
 
     def given(self, weights: Weights, inputs: list[Any]) -> Any:
         """What it gives with other weights."""

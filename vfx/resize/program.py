@@ -214,12 +214,14 @@ def _goals(program: Program, facts: Symmetry, layout: Layout, gathers: Sequence[
     """Statistics of the channels that are kept."""
     if not program.goals:
         return {}
-    nodes = {node.name: node for node in facts.program.graph.nodes}
     channel = statistics_channels(program)
     goals = {}
     for name, goal in program.goals.items():
         rows = len(goal.mean)
-        order = [_along(layout, gathers[min(e, len(gathers) - 1)], nodes[name], channel[name]) for e in range(rows)]
+        order = [
+            _along(layout, gathers[min(e, len(gathers) - 1)], facts.program.nodes[name], channel[name])
+            for e in range(rows)
+        ]
         index = [torch.from_numpy(o).to(goal.mean.device) for o in order]
         goals[name] = Goal(*(torch.stack([row[o] for row, o in zip(x, index)]) for x in (goal.mean, goal.std)))
     return goals

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from vfx.operators import is_product, layer_arguments, weight_name
 from vfx.program import Value
+from vfx.rewrite.nodes import parameter
 
 
 def add_bias(graph: fx.Graph, layer: fx.Node, sets: Sequence[dict[str, Tensor]], values: Sequence[Tensor]) -> fx.Node:
@@ -23,8 +24,7 @@ def add_bias(graph: fx.Graph, layer: fx.Node, sets: Sequence[dict[str, Tensor]],
     for weights, value in zip(sets, values):
         weights[name] = value.to(weights[weight].dtype)
     with graph.inserting_before(layer):
-        bias = graph.create_node("get_attr", name)
-    bias.meta = {"val": Value((len(values[0]),), sets[0][name].dtype)}
+        bias = parameter(graph, name, Value((len(values[0]),), sets[0][name].dtype))
     operands = layer_arguments(layer) | {"bias": bias}
     if not is_product(layer):
         layer.args, layer.kwargs = tuple(operands.values()), {}

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from vfx.analyse.layers import Cut, number_layers
 from vfx.program import Program, Value, Weights, copy_node
 from vfx.rewrite.contract import PassResult
+from vfx.rewrite.nodes import call, parameter
 
 
 class Duplicator(ABC):
@@ -37,8 +38,7 @@ class Duplicator(ABC):
         """The Program with the part repeated."""
         program = self.program
         self.build()
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
+        self.graph.eliminate_dead_code()  # what the edges' own parts read is known then
         weights, private = _own_weights(program, self.graph, self.prefixes)
         weights = [self._with_maps(tensors) for tensors in weights]
         buffers = program.buffers | {new for new, old in private.items() if old in program.buffers}
@@ -47,7 +47,7 @@ class Duplicator(ABC):
             "buffers": buffers,
             "layers": program.layers or number_layers(program).layers,
         }
-        return PassResult(program.with_graph(self.graph, weights, note, **changes))
+        return PassResult(program.rewritten(self.graph, weights, note, **changes))
 
     @abstractmethod
     def build(self) -> None:
@@ -114,14 +114,13 @@ def read_only_in(program: Program, part: Collection[fx.Node]) -> frozenset[str]:
 def _own_weights(program: Program, graph: fx.Graph, names: list[str]) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
     """The edges' weights with, in every set, each edge's own part; and that part's names with the old ones."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    kept = read | (set(program.weights[0]) - set(program.names()))
     private: dict[str, Tensor] = {}
     old: dict[str, str] = {}
     for prefix, weights in zip(names, program.weights):
         owned = {name for name in weights if prefix + name in read}
         for name in owned | _counters(owned, weights):
             private[prefix + name], old[prefix + name] = weights[name], name
-    return [{name: t for name, t in weights.items() if name in kept} | private for weights in program.weights], old
+    return [{**weights, **private} for weights in program.weights], old
 
 
 def _counters(names: set[str], weights: Weights) -> set[str]:
@@ -133,8 +132,7 @@ def _counters(names: set[str], weights: Weights) -> set[str]:
 def _product(graph: fx.Graph, node: fx.Node, value: Value, fqn: str, dim: int) -> fx.Node:
     """The square matrix ``fqn`` applied along one axis of a value: y = M x."""
     rank, size = len(value.shape), value.shape[dim]
-    weight = graph.create_node("get_attr", fqn, name=fqn.replace(".", "_"))
-    weight.meta = {"val": Value((size, size), value.dtype)}
+    weight = parameter(graph, fqn, Value((size, size), value.dtype), fqn.replace(".", "_"))
     if dim == rank - 1:
         return call(graph, torch.ops.aten.linear.default, (node, weight), value)
     shape = [s for d, s in enumerate(value.shape) if d != dim]
@@ -149,10 +147,3 @@ def weighted_sum(graph: fx.Graph, nodes: Sequence[fx.Node], alphas: Sequence[flo
     for node, alpha in zip(nodes[1:], alphas[1:]):
         total = call(graph, torch.ops.aten.add.Tensor, (total, node), value, {"alpha": alpha})
     return total
-
-
-def call(graph: fx.Graph, target: Any, args: Any, value: Value, kwargs: Any = None) -> fx.Node:
-    """A new call at the end of the graph."""
-    new = graph.call_function(target, args, kwargs or {})
-    new.meta = {"val": value}
-    return new

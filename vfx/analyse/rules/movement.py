@@ -118,14 +118,14 @@ def slice_(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
         return Shape((*x.axes[:d], t.opaque(t.sizes(node)[d], "part of a pinned axis"), *x.axes[d + 1 :]))
     if isinstance(a["start"], fx.Node) or isinstance(a["end"], fx.Node):
         return None
-    return t.part(a["self"], x, d, slice(a["start"], a["end"], a["step"]))
+    return t.parts.cut(a["self"], x, d, slice(a["start"], a["end"], a["step"]))
 
 
 def narrow(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
     if isinstance(a["start"], fx.Node):
         return None
     x = _first(t, a)
-    return t.part(a["self"], x, normal(a["dim"], len(x.axes)), slice(a["start"], a["start"] + a["length"]))
+    return t.parts.cut(a["self"], x, normal(a["dim"], len(x.axes)), slice(a["start"], a["start"] + a["length"]))
 
 
 def select(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape | None:
@@ -141,7 +141,7 @@ def split(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
     d = normal(a["dim"], len(x.axes))
     ends = np.cumsum([value.sizes(BATCH)[d] for value in node.meta["val"]])
     sizes = [value.sizes(BATCH)[d] for value in node.meta["val"]]
-    return [t.part(a["self"], x, d, slice(int(end) - size, int(end))) for end, size in zip(ends, sizes)]
+    return [t.parts.cut(a["self"], x, d, slice(int(end) - size, int(end))) for end, size in zip(ends, sizes)]
 
 
 def meshgrid(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> list[Shape]:
@@ -234,10 +234,10 @@ def concatenate(t: ProgramTerms, node: fx.Node, a: dict[str, Any]) -> Shape:
 
 def _joined(t: ProgramTerms, shapes: list[Shape], d: int, sizes: tuple[int, ...]) -> Shape:
     parts = [t.axis(s, d) for s in shapes]
-    again = t.together(parts)
+    again = t.parts.together(parts)
     for k, axis in ((k, axis) for s in shapes for k, axis in enumerate(s.axes) if isinstance(axis, Axis)):
         if k != d or again is None:
-            t.close(axis)
+            t.parts.close(axis)
     if again is not None:
         joined = again
     elif all(t.is_opaque(part) or part.size == 1 for part in parts):  # a class token before pixels: not written out
