@@ -39,6 +39,7 @@ from vfx.files import write_atomic
 from vfx.models import predict
 
 BATCH = 128
+CHANCE = 10  # percent: ten classes as frequent
 console = Console(stderr=True)
 
 
@@ -168,7 +169,7 @@ def _section(table: Table, scale: str, pairs: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Accuracy in %. Edges {spread(ends)}, ensemble "
-        f"{spread([pair['ensemble']['accuracy'] for pair in pairs.values()])}, chance 10; the default call at "
+        f"{spread([pair['ensemble']['accuracy'] for pair in pairs.values()])}, chance {CHANCE}; the default call at "
         f"{spread([pair['default']['params_ratio'] for pair in pairs.values()])} × parameters: "
         f"{spread([pair['default']['accuracy'] for pair in pairs.values()])}."
     )
@@ -189,10 +190,16 @@ def _section(table: Table, scale: str, pairs: dict[str, Any]) -> Iterator[str]:
 
 
 def verdict(claim: Claim, pairs: dict[str, Any]) -> str:
-    """Whether a claim holds here: the mean difference over the pairs against twice its standard error."""
+    """Whether a claim holds here: the mean difference over the pairs against twice its standard error.
+
+    Networks that have not learned tell nothing.
+    """
     gains = [a - b for a, b in zip(values_of(pairs, *claim.better), values_of(pairs, *claim.worse))]
     if not gains:
         return "not measured"
+    least = min(edge["accuracy"] for pair in pairs.values() for edge in pair["edges"])
+    if least < 2 * CHANCE:
+        return f"not judged: an edge has {least:.2f} %"
     mean = statistics.mean(gains)
     if len(gains) == 1:
         said = "holds" if mean > 0 else "fails" if mean < 0 else "level"

@@ -72,9 +72,12 @@ def test_a_table_is_measured_once_and_written(setting: Path, monkeypatch: pytest
     assert "keeping layers helps: not measured" in page("tiny", results)
 
 
-def _pairs(*values: tuple[float, float]) -> dict[str, Any]:
+def _pairs(*values: tuple[float, float], edge: float = 95.0) -> dict[str, Any]:
     return {
-        str(index): {"cells": {"kept|average": {"accuracy": a}, "all merged|average": {"accuracy": b}}}
+        str(index): {
+            "edges": [{"accuracy": 95.0}, {"accuracy": edge}],
+            "cells": {"kept|average": {"accuracy": a}, "all merged|average": {"accuracy": b}},
+        }
         for index, (a, b) in enumerate(values)
     }
 
@@ -91,6 +94,10 @@ def _pairs(*values: tuple[float, float]) -> dict[str, Any]:
 )
 def test_a_claim_holds_by_twice_its_error(values: list[tuple[float, float]], expected: str) -> None:
     assert verdict(CLAIM, _pairs(*values)) == expected
+
+
+def test_networks_that_have_not_learned_tell_nothing() -> None:
+    assert verdict(CLAIM, _pairs((90, 80), edge=10.2)) == "not judged: an edge has 10.20 %"
 
 
 @pytest.mark.parametrize("name", [file.stem for file in (RESULTS / "reproduce").glob("*.json")])
