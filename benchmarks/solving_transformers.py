@@ -68,7 +68,7 @@ def main(
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for one in [PAIRS[name] for name in pair or PAIRS]:
         loaded = one.load(data)
-        subject = Subject(one.edges(loaded, cache, one.epochs), loaded, one.calibration, SAMPLES)
+        subject = Subject(one.edges(loaded, cache, one.epochs), loaded, one, SAMPLES)
         found: dict[str, Any] = {"title": one.title, "edges": subject.facts()["edges"], "cells": {}}
         for prepare in (None, "lift"):
             for method, options in METHODS.items():

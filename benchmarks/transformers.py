@@ -34,8 +34,10 @@ from vfx.data import digits, text
 from vfx.diagnosis.barrier import Evaluator
 from vfx.diagnosis.curve import Curve
 from vfx.files import write_atomic
-from vfx.match.matcher import Known
+from vfx.match.learned import LearnedMatching
+from vfx.match.matcher import Known, Matcher
 from vfx.models import Training, ViT, fit, gpt_tiny
+from vfx.models.training import augment
 from vfx.program import Program
 
 SEEDS = (0, 1)
@@ -64,7 +66,26 @@ METHODS = (
         for match in ("weight", "activation")
         for classes, prepare in (("permutation", None), ("permutation", "lift"), ("full", None), ("full", "lift"))
     ),
+    Method("learned", "full", "lift"),
 )
+
+
+@dataclass(frozen=True)
+class Learning:
+    """From how many training samples a matching is learnt, without labels, each taken so many times, varied as in
+    training; in how many epochs of which batches, and Adam's rate."""
+
+    samples: int
+    times: int
+    epochs: int
+    batch: int
+    lr: float
+
+    def __str__(self) -> str:
+        return (
+            f"learned matching: {self.epochs} epochs over {self.times} × {self.samples:,} training samples without "
+            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,7 @@ class Pair:
     epochs: int
     batch: int
     calibration: int
+    learning: Learning
     lr: float = 2e-3
     augment: bool = True
     shift: int = 2
@@ -104,7 +126,18 @@ class Pair:
 
     def describe(self, epochs: int) -> str:
         order = f"{epochs} epochs in batches of {self.batch}, AdamW, rate {self.lr:g} falling linearly, decay 0.05"
-        return f"{self.setting}; {order}; {self.calibration:,} training samples for activation matching"
+        return (
+            f"{self.setting}; {order}; {self.calibration:,} training samples for activation matching; {self.learning}"
+        )
+
+    def learnt_from(self, train: Tensor) -> tuple[Tensor, ...]:
+        """The batches of learned matching."""
+        how, generator = self.learning, torch.Generator().manual_seed(0)
+        chosen = train[torch.randperm(len(train), generator=generator)[: how.samples]].repeat(
+            how.times, *[1] * (train.ndim - 1)
+        )
+        varied = augment(chosen, self.shift, self.flip, generator) if self.augment else chosen
+        return varied[torch.randperm(len(varied), generator=generator)].split(how.batch)
 
 
 def _fashion(folder: Path) -> Data:
@@ -117,18 +150,21 @@ PAIRS = {
         Pair(
             "vit_digits", "ViT, digits",
             "4 blocks of 64 channels and 4 heads, 16 patches; 1,297 digits of 16×16 pixels",
-            partial(ViT, 16, 4, 64, 4, 4, 1, 10), lambda _: digits(16), 100, 64, 1297, shift=1,
+            partial(ViT, 16, 4, 64, 4, 4, 1, 10), lambda _: digits(16), 100, 64, 1297,
+            Learning(1297, 4, 4, 64, 0.01), shift=1,
         ),
         Pair(
             "vit_fashion", "ViT, Fashion-MNIST",
             "3 blocks of 64 channels and 4 heads, 16 patches; 60,000 images of 32×32 pixels",
-            partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 4, 128, 2000, flip=True,
+            partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 4, 128, 2000,
+            Learning(12_000, 1, 6, 128, 0.02), flip=True,
         ),
         Pair(
             "gpt_text", "GPT-2, characters",
             "4 blocks of 96 channels and 4 heads, untied head, 64 characters of context; text of Python "
             f"{platform.python_version()}",
-            partial(gpt_tiny, 0.75), lambda _: text(), 2, 32, 256, augment=False,
+            partial(gpt_tiny, 0.75), lambda _: text(), 2, 32, 256,
+            Learning(12_000, 1, 3, 32, 0.01), augment=False,
         ),
     )
 }  # fmt: skip
@@ -137,10 +173,11 @@ PAIRS = {
 class Subject:
     """The edges of a pair as one Program, with the samples that calibrate and those that are measured on."""
 
-    def __init__(self, edges: Sequence[nn.Module], data: Data, calibration: int, samples: int):
+    def __init__(self, edges: Sequence[nn.Module], data: Data, pair: Pair, samples: int):
         train, _, inputs, labels = data
+        self.pair, self.train = pair, train
         self.program = trace(list(edges), train[:2])
-        self.calibration = train[:: max(1, len(train) // calibration)][:calibration].split(BATCH)
+        self.calibration = train[:: max(1, len(train) // pair.calibration)][: pair.calibration].split(BATCH)
         self.batches = list(zip(inputs[:samples].split(BATCH), labels[:samples].split(BATCH)))
 
     def score(self, program: Program) -> tuple[float, float]:
@@ -155,15 +192,20 @@ class Subject:
             "edges": [{"accuracy": accuracy, "loss": loss} for accuracy, loss in edges],
         }
 
+    def _by(self, method: Method) -> tuple[str | Matcher | None, Sequence[Tensor] | None]:
+        """What matches, and the data that it reads."""
+        if method.match == "learned":
+            how = self.pair.learning
+            return LearnedMatching(how.epochs, how.lr, loss="distillation"), self.pair.learnt_from(self.train)
+        return method.match, self.calibration if method.match == "activation" else None
+
     @torch.no_grad()
     def measure(self, method: Method) -> dict[str, Any]:
         """The curve of one method, with the time and the proof of its alignment."""
         known: dict[str, Any] = {"prepare": method.prepare, "normalize": None, "progress": False}
         begin = time.perf_counter()
-        first = merge(
-            self.program, data=self.calibration if method.match == "activation" else None, match=method.match,
-            classes=method.classes, weights=0.5, **known,
-        )  # fmt: skip
+        match, samples = self._by(method)
+        first = merge(self.program, data=samples, match=match, classes=method.classes, weights=0.5, solve=None, **known)
         seconds = time.perf_counter() - begin
         found = first.report.matching
         alphas = [index / (POINTS - 1) for index in range(POINTS)]
@@ -185,7 +227,7 @@ def measure(
     pair: Pair, edges: Sequence[nn.Module], data: Data, known: dict[str, Any], epochs: int, samples: int
 ) -> Iterator[dict[str, Any]]:
     """The pair's results after every method; what is known of the same networks and samples is kept."""
-    subject = Subject(edges, data, pair.calibration, samples)
+    subject = Subject(edges, data, pair, samples)
     result = {"title": pair.title, "setting": pair.describe(epochs)} | subject.facts()
     same = all(known.get(name) == value for name, value in result.items())
     result["curves"] = list(known["curves"]) if same else []

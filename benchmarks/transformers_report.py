@@ -27,6 +27,7 @@ MAPS = {
 COLOURS = {
     "weight": ("#a6cee3", "#6aaed6", "#2a7fb8", "#08306b"),
     "activation": ("#fdcc8a", "#fc8d59", "#d7301f", "#7f0000"),
+    "learned": ("#c7e9c0", "#74c476", "#238b45", "#00441b"),
 }
 HALF = 0.5
 
@@ -79,9 +80,19 @@ def _table(result: Mapping[str, Any]) -> list[str]:
                 f"{curve['loss'][middle]:.4f}",
                 f"{100 * curve['accuracy'][middle]:.2f}",
                 f"{max(ends):.0e}",
+                f"{curve['seconds']:.0f}",
             ]
         )
-    head = ["matching", "maps", "loss barrier", "accuracy barrier", "loss at ½", "accuracy at ½", "edge drift"]
+    head = [
+        "matching",
+        "maps",
+        "loss barrier",
+        "accuracy barrier",
+        "loss at ½",
+        "accuracy at ½",
+        "edge drift",
+        "seconds",
+    ]
     return grid(head, rows)
 
 
@@ -98,6 +109,10 @@ def _verdicts(result: Mapping[str, Any]) -> Iterator[str]:
             verdict = "**at most half**" if full <= HALF * base else "**more than half**"
             name = _label((match, "full", prepare))
             yield f"- {name}: {full:.4f}, {verdict} of permutations alone ({base:.4f}): × {share:.2f}."
+    learnt = barriers.get(("learned", "full", "lift"))
+    if learnt is not None:
+        least = min(own for (match, *_), own in barriers.items() if match != "learned")
+        yield f"- {_label(('learned', 'full', 'lift'))}: {learnt:.4f}; the least of the others is {least:.4f}."
 
 
 def draw(results: Results, path: Path) -> None:

@@ -20,7 +20,9 @@ from vfx.analyse.verify import randomise
 from vfx.elements import act, compose, inverse, random_element
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
+from vfx.match.catalogue import CLASSED
 from vfx.match.class_descent import ClassDescent, beyond_permutations
+from vfx.match.learned import LearnedMatching
 from vfx.match.matcher import Matching, Problem
 from vfx.match.solve import assign_signed, procrustes
 from vfx.match.weight import WeightMatching
@@ -151,7 +153,9 @@ def _matching(match: str, classes: str, program: Program, facts: Symmetry, x: Te
     if match == "weight":
         return WeightMatching(classes=classes)(Problem(program, facts))
     statistics = vfx.collect(program, data=x, progress=False)
-    return ActivationMatching(classes=classes)(Problem(program, facts, statistics))
+    if match == "activation":
+        return ActivationMatching(classes=classes)(Problem(program, facts, statistics))
+    return LearnedMatching(epochs=1, classes=classes)(Problem(program, facts, statistics, data=x.split(8)))
 
 
 def _midpoint(program: Program, facts: Symmetry, matching: Matching) -> Program:
@@ -159,7 +163,7 @@ def _midpoint(program: Program, facts: Symmetry, matching: Matching) -> Program:
     return vfx.Interpolate(0.5)(program.with_weights(aligned))
 
 
-@pytest.mark.parametrize("match", ["weight", "activation"])
+@pytest.mark.parametrize("match", sorted(CLASSED))
 @pytest.mark.parametrize("name", CASES)
 def test_a_network_moved_by_its_whole_group_comes_back(name: str, match: str) -> None:
     program, facts, x = _pair(name)

@@ -22,7 +22,7 @@ from vfx.models import (
     vgg16,
 )
 from vfx.models.resnet20 import FixupBlock, PlainResNet
-from vfx.models.training import SCHEDULES, _augment, _rate
+from vfx.models.training import SCHEDULES, _rate, augment
 
 IMAGE_MODELS = sorted(set(MODELS) - {"gpt_tiny", "linear_net"})
 
@@ -316,7 +316,7 @@ def test_fit_refuses_an_unknown_schedule_and_trains_in_another_precision() -> No
 
 def test_augment_shifts_within_bounds_and_repeats_the_border() -> None:
     image = torch.arange(25.0).view(1, 1, 5, 5).repeat(200, 2, 1, 1)
-    moved = _augment(image, 1, False, torch.Generator().manual_seed(0))
+    moved = augment(image, 1, False, torch.Generator().manual_seed(0))
     assert moved.shape == image.shape
     # The centre pixel of a shifted image tells the shift: all nine occur.
     assert set(moved[:, 0, 2, 2].tolist()) == {float(5 * r + c) for r in (1, 2, 3) for c in (1, 2, 3)}
@@ -327,9 +327,9 @@ def test_augment_shifts_within_bounds_and_repeats_the_border() -> None:
 
 def test_augment_mirrors_about_half_of_the_images() -> None:
     image = torch.arange(4.0).view(1, 1, 1, 4).repeat(400, 1, 1, 1)
-    mirrored = (_augment(image, 0, True, torch.Generator().manual_seed(0)) == image.flip(3)).all(dim=(1, 2, 3))
+    mirrored = (augment(image, 0, True, torch.Generator().manual_seed(0)) == image.flip(3)).all(dim=(1, 2, 3))
     assert 160 < int(mirrored.sum()) < 240
-    assert torch.equal(_augment(image, 0, False, torch.Generator()), image)
+    assert torch.equal(augment(image, 0, False, torch.Generator()), image)
 
 
 @pytest.mark.parametrize("training", [True, False])

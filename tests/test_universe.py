@@ -31,9 +31,11 @@ from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3, JointObjective, best_step, frank_wolfe
 from vfx.match.catalogue import MATCHERS
 from vfx.match.iterated import IteratedMatching
+from vfx.match.learned import LearnedMatching
 from vfx.match.matcher import Matching, Problem
+from vfx.match.midpoint import Midpoint, batch_statistics
 from vfx.match.relaxation import best_vertex, blend
-from vfx.match.straight_through import Midpoint, StraightThrough, batch_statistics
+from vfx.match.straight_through import StraightThrough
 from vfx.match.universe import cycle_error, mean_weights, pair_objective, pairwise, to_first
 from vfx.match.weight import WeightMatching
 from vfx.models import linear_net, vit_tiny
@@ -282,6 +284,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "c2m3": lambda: C2M3(iterations=4),
     "iterated": lambda: IteratedMatching(iterations=2),
     "ste": lambda: StraightThrough(epochs=1),
+    "learned": lambda: LearnedMatching(epochs=1, classes="permutation"),
 }
 NETWORKS = [mlp, residual, small_vit]
 
@@ -470,7 +473,7 @@ def test_distillation_is_the_divergence_from_the_mean_of_the_edges_outputs() -> 
         teacher = (sum(program(x, edge=k) for k in range(3)) / 3).softmax(1)
         student = run(batch_statistics(program.graph), mean_weights(moved, [1 / 3] * 3), [x]).log_softmax(1)
         expected = (teacher * (teacher.log() - student)).sum(1).mean()
-        assert task.loss_of(elements) == pytest.approx(float(expected), rel=1e-10)
+        assert task.loss_of([*map(permuted, elements)]) == pytest.approx(float(expected), rel=1e-10)
 
 
 def test_the_midpoint_reads_batch_statistics_and_leaves_the_running_ones_alone() -> None:

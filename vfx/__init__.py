@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
     from vfx.match.cca import CCAMerging as CCAMerging
     from vfx.match.first_layers import FirstLayers as FirstLayers
     from vfx.match.iterated import IteratedMatching as IteratedMatching
+    from vfx.match.learned import LearnedMatching as LearnedMatching
     from vfx.match.linear import LinearMatching as LinearMatching
     from vfx.match.matcher import Matcher as Matcher
     from vfx.match.matcher import Matching as Matching

@@ -67,10 +67,10 @@ def merge(
     """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
 
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
-    dicts (labels, where there are any, are read by "ste" and help "auto" to choose).
+    dicts (labels, where there are any, are read by "ste" and "learned" and help "auto" to choose).
     ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are
-    data or statistics. ``classes``: "weight" and "activation" match each group's "full" class (scales, signs,
-    orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation" alone.
+    data or statistics. ``classes``: "weight", "activation" and "learned" match each group's "full" class (scales,
+    signs, orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation" alone.
     ``restarts``: further runs of "weight", "activation", "c2m3" or "ste" from random permutations, of which the best
     by the method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ,
     too: the result has those of the first.

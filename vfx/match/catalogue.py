@@ -13,6 +13,7 @@ from vfx.match.c2m3 import C2M3
 from vfx.match.cca import CCAMerging
 from vfx.match.class_descent import mixing
 from vfx.match.iterated import IteratedMatching
+from vfx.match.learned import LearnedMatching
 from vfx.match.matcher import Matcher
 from vfx.match.partial import PartialMatching
 from vfx.match.straight_through import StraightThrough
@@ -26,6 +27,7 @@ MATCHERS: dict[str, Callable[..., Matcher]] = {
     "c2m3": C2M3,
     "iterated": IteratedMatching,
     "ste": StraightThrough,
+    "learned": LearnedMatching,
     "zipit": ZipIt,
     "cca": CCAMerging,
     "ot": OptimalTransport,
@@ -33,7 +35,7 @@ MATCHERS: dict[str, Callable[..., Matcher]] = {
 }
 
 RESTARTED = {"weight", "activation", "c2m3", "ste"}  # the best of several runs from random permutations
-CLASSED = {"weight", "activation"}  # match each group's full class of maps, or permutations alone
+CLASSED = {"weight", "activation", "learned"}  # match each group's full class of maps, or permutations alone
 
 
 def matcher(match: str | Matcher | None, restarts: int = 0, classes: str = "full") -> Matcher | None:

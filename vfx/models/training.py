@@ -79,7 +79,7 @@ def fit(
             for chosen in _batches(len(inputs), how.batch_size, generator):
                 batch = inputs[chosen]
                 if how.augment:
-                    batch = _augment(batch, how.shift, how.flip, generator)
+                    batch = augment(batch, how.shift, how.flip, generator)
                 with torch.autocast(target.type, how.precision, enabled=how.precision is not None):
                     loss = F.cross_entropy(model(batch.to(target)).movedim(-1, 1), labels[chosen].to(target))
                 _step(model, optimizer, loss)
@@ -140,7 +140,7 @@ def _batches(count: int, batch_size: int, generator: torch.Generator) -> Iterato
     yield from order.tensor_split(math.ceil(count / batch_size))
 
 
-def _augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Shift each image by its own offset, repeating the border pixels, and mirror half of them if asked."""
     count, _, height, width = images.shape
     offsets = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator).to(images.device)
