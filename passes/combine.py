@@ -62,10 +62,10 @@ class Combine(Pass[None]):
         if self.combiner is None:
             return PassResult(merged)
         combination = self._combination(program, alphas)
-        found = self.combiner(combination)
+        combined = self.combiner(combination)
         first = program.weights[0]
-        own = {key: tensor.to(first[key]).contiguous() for key, tensor in found.items()}
-        result = merged.with_weights([{**merged.weights[0], **own}])
+        tensors = {key: tensor.to(first[key]).contiguous() for key, tensor in combined.items()}
+        result = merged.with_weights([{**merged.weights[0], **tensors}])
         return PassResult(result.with_notes(_foreign(combination)))
 
     def _combination(self, program: Program, alphas: Sequence[float]) -> Combination:

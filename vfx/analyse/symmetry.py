@@ -41,9 +41,9 @@ class Symmetry(Labelling):
     @cached_property
     def classes(self) -> Classes:
         """The class of each group and rotation by index, worked out when first asked for (``vfx.analyse.classes``)."""
-        found = Classes(self)
-        found.update({group.index: own for group, own in self._planes})
-        return found
+        by_group = Classes(self)
+        by_group.update({group.index: group_class for group, group_class in self._planes})
+        return by_group
 
     @cached_property
     def rotations(self) -> tuple[Group, ...]:
@@ -104,7 +104,7 @@ def _groups(program: Program, terms: ProgramTerms) -> Symmetry:
     outer = parents(terms, members)
     owner: list[Symmetry] = []
     groups = tuple(
-        _group(leaf, tuple(found), leaves, index_of, outer.get(leaf), owner) for leaf, found in members.items()
+        _group(leaf, tuple(factors), leaves, index_of, outer.get(leaf), owner) for leaf, factors in members.items()
     )
     result = Symmetry(
         program=program,
@@ -154,9 +154,9 @@ ALONE = "no other channel is used alike"
 
 def _pinned(terms: ProgramTerms, labels: Mapping[tuple[str, int], Rows]) -> tuple[Pinned, ...]:
     """Pinned parameter axes; a channel that is free but alone is named by its parameter."""
-    own = {str(node.target): node.name for node in terms.shapes if node.op == "get_attr"}
+    nodes = {str(node.target): node.name for node in terms.shapes if node.op == "get_attr"}
     return tuple(
-        Pinned(fqn, dim, count, pin.reason if pin else ALONE, pin.node if pin else own[fqn])
+        Pinned(fqn, dim, count, pin.reason if pin else ALONE, pin.node if pin else nodes[fqn])
         for (fqn, dim), rows in labels.items()
         for pin, count in terms.leaves.once(_pins, rows)
         if pin or rows.shape[0] > 1

@@ -53,7 +53,7 @@ def capture(
     """Capture the edges. Raises ArgumentError, ArchitectureError, WeightError, CaptureError."""
     models, data = plain_models(models), options.data
     Solving.of(options)  # raises before anything takes time
-    own = combined(options)
+    combining = combined(options)
     if options.budget is not None:
         check_budget(options.budget, data, options.preserve, options.heads)
     if isinstance(models, Program) or options.heads or not differ_in_width(models):
@@ -65,24 +65,24 @@ def capture(
             programs = [program_of(model, example_inputs, **options.capturing) for model in models]
     if len(programs) == 1:
         check_weights(programs[0])
-    elif own is not None or options.base is not None:
+    elif combining is not None or options.base is not None:
         raise ArgumentError("combine= and base= are for edges of one width, whose channels stand in one frame")
     missed = "features that an average loses leave it with little of its accuracy"
-    notes = uncorrected(data, options.normalize, "merged", missed) if own is None else ()
+    notes = uncorrected(data, options.normalize, "merged", missed) if combining is None else ()
     data = counted(data, len(programs[0].signature.inputs))
     alphas = edge_weights(options.weights, sum(program.edges for program in programs))
-    return Captured(tuple(programs), alphas, data, notes, own)
+    return Captured(tuple(programs), alphas, data, notes, combining)
 
 
 def combined(options: MergeOptions) -> Combiner | None:
     """What combines the edges, None for the average. Raises ArgumentError for what it does not go with."""
-    own, normalize = combiner(options.combine), options.normalize
+    combining, normalize = combiner(options.combine), options.normalize
     if options.base is not None and options.match not in ("auto", None):
         raise ArgumentError("edges of a common base= stand in one frame, which match= would leave; drop one of the two")
-    if own is None:
+    if combining is None:
         return None
-    check_needs(own, options.base, options.data)
-    if "base" in own.needs and options.prepare is not None:
+    check_needs(combining, options.base, options.data)
+    if "base" in combining.needs and options.prepare is not None:
         raise ArgumentError(
             f"prepare={options.prepare!r} changes the edges' weights, and base= is what they were before"
         )
@@ -91,7 +91,7 @@ def combined(options: MergeOptions) -> Combiner | None:
         raise ArgumentError(f"normalize={method!r} acts on the average; combine= takes 'repair', 'rescale' or 'reset'")
     if options.budget is not None and options.solve != "least_squares":
         raise ArgumentError("budget= chooses among solutions; a named combine= is kept, unless solve='least_squares'")
-    return own
+    return combining
 
 
 def check_weights(program: Program) -> None:

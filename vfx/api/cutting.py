@@ -89,8 +89,13 @@ def _merging(aligned: Aligned, options: MergeOptions) -> list[Pass]:
         return [average] if aligned.exact else [Transform(), average]
     if not aligned.exact or aligned.growth is not None:
         raise ArgumentError("combine= takes edges that keep their functions; match by 'weight', 'activation' or None")
-    own: dict[str, Any] = {"base": options.base, "data": captured.data, "edges": aligned.edges, "seed": options.seed}
-    return [Combine(captured.combiner, weights=captured.alphas, **own, **options.reading)]
+    keywords: dict[str, Any] = {
+        "base": options.base,
+        "data": captured.data,
+        "edges": aligned.edges,
+        "seed": options.seed,
+    }
+    return [Combine(captured.combiner, weights=captured.alphas, **keywords, **options.reading)]
 
 
 def _student(aligned: Aligned, program: Program, options: MergeOptions) -> Student:

@@ -133,7 +133,7 @@ def compile(
     ``outputs``: those that count, as for ``vfx.trace``.
     """
     watch, passes = Stopwatch(), list(passes)
-    wrong = next((one for one in passes if not isinstance(one, Pass)), None)
+    wrong = next((step for step in passes if not isinstance(step, Pass)), None)
     if wrong is not None:
         raise ArgumentError(f"passes= holds {wrong!r}, which is no vfx.Pass (a class of passes needs its brackets)")
     with watch("trace"):

@@ -52,12 +52,12 @@ class Combination:
     def mean(self, name: str) -> Tensor:
         """Σ αᵢ Wᵢ, float64."""
         weights = self.program.weights
-        return sum(share * own[name].double() for share, own in zip(self.shares, weights))  # type: ignore[return-value]
+        return sum(share * tensors[name].double() for share, tensors in zip(self.shares, weights))  # type: ignore[return-value]
 
     def summed(self, name: str) -> Tensor:
         """Σ N αᵢ τᵢ: the sum of the task vectors where all count alike."""
         count = len(self.shares)
-        return sum(count * share * own for share, own in zip(self.shares, self.changes(name)))  # type: ignore
+        return sum(count * share * change for share, change in zip(self.shares, self.changes(name)))  # type: ignore
 
 
 def combined_names(program: Program) -> tuple[str, ...]:

@@ -39,16 +39,16 @@ class Dare(Combiner):
 
     def __call__(self, combination: Combination) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(combination.seed)
-        weights = [{**own, **self._thinned(combination, edge, generator)} for edge, own in
+        weights = [{**tensors, **self._thinned(combination, edge, generator)} for edge, tensors in
                    enumerate(combination.program.weights)]  # fmt: skip
         return self.by(replace(combination, program=combination.program.with_weights(weights)))
 
     def _thinned(self, combination: Combination, edge: int, generator: torch.Generator) -> dict[str, Tensor]:
         """An edge's parameters with what is left of its task vector, float64."""
-        found = {}
+        thinned = {}
         for name in combination.names:
             change = combination.change(name, edge)
             stays = torch.rand(change.shape, generator=generator) >= self.drop
             kept = torch.where(stays.to(change.device), change / (1 - self.drop), 0.0)
-            found[name] = combination.of_base(name) + kept
-        return found
+            thinned[name] = combination.of_base(name) + kept
+        return thinned

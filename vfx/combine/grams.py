@@ -29,7 +29,7 @@ class Regression(Combiner):
     def __init__(self, data: Sequence[Any] | None, off_diagonal: float):
         if not 0 <= off_diagonal <= 1:
             raise ArgumentError(f"off_diagonal is a share, at least 0 and at most 1, got {off_diagonal}")
-        self.data = None if data is None else [reusable(own) for own in data]
+        self.data = None if data is None else [reusable(source) for source in data]
         self.off_diagonal = off_diagonal
 
     @property
@@ -42,18 +42,18 @@ class Regression(Combiner):
         if self.data is not None and len(self.data) != edges.edges:
             raise ArgumentError(f"data of {len(self.data)} tasks for {edges.edges} edges; give those of each")
         sources = [combination.data] * edges.edges if self.data is None else self.data
-        return [Batches(edges, own, reading.get("max_samples"), reading.get("device")) for own in sources]
+        return [Batches(edges, source, reading.get("max_samples"), reading.get("device")) for source in sources]
 
     def products(self, combination: Combination) -> dict[str, list[ProductCall]]:
         """The calls that multiply by each parameter that is solved for."""
-        return {name: own for name, own in products_of(combination.program).items() if name in combination.names}
+        return {name: calls for name, calls in products_of(combination.program).items() if name in combination.names}
 
     def solved(self, combination: Combination, name: str, product: ProductCall, grams: Sequence[Tensor]) -> Tensor:
         """A parameter from the mean Gram matrix (G, K, K) of each edge's inputs, float64."""
-        matrices = [product.form.matrix(own[name].double()) for own in combination.program.weights]
-        reduced = [share * self._reduced(own) for share, own in zip(combination.shares, grams)]
+        matrices = [product.form.matrix(tensors[name].double()) for tensors in combination.program.weights]
+        reduced = [share * self._reduced(gram) for share, gram in zip(combination.shares, grams)]
         gram = torch.stack(reduced).sum(0)
-        cross = torch.stack([own @ matrix for own, matrix in zip(reduced, matrices)]).sum(0)
+        cross = torch.stack([part @ matrix for part, matrix in zip(reduced, matrices)]).sum(0)
         none = gram.new_zeros(len(gram), 0)
         sums = Sums(gram, cross, none, none, none, 0)
         centre = product.form.matrix(combination.mean(name))

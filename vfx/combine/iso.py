@@ -32,7 +32,7 @@ class IsoC(Combiner):
 
     def __call__(self, combination: Combination) -> dict[str, Tensor]:
         products = products_of(combination.program)
-        found = {}
+        merged = {}
         for name in combination.names:
             change = combination.summed(name)
             if name in products:
@@ -42,8 +42,8 @@ class IsoC(Combiner):
                 change = _isotropic(change)
             else:
                 change = change / len(combination.shares)
-            found[name] = combination.of_base(name) + self.scale * change
-        return found
+            merged[name] = combination.of_base(name) + self.scale * change
+        return merged
 
 
 def _isotropic(matrix: Tensor) -> Tensor:

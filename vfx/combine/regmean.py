@@ -47,7 +47,7 @@ class RegMean(Regression):
             for edge, batches in enumerate(self.batches(combination))
         ]
         return {
-            name: self.solved(combination, name, calls[0], [own[name] for own in grams])
+            name: self.solved(combination, name, calls[0], [calls_of[name] for calls_of in grams])
             for name, calls in products.items()
         }
 
@@ -65,13 +65,13 @@ def edge_grams(
     samples = 0
     for batch in track(shared(batches, list), "Gram matrices", len(batches) // count(), progress):
         samples += batches.size(batch)
-        run, waiting = Execution(edge.graph, edge.weights[0], batch, plan), sum(len(own) for own in at.values())
+        run, waiting = Execution(edge.graph, edge.weights[0], batch, plan), sum(len(calls) for calls in at.values())
         while waiting:
             for name, call in at.get(plan[run.position].node.name, ()):
                 gram = gram_of(call, lambda node: run.value(sources[node.name]))  # noqa: B023
                 total[name] = gram if name not in total else total[name] + gram
                 waiting -= 1
             run.step()
-    sums = added({name: [own] for name, own in total.items()})
+    sums = added({name: [gram] for name, gram in total.items()})
     (number,) = added({"samples": [torch.tensor(samples)]})["samples"]
-    return {name: own / int(number) for name, (own,) in sums.items()}
+    return {name: gram / int(number) for name, (gram,) in sums.items()}

@@ -69,17 +69,17 @@ class _Sweep:
                 self.samples[edge] += batches.size(batch)
 
     def run(self) -> dict[str, Tensor]:
-        found, first = {}, self.combination.program.weights[0]
+        solved, first = {}, self.combination.program.weights[0]
         products = self.method.products(self.combination)
         samples = added({"samples": [torch.tensor(self.samples)]})["samples"][0].tolist()
         progress = bool(self.combination.reading.get("progress", False))
         with Spill(MEMORY_LIMIT, self.weights.values()) as spill:
             for name, calls in track(products.items(), "RegMean++", len(products), progress):
-                sums = added({edge: [own] for edge, own in self._grams(calls, spill).items()})
+                sums = added({edge: [gram] for edge, gram in self._grams(calls, spill).items()})
                 grams = [sums[edge][0] / samples[edge] for edge in range(len(samples))]
-                found[name] = self.method.solved(self.combination, name, calls[0], grams)
-                self.weights[name] = found[name].to(first[name])
-        return found
+                solved[name] = self.method.solved(self.combination, name, calls[0], grams)
+                self.weights[name] = solved[name].to(first[name])
+        return solved
 
     def _grams(self, calls: Sequence[ProductCall], spill: Spill) -> dict[int, Tensor]:
         """The sum of each edge's Gram matrices over all calls; the runs stand in front of the first one then."""

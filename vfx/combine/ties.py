@@ -52,10 +52,10 @@ class Ties(Combiner):
         trimmed = [
             torch.where(change.abs() >= size, change, 0.0) for change, size in zip(combination.changes(name), least)
         ]
-        sign = sum(share * own for share, own in zip(combination.shares, trimmed)).sign()  # type: ignore[union-attr]
+        sign = sum(share * change for share, change in zip(combination.shares, trimmed)).sign()  # type: ignore[union-attr]
         total, votes = torch.zeros_like(trimmed[0]), torch.zeros_like(trimmed[0])
-        for share, own in zip(combination.shares, trimmed):
-            agrees = (own.sign() == sign) & (own != 0)
-            total += share * torch.where(agrees, own, 0.0)
+        for share, kept_change in zip(combination.shares, trimmed):
+            agrees = (kept_change.sign() == sign) & (kept_change != 0)
+            total += share * torch.where(agrees, kept_change, 0.0)
             votes += share * agrees.double()
         return torch.where(votes > 0, total / votes, 0.0)

@@ -49,7 +49,7 @@ class Classed:
         self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights], apart: Collection[str] = ()
     ):
         self.symmetry, self.statistics, self.weights = symmetry, statistics, weights
-        self.frames = [balance(symmetry, own, apart) for own in weights]
+        self.frames = [balance(symmetry, tensors, apart) for tensors in weights]
 
     def match(self, edge: int, starts: Iterable[Permutations | None]) -> list[Run]:
         """From each start the element that brings an edge to the first one, its objective, the number of sweeps."""
@@ -58,10 +58,10 @@ class Classed:
         ascent = ClassAscent(self.symmetry, self.statistics, edge, frames, weights)
         runs = []
         for start in starts:
-            found, objective, sweeps = ascent.elements(start)
-            found = compose(self.symmetry, frames[1], found)
-            found = compose(self.symmetry, found, inverse(self.symmetry, frames[0]))
-            runs.append((with_turns(self.symmetry, found, weights), objective, sweeps))
+            elements, objective, sweeps = ascent.elements(start)
+            elements = compose(self.symmetry, frames[1], elements)
+            elements = compose(self.symmetry, elements, inverse(self.symmetry, frames[0]))
+            runs.append((with_turns(self.symmetry, elements, weights), objective, sweeps))
         return runs
 
 
@@ -104,23 +104,27 @@ class ClassAscent(Ascent):
     def _gain(self, tap: Tap, moments: CrossMoments, edge: int) -> Gain:
         if not any(self.kinds[index].mixes for index in tap.groups):
             return super()._gain(tap, moments, edge)
-        one, other = moments.moments[0], moments.moments[edge]
-        count = max(one.count, 1)
-        means = [m.mean.cpu().numpy() for m in (one, other)]
+        first_moments, other_moments = moments.moments[0], moments.moments[edge]
+        count = max(first_moments.count, 1)
+        means = [m.mean.cpu().numpy() for m in (first_moments, other_moments)]
         second = (moments.cross[0, edge] / count).cpu().numpy() + np.outer(*means)
-        sizes = [float(m.m2.sum()) / count + float(mean @ mean) for m, mean in zip((one, other), means)]
+        sizes = [
+            float(m.m2.sum()) / count + float(mean @ mean) for m, mean in zip((first_moments, other_moments), means)
+        ]
         scale = tap.size / max(np.sqrt(sizes[0] * sizes[1]), np.finfo(float).tiny)
-        left, right = (basis(self.symmetry, tap, own) for own in self.frames)
+        left, right = (basis(self.symmetry, tap, frame) for frame in self.frames)
         return scale * (left @ second @ right.T)
 
     def elements(self, start: Permutations | None = None) -> Run:
         """The element found between balanced networks, the objective reached and the number of sweeps."""
         self.behind = {}
         if start is not None:
-            start = {index: own for index, own in start.items() if not self.kinds[index].mixes}
+            start = {index: order for index, order in start.items() if not self.kinds[index].mixes}
         permutations, objective, sweeps = self.run(start)
-        found = {index: replace(self.behind.get(index, Element()), index=own) for index, own in permutations.items()}
-        return found, objective, sweeps
+        elements = {
+            index: replace(self.behind.get(index, Element()), index=order) for index, order in permutations.items()
+        }
+        return elements, objective, sweeps
 
     def solve(self, group: Group, gains: Gain) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""
@@ -149,7 +153,9 @@ class ClassAscent(Ascent):
             return {group.index: np.arange(group.size)}, float(value)
         permutation, free = assign_signed(self._with_gains(group, gains))
         ones = np.ones(group.size)
-        scales = {side: np.prod([free.get(x, ones) for x in own], axis=0) for side, own in signs.items() if own}
+        scales = {
+            side: np.prod([free.get(x, ones) for x in vector], axis=0) for side, vector in signs.items() if vector
+        }
         self.behind[group.index] = Element(scales=scales)
         return {group.index: permutation}, self._signed_value(gains, permutation, free)
 
@@ -166,36 +172,36 @@ class ClassAscent(Ascent):
 
     def _agreement(self, group: Group) -> dict[int, Gain]:
         """sign γ₀ · sign γ₁ between channels (size, size), for the sides that hold elementwise parameters alone."""
-        signs = {side: own for side, own in self.signs[group.index].items() if own}
-        found: dict[int, list[Gain]] = {side: [] for side in signs}
+        signs = {side: vector for side, vector in self.signs[group.index].items() if vector}
+        tables_of: dict[int, list[Gain]] = {side: [] for side in signs}
         for member in group.members:
             for part in parts(self.symmetry, group, member):
-                if part.side not in found:
+                if part.side not in tables_of:
                     continue
                 if member.role != "elementwise":
-                    del found[part.side]
+                    del tables_of[part.side]
                     continue
-                one, other = (rows_of(own[member.fqn], member.dim, part).sign() for own in self.weights)
-                found[part.side].append((one @ other.T).numpy() / one.shape[1])
-        return {side: np.mean(tables, axis=0) for side, tables in found.items() if tables}
+                first, second = (rows_of(tensors[member.fqn], member.dim, part).sign() for tensors in self.weights)
+                tables_of[part.side].append((first @ second.T).numpy() / first.shape[1])
+        return {side: np.mean(tables, axis=0) for side, tables in tables_of.items() if tables}
 
     @staticmethod
     def _signed_value(gains: Mapping[Signs, Gain], permutation: Index, free: Mapping[int, Gain]) -> float:
         rows, total = np.arange(len(permutation)), 0.0
-        for own, gain in gains.items():
-            sign = np.prod([free[x] for x in own], axis=0) if own else 1.0
+        for vector, gain in gains.items():
+            sign = np.prod([free[x] for x in vector], axis=0) if vector else 1.0
             total += float((sign * gain[rows, permutation]).sum())
         return total
 
     def _blocks(self, unit: GroupUnit) -> tuple[dict[int, Any], float]:
-        found, value = super()._blocks(unit)
+        orders, value = super()._blocks(unit)
         for group in unit.inner:
-            element = inside(group, found[group.index], self.kinds[group.index], self.signs[group.index])
+            element = inside(group, orders[group.index], self.kinds[group.index], self.signs[group.index])
             if self.kinds[group.index] is not Maps.PERMUTATION:
                 self.behind[group.index] = replace(element, index=None)
             still = np.repeat(np.arange(group.size)[None], group.outer, axis=0)
-            found[group.index] = still if element.index is None else element.index
-        return found, value
+            orders[group.index] = still if element.index is None else element.index
+        return orders, value
 
 
 def _table(tap: Tap, group: Group, symmetry: Symmetry) -> Index:

@@ -42,9 +42,9 @@ STILL = 1e-10  # entries of a map that differ from the identity by no more
 
 def compact(symmetry: Symmetry, group: Group, common: bool = False, running: bool = False) -> Maps:
     """What is left of a group's class between two balanced networks; options as of ``sign_vectors``."""
-    own = symmetry.classes[group.index]
-    if own.scales is None:
-        return own.kind if own.kind is Maps.ROTATIONS else own.kind & Maps.ORTHOGONAL
+    group_class = symmetry.classes[group.index]
+    if group_class.scales is None:
+        return group_class.kind if group_class.kind is Maps.ROTATIONS else group_class.kind & Maps.ORTHOGONAL
     return Maps.SIGNED if any(sign_vectors(symmetry, group, common, running).values()) else Maps.PERMUTATION
 
 
@@ -53,13 +53,13 @@ def sign_vectors(symmetry: Symmetry, group: Group, common: bool = False, running
 
     With ``common`` only signs that all sides have in common count inside blocks.
     """
-    own = symmetry.classes[group.index]
-    if own.scales is None:
+    group_class = symmetry.classes[group.index]
+    if group_class.scales is None:
         return {}
-    still = () if running else own.running
-    found = {side: frozenset(vector) for side, vector in restrained(own.scales.signs, still, 2).items()}
-    apart = {found.get(side.index, frozenset()) for side in own.sides if side.members}
-    return {} if common and group.parent is not None and len(apart) > 1 else found
+    still = () if running else group_class.running
+    vectors = {side: frozenset(vector) for side, vector in restrained(group_class.scales.signs, still, 2).items()}
+    apart = {vectors.get(side.index, frozenset()) for side in group_class.sides if side.members}
+    return {} if common and group.parent is not None and len(apart) > 1 else vectors
 
 
 def solved(group: Group, gains: Gain, kind: Maps) -> tuple[Any, Gain]:
@@ -76,22 +76,22 @@ def solved(group: Group, gains: Gain, kind: Maps) -> tuple[Any, Gain]:
 def inside(group: Group, found: Any, kind: Maps, vectors: Mapping[int, Signs]) -> Element:
     """The element of a group inside blocks from its orders, or maps, one for each block; its sides' signs given."""
     if isinstance(found, SignedOrders):
-        return Element(found.order, scales={side: found.behind(own) for side, own in vectors.items() if own})
+        return Element(found.order, scales={side: found.behind(vector) for side, vector in vectors.items() if vector})
     if kind.mixes:
         return Element(matrix=found)
     if kind is Maps.PERMUTATION:
         return Element(found)
-    return Element(np.abs(found).argmax(-1), scales={side: found.sum(-1) for side, own in vectors.items() if own})
+    return Element(np.abs(found).argmax(-1), scales={side: found.sum(-1) for side, vector in vectors.items() if vector})
 
 
 def mixing(symmetry: Symmetry) -> bool:
     """Whether the channels of any group may be mixed."""
-    return any(own.kind.mixes for own in symmetry.classes.values())
+    return any(group_class.kind.mixes for group_class in symmetry.classes.values())
 
 
 def beyond_permutations(symmetry: Symmetry) -> bool:
     """Whether any group takes more than permutations, on any of its sides."""
-    return any(side.kind for own in symmetry.classes.values() for side in own.sides)
+    return any(side.kind for group_class in symmetry.classes.values() for side in group_class.sides)
 
 
 def between(symmetry: Symmetry, first: Elements, other: Elements, found: Elements) -> dict[int, Element]:
@@ -104,19 +104,19 @@ def between(symmetry: Symmetry, first: Elements, other: Elements, found: Element
 
 def settled(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
     """An element of every group, without what rounding has left in it."""
-    found = {index: snapped(own) for index, own in element.items()}
+    elements = {index: snapped(given) for index, given in element.items()}
     still = identity(symmetry)
-    for index, own in found.items():
-        if own.index is not None or index not in still:
-            still[index] = own
+    for index, member in elements.items():
+        if member.index is not None or index not in still:
+            still[index] = member
         else:
-            still[index] = replace(own, index=still[index].index)
+            still[index] = replace(member, index=still[index].index)
     return still
 
 
 def snapped(element: Element) -> Element:
     """An element without what differs from one by rounding: scales of one, matrices that only permute."""
-    neutral = all(np.abs(own - 1).max() <= ROUNDED for own in element.scales.values())
+    neutral = all(np.abs(scale - 1).max() <= ROUNDED for scale in element.scales.values())
     scales = {} if neutral else element.scales
     matrix = element.matrix
     if matrix is None or (element.index is not None and not _in_order(element.index)):
@@ -144,7 +144,7 @@ class ClassDescent(Descent):
         self.signs = {group.index: sign_vectors(symmetry, group, running=running) for group in symmetry.moving}
         if any(kind.mixes for kind in self.kinds.values()):
             self.dtype = torch.float64
-        beyond = {i for i, own in self.frame.items() if own.matrix is not None or own.scales}
+        beyond = {i for i, element in self.frame.items() if element.matrix is not None or element.scales}
         beyond |= {i for i, kind in self.kinds.items() if kind.mixes} | {group.index for group in symmetry.rotations}
         moving = (*symmetry.moving, *symmetry.rotations)
         self._rounded = {m.fqn for group in moving if group.index in beyond for m in group.members}
@@ -161,7 +161,7 @@ class ClassDescent(Descent):
 
     def permuted(self, permutations: Permutations) -> dict[int, Element]:
         """The element of permutations, those of groups whose channels are mixed left out."""
-        return {index: Element(own) for index, own in permutations.items() if not self.kinds[index].mixes}
+        return {index: Element(order) for index, order in permutations.items() if not self.kinds[index].mixes}
 
     def solve(self, group: Group, gains: Any) -> tuple[Any, Gain]:  # type: ignore[override]
         """Orders, or maps, of each pair of blocks."""
@@ -182,7 +182,7 @@ class ClassDescent(Descent):
     def _best(self, group: Group, settled: set[int] | None) -> dict[int, Any]:
         kind = self.kinds[group.index]
         if not kind.mixes and (kind is Maps.PERMUTATION or (settled is not None and self._shares(group, settled))):
-            return {index: Element(own) for index, own in super()._best(group, settled).items()}
+            return {index: Element(order) for index, order in super()._best(group, settled).items()}
         gains = self._gains_by_sign(group, settled)
         if kind.mixes:
             return {group.index: Element(matrix=procrustes(sum(gains.values(), np.zeros(1)), kind)[0])}
@@ -192,8 +192,8 @@ class ClassDescent(Descent):
     def _shares(self, group: Group, settled: set[int]) -> bool:
         """Whether the first sweep needs another group's best order for each pair of channels."""
         members = [m for m in group.members if m.fqn in self.target]
-        known = any(self.groups_of[m.fqn] - {group.index} <= settled for m in members)
-        return not known and any(
+        settles = any(self.groups_of[m.fqn] - {group.index} <= settled for m in members)
+        return not settles and any(
             self.groups_of[m.fqn] - {group.index} - settled == self._sharing(group, m) for m in members
         )
 
@@ -207,23 +207,25 @@ class ClassDescent(Descent):
         gains: dict[Signs, Gain] = {}
         for member in members:
             for part in parts(self.symmetry, group, member):
-                one, other = (rows_of(w[member.fqn], member.dim, part) for w in (self.target, self.current))
+                first, second = (rows_of(w[member.fqn], member.dim, part) for w in (self.target, self.current))
                 key = vectors.get(part.side, frozenset())
-                gains[key] = gains.get(key, 0.0) + (one @ other.T).numpy()
+                gains[key] = gains.get(key, 0.0) + (first @ second.T).numpy()
         return gains or {frozenset(): np.zeros((group.size, group.size))}
 
     def _signs_of_sides(self, group: Group, signs: Mapping[int, Matrix]) -> dict[int, Matrix]:
         vectors = self.signs[group.index]
         ones = np.ones(group.size)
-        return {side: np.prod([signs.get(x, ones) for x in own], axis=0) for side, own in vectors.items() if own}
+        return {
+            side: np.prod([signs.get(x, ones) for x in vector], axis=0) for side, vector in vectors.items() if vector
+        }
 
     def _best_in_blocks(self, unit: GroupUnit, names: set[str], settled: set[int] | None, sweep: int) -> dict[int, Any]:
         if settled is not None:
             names = self._known(unit, names, settled)
-        found = super()._best_in_blocks(unit, names, settled, sweep)
-        result = {index: Element(own) for index, own in found.items()}
-        result |= {g.index: inside(g, found[g.index], self.kinds[g.index], self.signs[g.index]) for g in unit.inner}
-        blocks = found[unit.outer.index]
+        orders = super()._best_in_blocks(unit, names, settled, sweep)
+        result = {index: Element(order) for index, order in orders.items()}
+        result |= {g.index: inside(g, orders[g.index], self.kinds[g.index], self.signs[g.index]) for g in unit.inner}
+        blocks = orders[unit.outer.index]
         for index, numbers in self._planes(unit, names).items():
             result[index] = planes.turned(numbers[np.arange(len(blocks)), blocks])
         return result
@@ -260,14 +262,14 @@ class ClassDescent(Descent):
         return dict(isomorphism(self.symmetry, self.target, self.current))
 
     def _disorder(self, permutations: Permutations, generator: np.random.Generator) -> dict[int, Any]:
-        found = self.permuted(permutations)
-        for index, element in found.items():
+        drawn = self.permuted(permutations)
+        for index, element in drawn.items():
             group = self.symmetry.groups[index]
             shape = (group.size,) if group.parent is None else group.blocks
             free = sorted(set().union(*self.signs[index].values()))
             signs = {x: generator.choice((-1.0, 1.0), shape) for x in free}
-            found[index] = replace(element, scales=self._signs_of_sides(group, signs))
-        return found
+            drawn[index] = replace(element, scales=self._signs_of_sides(group, signs))
+        return drawn
 
     def _compose(self, relative: dict[int, Any]) -> None:
         self.element = compose(self.symmetry, self.element, relative)

@@ -32,26 +32,28 @@ def in_one_frame(symmetry: Symmetry, edges: Collection[Weights], apart: frozense
     first, *others = edges
     names = {name for name in scored_names(symmetry) if name not in apart}
     groups = sorted(symmetry.groups, key=lambda group: _size(group, first, names))  # the cheap ones say no as well
-    return bool(groups) and all(_stays(symmetry, group, first, other, names) for other in others for group in groups)
+    return bool(groups) and all(
+        _stays(symmetry, group, first, weights, names) for weights in others for group in groups
+    )
 
 
 def _size(group: Group, weights: Weights, names: set[str]) -> int:
     return group.size * sum(weights[m.fqn].numel() for m in group.members if m.fqn in names)
 
 
-def _stays(symmetry: Symmetry, group: Group, first: Weights, other: Weights, names: set[str]) -> bool:
+def _stays(symmetry: Symmetry, group: Group, first: Weights, second: Weights, names: set[str]) -> bool:
     """Whether a group's channels are where they are in the first edge; so are those that no parameter tells apart."""
     gain = torch.zeros(group.size, group.size, dtype=torch.float64)
     for member in group.members:
-        if member.fqn not in names or first[member.fqn].shape != other[member.fqn].shape:
+        if member.fqn not in names or first[member.fqn].shape != second[member.fqn].shape:
             continue
         for part in parts(symmetry, group, member):
-            one, two = (rows_of(own[member.fqn], member.dim, part).double() for own in (first, other))
-            gain += (one @ two.T).cpu()
+            ours, theirs = (rows_of(tensors[member.fqn], member.dim, part).double() for tensors in (first, second))
+            gain += (ours @ theirs.T).cpu()
     return _identity_is_best(gain)
 
 
 def _identity_is_best(gain: Tensor) -> bool:
     random = float(gain.mean(1).sum())
-    own = float(gain.trace()) - random
-    return own >= SHARE * (float(gain.amax(1).sum()) - random) or own >= SHARE * (assign(gain)[1] - random)
+    kept = float(gain.trace()) - random
+    return kept >= SHARE * (float(gain.amax(1).sum()) - random) or kept >= SHARE * (assign(gain)[1] - random)

@@ -50,8 +50,8 @@ class Clusters:
         """(size, size) float64: row r is the mean of r's cluster where r stands for one, else the channel itself."""
         matrix = torch.eye(len(self.label), dtype=torch.float64)
         for channel in self.kept.tolist():
-            own = self.label == self.label[channel]
-            matrix[channel] = torch.from_numpy(own / own.sum())
+            members = self.label == self.label[channel]
+            matrix[channel] = torch.from_numpy(members / members.sum())
         return matrix
 
 
@@ -104,9 +104,9 @@ def scaled_rows(weights: Weights, found: list[LayerView]) -> dict[str, Tensor]:
     return result
 
 
-def _parts(found: list[LayerView]) -> Iterator[tuple[str, str | None, BatchNorm]]:
+def _parts(views: list[LayerView]) -> Iterator[tuple[str, str | None, BatchNorm]]:
     """The weight, the bias and the BatchNorm of each pair."""
-    for view in found:
+    for view in views:
         assert view.weight is not None
         assert view.norm is not None
         yield view.weight, view.bias, view.norm
@@ -158,10 +158,10 @@ def _mixed(tensor: Tensor, member: Member, mix: Tensor) -> Tensor:
 
 
 def _repaired(
-    group: Group, before: Weights, after: Weights, found: list[LayerView], clusters: Clusters
+    group: Group, before: Weights, after: Weights, views: list[LayerView], clusters: Clusters
 ) -> dict[str, Tensor]:
     """Variances of the averaged outputs, without data."""
-    variance = {weight: norm.names["running_var"] for weight, _, norm in _parts(found)}
+    variance = {weight: norm.names["running_var"] for weight, _, norm in _parts(views)}
     result: dict[str, Tensor] = {}
     for member in group.members:
         tensor = before[member.fqn]

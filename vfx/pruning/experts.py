@@ -78,12 +78,12 @@ def _contributions(program: Program, layer: ExpertLayer, batch: list[Tensor], pl
 
 def _without(weights: Mapping[str, Tensor], layer: ExpertLayer, expert: int) -> dict[str, Tensor]:
     """The tensors of a layer with zeros for one expert."""
-    found: dict[str, Tensor] = {}
+    silenced: dict[str, Tensor] = {}
     for member in layer.members:
-        tensor = found.get(member.fqn, weights[member.fqn])
+        tensor = silenced.get(member.fqn, weights[member.fqn])
         places = torch.from_numpy(member.position[expert].reshape(-1)).to(tensor.device)
-        found[member.fqn] = tensor.index_fill(member.dim, places, 0)
-    return found
+        silenced[member.fqn] = tensor.index_fill(member.dim, places, 0)
+    return silenced
 
 
 def _value(run: Execution, node: fx.Node) -> Tensor:
@@ -105,8 +105,8 @@ def _own(facts: Symmetry, group: Group) -> tuple[Member, ...]:
 
 def _names(facts: Symmetry, shape: Any, group: Group) -> bool:
     """Whether a value's integers name positions of a group."""
-    found = shape if isinstance(shape, (list, tuple)) else [shape]
-    axes = [one.meaning.axis for one in found if getattr(one, "meaning", None) is not None]
+    shapes = shape if isinstance(shape, (list, tuple)) else [shape]
+    axes = [part.meaning.axis for part in shapes if getattr(part, "meaning", None) is not None]
     rows = [facts.terms.rows(axis) for axis in axes if not axis.opaque]
     leaf = facts.leaf_of[group.index]
     return any(r is not None and (facts.leaves.leaf_of(facts.leaves.resolve(r)[:, 1:]) == leaf).any() for r in rows)
@@ -129,15 +129,15 @@ def _sum(program: Program, read: list[fx.Node], reached: set[fx.Node]) -> fx.Nod
 
     It ends where another value is added, or where a layer or a norm reads it.
     """
-    found = None
+    meeting = None
     waiting = {node: len(node.users) for node in read}  # readers that are still to come
     for node in (n for n in program.graph.nodes if n in reached):
         inputs = set(node.all_input_nodes)
         others = [x for x in inputs if x not in reached and x.op != "get_attr"]
         ends = operator_of(node).is_layer or operator_of(node).is_norm or node.op == "output"
-        if found is not None and (ends or (operator_of(node).is_add and others)):
-            return found
+        if meeting is not None and (ends or (operator_of(node).is_add and others)):
+            return meeting
         waiting = {x: count - (x in inputs) for x, count in waiting.items() if count > (x in inputs)}
         waiting |= {node: len(node.users)}
-        found = node if set(waiting) == {node} else found
-    return found
+        meeting = node if set(waiting) == {node} else meeting
+    return meeting

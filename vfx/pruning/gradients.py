@@ -59,8 +59,8 @@ class SampleGradients:
         size = sum(tensor.numel() * tensor.element_size() for tensor in chosen.values())
         limit = max(1, min(CHUNK, CHUNK_BYTES // max(size, 1)))
         for batch, labels in self._whole_minibatches(batches):
-            for part, own in self._cut(batch, labels, limit * self.minibatch):
-                yield self._gradients(chosen, part, own)
+            for part, part_labels in self._cut(batch, labels, limit * self.minibatch):
+                yield self._gradients(chosen, part, part_labels)
 
     def mean(self, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
         """The mean of all samples' gradients, in float64."""
@@ -106,17 +106,17 @@ class SampleGradients:
     def _whole_minibatches(self, batches: Batches) -> Iterator[tuple[list[Tensor], Tensor | None]]:
         """Batches of whole minibatches: what is over of one goes in front of the next; what is over at last is left."""
         rest: tuple[list[Tensor], Tensor | None] | None = None
-        seen, found = 0, False
+        seen, any_whole = 0, False
         for batch, labels in self._labelled(batches):
             seen += batches.size(batch)
             batch, labels = (batch, labels) if rest is None else self._joined(rest, (batch, labels))
             count = batches.size(batch)
             whole = count - count % self.minibatch
             if whole:
-                found = True
+                any_whole = True
                 yield self._rows(batch, labels, slice(0, whole))
             rest = self._rows(batch, labels, slice(whole, count)) if whole < count else None
-        if not found:
+        if not any_whole:
             raise DataError(f"{seen} samples hold no minibatch of {self.minibatch} alike; give more of them")
 
     def _rows(self, batch: list[Tensor], labels: Tensor | None, rows: slice) -> tuple[list[Tensor], Tensor | None]:
@@ -125,18 +125,18 @@ class SampleGradients:
         return kept, None if labels is None else labels[rows]
 
     def _joined(
-        self, one: tuple[list[Tensor], Tensor | None], other: tuple[list[Tensor], Tensor | None]
+        self, first: tuple[list[Tensor], Tensor | None], second: tuple[list[Tensor], Tensor | None]
     ) -> tuple[list[Tensor], Tensor | None]:
         """Two batches as one; only the second where they do not fit together (sequences of another length)."""
-        pairs = [(a, b, d) for a, b, d in zip(one[0], other[0], self.axes) if d is not None]
-        pairs += [(one[1], other[1], 0)] if one[1] is not None and other[1] is not None else []
-        alike = (one[1] is None) == (other[1] is None) and all(
+        pairs = [(a, b, d) for a, b, d in zip(first[0], second[0], self.axes) if d is not None]
+        pairs += [(first[1], second[1], 0)] if first[1] is not None and second[1] is not None else []
+        alike = (first[1] is None) == (second[1] is None) and all(
             a.select(d, 0).shape == b.select(d, 0).shape for a, b, d in pairs
         )
         if not alike:
-            return other
-        joined = [b if d is None else torch.cat([a, b], d) for a, b, d in zip(one[0], other[0], self.axes)]
-        return joined, None if one[1] is None or other[1] is None else torch.cat([one[1], other[1]])
+            return second
+        joined = [b if d is None else torch.cat([a, b], d) for a, b, d in zip(first[0], second[0], self.axes)]
+        return joined, None if first[1] is None or second[1] is None else torch.cat([first[1], second[1]])
 
     @torch.no_grad()
     def _pseudo_labels(self, batch: list[Tensor], generator: torch.Generator) -> Tensor:
@@ -152,9 +152,9 @@ class SampleGradients:
         m = self.minibatch
         count = self.program.batch_of(batch)
         for start in range(0, count, size):
-            chunk, own = self._rows(batch, labels, slice(start, start + size))
+            chunk, chunk_labels = self._rows(batch, labels, slice(start, start + size))
             part = [x if d is None else x.unflatten(d, (-1, m)) for d, x in zip(self.axes, chunk)]
-            yield part, None if own is None else own.unflatten(0, (-1, m))
+            yield part, None if chunk_labels is None else chunk_labels.unflatten(0, (-1, m))
 
 
 def _guarded(function: Callable[..., Any], *args: Any) -> Any:
@@ -189,10 +189,10 @@ def cross_entropy(output: Any, labels: Tensor | None) -> Tensor:
     """Mean cross-entropy of class scores (N, C), (N, L, C) or (N, C, H, W) with integer labels without the C."""
     rows = by_class(logits(output))
     if labels is None or labels.is_floating_point() or labels.shape != rows.shape[:-1]:
-        found = "no labels" if labels is None else f"{labels.dtype} labels of shape {tuple(labels.shape)}"
+        given = "no labels" if labels is None else f"{labels.dtype} labels of shape {tuple(labels.shape)}"
         raise ArgumentError(
             f"cross-entropy of class scores {tuple(rows.shape)} needs integer labels {tuple(rows.shape[:-1])}, got "
-            f"{found}; give the score a loss= of your own"
+            f"{given}; give the score a loss= of your own"
         )
     total = F.cross_entropy(rows.reshape(-1, rows.shape[-1]), labels.reshape(-1).long(), reduction="sum")
     return total / (labels != PADDING).sum().clamp_min(1)

@@ -79,12 +79,12 @@ def _summed(
     facts: Symmetry, values: Mapping[str, Tensor], roles: tuple[str, ...] = ("out", "in", "elementwise")
 ) -> dict[int, NDArray[np.float64]]:
     """For each channel the sum of ``values`` over all else, over every member with one of these roles."""
-    found = {g.index: np.zeros(g.shape) for g in facts.groups}
+    sums = {g.index: np.zeros(g.shape) for g in facts.groups}
     for group in facts.groups:
         for member in group.members:
             if member.fqn in values and member.role in roles:
-                found[group.index] += channel_sums(facts, group, member.fqn, member.dim, values[member.fqn])
-    return found
+                sums[group.index] += channel_sums(facts, group, member.fqn, member.dim, values[member.fqn])
+    return sums
 
 
 def channel_sums(facts: Symmetry, group: Group, fqn: str, dim: int, values: Tensor) -> NDArray[np.float64]:
@@ -94,14 +94,14 @@ def channel_sums(facts: Symmetry, group: Group, fqn: str, dim: int, values: Tens
         line = _kept_dims(values, (dim,))[where]
         return _binned(channel, line, (group.size,))
     parents = {d: _places(facts, fqn, d, group.parent) for d, _ in facts.axes_of(fqn)}
-    own = dict(zip(*(x.tolist() for x in parents[dim])))
-    if own:  # the blocks stand on the same axis
-        block = np.array([own[place] for place in where.tolist()])
+    block_of = dict(zip(*(x.tolist() for x in parents[dim])))
+    if block_of:  # the blocks stand on the same axis
+        block = np.array([block_of[place] for place in where.tolist()])
         line = _kept_dims(values, (dim,))[where]
         return _binned(block * group.size + channel, line, group.blocks)
-    other = next(d for d, (places, _) in parents.items() if len(places))
-    rows, block = parents[other]
-    plane = _kept_dims(values, (other, dim))[np.ix_(rows, where)]
+    across = next(d for d, (places, _) in parents.items() if len(places))
+    rows, block = parents[across]
+    plane = _kept_dims(values, (across, dim))[np.ix_(rows, where)]
     return _binned((block[:, None] * group.size + channel).reshape(-1), plane.reshape(-1), group.blocks)
 
 
@@ -133,8 +133,8 @@ def own_loss(output: Any, labels: Any) -> Tensor:
     """Cross-entropy of the first output with the batch's labels, or the network's own answers where it has none."""
     logits = next(iter(named_tensors(output).values()))
     classes = logits.flatten(0, -2) if logits.ndim != 2 else logits
-    known = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.numel() == len(classes)
-    target = labels.reshape(-1).to(classes.device) if known else classes.argmax(1).detach()
+    are_classes = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.numel() == len(classes)
+    target = labels.reshape(-1).to(classes.device) if are_classes else classes.argmax(1).detach()
     return F.cross_entropy(classes, target)
 
 

@@ -53,9 +53,9 @@ def make_permanent(module: nn.Module) -> nn.Module:
             if isinstance(weight, SparseSemiStructuredTensor):
                 owner._parameters[leaf] = nn.Parameter(weight.to_dense())
         if parametrize.is_parametrized(owner) and all(
-            isinstance(one, Mask)
+            isinstance(mask, Mask)
             for chain in owner.parametrizations.values()  # type: ignore[union-attr,operator]
-            for one in chain
+            for mask in chain
         ):
             _unmask(owner)
     return module

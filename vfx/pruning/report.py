@@ -138,7 +138,7 @@ def _row(
     flops, macs = sum(row.flops for row in calls), sum(row.macs for row in calls)
     left = flops - round(macs * (1 - nonzeros / max(target.numel, 1)))
     node = target.nodes[0].name
-    first, last = ((found or {}).get(node, (None, None)) for found in (before, after))
+    first, last = ((moments or {}).get(node, (None, None)) for moments in (before, after))
     return PrunedLayer(
         target.name, target.shape, protected, target.numel, nonzeros, flops, left, first[0], last[0], first[1], last[1]
     )
@@ -146,29 +146,29 @@ def _row(
 
 def moved_statistics(network: Program, goals: Mapping[str, Moments], batches: Batches) -> Moved:
     """Variance ratio and mean shift of each layer's output against ``goals`` (another network's)."""
-    found = output_moments(network, batches)
-    return {name: _compared(found[name], goal) for name, goal in goals.items() if name in found}
+    moments = output_moments(network, batches)
+    return {name: _compared(moments[name], goal) for name, goal in goals.items() if name in moments}
 
 
 def output_moments(network: Program, batches: Batches) -> dict[str, Moments]:
     """Moments of every layer's output, behind its norm or inserted affine where it has one, by the layer's node."""
-    found: dict[str, Moments] = {}
+    moments_of_layer: dict[str, Moments] = {}
     readers: dict[fx.Node, ValueReader] = {}
     for name, view in layer_views(network).items():
         norm = view.norm
         node = view.output if norm is None else norm.node
 
         def read(values: list[Tensor], name: str = name, channel: int = view.layer.channel) -> None:
-            found[name] = moments_of(values, channel)
+            moments_of_layer[name] = moments_of(values, channel)
 
         readers[node] = read
     advance_together(network, dict(network.weights[0]), batches, readers, progress=False)
-    return found
+    return moments_of_layer
 
 
-def _compared(found: Moments, goal: Moments) -> tuple[float | None, float | None]:
+def _compared(moments: Moments, goal: Moments) -> tuple[float | None, float | None]:
     scale = float(goal.std.square().sum())
     if not scale:
         return None, None
-    shift = float(torch.linalg.vector_norm(found.mean - goal.mean))
-    return float(found.std.square().sum()) / scale, shift / math.sqrt(scale)
+    shift = float(torch.linalg.vector_norm(moments.mean - goal.mean))
+    return float(moments.std.square().sum()) / scale, shift / math.sqrt(scale)

@@ -32,9 +32,9 @@ class SecondMoments:
         result = np.zeros(group.blocks)
         for groups, digits in self.digits.items():
             if group.index in groups:
-                own = digits[:, groups.index(group.index)]
-                block = digits[:, groups.index(group.parent)] if group.parent in groups else np.zeros_like(own)
-                np.add.at(result, (block, own), self.matrix[groups].diagonal().cpu().numpy())
+                channel = digits[:, groups.index(group.index)]
+                block = digits[:, groups.index(group.parent)] if group.parent in groups else np.zeros_like(channel)
+                np.add.at(result, (block, channel), self.matrix[groups].diagonal().cpu().numpy())
         result = result if result.any() else np.ones(group.blocks)
         return result if group.parent is not None else result[0]
 
@@ -50,16 +50,16 @@ def second_moments(
     progress: bool = True,
 ) -> SecondMoments:
     """Read the features of a single network in one pass over ``data``."""
-    found = collect(
+    statistics = collect(
         program, facts, data, max_samples=max_samples, layers=False, within=True, device=device, progress=progress
     )
     digits: dict[tuple[int, ...], Index] = {}
     total: dict[tuple[int, ...], Tensor] = {}
     count: dict[tuple[int, ...], int] = {}
-    for tap in found.taps:
+    for tap in statistics.taps:
         if not np.array_equal(digits.setdefault(tap.groups, tap.digits), tap.digits):
             continue  # some of these channels only: their tap says nothing of the others
-        cross = found.features[tap.key]
+        cross = statistics.features[tap.key]
         mean, samples = cross.moments[0].mean, cross.moments[0].count
         second = (cross.covariance(0, 0) + torch.outer(mean, mean)) * samples
         total[tap.groups] = total[tap.groups] + second if tap.groups in total else second

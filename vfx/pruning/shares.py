@@ -49,11 +49,11 @@ class Streams:
             digits = np.sort(rows[:, 1:], axis=1)
             digits = digits[(owner[digits] >= 0).any(axis=1)]
             features |= set(map(tuple, (unique_rows(digits)[0] if digits.shape[1] > 1 else digits).tolist()))
-        found: dict[tuple[int, ...], int] = {}
+        counts: dict[tuple[int, ...], int] = {}
         for feature in features:
             bundles = self._together({int(k) for k in owner[list(feature)] if k >= 0})
-            found[bundles] = found.get(bundles, 0) + 1
-        return found
+            counts[bundles] = counts.get(bundles, 0) + 1
+        return counts
 
     def _together(self, bundles: set[int]) -> tuple[int, ...]:
         """Bundles without the blocks that others stand in: how many of these go is said apart (``units``)."""
@@ -71,7 +71,7 @@ class Streams:
         """Free bundles that stand in features with others, by connected components."""
         graph = nx.Graph()
         for bundles in self.counts:
-            graph.add_edges_from((one, other) for one in bundles for other in bundles if one < other)
+            graph.add_edges_from((first, second) for first in bundles for second in bundles if first < second)
         return [sorted(component) for component in nx.connected_components(graph)]
 
     def met(self, units: Sequence[int], share: float, allowed: Callable[[int], Sequence[int]]) -> list[int]:
@@ -97,30 +97,30 @@ class Streams:
     ) -> list[int]:
         result = list(units)
         for component in components:
-            own = [bundles for bundles in self.counts if set(bundles) & set(component)]
+            features = [bundles for bundles in self.counts if set(bundles) & set(component)]
             full = [b.units if k in component else result[k] for k, b in enumerate(self.slots.bundles)]
-            tried = [self._descended(start, component, own, share, allowed) for start in (full, result)]
-            result = min(tried, key=lambda chosen: self._miss(own, chosen, share))
+            tried = [self._descended(start, component, features, share, allowed) for start in (full, result)]
+            result = min(tried, key=lambda chosen: self._miss(features, chosen, share))
         return result
 
     def _descended(
         self,
         units: Sequence[int],
         component: Sequence[int],
-        own: Sequence[tuple[int, ...]],
+        features: Sequence[tuple[int, ...]],
         share: float,
         allowed: Callable[[int], Sequence[int]],
     ) -> list[int]:
         chosen, before = list(units), float("inf")
-        while (miss := self._miss(own, chosen, share)) < before:
+        while (miss := self._miss(features, chosen, share)) < before:
             before = miss
             for k in component:
-                near = [b for b in own if k in b]
+                near = [b for b in features if k in b]
                 chosen[k] = min(
                     sorted(allowed(k), reverse=True),
                     key=lambda count: self._miss(near, [*chosen[:k], count, *chosen[k + 1 :]], share),
                 )
         return chosen
 
-    def _miss(self, own: Sequence[tuple[int, ...]], units: Sequence[float], share: float) -> float:
-        return sum((self.left(bundles, units) - share) ** 2 for bundles in own)
+    def _miss(self, features: Sequence[tuple[int, ...]], units: Sequence[float], share: float) -> float:
+        return sum((self.left(bundles, units) - share) ** 2 for bundles in features)

@@ -41,19 +41,19 @@ def transposable(scores: Tensor, keep: int) -> Tensor:
 def _masks(size: int, keep: int) -> NDArray[Any]:
     """All blocks with ``keep`` entries in each row and column, (masks, size²)."""
     rows = [[k in chosen for k in range(size)] for chosen in combinations(range(size), keep)]
-    found = [block for block in product(rows, repeat=size) if all(sum(column) == keep for column in zip(*block))]
-    return np.array(found, bool).reshape(len(found), -1)
+    masks = [block for block in product(rows, repeat=size) if all(sum(column) == keep for column in zip(*block))]
+    return np.array(masks, bool).reshape(len(masks), -1)
 
 
 def _solved(scores: NDArray[Any], size: int, keep: int) -> NDArray[Any]:
     """The best corners of the blocks' linear programs, (blocks, size²)."""
-    one, line = eye_array(size), np.ones((1, size))
-    sums = block_diag([vstack([kron(one, line), kron(line, one)])] * len(scores), format="csr")
+    eye, line = eye_array(size), np.ones((1, size))
+    sums = block_diag([vstack([kron(eye, line), kron(line, eye)])] * len(scores), format="csr")
     wanted = np.full(sums.shape[0], keep)
-    found = linprog(-scores.reshape(-1), A_eq=sums, b_eq=wanted, bounds=(0, 1), method="highs-ds")
-    if found.x is None:
-        raise PassError(f"no mask of {keep}:{size} along both axes was found: {found.message}")
-    mask = (found.x > 0.5).reshape(len(scores), size, size)
+    solution = linprog(-scores.reshape(-1), A_eq=sums, b_eq=wanted, bounds=(0, 1), method="highs-ds")
+    if solution.x is None:
+        raise PassError(f"no mask of {keep}:{size} along both axes was found: {solution.message}")
+    mask = (solution.x > 0.5).reshape(len(scores), size, size)
     if (mask.sum(1) != keep).any() or (mask.sum(2) != keep).any():
         raise PassError(f"the masks found do not keep {keep} of {size} along both axes; please report the scores")
     return mask.reshape(len(scores), -1)

@@ -50,14 +50,14 @@ class ProductCall(NamedTuple):
 
 def products_of(program: Program) -> dict[str, list[ProductCall]]:
     """The parameters that calls multiply by and do nothing else with, all in one layout, in the order of first use."""
-    readers, found = readers_of(program.graph), dict[str, list[ProductCall]]()
+    readers, calls_of = readers_of(program.graph), dict[str, list[ProductCall]]()
     for node in program.graph.nodes:
-        own = form_of(node) if node.op == "call_function" else None
-        if own is not None and program.is_parameter(str(own[2].target)):
-            found.setdefault(str(own[2].target), []).append(ProductCall(node, own[0], own[1]))
+        product = form_of(node) if node.op == "call_function" else None
+        if product is not None and program.is_parameter(str(product[2].target)):
+            calls_of.setdefault(str(product[2].target), []).append(ProductCall(node, product[0], product[1]))
     return {
         name: calls
-        for name, calls in found.items()
+        for name, calls in calls_of.items()
         if set(readers[name]) == {call.node for call in calls} and len({_layout(call.form) for call in calls}) == 1
     }
 

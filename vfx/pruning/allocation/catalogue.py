@@ -26,6 +26,6 @@ def allocation_named(allocation: str | Allocation) -> Allocation | None:
     if allocation == SCOPE:
         return None
     if allocation not in ALLOCATIONS:
-        known = ", ".join((SCOPE, *ALLOCATIONS))
-        raise ArgumentError(f"allocation={allocation!r} is unknown; choose one of {known} or an Allocation")
+        names = ", ".join((SCOPE, *ALLOCATIONS))
+        raise ArgumentError(f"allocation={allocation!r} is unknown; choose one of {names} or an Allocation")
     return ALLOCATIONS[allocation]()

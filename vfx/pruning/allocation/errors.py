@@ -58,12 +58,12 @@ def curve(problem: LayerProblem) -> Curve:
     costs = (weight.square() * hessian.diagonal(dim1=1, dim2=2)[:, :, None]).reshape(1, -1)
     products = hessian @ weight
     size = float((weight * products).sum())
-    found = [(0.0, 0.0)]
+    points = [(0.0, 0.0)]
     for share in GRID[1:]:
         support = ~lowest(costs, pruned_count(costs.shape[1], share)).reshape(weight.shape)
         error = within(hessian, products, support) - weight
-        found.append((share, max(float((error * (hessian @ error)).sum()), 0.0) / max(size, 1e-300)))
-    return [*found, (1.0, 1.0)]
+        points.append((share, max(float((error * (hessian @ error)).sum()), 0.0) / max(size, 1e-300)))
+    return [*points, (1.0, 1.0)]
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> Curve:

@@ -40,10 +40,10 @@ class LayerProblem:
 def layer_problem(target: Target, weight: Tensor, values: list[Tensor]) -> LayerProblem:
     """The problem of a target's first call, from the call's inputs in all batches."""
     node = target.nodes[0]
-    found = form_of(node)
-    if found is None:
+    form_and_operands = form_of(node)
+    if form_and_operands is None:
         raise PassError(f"the layer of {target.name!r} at {node.name} is no product of its input with that weight")
-    form, hessian = found[0], None
+    form, hessian = form_and_operands[0], None
     for x in values:
         part = form.gram(x).double()
         hessian = part if hessian is None else hessian.add_(part)
@@ -72,11 +72,11 @@ class LayerScore(Score):
 
     def scores(self, subject: Subject) -> dict[str, Tensor]:
         """The scores of all layers on the network as it stands."""
-        found: dict[str, Tensor] = {}
+        scores_of: dict[str, Tensor] = {}
 
         def look(target: Target, weight: Tensor, values: list[Tensor]) -> tuple[Tensor, Tensor]:
-            found[target.name] = self.layer_scores(layer_problem(target, weight, values))
+            scores_of[target.name] = self.layer_scores(layer_problem(target, weight, values))
             return torch.ones_like(weight, dtype=torch.bool), weight
 
         one_by_one(subject, look)
-        return found
+        return scores_of

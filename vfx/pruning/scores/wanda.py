@@ -100,9 +100,9 @@ def input_squares(target: Target, node: fx.Node, x: Tensor) -> Tensor:
     summed = batched.double().square().sum(0)
     reads = [axis.taps(size).to(summed) for axis, size in zip(axes, summed.shape[1:])]
     groups = groups_of(node)
-    own = _einsum(summed, reads).reshape(groups, summed.shape[0] // groups, -1)
+    sums = _einsum(summed, reads).reshape(groups, summed.shape[0] // groups, -1)
     outputs = target.shape[1] * groups if is_transposed(node) else target.shape[0]
-    return own if groups == 1 else own.repeat_interleave(outputs // groups, 0)
+    return sums if groups == 1 else sums.repeat_interleave(outputs // groups, 0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _axes(node: fx.Node, kernel: tuple[int, ...]) -> list[_Axis]:
     else:
         paddings = [(p, p) for p in _each(a["padding"], count)]
     extra = _each(a["output_padding"], count) if is_transposed(node) else [None] * count
-    return [_Axis(*one) for one in zip(kernel, strides, dilations, paddings, extra)]
+    return [_Axis(*axis) for axis in zip(kernel, strides, dilations, paddings, extra)]
 
 
 def _each(value: Any, count: int) -> list[int]:
