@@ -13,6 +13,7 @@ from vfx.combine.regmean_plus import RegMeanPlus
 from vfx.combine.task_arithmetic import TaskArithmetic
 from vfx.combine.ties import Ties
 from vfx.errors import ArgumentError
+from vfx.names import made
 
 COMBINERS: dict[str, Callable[..., Combiner]] = {
     "task_arithmetic": TaskArithmetic,
@@ -36,12 +37,7 @@ def combiner(combine: str | Combiner) -> Combiner | None:
 
 def combiner_named(name: str, **options: Any) -> Combiner:
     """A combiner by name with its own options, as ``COMBINERS`` has them. Raises ArgumentError."""
-    if name not in COMBINERS:
-        raise ArgumentError(f"combine={name!r} is unknown; choose one of {AVERAGE}, {', '.join(COMBINERS)}")
-    try:
-        return COMBINERS[name](**options)
-    except TypeError as error:
-        raise ArgumentError(f"combine={name!r} takes no such options: {error}") from error
+    return made("combine", COMBINERS, name, f"{AVERAGE}, ", **options)
 
 
 def name_of(own: Combiner) -> str:

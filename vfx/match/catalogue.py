@@ -20,6 +20,7 @@ from vfx.match.straight_through import StraightThrough
 from vfx.match.transport import OptimalTransport
 from vfx.match.weight import WeightMatching
 from vfx.match.zipit import ZipIt
+from vfx.names import made
 
 MATCHERS: dict[str, Callable[..., Matcher]] = {
     "weight": WeightMatching,
@@ -50,22 +51,15 @@ def matcher(match: str | Matcher | None, restarts: int = 0, classes: str = "full
         raise ArgumentError(f"restarts={restarts}: {name} takes none here; {', '.join(sorted(RESTARTED))} do (by name)")
     if not isinstance(match, str):
         return match
-    if match not in MATCHERS:
-        raise ArgumentError(f"match={match!r} is unknown; choose one of {', '.join(MATCHERS)}, None or a Matcher")
     options: dict[str, Any] = {"restarts": restarts} if restarts else {}
     if match in CLASSED:
         options["classes"] = classes
-    return MATCHERS[match](**options)
+    return made("match", MATCHERS, match, "", ", None or a Matcher", **options)
 
 
 def matcher_named(name: str, **options: Any) -> Matcher:
     """A matcher by name with its own options, as ``MATCHERS`` has them. Raises ArgumentError."""
-    if name not in MATCHERS:
-        raise ArgumentError(f"match={name!r} is unknown; choose one of {', '.join(MATCHERS)}")
-    try:
-        return MATCHERS[name](**options)
-    except TypeError as error:
-        raise ArgumentError(f"match={name!r} takes no such options: {error}") from error
+    return made("match", MATCHERS, name, **options)
 
 
 def maps_layers(finder: Matcher, symmetry: Symmetry) -> bool:

@@ -26,11 +26,12 @@ from torch import Tensor, fx
 
 from vfx.analyse.layers import ancestors, descendants
 from vfx.complex_numbers import parts_of
-from vfx.errors import ArgumentError
+from vfx.errors import ArgumentError, listed
 from vfx.operators import arguments, is_transposed, operator, operator_of
 from vfx.program import Program
 
 FIRST, HEAD = "first", "head"
+NAMED = 8  # weights that a message names
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ def find_targets(program: Program) -> tuple[tuple[Target, ...], tuple[str, ...]]
     parts = {str(held.target) for node in program.graph.nodes if (held := parts_of(node)) is not None}
     matrices = [name for name in program.names() if name in parts and program.weights[0][name].ndim > 2]
     if matrices:
-        notes.append(f"not pruned, since they are complex: {_some(matrices)}")
+        notes.append(f"not pruned, since they are complex: {listed(matrices, NAMED)}")
     known = calls.keys() | parts
     others = [name for name in program.names() if name not in known and _is_parameter(program, name)]
     if others:
-        notes.append(f"not pruned, since no convolution or linear layer reads them: {_some(others)}")
+        notes.append(f"not pruned, since no convolution or linear layer reads them: {listed(others, NAMED)}")
     return tuple(_target(program, name, nodes) for name, nodes in calls.items()), tuple(notes)
 
 
@@ -166,12 +167,8 @@ def by_pattern(targets: Sequence[Target], sparsity: Mapping[str, float]) -> list
 
 
 def nothing_matches(option: str, pattern: str, targets: Sequence[Target]) -> ArgumentError:
-    known = _some([target.name for target in targets])
+    known = listed([target.name for target in targets], NAMED)
     return ArgumentError(f"{option}: the pattern {pattern!r} matches no prunable weight; there are {known}")
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _first(targets: Sequence[Target]) -> set[str]:

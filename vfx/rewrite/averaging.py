@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vfx.errors import listed
 from vfx.program import Goal, Program
 
 
@@ -28,7 +29,7 @@ def averaged(program: Program, alphas: Sequence[float], note: str | None = None)
     unused = [n for n in program.weights[0] if n not in names | program.private and n not in program.buffers]
     notes = program.notes
     if unused:
-        notes = (*notes, f"taken from the first edge, since the graph never reads them: {_some(unused)}")
+        notes = (*notes, f"taken from the first edge, since the graph never reads them: {listed(unused, 4)}")
     return replace(program.with_weights([merged], note), goals=goals, notes=notes)
 
 
@@ -46,7 +47,3 @@ def average(tensors: Sequence[Tensor], alphas: Sequence[float]) -> Tensor:
 
 def _mix(rows: Tensor, shares: Tensor) -> Tensor:
     return (rows * shares.to(rows.device)[:, None]).sum(0, keepdim=True)
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

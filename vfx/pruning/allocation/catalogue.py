@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vfx.errors import ArgumentError
+from vfx.names import made
 from vfx.pruning.allocation.allocation import Allocation
 from vfx.pruning.allocation.depth import ErdosRenyi, Progressive
 from vfx.pruning.allocation.errors import Errors
@@ -25,7 +25,4 @@ def allocation_named(allocation: str | Allocation) -> Allocation | None:
         return allocation
     if allocation == SCOPE:
         return None
-    if allocation not in ALLOCATIONS:
-        names = ", ".join((SCOPE, *ALLOCATIONS))
-        raise ArgumentError(f"allocation={allocation!r} is unknown; choose one of {names} or an Allocation")
-    return ALLOCATIONS[allocation]()
+    return made("allocation", ALLOCATIONS, allocation, f"{SCOPE}, ", " or an Allocation")

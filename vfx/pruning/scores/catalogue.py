@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vfx.errors import ArgumentError
+from vfx.names import made
 from vfx.pruning.scores.alps import ALPS
 from vfx.pruning.scores.fisher import DiagonalFisher
 from vfx.pruning.scores.gradient import GradientWeight
@@ -29,11 +29,4 @@ SCORES: dict[str, Callable[..., Score]] = {
 
 def score_named(score: str | Score, **options: object) -> Score:
     """A score by name with its options; a Score is returned as it is. Raises ArgumentError."""
-    if isinstance(score, Score):
-        return score
-    if not isinstance(score, str) or score not in SCORES:
-        raise ArgumentError(f"score={score!r} is unknown; choose one of {', '.join(SCORES)} or a Score")
-    try:
-        return SCORES[score](**options)
-    except TypeError as error:
-        raise ArgumentError(f"score={score!r} takes no such options: {error}") from error
+    return score if isinstance(score, Score) else made("score", SCORES, score, "", " or a Score", **options)
