@@ -157,7 +157,7 @@ PAIRS = {
             "vit_fashion", "ViT, Fashion-MNIST",
             "3 blocks of 64 channels and 4 heads, 16 patches; 60,000 images of 32×32 pixels",
             partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 4, 128, 2000,
-            Learning(12_000, 1, 6, 128, 0.02), flip=True,
+            Learning(12_000, 1, 4, 128, 0.02), flip=True,
         ),
         Pair(
             "gpt_text", "GPT-2, characters",

@@ -216,12 +216,17 @@ def test_gradients_alone_find_planted_maps(name: str) -> None:
     problem = Problem(program, facts, data=x.split(len(x) // 6))
     found = _FromNothing(epochs=20, lr=0.05)(problem)
     assert found.details["loss"] < 1e-2 * found.details["initial_loss"]
-    aligned = found.aligned(facts, program.weights[1], 1)
-    apart = {n: float((t - program.weights[1][n]).norm()) for n, t in program.weights[0].items()}
-    left = {n: float((aligned[n] - t).norm()) for n, t in program.weights[0].items()}
-    assert sum(left.values()) < 0.2 * sum(apart.values())
     control = _FromNothing(epochs=20, lr=0.05, classes="permutation")(problem)
     assert control.details["loss"] > 0.2 * control.details["initial_loss"]
+    first, second = program.weights
+
+    def distance(weights: Any) -> float:
+        return sum(float((weights[fqn] - tensor).norm()) for fqn, tensor in first.items())
+
+    assert distance(found.aligned(facts, second, 1)) < 0.5 * distance(
+        second
+    )  # some directions hardly count in the loss
+    assert distance(control.aligned(facts, second, 1)) > 0.9 * distance(second)
 
 
 # promises -------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3, JointObjective, best_step, frank_wolfe
 from vfx.match.catalogue import MATCHERS
 from vfx.match.iterated import IteratedMatching
-from vfx.match.learned import LearnedMatching
 from vfx.match.matcher import Matching, Problem
 from vfx.match.midpoint import Midpoint, batch_statistics
 from vfx.match.relaxation import best_vertex, blend
@@ -284,7 +283,6 @@ METHODS: dict[str, Callable[[], Any]] = {
     "c2m3": lambda: C2M3(iterations=4),
     "iterated": lambda: IteratedMatching(iterations=2),
     "ste": lambda: StraightThrough(epochs=1),
-    "learned": lambda: LearnedMatching(epochs=1, classes="permutation"),
 }
 NETWORKS = [mlp, residual, small_vit]
 

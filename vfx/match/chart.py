@@ -63,7 +63,7 @@ class Chart:
     """
 
     def __init__(self, symmetry: Symmetry, group: Group, full: bool = True):
-        own = symmetry.classes[group.index]
+        its_class = symmetry.classes[group.index]
         self.group = group
         self.places = [
             (member.fqn, member.dim, part)
@@ -71,15 +71,16 @@ class Chart:
             if symmetry.program.is_parameter(member.fqn)
             for part in parts(symmetry, group, member)
         ]
-        self.kind = own.kind if full and own.scales is None and own.kind.mixes else Maps.PERMUTATION
+        mixes = full and its_class.scales is None and its_class.kind.mixes
+        self.kind = its_class.kind if mixes else Maps.PERMUTATION
         self.blocks, size = (1 if group.parent is None else group.outer), group.size
         still = torch.zeros(size, size) if self.kind.mixes else torch.eye(size)
         self.table = still.double().repeat(self.blocks, 1, 1).requires_grad_()
         self.powers: Powers = {}
         self.signs: Mapping[int, frozenset[int]] = {}
-        if full and own.scales is not None:
-            found = restrained(own.scales.magnitudes, own.running)
-            self.powers = {side: {x: float(c) for x, c in vector.items()} for side, vector in found.items() if vector}
+        if full and its_class.scales is not None:
+            powers = restrained(its_class.scales.magnitudes, its_class.running)
+            self.powers = {side: {x: float(c) for x, c in vector.items()} for side, vector in powers.items() if vector}
             self.signs = {side: free for side, free in sign_vectors(symmetry, group).items() if free}
         shape = self.blocks, size
         free = {x for vector in self.powers.values() for x in vector}
@@ -104,15 +105,15 @@ class Chart:
 
     def _scales(self) -> dict[int, np.ndarray]:
         """By side, for every old channel of every old block."""
-        found = {}
+        scales = {}
         for side in {**self.powers, **self.signs}:
             scale = torch.ones(self.blocks, self.group.size, dtype=torch.float64)
             for x, power in self.powers.get(side, {}).items():
                 scale = scale * (power * self.logs[x]).exp()
             for x in self.signs.get(side, ()):
                 scale = scale * torch.where(self.flips[x] < 0, -1.0, 1.0)
-            found[side] = scale.numpy()
-        return found
+            scales[side] = scale.numpy()
+        return scales
 
     def _shaped(self, values: np.ndarray) -> np.ndarray:
         return values if self.group.parent is not None else values[0]
@@ -178,10 +179,10 @@ class Charts:
 
     def elements(self) -> dict[int, Element]:
         """The element that all parameters stand for; groups stand behind those whose blocks they are in."""
-        found: dict[int, Element] = {}
+        elements: dict[int, Element] = {}
         for index, chart in sorted(self.charts.items(), key=lambda item: item[1].group.parent is not None):
-            found[index] = chart.element(self._blocks(chart.group, found))
-        return found
+            elements[index] = chart.element(self._blocks(chart.group, elements))
+        return elements
 
     def differentiate(self, elements: Mapping[int, Element], moved: Weights, gradient: Weights) -> None:
         """Fills ``grad`` of all parameters; arguments as of ``Chart.differentiate``."""

@@ -83,43 +83,43 @@ class LearnedMatching:
         batches = _Split(Batches(problem.program, problem.data))
         task = Midpoint(problem.program, problem.symmetry, batches.all, self.loss, problem.shares)
         starts = self._starts(problem)
-        losses = {name: task.loss_of(found, batches.held_out()) for name, found in starts.items()}
-        name = min(losses, key=lambda one: losses[one])
+        losses = {name: task.loss_of(start, batches.held_out()) for name, start in starts.items()}
+        name = min(losses, key=lambda start: losses[start])
         best = self._learnt(problem, task, batches, starts[name])
         return Matching(
-            elements=(identity(problem.symmetry), *(settled(problem.symmetry, own) for own in best.elements)),
+            elements=(identity(problem.symmetry), *(settled(problem.symmetry, element) for element in best.elements)),
             objective=(-best.loss,),
             sweeps=(best.steps,),
             seconds=time.perf_counter() - begin,
             details={"loss": best.loss, "initial_loss": losses[name]}
-            | {f"loss_from_{one}": loss for one, loss in losses.items()},
+            | {f"loss_from_{start}": loss for start, loss in losses.items()},
             attempts=tuple((-loss,) for loss in best.losses),
             notes=self._notes(name, batches),
         )
 
     def _notes(self, start: str, batches: _Split) -> tuple[str, ...]:
-        found = [f"learned matching started from {start} matching" if start != "none" else "learned from no matching"]
+        notes = [f"learned matching started from {start} matching" if start != "none" else "learned from no matching"]
         if batches.count == 1:
-            found.append("there is one batch: the matching was judged on what it was learnt from")
+            notes.append("there is one batch: the matching was judged on what it was learnt from")
         if batches.all.unread and self.loss == "auto":
-            found.append(f"labels of the data were not used: {batches.all.unread}")
-        return tuple(found)
+            notes.append(f"labels of the data were not used: {batches.all.unread}")
+        return tuple(notes)
 
     def _starts(self, problem: Problem) -> Mapping[str, Start]:
         """What the methods without gradients find, and the edges as they are."""
-        found: dict[str, Start] = {"weight": WeightMatching(classes=self.classes)(problem).elements[1:]}
+        starts: dict[str, Start] = {"weight": WeightMatching(classes=self.classes)(problem).elements[1:]}
         if problem.statistics is not None and "features" in problem.statistics.reads:
-            found["activation"] = ActivationMatching(classes=self.classes)(problem).elements[1:]
-        return found | {"none": [identity(problem.symmetry)] * (problem.program.edges - 1)}
+            starts["activation"] = ActivationMatching(classes=self.classes)(problem).elements[1:]
+        return starts | {"none": [identity(problem.symmetry)] * (problem.program.edges - 1)}
 
     def _learnt(self, problem: Problem, task: Midpoint, batches: _Split, start: Start) -> _Best:
         """The best by the held-out loss of a start and of what each epoch comes to."""
         symmetry, full = problem.symmetry, self.classes == "full"
         charts = [Charts(symmetry, full) for _ in start]
-        begin = [_mixing(symmetry, own) for own in start] if full else start
+        begin = [_mixing(symmetry, element) for element in start] if full else start
         kept = _Best(list(start), task.loss_of(start, batches.held_out()))
         kept = kept._replace(losses=(kept.loss,))
-        parameters = [tensor for own in charts for tensor in own.parameters()]
+        parameters = [tensor for chart in charts for tensor in chart.parameters()]
         if not parameters:  # nothing moves
             return kept
         adam = torch.optim.Adam(parameters, self.lr, betas=BETAS)
@@ -134,8 +134,8 @@ class LearnedMatching:
                 adam.step()
                 falling.step()
                 kept = kept._replace(steps=kept.steps + 1)
-            found = [compose(symmetry, one, own.elements()) for one, own in zip(begin, charts)]
-            kept = kept.or_lower(found, task.loss_of(found, batches.held_out()))
+            reached = [compose(symmetry, before, chart.elements()) for before, chart in zip(begin, charts)]
+            kept = kept.or_lower(reached, task.loss_of(reached, batches.held_out()))
         return kept
 
     def _gradients(
@@ -143,12 +143,12 @@ class LearnedMatching:
         generator: np.random.Generator, batch: Labelled,
     ) -> None:  # fmt: skip
         """Those of the loss on one batch at random shares, by the charts of each of the ``edges``."""
-        elements = [own.elements() for own in charts]
+        elements = [chart.elements() for chart in charts]
         moved = [act(task.symmetry, element, weights) for element, weights in zip(elements, edges)]
         alphas = _drawn(task.alphas, self.spread, generator)
         gradient = task.gradient(moved, alphas, *batch, names=charts[0].names)
-        for own, element, weights, alpha in zip(charts, elements, moved, alphas[1:]):
-            own.differentiate(element, weights, {name: alpha * one for name, one in gradient.items()})
+        for chart, element, weights, alpha in zip(charts, elements, moved, alphas[1:]):
+            chart.differentiate(element, weights, {name: alpha * by_weight for name, by_weight in gradient.items()})
 
 
 class _Best(NamedTuple):
@@ -197,10 +197,10 @@ def _drawn(shares: Sequence[float], spread: float, generator: np.random.Generato
 
 def _mixing(symmetry: Symmetry, elements: Elements) -> dict[int, Element]:
     """The same with a matrix for every group whose class mixes channels, where it only permutes them too."""
-    found = dict(elements)
+    mixing = dict(elements)
     for index, element in elements.items():
-        group, own = symmetry.group(index), symmetry.classes[index]
-        if own.scales is None and own.kind.mixes and element.index is not None:
+        group, its_class = symmetry.group(index), symmetry.classes[index]
+        if its_class.scales is None and its_class.kind.mixes and element.index is not None:
             order = np.eye(group.size)[element.index]
-            found[index] = Element(matrix=order if element.matrix is None else element.matrix @ order)
-    return found
+            mixing[index] = Element(matrix=order if element.matrix is None else element.matrix @ order)
+    return mixing
