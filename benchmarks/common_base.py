@@ -4,7 +4,8 @@ A ViT-Tiny of a third of its width is trained to tell rotations and fine-tuned o
 and 5–9, and Fashion-MNIST upside down (``benchmarks.common_base_networks``; kept in ``--cache``). The trunk is merged,
 each task keeps its own head (``heads=1``), and accuracy is over each task's test images. Methods run with the defaults
 of ``vfx.combine``; where one has a scale, it is also chosen among ``SCALES`` by the accuracy on 400 training images
-with labels of each task. RegMean, RegMean++ and the default call read 512 training images of each task without labels.
+with labels of each task. RegMean, RegMean++, ``vfx.OwnOutputs`` and the default call read 512 training images of each
+task without labels.
 Results go to ``benchmarks/results``: common_base.json, .md. Rows already there are kept (``--fresh`` measures anew).
 """
 
@@ -32,6 +33,7 @@ from vfx.api import merge
 from vfx.combine.combiner import Combiner
 from vfx.combine.dare import Dare
 from vfx.combine.iso import IsoC
+from vfx.combine.own_outputs import OwnOutputs
 from vfx.combine.regmean import RegMean
 from vfx.combine.regmean_plus import RegMeanPlus
 from vfx.combine.task_arithmetic import TaskArithmetic
@@ -116,9 +118,17 @@ def methods(subject: Subject) -> Iterator[tuple[str, str, Callable[[], nn.Module
     for name, make in SCALED.items():
         yield name, f"scale {USUAL[name]:g}", partial(subject.combined, make(USUAL[name]))
     data = subject.calibration
-    kinds: dict[str, Callable[..., Combiner]] = {"RegMean": RegMean, "RegMean++": RegMeanPlus}
+    kinds: dict[str, Callable[..., Combiner]] = {
+        "RegMean": RegMean,
+        "RegMean++": RegMeanPlus,
+        "own outputs": OwnOutputs,
+    }
     for title, kind in kinds.items():
-        yield title, "off_diagonal 0.9", partial(subject.merged, match=None, normalize=None, combine=kind(data))
+        yield (
+            title,
+            "" if kind is OwnOutputs else "off_diagonal 0.9",
+            partial(subject.merged, match=None, normalize=None, combine=kind(data)),
+        )
     yield "vfx's default call", "", partial(subject.merged, data=[part for own in data for part in own.split(128)])
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, edges, images, network
+from literal import RIDGE, fitted, with_ones
 from micro_models import conv, net
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -227,6 +228,42 @@ def test_regressions_compute_their_formula(kind: Callable[..., Combiner], merged
     assert (found["5.weight"] - other["5.weight"]).abs().max() > 1e-6, "the two read other inputs"
 
 
+def test_own_outputs_are_the_least_squares_problem_written_out() -> None:
+    """Rows are the merged network's inputs on all tasks, goals what each edge itself gives on its own task."""
+    data = [images(count, 8, seed=seed, dtype=torch.float64) for seed, count in ((3, 220), (4, 150))]
+    models = fine_tuned(network(_perceptron, X), 2, by=0.5)
+    found = merge(models, X[:2], match=None, combine=vfx.OwnOutputs(data, ridge=RIDGE)).state_dict()
+    merged, own = [x.flatten(1) for x in data], [x.flatten(1) for x in data]
+    for layer in (1, 3, 5):
+        own = [model[layer](x) for model, x in zip(models, own)]  # type: ignore[index]
+        weights = [torch.cat([model[layer].weight, model[layer].bias[:, None]], 1).T for model in models]  # type: ignore
+        solution = fitted(with_ones(torch.cat(merged)), torch.cat(own), sum(weights) / 2, RIDGE).detach()  # type: ignore
+        close(found[f"{layer}.weight"], solution[:-1].T, 1e-8)
+        close(found[f"{layer}.bias"], solution[-1], 1e-8)
+        merged, own = [(with_ones(x) @ solution).relu() for x in merged], [x.relu() for x in own]
+    mean = merge(models, X[:2], match=None, data=torch.cat(data), solve="least_squares", follow=0).state_dict()
+    assert (found["5.weight"] - mean["5.weight"]).abs().max() > 1e-3, "the mean of both edges is another goal"
+
+
+@torch.no_grad()
+def test_own_outputs_learn_each_task_where_edges_disagree(base: nn.Module) -> None:
+    """The ridge chosen, BatchNorms solved, heads kept."""
+    models = fine_tuned(base, 2, by=1.0)
+    data = [images(160, 8, seed=seed, dtype=torch.float64) + 2 * seed for seed in (0, 1)]
+    solved, averaged = (
+        merge(models, X[:2], match=None, combine=own, heads=1, normalize=None)
+        for own in (vfx.OwnOutputs(data), "average")
+    )
+    errors = [
+        [
+            float((merged(x)[task] - model(x)).norm() / model(x).norm())
+            for task, (model, x) in enumerate(zip(models, data))
+        ]
+        for merged in (solved, averaged)
+    ]
+    assert sum(errors[0]) < 0.85 * sum(errors[1]), errors
+
+
 def test_regression_through_convolutions_norms_and_shared_layers() -> None:
     """Rows written out by unfold; a layer that is called twice adds up what both calls read."""
 
@@ -335,6 +372,8 @@ def test_layers_are_solved_behind_a_named_combination_where_that_is_asked_for(ba
         ({"combine": "tie"}, "unknown; choose one of average, task_arithmetic"),
         ({"combine": "regmean"}, "runs the edges; give data="),
         ({"combine": "regmean++", "data": X}, "is the average of the weights; give each edge its own"),
+        ({"combine": "own_outputs", "data": X}, "as many goals as edges"),
+        ({"combine": vfx.OwnOutputs([X] * 3), "weights": [0.5, 0.3, 0.2], "match": None}, "edges count by the samples"),
         ({"combine": "ties", "base": 3}, "a network, a state dict or the path"),
         ({"combine": "ties", "base": "own", "match": "weight"}, "stand in one frame"),
         ({"combine": "ties", "base": "own", "prepare": "lift"}, "changes the edges' weights"),

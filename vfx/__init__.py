@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
     from vfx.combine.combiner import Combiner as Combiner
     from vfx.combine.dare import Dare as Dare
     from vfx.combine.iso import IsoC as IsoC
+    from vfx.combine.own_outputs import OwnOutputs as OwnOutputs
     from vfx.combine.regmean import RegMean as RegMean
     from vfx.combine.regmean_plus import RegMeanPlus as RegMeanPlus
     from vfx.combine.task_arithmetic import TaskArithmetic as TaskArithmetic

@@ -8,6 +8,7 @@ from typing import Any
 from vfx.combine.combiner import Combiner
 from vfx.combine.dare import Dare
 from vfx.combine.iso import IsoC
+from vfx.combine.own_outputs import OwnOutputs
 from vfx.combine.regmean import RegMean
 from vfx.combine.regmean_plus import RegMeanPlus
 from vfx.combine.task_arithmetic import TaskArithmetic
@@ -22,6 +23,7 @@ COMBINERS: dict[str, Callable[..., Combiner]] = {
     "iso_c": IsoC,
     "regmean": RegMean,
     "regmean++": RegMeanPlus,
+    "own_outputs": OwnOutputs,
 }
 AVERAGE = "average"  # Σ αᵢ θᵢ: no combiner
 

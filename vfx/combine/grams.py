@@ -13,36 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vfx.combine.combiner import Combination, Combiner
+from vfx.combine.combiner import Combination
+from vfx.combine.own_data import OwnData
 from vfx.errors import ArgumentError
 from vfx.reconstruct.plan import ProductCall, products_of
 from vfx.reconstruct.solve import RidgeProblem, System
 from vfx.reconstruct.sums import Sums
-from vfx.statistics.data import Batches, reusable
 
 
-class Regression(Combiner):
+class Regression(OwnData):
     """What RegMean and RegMean++ share: ``data`` of each edge, or of all; ``off_diagonal`` β."""
 
-    needs = frozenset({"data"})
-
     def __init__(self, data: Sequence[Any] | None, off_diagonal: float):
+        super().__init__(data)
         if not 0 <= off_diagonal <= 1:
             raise ArgumentError(f"off_diagonal is a share, at least 0 and at most 1, got {off_diagonal}")
-        self.data = None if data is None else [reusable(source) for source in data]
         self.off_diagonal = off_diagonal
-
-    @property
-    def brings_data(self) -> bool:
-        return self.data is not None
-
-    def batches(self, combination: Combination) -> list[Batches]:
-        """The batches of each edge. Raises ArgumentError unless there are those of all."""
-        edges, reading = combination.edges, combination.reading
-        if self.data is not None and len(self.data) != edges.edges:
-            raise ArgumentError(f"data of {len(self.data)} tasks for {edges.edges} edges; give those of each")
-        sources = [combination.data] * edges.edges if self.data is None else self.data
-        return [Batches(edges, source, reading.get("max_samples"), reading.get("device")) for source in sources]
 
     def products(self, combination: Combination) -> dict[str, list[ProductCall]]:
         """The calls that multiply by each parameter that is solved for."""

@@ -59,10 +59,11 @@ class References:
         names = [{node.name for node in r.program.graph.nodes if node.op == "call_function"} for r in self.all]
         self.names = frozenset.intersection(*map(frozenset, names))
 
-    def shares(self, node: str) -> list[float]:
-        """The share of each reference in the goal at a node."""
-        if node in self.followed:
-            return [float(index == self.edge) for index in range(len(self.all))]
+    def shares(self, node: str, owner: int | None = None) -> list[float]:
+        """The share of each reference in the goal at a node, of samples that are all references' or an ``owner``'s."""
+        alone = self.edge if node in self.followed else owner
+        if alone is not None:
+            return [float(index == alone) for index in range(len(self.all))]
         return [r.share for r in self.all]
 
     def start(self, batch: list[Tensor]) -> list[Execution]:
@@ -79,10 +80,10 @@ class References:
             while run.plan[run.position].node.name != node:
                 run.step()
 
-    def goal(self, runs: Sequence[Execution], node: str) -> Tensor:
+    def goal(self, runs: Sequence[Execution], node: str, owner: int | None = None) -> Tensor:
         """Σ αᵢ yᵢ at a node; the executions are taken up to it, those without a share stay where they are."""
         total: Tensor | None = None
-        for reference, share, run in zip(self.all, self.shares(node), runs):
+        for reference, share, run in zip(self.all, self.shares(node, owner), runs):
             if share:
                 value = reference.value(node, _advance(run, node))
                 total = value * share if total is None else torch.add(total, value, alpha=share)

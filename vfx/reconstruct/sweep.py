@@ -31,6 +31,7 @@ from vfx.reconstruct.units import Unit
 from vfx.statistics.data import Batches
 from vfx.statistics.spill import MEMORY_LIMIT, Spill
 
+Source = Batches | Sequence[Batches]  # for all references, or for each its own
 HELD = 5  # one sample in so many is held out to choose the ridge
 
 
@@ -61,11 +62,12 @@ class _Bundle:
     network: Execution
     references: list[Execution]
     held: bool
+    owner: int | None = None  # the reference that alone gives its goals
 
     def ahead(self, plan: list, plans: Sequence[list]) -> _Bundle:  # type: ignore[type-arg]
         """A copy that runs on without touching this one's values."""
         runs = [run.fork(its_plan) for run, its_plan in zip(self.references, plans)]
-        return _Bundle(self.network.fork(plan), runs, self.held)
+        return _Bundle(self.network.fork(plan), runs, self.held, self.owner)
 
 
 class Sweep:
@@ -84,9 +86,12 @@ class Sweep:
 
     @torch.no_grad()
     def run(
-        self, batches: Batches, centres: Sequence[tuple[Tensor, Tensor | None] | None], masks: Mapping[str, Tensor]
+        self, batches: Source, centres: Sequence[tuple[Tensor, Tensor | None] | None], masks: Mapping[str, Tensor]
     ) -> list[Solved]:
-        """Solve unit after unit; ``centres`` are the matrices and biases that the ridge draws them to."""
+        """Solve unit after unit; ``centres`` are the matrices and biases that the ridge draws them to.
+
+        Of ``batches`` for each reference, each is solved for what that reference alone gives on them.
+        """
         limit = MEMORY_LIMIT if self.options.memory_limit is None else self.options.memory_limit
         shared = [t for r in self.references.all for t in r.program.weights[0].values()]
         solved, self._bundles = [], []
@@ -103,7 +108,7 @@ class Sweep:
         self._bundles = []
         return solved
 
-    def _sums(self, unit: Unit, batches: Batches, spill: Spill, last: bool) -> tuple[Sums, Sums | None]:
+    def _sums(self, unit: Unit, batches: Source, spill: Spill, last: bool) -> tuple[Sums, Sums | None]:
         """The sums of all batches, those of the held-out samples apart."""
         parts: defaultdict[bool, Collected] = defaultdict(Collected)
         spill.next_stage()
@@ -121,7 +126,7 @@ class Sweep:
             return whole[True], None
         return whole[False], whole.get(True)
 
-    def _turn(self, unit: LogitUnit, batches: Batches, spill: Spill) -> None:
+    def _turn(self, unit: LogitUnit, batches: Source, spill: Spill) -> None:
         """Fit an attention call's queries to the reference's logits; the values that wait are turned alike."""
         total: tuple[Tensor, Tensor] | None = None
         spill.next_stage()
@@ -150,14 +155,16 @@ class Sweep:
         for run in (bundle.network, *bundle.references):
             spill.keep(run)
 
-    def _started(self, batches: Batches) -> Iterator[_Bundle]:
+    def _started(self, batches: Source) -> Iterator[_Bundle]:
         """New executions for each batch, drawn when it is its turn."""
         holds = self.options.ridge is None
-        parts = batches.parts(HELD) if holds else ((batch, False) for batch in batches)
-        for batch, held in shared(parts, lambda part: part[0], lambda part: part[1]):
-            network = Execution(self.program.graph, self.weights, batch, self.plan)
-            self._bundles.append(_Bundle(network, self.references.start(batch), held))
-            yield self._bundles[-1]
+        sources = [(None, batches)] if isinstance(batches, Batches) else enumerate(batches)
+        for owner, source in sources:
+            parts = source.parts(HELD) if holds else ((batch, False) for batch in source)
+            for batch, held in shared(parts, lambda part: part[0], lambda part: part[1]):
+                network = Execution(self.program.graph, self.weights, batch, self.plan)
+                self._bundles.append(_Bundle(network, self.references.start(batch), held, owner))
+                yield self._bundles[-1]
 
     def _collect(self, unit: Unit, bundle: _Bundle, collected: Collected) -> None:
         self._advance(bundle.network, unit.uses[0].node)
@@ -165,7 +172,7 @@ class Sweep:
             bundle = bundle.ahead(careful(self.plan), [careful(plan) for plan in self.references.plans])
         for index, use in enumerate(unit.uses):
             self._advance(bundle.network, use.node)
-            goal = self.references.goal(bundle.references, use.goal.name)
+            goal = self.references.goal(bundle.references, use.goal.name, bundle.owner)
             if use.other is not None:
                 goal = goal - bundle.network.value(use.other)
             unit.collect(collected, index, bundle.network.value, goal, self.options.max_rows)
