@@ -23,7 +23,7 @@ from vfx.reconstruct.forms import form_of
 
 AUTO = "auto"
 HEAD_SHARE = 0.25  # of what is left: a head that holds no more stays whole
-WIDEST = 8192  # weights that one output sums over, of a layer whose support is searched
+WIDEST = 4608  # weights that one output sums over, of a layer whose support is searched
 
 
 @dataclass(frozen=True)
