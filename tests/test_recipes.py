@@ -27,9 +27,13 @@ MODEL = "net.py:make"
 NETWORK = """from torch import nn
 
 
-def make():
-    first = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    return nn.Sequential(*first, nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+def make(c=8):
+    first = [nn.Conv2d(1, c, 3), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3), nn.BatchNorm2d(c), nn.ReLU()]
+    return nn.Sequential(*first, nn.Conv2d(c, c, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
+
+
+def wide():
+    return make(12)
 """
 
 
@@ -100,6 +104,19 @@ def test_running_again_gives_equal_bytes_and_the_network(name: str, folder: Path
     if "evaluation" in report:
         row = report["evaluation"]["networks"][-1]
         assert row["accuracy"] == float((outputs.argmax(1) == torch.arange(24) % 10).double().mean())
+
+
+def test_networks_of_two_widths_have_a_model_each(folder: Path) -> None:
+    torch.save(build("./net.py:wide").state_dict(), "wide.pt")
+    document = {"action": "merge", "weights": ["wide.pt", "0.pt"], "options": {"match": "weight"}}
+    _run(str(_recipe("widths", **document, model=["net.py:wide", MODEL])), "one")
+    _run("one/recipe.toml", "two")
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+    merged = vfx.from_pretrained("one", model="net.py:wide")
+    assert merged[0].weight.shape[0] == 12
+    assert "net.py:wide, net.py:make" in Path("one/README.md").read_text()
+    with pytest.raises(ArgumentError, match="once for each of 2 checkpoints"):
+        _run(str(_recipe("three", **document, model=[MODEL] * 3)), "three")
 
 
 def test_the_same_recipe_in_yaml_gives_the_same_bytes(folder: Path) -> None:

@@ -10,7 +10,8 @@
     [options]
     budget = {params = 1.2}
 
-The same in YAML, with ``options`` as one more key. Paths are those of the working folder, as on the command line.
+The same in YAML, with ``options`` as one more key. ``model`` is a list of names where networks of several widths are
+merged, one for each of ``weights``. Paths are those of the working folder, as on the command line.
 "none" stands for None. ``match``, ``combine``, ``score`` and ``normalize`` take a name, or a table of it and its
 options: ``score = {name = "woodfisher", block = 500}``.
 """
@@ -36,13 +37,18 @@ class Recipe:
     """What a recipe holds: networks, data and ``options`` as they are written."""
 
     action: str
-    model: str
+    model: str | list[str]
     weights: list[str]
     input: list[str]
     entry: str | None
     data: str | None
     evaluate: str | None
     options: dict[str, Any]
+
+    @property
+    def models(self) -> list[str]:
+        """What builds the networks: one for all of ``weights``, or one for each."""
+        return [self.model] if isinstance(self.model, str) else self.model
 
     def to_dict(self) -> dict[str, Any]:
         """The document, what is None left out."""
@@ -52,8 +58,8 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML or YAML file. Raises ArgumentError for what it lacks, and names what it should not hold."""
     document = {name: value for name, value in read_document(path).items() if value != "none"}
-    kinds: dict[str, type] = {
-        "action": str, "model": str, "weights": list, "input": list, "entry": str, "data": str, "evaluate": str,
+    kinds: dict[str, Any] = {
+        "action": str, "model": str | list, "weights": list, "input": list, "entry": str, "data": str, "evaluate": str,
         "options": dict,
     }  # fmt: skip
     for name, value in document.items():
@@ -62,15 +68,17 @@ def read_recipe(path: Path) -> Recipe:
         if not isinstance(value, kinds[name]) or (
             isinstance(value, list) and not all(isinstance(x, str) for x in value)
         ):
-            words: dict[type, str] = {str: "a text", list: "a list of texts", dict: "a table"}
+            words: dict[Any, str] = {
+                str: "a text", list: "a list of texts", str | list: "a text or a list of texts", dict: "a table",
+            }  # fmt: skip
             raise ArgumentError(f"{path}: {name} must be {words[kinds[name]]}, got {value!r}")
     missing = next((name for name in ("action", "model", "weights") if not document.get(name)), None)
     if missing:
         raise ArgumentError(f"{path} lacks {missing!r}")
     if document["action"] not in ACTIONS:
         raise ArgumentError(f"{path}: action={document['action']!r} is unknown; choose one of {', '.join(ACTIONS)}")
-    empty: dict[type, Any] = {list: [], dict: {}, str: None}
-    filled: dict[str, Any] = {name: document.get(name, empty[kind]) for name, kind in kinds.items()}
+    empty: dict[Any, Any] = {list: [], dict: {}}
+    filled: dict[str, Any] = {name: document.get(name, empty.get(kind)) for name, kind in kinds.items()}
     return Recipe(**filled)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vfx.cli.app import app
-from vfx.cli.early import check_network
+from vfx.cli.early import check_models, check_network
 from vfx.cli.inputs import data_of, examples_of, load_all
 from vfx.cli.results import evaluated, put
 from vfx.files import check_writable, make_folder
@@ -29,7 +29,8 @@ def run(
     from vfx.cli.recipe import read_recipe, resolved, values
 
     asked = read_recipe(recipe)
-    check_network(asked.model, map(Path, asked.weights), asked.input)
+    check_models(asked.models, [Path(name) for name in asked.weights])
+    check_network(None, map(Path, asked.weights), asked.input)
     from vfx import api
     from vfx.cli.toml import toml_of
     from vfx.emit.pretrained import save_pretrained
@@ -43,16 +44,16 @@ def run(
     for name in ("recipe.toml", "report.json", "report.html", "README.md"):
         check_writable(out / name)
     files = [Path(name) for name in whole.weights]
-    networks = load_all(files, whole.model, [], whole.entry)
-    examples = examples_of(whole.input, whole.model)
+    networks, model = load_all(files, whole.models, [], whole.entry), whole.models[0]
+    examples = examples_of(whole.input, model)
     options = values(
         whole,
-        lambda paths: load_all([Path(path) for path in paths], whole.model, [], whole.entry),
-        lambda source: data_of(source, examples, whole.model),
+        lambda paths: load_all([Path(path) for path in paths], model, [], whole.entry),
+        lambda source: data_of(source, examples, model),
     )
-    judging = data_of(whole.evaluate, examples, whole.model, "test")
+    judging = data_of(whole.evaluate, examples, model, "test")
     given: Any = networks if asked.action == "merge" else _single(networks, asked.action)
-    data = reusable(data_of(whole.data, examples, whole.model))
+    data = reusable(data_of(whole.data, examples, model))
     result = function(given, examples, data=data, **options)
     evaluation = evaluated(networks, result, examples, judging, files)
     print(result.report)
@@ -60,7 +61,7 @@ def run(
         print(evaluation)
     document = toml_of(whole.to_dict())
     origin: dict[str, Any] = {"recipe": document, "edges": digests(files)}
-    print(f"wrote {save_pretrained(result, out, model=whole.model, origin=origin)}")
+    print(f"wrote {save_pretrained(result, out, model=model, origin=origin)}")
     put(out / "recipe.toml", document)
     facts = {name: value for name, value in result.report.to_dict().items() if name != "seconds"}
     if evaluation is not None:

@@ -53,7 +53,8 @@ def _view(run: Run) -> dict[str, Any]:
         "title": _TITLES[recipe["action"]],
         "recipe": {name: value for name, value in recipe.items() if name != "options"},
         "options": recipe["options"],
-        "loads_with": _loads_with(recipe["model"], facts),
+        "models": ", ".join(_models(recipe)),
+        "loads_with": _loads_with(_models(recipe)[0], facts),
         "chosen": _chosen(facts, recipe["options"]),
         "facts": facts,
         "edges": run.edges,
@@ -75,6 +76,11 @@ def _view(run: Run) -> dict[str, Any]:
 def _chosen(facts: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that came out otherwise than they were asked for."""
     return {name: facts[name] for name in asked if name in facts and setting(facts[name]) != setting(asked[name])}
+
+
+def _models(recipe: Mapping[str, Any]) -> list[str]:
+    """What builds the networks; of several the first builds the merged one."""
+    return [recipe["model"]] if isinstance(recipe["model"], str) else recipe["model"]
 
 
 def _loads_with(model: str, facts: Mapping[str, Any]) -> str | None:
