@@ -25,7 +25,9 @@ MADE_BY_VFX = {
     "Problem",
     "WidthFamily",
 }  # dataclasses that users are handed
-WITHOUT_ARGUMENTS = {"Pass", "Matcher", "Score", "Allocation", "Magnitude", "Random", "Transform", "LinearMatching"}
+WITHOUT_ARGUMENTS = {
+    "Pass", "Matcher", "Score", "Allocation", "Combiner", "Magnitude", "Random", "Transform", "LinearMatching",
+}  # fmt: skip
 CHECKED_FIELDS = {"Normalization", "PartialMatching", "Reference"}
 
 
@@ -99,6 +101,7 @@ def _fitting(name: str, argument: str) -> Any:
         "models": [_net(), _net(seed=1)], "model": _net(), "module": _net(), "merged": _net(), "path": "net.pt",
         "references": [_net()], "passes": [], "recorders": [], "matcher": "weight", "score": "magnitude", "n": 4,
         "kind": "repair", "count": 1, "sparsity": 0.5, "preserve": 1, "heads": 1,
+        "from_": _net(), "to": _net(), "combine": "ties",
     }  # fmt: skip
     if name == "ToFirstWidth" and argument in ("others", "matcher"):
         return [vfx.trace(_net(), X[:2])] if argument == "others" else MATCHERS["weight"]()
