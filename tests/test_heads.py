@@ -242,3 +242,13 @@ def test_labels_of_other_classes_are_not_guessed() -> None:
         vfx.compare(models, X[:2], evaluate=wrong, progress=False, **asked)
     with pytest.raises(DataError, match="task 0"):
         list(tasks([X], [X]))
+
+
+@pytest.mark.parametrize("match", ["c2m3", "iterated", "ste", "learned"])
+def test_matchings_that_read_whole_means_refuse_heads_of_other_classes(match: str) -> None:
+    x = images(8, 8)
+    models = [network(chain, x, seed=0), network(lambda: chain(4), x, seed=1)]
+    with pytest.raises(ArgumentError, match=r"shape \(3, 5\) in edge 0 and \(4, 5\) in edge 1.*'zipit'"):
+        merge(models, x, data=x, match=match, heads=1, progress=False)
+    same = edges(chain, x)
+    assert len(merge(same, x, data=x, match=match, heads=1, progress=False)(x)) == 2

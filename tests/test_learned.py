@@ -20,7 +20,7 @@ from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved, randomise
 from vfx.api import trace
 from vfx.elements import act, check_elements, compose, identity, inverse, random_element
-from vfx.errors import ArgumentError
+from vfx.errors import ArgumentError, DataError
 from vfx.match.chart import Charts, tangent
 from vfx.match.learned import LearnedMatching, _Split
 from vfx.match.matcher import Problem
@@ -302,3 +302,30 @@ def test_what_does_not_fit_is_refused() -> None:
     still = LearnedMatching(epochs=0)(Problem(program, symmetry(program), data=x))
     assert still.details["loss"] == still.details["initial_loss"]
     assert any("one batch" in note for note in still.notes)
+
+
+def test_losses_that_are_no_finite_number_are_refused() -> None:
+    x = _vectors(8, 9)
+    program = trace(edges(lambda: nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3)), x), x[:2])
+    problem = Problem(program, symmetry(program), data=x)
+    for loss, error, words in (
+        (lambda output, labels: output.sum() * torch.nan, DataError, "nan, whatever the matching"),
+        (lambda output, labels: output, ArgumentError, r"one number.*shape \(8, 3\)"),
+        (lambda output, labels: 1.0, ArgumentError, "one number.*float"),
+        (lambda output, labels: torch.tensor(1.0), ArgumentError, "does not depend"),
+    ):
+        with pytest.raises(error, match=words):
+            LearnedMatching(epochs=1, loss=loss)(problem)
+    assert LearnedMatching(epochs=1, loss=lambda output, labels: output.square().mean())(problem).sweeps == (1,)
+
+
+def test_a_batch_of_padding_has_no_labels() -> None:
+    x = _vectors(8, 9)
+    program = trace(edges(lambda: nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 3)), x), x[:2])
+    padded = Problem(program, symmetry(program), data=[(x, torch.full((8,), -100))])
+    without = Problem(program, symmetry(program), data=x)
+    classes = Problem(program, symmetry(program), data=[(x, torch.zeros(8, dtype=torch.long))])
+    found, bare, other = (LearnedMatching(epochs=0)(problem).details["loss"] for problem in (padded, without, classes))
+    assert found == bare != other
+    with pytest.raises(DataError, match="integer class labels"):
+        LearnedMatching(epochs=0, loss="labels")(padded)

@@ -35,7 +35,7 @@ from vfx.errors import ArgumentError
 from vfx.match.descent import CHUNK, Descent, inner_product
 from vfx.match.matcher import Gain, Matching, Problem
 from vfx.match.relaxation import Point, RelaxedPiece, barycentre, best_vertex, blend, pieces, vertex
-from vfx.match.universe import cycle_error, pair_objective, scored_names, to_first
+from vfx.match.universe import check_one_shape, cycle_error, pair_objective, scored_names, to_first
 from vfx.program import Weights
 from vfx.progress import track
 
@@ -68,6 +68,7 @@ class C2M3:
     @torch.no_grad()
     def __call__(self, problem: Problem) -> Matching:
         begin = time.perf_counter()
+        check_one_shape(problem.program.weights)
         symmetry, generator = problem.symmetry, np.random.default_rng(problem.seed)
         objective = JointObjective(symmetry, problem.program.weights)
         runs = [self._run(objective, attempt, generator, problem.progress) for attempt in range(1 + self.restarts)]

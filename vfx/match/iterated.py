@@ -32,7 +32,7 @@ from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.ascent import Ascent
 from vfx.match.matcher import Matching, Problem
-from vfx.match.universe import mean_weights, to_first
+from vfx.match.universe import check_one_shape, mean_weights, to_first
 from vfx.normalize.batch_norms import reset_readers
 from vfx.program import Goal, Program
 from vfx.statistics.collect import collect
@@ -66,6 +66,7 @@ class IteratedMatching:
     def __call__(self, problem: Problem) -> Matching:
         if problem.data is None:
             raise ArgumentError("iterated matching runs the networks: give data= (statistics do not do)")
+        check_one_shape(problem.program.weights)
         begin = time.perf_counter()
         elements: Sequence[Permutations] = ActivationMatching(classes="permutation")(problem).permutations
         best, kept, values = 0.0, elements, []

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite, isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
 from vfx.elements import Element, Elements, act, check_classes, compose, identity
-from vfx.errors import ArgumentError
+from vfx.errors import ArgumentError, DataError
 from vfx.match.activation import ActivationMatching
 from vfx.match.chart import Charts
 from vfx.match.class_descent import settled
@@ -84,7 +85,11 @@ class LearnedMatching:
         task = Midpoint(problem.program, problem.symmetry, batches.all, self.loss, problem.shares)
         starts = self._starts(problem)
         losses = {name: task.loss_of(start, batches.held_out()) for name, start in starts.items()}
-        name = min(losses, key=lambda start: losses[start])
+        name = min(losses, key=lambda start: (isnan(losses[start]), losses[start]))
+        if not isfinite(losses[name]):
+            raise DataError(
+                f"the loss on the held-out batches is {losses[name]}, whatever the matching; give another loss="
+            )
         best = self._learnt(problem, task, batches, starts[name])
         return Matching(
             elements=(identity(problem.symmetry), *(settled(problem.symmetry, element) for element in best.elements)),

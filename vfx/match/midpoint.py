@@ -19,11 +19,11 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.capture.outputs import named_tensors
 from vfx.elements import Elements, act
 from vfx.errors import ArgumentError, DataError
-from vfx.match.universe import mean_weights, scored_names
+from vfx.match.universe import check_one_shape, mean_weights, scored_names
 from vfx.operators import arguments, operator_of
 from vfx.program import Program, Weights, copy_graph, run
 from vfx.statistics.data import Batches
-from vfx.statistics.labels import check_classes
+from vfx.statistics.labels import PADDING, check_classes
 
 Loss = Callable[[Any, Tensor | None], Tensor]
 Labelled = tuple[list[Tensor], Tensor | None]  # a batch's inputs, and its labels where it has some
@@ -46,6 +46,7 @@ class Midpoint:
     def __init__(
         self, program: Program, symmetry: Symmetry, batches: Batches, loss: str | Loss, alphas: Sequence[float]
     ):
+        check_one_shape(program.weights)
         self.program, self.symmetry, self.batches, self.alphas = program, symmetry, batches, alphas
         self.graph = batch_statistics(program.graph)
         self.first, *self.others = program.weights
@@ -78,6 +79,10 @@ class Midpoint:
         with torch.enable_grad():
             leaves = [weights[name].requires_grad_() for name in names]
             loss = self.loss(run(self.graph, weights, inputs), inputs, labels)
+            if not loss.isfinite():
+                raise DataError(f"the loss on a batch is {float(loss)}; take a smaller lr=, or a loss= that is finite")
+            if not loss.requires_grad:
+                raise ArgumentError("loss= does not depend on the network's output, which it is given first")
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
         return {n: torch.zeros_like(w) if g is None else g for n, w, g in zip(names, leaves, found)}
 
@@ -91,7 +96,9 @@ class _Criterion:
 
     def __call__(self, outputs: Any, inputs: list[Tensor], labels: Tensor | None) -> Tensor:
         if not isinstance(self.kind, str):
-            return self.kind(outputs, labels)
+            return _scalar(self.kind(outputs, labels))
+        if labels is not None and (labels == PADDING).all():
+            labels = None
         if self.kind == "distillation" or (self.kind == "auto" and labels is None):
             return self._distillation(outputs, inputs)
         if labels is None:
@@ -109,6 +116,14 @@ class _Criterion:
         if not student:
             raise DataError("distillation needs an output of shape (samples, classes, …); give loss= as a function")
         return torch.stack([_divergence(student[name], goal) for name, goal in teacher.items()]).sum()
+
+
+def _scalar(loss: Any) -> Tensor:
+    """What a function of the user's gave. Raises ArgumentError unless it is one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ArgumentError(f"loss= must give one number as a tensor, such as a mean over the batch, not {given}")
+    return loss.reshape(())
 
 
 def _logits(outputs: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Permutations, act, compose_permutations, inverse_permutations, permuted
+from vfx.errors import ArgumentError
 from vfx.program import Weights
 
 
@@ -41,6 +42,18 @@ def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
             straight = pairwise(symmetry, elements, i, k)
             count += sum(int((around[g] != index).sum()) for g, index in straight.items())
     return count
+
+
+def check_one_shape(weights: Sequence[Weights]) -> None:
+    """Raise ArgumentError where edges' tensors differ in shape (heads of other classes): there is no mean of those."""
+    for edge, others in enumerate(weights[1:], 1):
+        for name, tensor in weights[0].items():
+            if tensor.shape != others[name].shape:
+                raise ArgumentError(
+                    f"this matching reads the mean of whole networks, and {name!r} has shape {tuple(tensor.shape)} in "
+                    f"edge 0 and {tuple(others[name].shape)} in edge {edge}; where heads differ take match='weight', "
+                    "'activation', 'zipit', 'cca', 'ot' or 'pleas'"
+                )
 
 
 def mean_weights(weights: Sequence[Weights], shares: Sequence[float]) -> dict[str, Tensor]:
