@@ -121,6 +121,13 @@ def test_numbers_have_a_least_value(name: str) -> None:
     check_argument("f", name, LEAST[name], int)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
+def test_numbers_are_finite(value: float) -> None:
+    with pytest.raises(ArgumentError, match=f"TaskArithmetic: scale must be a finite number, got {value}"):
+        vfx.TaskArithmetic(scale=value)
+    assert vfx.TaskArithmetic(scale=-1e300).scale == -1e300
+
+
 @pytest.mark.parametrize(
     ("value", "hint"),
     [

@@ -470,7 +470,7 @@ def test_weights_that_are_left_alone_are_noted() -> None:
         ({}, "give a sparsity"),
         ({"sparsity": 1.0}, r"must be a number in \[0, 1\)"),
         ({"sparsity": -0.1}, r"must be a number in \[0, 1\)"),
-        ({"sparsity": float("nan")}, r"must be a number in \[0, 1\)"),
+        ({"sparsity": float("nan")}, "must be a finite number, got nan"),
         ({"sparsity": True}, "must be a number, a dict of numbers or None"),
         ({"sparsity": "half"}, "must be a number, a dict of numbers or None"),
         ({"sparsity": {}}, "empty dict"),

@@ -1,14 +1,15 @@
 """Arguments of public functions, held against their annotations before anything is done with them.
 
-``@checked`` refuses a value whose type the annotation does not admit, and numbers below their least value (``LEAST``,
-by the argument's name, which means one thing everywhere). What depends on other values (the number of layers, weights
-that sum to 1) and names of catalogues that grow are checked where they are used.
+``@checked`` refuses a value whose type the annotation does not admit, NaN and infinities, and numbers below their least
+value (``LEAST``, by the argument's name, which means one thing everywhere). What depends on other values (the number of
+layers, weights that sum to 1) and names of catalogues that grow are checked where they are used.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import types
 import typing
@@ -81,6 +82,8 @@ def check_argument(owner: str, name: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         way = "; vfx.load reads files" if name in ("model", "models") and _are_paths(value) else ""
         raise ArgumentError(f"{owner}: {name} must be {_words(hint)}, got {_shown(value)}{way}")
+    if isinstance(value, Real) and not math.isfinite(value):
+        raise ArgumentError(f"{owner}: {name} must be a finite number, got {value}")
     least = LEAST.get(name)
     if least is not None and isinstance(value, Real) and not float(value) >= least:
         raise ArgumentError(f"{owner}: {name} must be at least {least}, got {value}")
