@@ -86,6 +86,21 @@ def test_diagnose_and_barrier(checkpoints: list[str], tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_options_of_combining(checkpoints: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "merged.safetensors"
+    common = [*checkpoints, *MODEL, "--base", checkpoints[0], "--combine"]
+    invoke("merge", *common, "task_arithmetic", "--combine-arg", "scale=0.25", "-o", str(out))
+    first, second = (torch.load(path, weights_only=True)["features.0.weight"].double() for path in checkpoints)
+    assert torch.equal(load(out)["features.0.weight"], (first + 0.25 * (second - first)).float())
+    for method, option, words in (
+        ("ties", "kep=0.2", "'ties' takes no such options"),
+        ("ties", "keep=2", "keep is a share"),
+        ("average", "keep=2", "'average' takes no options"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            invoke("merge", *common, method, "--combine-arg", option)
+
+
 def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
     data = tmp_path / "calibration.npy"
     np.save(data, np.random.default_rng(0).standard_normal((16, 1, 32, 32)).astype(np.float32))

@@ -154,6 +154,17 @@ def match_of(match: str, count: int | None, data: str | None, options: list[str]
     return matcher if count is None else FirstLayers(matcher, count)
 
 
+def combine_of(combine: str, options: list[str]) -> Any:
+    """What ``--combine`` and ``--combine-arg`` ask for: a name, or a combiner with its options."""
+    if not options:
+        return combine
+    from vfx.combine.catalogue import AVERAGE, combiner_named
+
+    if combine == AVERAGE:
+        raise ArgumentError(f"--combine-arg: {combine!r} takes no options; name a method by --combine")
+    return combiner_named(combine, **dict(option(text, "--combine-arg") for text in options))
+
+
 def sparsity_of(texts: list[str] | None) -> float | dict[str, float] | None:
     """One share, or a share for each glob."""
     if not texts:

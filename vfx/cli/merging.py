@@ -9,7 +9,7 @@ import typer
 
 from vfx.cli.app import app
 from vfx.cli.early import check_models, check_network
-from vfx.cli.inputs import cut_of, data_of, examples_of, load_all, match_of, normalization_of, required
+from vfx.cli.inputs import combine_of, cut_of, data_of, examples_of, load_all, match_of, normalization_of, required
 from vfx.cli.keywords import Given, values, with_keywords
 from vfx.cli.options import Arguments, Chosen, Entry, Evaluate, Inputs, Json, Memory, Model, Models, Out, Site, Sweep
 from vfx.cli.results import check_outputs, evaluated, finish
@@ -31,6 +31,9 @@ def merge(
         list[str], typer.Option("--match-arg", help="Option of the matching method, e.g. iterations=50; repeatable.")
     ] = [],  # noqa: B006
     match_layers: Annotated[int | None, typer.Option(help="Align only what the first layers produce.")] = None,
+    combine_arguments: Annotated[
+        list[str], typer.Option("--combine-arg", help="Option of the combining method, e.g. keep=0.3; repeatable.")
+    ] = [],  # noqa: B006
     layers: Chosen = None,
     site: Site = "preactivation",
     sweep: Sweep = "exact",
@@ -58,6 +61,7 @@ def merge(
     made = {
         "data": data_of(given["data"], examples, model),
         "match": match_of(given["match"], match_layers, given["data"], match_arguments),
+        "combine": combine_of(given["combine"], combine_arguments),
         "normalize": normalization_of(given["normalize"], layers, memory_limit, **asked),
         "base": None if given["base"] is None else load(given["base"], entry=entry),
         "references": load_all(given["references"] or [], model, arguments, entry),
