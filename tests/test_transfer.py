@@ -148,8 +148,8 @@ def test_what_does_not_go_together_is_refused() -> None:
     state = start.state_dict()
     with pytest.raises(ArchitectureError, match=r"tuned= lacks 'up.weight'.*difference=True"):
         transfer({k: x for k, x in state.items() if k != "up.weight"}, start, other, TOKENS[:2])
-    with pytest.raises(ArchitectureError, match="holds no tensor of the networks"):
-        transfer({"x": torch.zeros(1)}, start, other, TOKENS[:2], difference=True)
+    with pytest.raises(ArchitectureError, match="tuned= holds 'x', which is no tensor of the networks"):
+        transfer({**start.state_dict(), "x": torch.zeros(1)}, start, other, TOKENS[:2], difference=True)
     with pytest.raises(ArgumentError, match="finds maps that change functions"):
         transfer(start, start, other, TOKENS[:2], match="zipit", data=TOKENS)
     with pytest.raises(ArgumentError, match="give data="):

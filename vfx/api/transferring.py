@@ -98,10 +98,8 @@ def _limited(data: Any, program: Program, max_samples: int | None) -> Any:
 def _tuned(tuned: Any, program: Program, difference: bool) -> dict[str, Tensor]:
     """The fine-tuned network's tensors. Raises ArchitectureError for parameters that it lacks."""
     start = program.weights[1]
-    found = tensors_of(tuned, program, start, "tuned")
+    found = tensors_of(tuned, program, start, "tuned", others=not difference)
     if difference:
-        if not found:
-            raise ArchitectureError("tuned= holds no tensor of the networks; its names are those of their state dict")
         changed = {name: start[name] + tensor.to(start[name]) for name, tensor in found.items()}
         return {**start, **changed}
     absent = next((name for name in program.names() if program.is_parameter(name) and name not in found), None)

@@ -31,15 +31,21 @@ def base_weights(base: Any, program: Program) -> Weights:
     return found
 
 
-def tensors_of(source: Any, program: Program, names: Collection[str], argument: str) -> dict[str, Tensor]:
+def tensors_of(
+    source: Any, program: Program, names: Collection[str], argument: str, others: bool = True
+) -> dict[str, Tensor]:
     """Those of the tensors called ``names`` that a module, a state dict or a checkpoint (a path) holds.
 
-    ``argument``: what errors call it. Raises ArgumentError, CheckpointError, ArchitectureError, WeightError.
+    ``argument``: what errors call it; ``others``: whether it may hold tensors of other names.
+    Raises ArgumentError, CheckpointError, ArchitectureError, WeightError.
     """
     tensors = _read(source, argument)
     wanted = {name: program.weights[0][name] for name in names}
-    others = {program.aliases[alias]: tensors[alias] for alias in program.aliases if alias in tensors}
-    found = renamed(wanted, {**others, **tensors}, argument, [])
+    tied = {program.aliases[alias]: tensors[alias] for alias in program.aliases if alias in tensors}
+    found = renamed(wanted, {**tied, **tensors}, argument, [])
+    unknown = next((name for name in found if name not in wanted and name not in program.aliases), None)
+    if unknown is not None and not others:
+        raise ArchitectureError(f"{argument}= holds {unknown!r}, which is no tensor of the networks")
     found = {name: found[name] for name in wanted if name in found}
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
