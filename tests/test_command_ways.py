@@ -81,7 +81,7 @@ def test_version_help_and_wrong_options() -> None:
         ("export net.pt -o m.onnx", "--model says which network"),
         ("layers -m vgg", "--model 'vgg' must be one of"),
         ("run none.toml out", "cannot be read"),
-        ("merge dir dir -m vfx:vgg11", "dir is a directory without model.safetensors"),
+        ("merge dir dir -m vfx:vgg11", "dir is a folder, not a file; name a file in it: it has no model.safetensors"),
     ],
 )
 def test_mistakes_are_answered_before_torch_is_imported(line: str, message: str, tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def test_missing_files_and_unknown_suffixes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.h5").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"cannot read .h5; known: .safetensors"):
         load(tmp_path / "model.h5")
-    with pytest.raises(CheckpointError, match=r"is a directory without model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"it has no model\.safetensors"):
         load(tmp_path)
 
 

@@ -17,12 +17,15 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")  # the file of weights in a 
 
 def weights_in(path: Path) -> Path:
     """The file, or the index, of the weights in a directory; another path as it is. Raises CheckpointError."""
-    if not path.is_dir():
+    try:
+        if not path.is_dir():
+            return path
+    except (OSError, ValueError):  # a name that no file can have: who opens it says so
         return path
     names = (*_WHOLE, *(name + INDEX for name in _WHOLE))
     indices = [path / name for name in names if (path / name).is_file()] or sorted(path.glob(f"*{INDEX}"))
     if not indices:
-        raise CheckpointError(f"{path} is a directory without {' or '.join(_WHOLE)}; name a file in it")
+        raise CheckpointError(f"{path} is a folder, not a file; name a file in it: it has no {' or '.join(_WHOLE)}")
     return indices[0]
 
 
