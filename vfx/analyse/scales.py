@@ -19,6 +19,7 @@ from functools import cached_property
 import networkx as nx
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse import linalg
 
@@ -37,6 +38,7 @@ NEWTON, RIDGE = 20, 1e-12  # steps at most, and what is added to the second deri
 NEAR, PLAIN, SLOWEST = 0.1, 6, 0.99  # changes of λ from which on the rate is read off, in how many sweeps; its cap
 
 Variable = tuple[int, int]  # group, free scale
+Alive = NDArray[np.bool_]  # whether a feature's channels, block after block, have a scale to be found
 
 
 @dataclass(eq=False)
@@ -158,29 +160,42 @@ def _minimum(
 ) -> dict[Variable, np.ndarray]:
     """λ of every variable, (size,) or (blocks, size)."""
     squares, tolerance = _squares(weights, places), tolerance_of(weights)
-    whole = _Whole(squares, places, shares)
+    held = {v: [p for p in places_of if p.fqn in squares] for v, places_of in places.items()}
+    held = {v: places_of for v, places_of in held.items() if places_of}
+    alive = {v: _alive(squares, held[v], symmetry.groups[v[0]], shares.get(v)) for v in held}
+    whole = _Whole(squares, held, alive, shares)
     shapes = {v: symmetry.groups[v[0]].shape for v in places}
     logs = {v: np.zeros(math.prod(shape)) for v, shape in shapes.items()}
     changes = [float("inf")]
     for _ in range(sweeps):
         for variable, shift in whole.steps():
-            logs[variable] += shift
-            for place in places[variable]:
-                if place.fqn in squares:
-                    squares[place.fqn].scale(place, np.full(len(logs[variable]), shift))
+            logs[variable] += shift * alive[variable]
+            for place in held[variable]:
+                squares[place.fqn].scale(place, shift * alive[variable])
         over, largest = relaxation(changes), 0.0
-        for variable, places_of in places.items():
-            places_of = [p for p in places_of if p.fqn in squares]
-            if places_of:
-                step = over * _step(squares, places_of, symmetry.groups[variable[0]], shares.get(variable))
-                logs[variable] += step
-                for place in places_of:
-                    squares[place.fqn].scale(place, step)
-                largest = max(largest, float(np.abs(step).max()))
+        for variable, places_of in held.items():
+            group, share = symmetry.groups[variable[0]], shares.get(variable)
+            step = over * _step(squares, places_of, group, share, alive[variable])
+            logs[variable] += step
+            for place in places_of:
+                squares[place.fqn].scale(place, step)
+            largest = max(largest, float(np.abs(step).max()))
         changes.append(largest)
         if largest <= tolerance:
             break
     return {v: log.reshape(shapes[v]) for v, log in logs.items()}
+
+
+def _alive(squares: Mapping[str, _Squares], places: list[Place], group: Group, share: float | None) -> Alive:
+    """The channels that something makes and something reads; where one side stays apart, those that the other holds.
+
+    All others keep their scale: it has no minimum, and what is left of them would be made ever smaller.
+    """
+    sums = np.stack([squares[place.fqn].sums(place, group) for place in places])
+    if share is not None:
+        return sums.sum(0) > 0
+    exponents = np.array([place.exponent for place in places])
+    return (sums[exponents > 0].sum(0) > 0) & (sums[exponents < 0].sum(0) > 0)
 
 
 def tolerance_of(weights: Weights) -> float:
@@ -274,6 +289,7 @@ class _Whole:
         self,
         squares: Mapping[str, _Squares],
         places: Mapping[Variable, list[Place]],
+        alive: Mapping[Variable, Alive],
         shares: Mapping[Variable, float],
     ):
         self.squares = squares
@@ -283,10 +299,10 @@ class _Whole:
             if all(part.elsewhere is None for place in places_of for part in place.parts)
         ]
         column = {v: k for k, v in enumerate(self.variables)}
-        on_axis: dict[tuple[str, int], list[tuple[int, Place]]] = {}
+        on_axis: dict[tuple[str, int], list[tuple[int, Place, Alive]]] = {}
         for variable in self.variables:
             for place in places[variable]:
-                on_axis.setdefault((place.fqn, place.dim), []).append((column[variable], place))
+                on_axis.setdefault((place.fqn, place.dim), []).append((column[variable], place, alive[variable]))
         self.kinds: dict[str, list[Matrix]] = {}  # of each tensor, by axis: which positions scale alike (kinds, size)
         rows: list[sparse.csr_matrix] = []
         for name, square in squares.items():
@@ -318,13 +334,14 @@ class _Whole:
         yield from zip(self.variables, logs.tolist())
 
 
-def _alike(places: list[tuple[int, Place]], size: int) -> tuple[Matrix, list[dict[int, float]]]:
+def _alike(places: list[tuple[int, Place, Alive]], size: int) -> tuple[Matrix, list[dict[int, float]]]:
     """Which positions of an axis scale alike, (kinds, size), and the power of each feature on those of a kind."""
-    columns = list(dict.fromkeys(column for column, _ in places))
+    columns = list(dict.fromkeys(column for column, _, _ in places))
     powers = np.zeros((size, len(columns)))
-    for column, place in places:
+    for column, place, alive in places:
         for part in place.parts:
-            powers[part.position.reshape(-1), columns.index(column)] += place.exponent
+            living = alive.reshape(-1, len(part.position))[part.block]
+            powers[part.position[living].reshape(-1), columns.index(column)] += place.exponent
     kinds, inverse = np.unique(powers, axis=0, return_inverse=True)
     chosen = (inverse.reshape(-1) == np.arange(len(kinds))[:, None]).astype(np.float64)
     return chosen, [{c: float(x) for c, x in zip(columns, row) if x} for row in kinds]
@@ -364,41 +381,39 @@ def _squares(weights: Weights, places: Mapping[Variable, list[Place]]) -> dict[s
     return result
 
 
-def _step(squares: Mapping[str, _Squares], places: list[Place], group: Group, share: float | None) -> Matrix:
+def _step(
+    squares: Mapping[str, _Squares], places: list[Place], group: Group, share: float | None, alive: Alive
+) -> Matrix:
     """By how much λ changes for each channel of one feature: the minimum if all else stays.
 
-    A channel that nothing makes, or nothing reads, keeps its scale. Where a tensor holds the feature on several axes
+    Where a tensor holds the feature on several axes
     (it reads the stream that it writes) channels do not change alone: a step is divided by their number, and the
     average of steps on one axis each does not increase a convex function.
     """
     exponents = np.array([place.exponent for place in places])
     sums = np.stack([squares[place.fqn].sums(place, group) for place in places])
-    alive, step = _balancing(exponents, sums) if share is None else _norming(exponents, sums, share)
+    sums = np.where(alive, sums, 1.0)
+    step = _balancing(exponents, sums) if share is None else _norming(exponents, sums, share / max(int(alive.sum()), 1))
     axes: dict[str, set[int]] = {}
     for place in places:
         axes.setdefault(place.fqn, set()).add(place.dim)
     return np.where(alive, step, 0.0) / max(len(places_of) for places_of in axes.values())
 
 
-def _balancing(exponents: Matrix, sums: Matrix) -> tuple[Matrix, Matrix]:
-    """The channels that have both sides, and the step at which the sum over both is least."""
+def _balancing(exponents: Matrix, sums: Matrix) -> Matrix:
+    """The step at which the sum over both sides is least."""
     up, down = sums[exponents > 0].sum(0), sums[exponents < 0].sum(0)
-    alive = (up > 0) & (down > 0)
-    up, down = np.where(alive, up, 1.0), np.where(alive, down, 1.0)
     size = float(np.abs(exponents).max())
     alike = float(np.abs(exponents).min()) == size
-    return alive, np.log(down / up) / (4 * size) if alike else newton(exponents, sums)
+    return np.log(down / up) / (4 * size) if alike else newton(exponents, sums)
 
 
-def _norming(exponents: Matrix, sums: Matrix, share: float) -> tuple[Matrix, Matrix]:
-    """The same where the other side stays apart: what is left gets a sum of squares of ``share``, alike in channels."""
-    total = sums.sum(0)
-    alive = total > 0
-    target = share / max(int(alive.sum()), 1)
+def _norming(exponents: Matrix, sums: Matrix, target: float) -> Matrix:
+    """The same where the other side stays apart: of each channel what is left gets a sum of squares of ``target``."""
     if bool((exponents == exponents[0]).all()):
         power = float(exponents[0])
-        return alive, np.log(target / (abs(power) * np.where(alive, total, 1.0))) / (2 * power)
-    return alive, newton(exponents, sums, float(np.sign(exponents[0])) * target)
+        return np.log(target / (abs(power) * sums.sum(0))) / (2 * power)
+    return newton(exponents, sums, float(np.sign(exponents[0])) * target)
 
 
 def newton(exponents: Matrix, sums: Matrix, slope: float = 0.0) -> Matrix:
