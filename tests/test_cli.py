@@ -168,6 +168,10 @@ def test_errors_end_with_a_message(
     assert message in capsys.readouterr().err
 
 
+def test_names_of_lines_are_kept_apart_in_their_order() -> None:
+    assert demo.spread([10.0, 87.4, 86.6, 90.7, 74.6], 4.0) == [10.0, 90.6, 86.6, 94.6, 74.6]
+
+
 def test_demo_prints_the_table_and_reuses_its_edges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,8 @@ from vfx.statistics.collect import Statistics
 PRESERVED = (0, 3, 6, 8, 12)
 BUDGETS = (1.0, 1.2)  # parameters of the default call's results, against one edge
 SEEDS = (0, 1)
+COLORS = ("#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#0072b2")  # of the plot's lines, told apart by all eyes
+LABEL_GAP = 4.0  # points of accuracy between the names of lines
 COLUMNS: dict[str, tuple[str | None, str | None]] = {  # title: (match, normalize)
     "Direct": (None, None),
     "AM": ("activation", None),
@@ -166,7 +168,7 @@ def _table(rows: list[DemoRow]) -> Table:
 
 
 def plot(rows: list[DemoRow], path: Path) -> None:
-    """Accuracy against parameters, one line for each column of the table."""
+    """Accuracy against parameters, one line for each column of the table, named where it starts."""
     from matplotlib.figure import Figure
 
     from vfx.diagnosis.figures import png
@@ -174,20 +176,32 @@ def plot(rows: list[DemoRow], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     merged = [row for row in rows if "" not in row.accuracy]
-    for title, marker in zip(COLUMNS, "vos^D"):
-        axes.plot(
-            [row.params_ratio for row in merged], [row.accuracy[title] for row in merged], marker=marker, label=title
-        )
     given = [row for row in rows if "" in row.accuracy]
-    for row, style in zip(given[: -len(BUDGETS)], (":", "-.", "--")):
-        axes.axhline(row.accuracy[""], color="0.4", linestyle=style, linewidth=1, label=row.name)
-    for row in given[-len(BUDGETS) :]:
-        axes.plot(row.params_ratio, row.accuracy[""], "*", markersize=13, color="black", label=row.name)
+    networks, defaults = given[: -len(BUDGETS)], given[-len(BUDGETS) :]
+    starts = spread([merged[0].accuracy[title] for title in COLUMNS], LABEL_GAP)
+    for (title, start), color, marker in zip(zip(COLUMNS, starts), COLORS, "vos^D"):
+        ratios, accuracies = [row.params_ratio for row in merged], [row.accuracy[title] for row in merged]
+        axes.plot(ratios, accuracies, marker=marker, color=color)
+        axes.text(ratios[0] - 0.025, start, title, ha="right", va="center", fontsize=8, color=color)
+    lowest, highest = (pick(row.accuracy[""] for row in networks) for pick in (min, max))
+    axes.axhspan(lowest, highest, color="0.8", linewidth=1)
+    label = f"edges and ensemble, {lowest:.1f} to {highest:.1f} %"
+    axes.text(0.6, highest + 1, label, ha="center", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.plot([row.params_ratio for row in defaults], [row.accuracy[""] for row in defaults], "k*", markersize=13)
+    axes.text(defaults[0].params_ratio - 0.025, defaults[0].accuracy[""] + 1, "default call", ha="right", fontsize=8)
     for index, row in enumerate(merged):
         height = 2 + 4 * (index % 2)  # the first cuts cost so little that their labels would overlap
         axes.annotate(row.name.removeprefix("PFM "), (row.params_ratio, height), ha="center", fontsize=8, color="0.3")
-    axes.set(xlabel="parameters (× one edge)", ylabel="test accuracy (%)", ylim=(0, 102))
+    axes.set(xlabel="parameters (× one edge)", ylabel="test accuracy (%)", xlim=(0.78, None), ylim=(0, 104))
     axes.set_title("Merging two VGG16 behind l preserved layers (PFM l/L)")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center right")
     write_atomic(path, png(figure, 150))
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved upwards, in their order, until neighbours are at least ``gap`` apart."""
+    moved, last = dict.fromkeys(range(len(heights)), 0.0), float("-inf")
+    for index in sorted(moved, key=lambda place: heights[place]):
+        last = moved[index] = max(heights[index], last + gap)
+    return list(moved.values())
