@@ -20,7 +20,7 @@ from vfx.errors import ArgumentError, PassError
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
 from vfx.pruning.experts import expert_groups, expert_scores
-from vfx.pruning.groups import Loss, Scores, channel_scores
+from vfx.pruning.groups import NEED_MOMENTS, Loss, Scores, channel_scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.second_moments import SecondMoments, second_moments
 from vfx.pruning.widths import Widths, strongest
@@ -36,8 +36,8 @@ ROUTER = "router"  # the score of experts
 class RemoveChannels(Pass[Removed]):
     """Remove ``sparsity`` of the channels of each group (or of the ``budget``), those with the lowest ``score``.
 
-    ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "random", or scores by group index; "router" is
-    that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform" or "global".
+    ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "obs", "random", or scores by group index; "router"
+    is that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform" or "global".
     ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency". ``units``: inside heads and
     groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do not allow the share); or
     "experts" that a router chooses from, and nothing else. ``roles``: the kinds of groups that may go, "streams",
@@ -110,7 +110,7 @@ class RemoveChannels(Pass[Removed]):
         return scored
 
     def _moments(self, program: Program, facts: Symmetry) -> SecondMoments | None:
-        if self.data is None or self.score != "activation":
+        if self.data is None or self.score not in NEED_MOMENTS:
             return None
         options: dict[str, Any] = {"max_samples": self.max_samples, "device": self.device, "progress": self.progress}
         return second_moments(program, facts, self.data, **options)

@@ -33,7 +33,7 @@ from torchvision.models.video.resnet import (
 )
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from benchmarks.zoo import markdown, networks, passes
+from benchmarks.zoo import markdown, measure, networks, passes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import verify
 from vfx.api import trace
@@ -249,6 +249,13 @@ def test_the_benchmark_names_every_network_once() -> None:
     assert counts["torchvision"] == sum(len(zoo.list_models(module=module)) for module in modules)
     assert counts["timm"] >= 40
     assert counts["huggingface"] >= 8
+
+
+def test_the_benchmark_measures_a_network() -> None:
+    line = measure(next(network for network in networks() if network.name == "resnet20_bn"))
+    assert (line["groups"], line["channels"], line["unknown"]) == (12, 448, {})
+    assert passes(line)
+    assert line["verify_error"] > 0  # a random map of the classes moves rounding
 
 
 def test_the_benchmark_reports_what_fails() -> None:

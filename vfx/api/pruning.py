@@ -136,7 +136,8 @@ def prune_structured(
     middle share; or ``budget``: what is left of one figure of the network, {"params": 0.5}, {"flops": 0.5} or
     {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
-    "magnitude" (l2), "l1", "taylor", "activation", "random", or scores by group; "auto" is magnitude, or
+    "magnitude" (l2), "l1", "taylor", "activation", "obs" (what the layers behind lose when the channels left make up
+    for one that goes; Optimal Brain Surgeon by channels), "random", or scores by group; "auto" is magnitude, or
     with data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
     ``merge``). ``allocation``: "uniform" or "global".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or

@@ -4,7 +4,9 @@
 l1           Σ |w| over every weight of every member
 l2           √Σ w² over the same (``magnitude`` is another name for it)
 taylor       mean over batches of (Σ g·w)², g the gradient of the loss (Molchanov et al. 2019, eq. 8, by groups)
-activation   √E[x²] · ‖w‖: the feature's root mean square times the norm of the weights that read it
+activation   √E[x²] · ‖w‖: the feature's root mean square times the norm of the weights that read it; for queries and
+             keys, which no weight reads, √E[q²] · √E[k²]
+obs          what the readers lose without it when the channels left make up for it (``vfx.pruning.elimination``)
 random       uniform numbers
 ===========  =======================================================================================================
 
@@ -28,13 +30,16 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.capture.outputs import named_tensors
 from vfx.errors import ArgumentError
 from vfx.program import Program, run
+from vfx.pruning.elimination import elimination_scores
+from vfx.pruning.places import blocks_along, channels_along
 from vfx.pruning.second_moments import SecondMoments
 from vfx.statistics.data import Batches
 
 Scores = Mapping[int, NDArray[np.float64]]  # by group index
 Loss = Callable[[Any, Any], Tensor]  # of the network's output and what a batch holds behind the inputs (or None)
-METHODS = ("magnitude", "l1", "l2", "taylor", "activation", "random")
-NEED_DATA = ("taylor", "activation")
+METHODS = ("magnitude", "l1", "l2", "taylor", "activation", "obs", "random")
+NEED_MOMENTS = ("activation", "obs")
+NEED_DATA = ("taylor", *NEED_MOMENTS)
 
 
 def channel_scores(
@@ -62,11 +67,26 @@ def channel_scores(
     if method == "l1":
         return _summed(facts, {name: w.abs() for name, w in weights.items()})
     squares = {name: w.square() for name, w in weights.items()}
-    if method != "activation":
+    if method not in NEED_MOMENTS:
         return {g: np.sqrt(s) for g, s in _summed(facts, squares).items()}
     assert moments is not None
+    scores = _by_activation(facts, squares, moments)
+    if method == "obs":
+        for group in facts.groups:
+            eliminated = elimination_scores(facts, group, weights, moments)
+            scores[group.index] = scores[group.index] if eliminated is None else eliminated
+    return scores
+
+
+def _by_activation(
+    facts: Symmetry, squares: Mapping[str, Tensor], moments: SecondMoments
+) -> dict[int, NDArray[np.float64]]:
     readers = _summed(facts, squares, roles=("in",))
-    return {g: np.sqrt(s * moments.squares(facts.groups[g])) for g, s in readers.items()}
+    scores = {}
+    for group in facts.groups:
+        product = moments.products(group) if group.index in moments.unread else None
+        scores[group.index] = np.sqrt(readers[group.index] * moments.squares(group) if product is None else product)
+    return scores
 
 
 def _names(program: Program, facts: Symmetry) -> list[str]:
@@ -89,18 +109,14 @@ def _summed(
 
 def channel_sums(facts: Symmetry, group: Group, fqn: str, dim: int, values: Tensor) -> NDArray[np.float64]:
     """A tensor summed over everything but the channels that stand on its axis ``dim``: (size,) or (blocks, size)."""
-    where, channel = _places(facts, fqn, dim, group.index)
+    where, channel = channels_along(facts, fqn, dim, group.index)
     if group.parent is None:
         line = _kept_dims(values, (dim,))[where]
         return _binned(channel, line, (group.size,))
-    parents = {d: _places(facts, fqn, d, group.parent) for d, _ in facts.axes_of(fqn)}
-    block_of = dict(zip(*(x.tolist() for x in parents[dim])))
-    if block_of:  # the blocks stand on the same axis
-        block = np.array([block_of[place] for place in where.tolist()])
+    across, rows, block = blocks_along(facts, fqn, dim, group)
+    if across is None:
         line = _kept_dims(values, (dim,))[where]
         return _binned(block * group.size + channel, line, group.blocks)
-    across = next(d for d, (places, _) in parents.items() if len(places))
-    rows, block = parents[across]
     plane = _kept_dims(values, (across, dim))[np.ix_(rows, where)]
     return _binned((block[:, None] * group.size + channel).reshape(-1), plane.reshape(-1), group.blocks)
 
@@ -108,15 +124,6 @@ def channel_sums(facts: Symmetry, group: Group, fqn: str, dim: int, values: Tens
 def _binned(index: NDArray[np.int64], values: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Values summed by index."""
     return np.bincount(index, values, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
-
-
-def _places(facts: Symmetry, fqn: str, dim: int, group: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of an axis at which a group stands, and its channel there."""
-    labels = facts.rows[fqn, dim]
-    leaves = facts.leaves.leaf_of(labels[:, 1:])
-    leaf = facts.leaf_of[group]
-    where, column = np.nonzero(leaves == leaf)
-    return where, labels[where, 1 + column] - facts.leaves.starts[leaf]
 
 
 def _kept_dims(values: Tensor, dims: tuple[int, ...]) -> NDArray[np.float64]:
