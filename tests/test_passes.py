@@ -31,6 +31,7 @@ from vfx.passes.fold_normalization import FoldNormalization
 from vfx.passes.insert_normalization import InsertNormalization
 from vfx.passes.interpolate import Interpolate
 from vfx.passes.mask_weights import MaskWeights
+from vfx.passes.principal_basis import PrincipalBasis
 from vfx.passes.reconstruct import Reconstruct
 from vfx.passes.remove_bias import RemoveBias
 from vfx.passes.remove_blocks import RemoveBlocks
@@ -170,6 +171,10 @@ TABLE: dict[str, tuple[Callable[[], Pass], Callable[[], Program]]] = {
     "CenterStream": (lambda: CenterStream(), lambda: _program(_attention, TOKENS)),
     "BalanceScales": (lambda: BalanceScales(), lambda: _program()),
     "BalanceAttention": (lambda: BalanceAttention(), lambda: _program(_attention, TOKENS)),
+    "PrincipalBasis": (
+        lambda: PrincipalBasis(TOKENS, progress=False),
+        lambda: Interpolate()(_program(_attention, TOKENS)),
+    ),
     "RestoreStructure": (
         lambda: RestoreStructure(_program(_attention, TOKENS)),
         lambda: CenterStream()(_program(_attention, TOKENS)),

@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
     from vfx.passes.insert_normalization import InsertNormalization as InsertNormalization
     from vfx.passes.interpolate import Interpolate as Interpolate
     from vfx.passes.mask_weights import MaskWeights as MaskWeights
+    from vfx.passes.principal_basis import PrincipalBasis as PrincipalBasis
     from vfx.passes.reconstruct import Reconstruct as Reconstruct
     from vfx.passes.remove_bias import RemoveBias as RemoveBias
     from vfx.passes.remove_blocks import RemoveBlocks as RemoveBlocks

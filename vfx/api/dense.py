@@ -15,11 +15,14 @@ from vfx.checks import check_finite
 from vfx.errors import ArgumentError
 from vfx.normalize.catalogue import METHODS, Normalization, normalization
 from vfx.options import PruneOptions, StructuredOptions
+from vfx.passes.principal_basis import PrincipalBasis
 from vfx.program import Program
+from vfx.pruning.groups import NEED_MOMENTS
 from vfx.report import Stopwatch
 from vfx.statistics.data import Batches
 
 Options = PruneOptions | StructuredOptions
+BASES = ("auto", "principal", "given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,8 @@ class Dense:
     """The network to be pruned, with the statistics that a normalization goes to.
 
     ``data`` are all calibration data, ``few`` those that the normalization reads. ``solved`` and ``asked`` say what is
-    to be done for the pruned network, ``notes`` what is to be said.
+    to be done for the pruned network, ``notes`` what is to be said, ``turned`` whether free features stand in their
+    principal directions.
     """
 
     program: Program
@@ -36,6 +40,7 @@ class Dense:
     solved: str | None
     asked: Normalization | None
     notes: tuple[str, ...]
+    turned: bool = False
 
     def restoring(self, pruned: Program, options: Options, **own: Any) -> Restoring:
         """What can be done for a pruned network of this one."""
@@ -54,11 +59,28 @@ def capture_dense(model: nn.Module | Program, example_inputs: Any, options: Opti
     notes = uncorrected(options.data, options.normalize, "pruned", "much of the accuracy may be gone")
     solved = Solving(options.solve, judge=options.judge).resolved(options.normalize, options.data is not None)
     program = program if options.device is None else program.to(options.device)
+    given = program
+    if isinstance(options, StructuredOptions) and _turns(options):
+        with watch("basis"):
+            program = PrincipalBasis(options.data, verify=options.verify, **options.reading)(given)
     # the same few samples each time, shuffled or not
     few = None if options.data is None else Batches(program, options.data, options.repair_samples).held()
     with watch("statistics"):
-        program = with_goals(program, asked, few, options.repair_samples, options.reading)
-    return Dense(program, options.data, few, solved, asked, notes)
+        described = with_goals(program, asked, few, options.repair_samples, options.reading)
+    return Dense(described, options.data, few, solved, asked, notes, turned=program is not given)
+
+
+def _turns(options: StructuredOptions) -> bool:
+    """Whether free features go into their principal directions first. Raises ArgumentError."""
+    if options.basis not in BASES:
+        raise ArgumentError(f"basis={options.basis!r} is unknown; choose one of {', '.join(BASES)}")
+    if options.basis != "auto":
+        if options.basis == "principal" and options.data is None:
+            raise ArgumentError("basis='principal' reads data; give data=")
+        return options.basis == "principal"
+    by_data = isinstance(options.score, str) and options.score in ("auto", *NEED_MOMENTS)
+    channels = options.method == "remove" and options.units not in ("experts", "layers")
+    return options.data is not None and by_data and channels
 
 
 def _normalization(program: Program, options: Options) -> Normalization | None:

@@ -43,7 +43,7 @@ def prune_family(model: nn.Module | Program, example_inputs: Any, options: Struc
     shares = [share_of(options_of) for options_of in each]
     watch = Stopwatch(options.progress)
     dense = capture_dense(model, example_inputs, options, watch)
-    order = channel_order(dense.program, options, watch)
+    order = channel_order(dense, options, watch)
     removals_of = [removed(dense, share, wanted, watch, order) for share, wanted in zip(shares, each)]
     middle = len(each) // 2
     first = decide({name: candidate.restoring for name, candidate in removals_of[middle].items()}, dense.solved, watch)

@@ -108,6 +108,7 @@ def prune_structured(
     sparsity: float | Sequence[float] | None = None,
     method: str = "remove",
     score: str | Scores = "auto",
+    basis: str = "auto",
     allocation: str = "uniform",
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
@@ -139,7 +140,10 @@ def prune_structured(
     "magnitude" (l2), "l1", "taylor", "activation", "obs" (what the layers behind lose when the channels left make up
     for one that goes; Optimal Brain Surgeon by channels), "random", or scores by group; "auto" is magnitude, or
     with data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
-    ``merge``). ``allocation``: "uniform" or "global".
+    ``merge``); in principal directions it is activation or obs. ``allocation``: "uniform" or "global".
+    ``basis``: features that any invertible map may go through (queries and keys, values of a head) are turned into
+    their "principal" directions on ``data`` before channels go (``vfx.PrincipalBasis``), or stay as "given"; "auto" is
+    principal where channels are removed by the score "auto", "activation" or "obs".
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
     "both"; "auto" is channels, and blocks where their numbers do not allow the share. "experts" are those that a router
     chooses from, by the mean of what each adds as the router weighs it ("router", REAP, Lasby et al. 2025) where there
@@ -162,10 +166,11 @@ def prune_structured(
     Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
     """
     options = StructuredOptions(
-        sparsity=sparsity, method=method, score=score, allocation=allocation, budget=budget, round_to=round_to,
-        units=units, roles=roles, protect=protect, variance=variance, data=reusable(data), solve=solve, judge=judge,
-        loss=loss, max_samples=max_samples, repair_samples=repair_samples, normalize=normalize,
-        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
+        sparsity=sparsity, method=method, score=score, basis=basis, allocation=allocation, budget=budget,
+        round_to=round_to, units=units, roles=roles, protect=protect, variance=variance, data=reusable(data),
+        solve=solve, judge=judge, loss=loss, max_samples=max_samples, repair_samples=repair_samples,
+        normalize=normalize, dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device,
+        progress=progress,
     )  # fmt: skip
     if isinstance(sparsity, Sequence):
         return prune_family(model, example_inputs, options)

@@ -17,7 +17,6 @@ from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
 from vfx.passes.remove_blocks import RemoveBlocks
 from vfx.passes.remove_channels import ROUTER, RemoveChannels
-from vfx.program import Program
 from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Scores
 from vfx.pruning.removed import Removed
@@ -25,7 +24,8 @@ from vfx.pruning.roles import check_roles
 from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
 
-TRIED = ("magnitude", "activation")  # scores of channels that "auto" chooses from
+# Scores of channels that "auto" chooses from. In principal directions the norm of a weight says nothing.
+TRIED, TRIED_WHERE_TURNED = ("magnitude", "activation"), ("activation", "obs")
 Removing: TypeAlias = RemoveChannels | FoldChannels | RemoveBlocks
 
 
@@ -77,7 +77,7 @@ def removed(
     with watch("symmetry"):
         facts = symmetry(dense.program)
     removals = {}
-    for name, removal_pass in _passes(share, options).items():
+    for name, removal_pass in _passes(share, options, dense.turned).items():
         score = _score_name(removal_pass)
         if order and isinstance(removal_pass, RemoveChannels):
             removal_pass = removal_pass.by(order[name])
@@ -87,18 +87,18 @@ def removed(
     return removals
 
 
-def channel_order(program: Program, options: StructuredOptions, watch: Stopwatch) -> dict[str, Scores]:
+def channel_order(dense: Dense, options: StructuredOptions, watch: Stopwatch) -> dict[str, Scores]:
     """The scores that all widths share, by the name of each that is tried."""
     with watch("scores"):
-        passes = _passes(Share("channels", 0.0), options)
+        passes = _passes(Share("channels", 0.0), options, dense.turned)
         return {
-            name: removal_pass.scores(program)
+            name: removal_pass.scores(dense.program)
             for name, removal_pass in passes.items()
             if isinstance(removal_pass, RemoveChannels)
         }
 
 
-def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
+def _passes(share: Share, options: StructuredOptions, turned: bool) -> dict[str, Removing]:
     """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
     if options.units == "layers":
         return {"": _blocks(share, options)}
@@ -113,7 +113,8 @@ def _passes(share: Share, options: StructuredOptions) -> dict[str, Removing]:
     if options.units == "experts" and options.score == "auto" and options.data is not None:
         return {"": RemoveChannels(share.part, ROUTER, **keywords)}
     if options.score == "auto" and options.data is not None:
-        return {name: RemoveChannels(share.part, name, **keywords) for name in TRIED}
+        tried = TRIED_WHERE_TURNED if turned else TRIED
+        return {name: RemoveChannels(share.part, name, **keywords) for name in tried}
     score = "magnitude" if options.score == "auto" else options.score
     return {"": RemoveChannels(share.part, score, loss=options.loss, **keywords)}
 

@@ -36,10 +36,12 @@ def elimination_scores(
     """
     if np.prod(group.blocks) > WIDEST:
         return None
-    problem = _product(group, moments) if group.index in moments.unread else _layer(facts, group, weights, moments)
+    problem = error_form(facts, group, weights, moments)
     if problem is None:
         return None
     moment, readers = problem
+    if group.index in moments.unread:  # what a reconstruction solves are the queries, whose keys stay
+        moment, readers = readers, moment
     block = torch.arange(len(moment)) // group.size
     return eliminate(moment, readers, block).sqrt().numpy().reshape(group.shape)
 
@@ -83,10 +85,20 @@ def _without(gram: Tensor, inverse: Tensor, going: Tensor, staying: Tensor) -> t
     return gram[staying][:, staying] - crossing - crossing.T + inside, inverse[staying][:, staying] - coupling @ share
 
 
+def error_form(
+    facts: Symmetry, group: Group, weights: Mapping[str, Tensor], moments: SecondMoments
+) -> tuple[Tensor, Tensor] | None:
+    """M and R of a group, (n, n) float64, features ordered by block and channel; None where they are not known.
+
+    What is lost of features x that become x̂ is tr(R E[(x − x̂)(x − x̂)ᵀ]). x carries a group's map T, what R stands for
+    its dual T⁻ᵀ.
+    """
+    return _product(group, moments) if group.index in moments.unread else _layer(facts, group, weights, moments)
+
+
 def _layer(
     facts: Symmetry, group: Group, weights: Mapping[str, Tensor], moments: SecondMoments
 ) -> tuple[Tensor, Tensor] | None:
-    """M and R of a group that layers read, features ordered by block and channel."""
     moment = moments.of(group)
     if moment is None:
         return None
@@ -100,11 +112,11 @@ def _layer(
 
 
 def _product(group: Group, moments: SecondMoments) -> tuple[Tensor, Tensor] | None:
-    """M and R of two features that multiply each other in every block, such as keys and queries."""
+    # features that multiply each other in every block; the second is the one with the dual map
     factors = moments.factors(group)
     if len(factors) != 2:
         return None
     block = torch.arange(len(factors[0])) // group.size
     alike = block[:, None] == block
-    queries, keys = (torch.where(alike, factor, 0.0) for factor in factors)
-    return keys, queries
+    first, dual = (torch.where(alike, factor, 0.0) for factor in factors)
+    return first, dual

@@ -29,7 +29,7 @@ class SecondMoments:
     """By the groups that move them: the ``digits`` (n, groups) of n features and E[x xᵀ] (n, n), float64.
 
     ``unread`` are the groups whose features no weight reads, such as queries and keys; ``each`` holds their moments
-    apart, in the order in which they are made.
+    apart, those that carry the dual map last.
     """
 
     digits: Mapping[tuple[int, ...], Index]
@@ -115,7 +115,10 @@ def second_moments(
         mean, samples = cross.moments[0].mean, cross.moments[0].count
         second = (cross.covariance(0, 0) + torch.outer(mean, mean)) * samples
         if not unread.isdisjoint(tap.groups):
-            each.setdefault(tap.groups, []).append(second / max(samples, 1))
+            dual = any(standing is not None and standing[1] for standing in tap.sides)
+            each.setdefault(tap.groups, []).insert(
+                len(each.get(tap.groups, ())) if dual else 0, second / max(samples, 1)
+            )
         total[tap.groups] = total[tap.groups] + second if tap.groups in total else second
         count[tap.groups] = count.get(tap.groups, 0) + samples
     return SecondMoments(digits, {groups: x / max(count[groups], 1) for groups, x in total.items()}, each, unread)
