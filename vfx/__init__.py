@@ -6,8 +6,8 @@ trace → analyse → match → passes → emit; ``vfx.merge`` does it in one ca
 from __future__ import annotations
 
 import ast
+import pkgutil
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
@@ -113,7 +113,8 @@ __version__ = "0.1.0"
 
 def _origins() -> dict[str, str]:
     """The module of each public name, read from the imports above."""
-    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    source = pkgutil.get_data(__name__, "__init__.py")  # from a wheel on the path as well
+    tree = ast.parse(source or b"")
     (block,) = (statement for statement in tree.body if isinstance(statement, ast.If))
     imports = [statement for statement in block.body if isinstance(statement, ast.ImportFrom)]
     return {name.name: str(statement.module) for statement in imports for name in statement.names}
