@@ -1,6 +1,6 @@
 """Damaged and hostile files for every reader: is any error raw, does any code run, is anything left over or slow?
 
-Each case is a good file changed by ``benchmarks.mutations`` and read in a process of its own kind, in which a file's
+Each case is a good file changed by ``benchmarks.damage`` and read in a process of its own kind, in which a file's
 code would be noticed: the mutants carry calls that make a folder, and the interpreter reports every program that is
 started, connection that is opened and file that is written. A case is "read", "refused" (an error of vfx), "raw" (any
 other error), "code", "left over" (a file that was not there before), "slow" (more than 5 s of the processor) or
@@ -37,8 +37,7 @@ from rich.progress import Progress
 from torch import nn
 
 import vfx
-from benchmarks.fashion import RESULTS
-from benchmarks.mutations import (
+from benchmarks.damage import (
     Mutator,
     Random,
     mutate_bytes,
@@ -47,6 +46,7 @@ from benchmarks.mutations import (
     mutate_safetensors,
     mutate_zip,
 )
+from benchmarks.fashion import RESULTS
 from benchmarks.options import Output
 from benchmarks.pairs_report import cell
 from vfx.data.arrays import read_batches, read_inputs, read_labelled

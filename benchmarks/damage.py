@@ -1,6 +1,6 @@
 """Damaged and hostile files made from good ones: bytes, members of archives, values of JSON and of array headers.
 
-Every mutant follows from a random generator, so that a case can be made again from its number.
+Every case follows from a random generator, so that a case can be made again from its number.
 """
 
 from __future__ import annotations
