@@ -1,0 +1,450 @@
+"""Changes of the code that a careless edit could make, each of them wrong: what ``benchmarks.mutations`` tries.
+
+They are drawn over all folders of ``vfx`` and ``passes``; most of them leave a network that runs and is a little wrong.
+Behind them stands each fact of the registry of operators, taken from all operators at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any
+
+from vfx.operators import UNKNOWN, Operator
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old``, which stands in ``file`` once, replaced by ``new``; ``tests`` are the files that should notice."""
+
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: str
+
+    @property
+    def test_files(self) -> list[str]:
+        return [f"tests/{name}.py" for name in self.tests.split()]
+
+
+CHANGES = (
+    # analyse
+    Mutation(
+        "vfx/analyse/cost.py", "return Count(0, 2 * call.size, 4 * call.size)",
+        "return Count(0, 2 * call.size, 2 * call.size)", "a norm's MAdd counts as its FLOPs", "test_cost",
+    ),
+    Mutation(
+        "vfx/analyse/cost.py", '"average pool": partial(_pool, spared=0)', '"average pool": partial(_pool, spared=1)',
+        "an average counts as a maximum", "test_cost",
+    ),
+    Mutation(
+        "vfx/analyse/cost.py", "for p in call.parameters if _held_as(p) not in counted)", "for p in call.parameters)",
+        "a shared parameter counts for each reader", "test_cost",
+    ),
+    Mutation(
+        "vfx/analyse/symmetry.py", "lambda: _inferred(program), *program.weights)", "lambda: _inferred(program))",
+        "symmetries of other weights are taken for a network's own", "test_program test_symmetry test_resize",
+    ),
+    Mutation(
+        "vfx/analyse/verify.py", "for scale in (None, LARGE):", "for scale in (None,):",
+        "saturations are not reached by the proof", "test_symmetry test_classes test_proof",
+    ),
+    Mutation(
+        "vfx/analyse/action/pointwise.py", "low is not None and high is not None and low == -high",
+        "low is not None and high is not None", "a clamp between any two bounds passes signs",
+        "test_classes test_operator_classes",
+    ),
+    Mutation(
+        "vfx/analyse/action/pointwise.py", "return _reduced(w, node, a, Maps.ORTHOGONAL_ONES, Maps.LINEAR)",
+        "return _reduced(w, node, a, Maps.ORTHOGONAL, Maps.LINEAR)", "a sum over channels passes any rotation of them",
+        "test_classes",
+    ),
+    Mutation(
+        "vfx/analyse/action/normalizing.py", "Maps.ORTHOGONAL_ONES if centred else Maps.ORTHOGONAL)",
+        "Maps.ORTHOGONAL)", "LayerNorm passes the maps of an RMSNorm", "test_classes",
+    ),
+    Mutation(
+        "vfx/analyse/rules/elementwise.py", 't.pin_dim(x, dims_of(a["dim"], len(x.axes))[0], "cumulative operator")',
+        "pass", "the axis of a running sum is not pinned", "test_operator_networks",
+    ),
+    Mutation(
+        "vfx/analyse/rules/writes.py", 'order = np.argsort(np.concatenate([rest, written]), kind="stable")',
+        "order = np.concatenate([rest, written])", "what is written into a part stands in the wrong places",
+        "test_symmetry test_operator_networks",
+    ),
+    # operators
+    Mutation(
+        "vfx/operators/activations.py", '*_in_place("hardtanh", classes="clamp")',
+        '*_in_place("hardtanh", classes="odd")', "signs pass a clamp from 0 to 6", "test_operator_classes test_classes",
+    ),
+    Mutation(
+        "vfx/operators/calls.py", 'return 1 if is_product(node) or is_transposed(node) else 0',
+        "return 1 if is_product(node) else 0", "a transposed convolution's outputs are looked for on the first axis",
+        "test_products test_passes",
+    ),
+    # elements
+    Mutation(
+        "vfx/elements/composition.py", "return compose(symmetry, undone, permuted(back))",
+        "return compose(symmetry, permuted(back), undone)", "an inverse does its two parts in the wrong order",
+        "test_action test_classes test_class_matching",
+    ),
+    Mutation(
+        "vfx/elements/parts.py", "_block(dual if part.dual else element.matrix, part.block, 2)",
+        "_block(element.matrix if part.dual else dual, part.block, 2)", "both sides of a map are exchanged",
+        "test_action test_balance",
+    ),
+    Mutation(
+        "vfx/elements/permutations.py", "rows = _rows(earlier, group)[_outer(then, group)]",
+        "rows = _rows(earlier, group)", "orders inside blocks stay when the blocks move", "test_blocks test_heads",
+    ),
+    Mutation(
+        "vfx/elements/element.py",
+        'return chosen / np.maximum(chosen.sum(-2, keepdims=True), 1) if role == "in" else chosen',
+        "return chosen", "copies of a channel are summed where they are read", "test_transport test_rectangular",
+    ),
+    # match
+    Mutation(
+        "vfx/match/coupling.py", "np.minimum(1, 1 / m / coupling.sum(0))", "np.minimum(1, 1 / n / coupling.sum(0))",
+        "a coupling is rounded onto the marginal of the other side", "test_transport",
+    ),
+    Mutation(
+        "vfx/match/transport.py", "- 2 * cosine).clamp_min(0).sqrt().cpu().numpy()",
+        "- 2 * cosine).clamp_min(0).cpu().numpy()", "a distance lacks its root", "test_transport",
+    ),
+    Mutation(
+        "vfx/match/transport.py", "return Element(nearest, plan * sizes[0], dual=plan * sizes[1])",
+        "return Element(nearest, plan * sizes[1], dual=plan * sizes[0])",
+        "a coupling is scaled by the widths of the wrong sides", "test_transport",
+    ),
+    Mutation(
+        "vfx/match/zipit.py", "row = np.minimum(self.similarity[kept], self.similarity[gone])",
+        "row = np.maximum(self.similarity[kept], self.similarity[gone])",
+        "a merged cluster is as similar as its nearest part", "test_zipit",
+    ),
+    Mutation(
+        "vfx/match/c2m3.py", 'pairs = gram.sum((0, 2)) - np.einsum("papb->ab", gram)', "pairs = gram.sum((0, 2))",
+        "each edge counts as a pair with itself", "test_universe",
+    ),
+    Mutation(
+        "vfx/match/descent.py", "exact = self._exact(unit) and not quadratic and not inside",
+        "exact = self._exact(unit) and not inside", "a step that may lower a quadratic objective is taken unchecked",
+        "test_matching",
+    ),
+    Mutation(
+        "vfx/match/linear.py", "lost = total - 2 * float((unmerge * between.T).sum())",
+        "lost = total - float((unmerge * between.T).sum())", "the variance that comes back is understated",
+        "test_zipit test_cca",
+    ),
+    Mutation(
+        "vfx/match/cca.py", "roots = (values.clamp_min(0) + self.gamma * (scale or 1.0)).sqrt()",
+        "roots = values.clamp_min(0) + self.gamma * (scale or 1.0)", "covariances stand in the place of their roots",
+        "test_cca",
+    ),
+    # normalize, and the passes that normalize
+    Mutation(
+        "passes/calibrate_normalization.py", 'shift = wanted_mean - mean * scale if kind == "repair"',
+        'shift = wanted_mean - mean if kind == "repair"', "the shift of REPAIR forgets the scale",
+        "test_normalization",
+    ),
+    Mutation(
+        "vfx/normalize/batch_norms.py", "weights[var] = observed.unbiased.to(weights[var])",
+        "weights[var] = observed.std.square().to(weights[var])", "RESET writes the biased variance",
+        "test_normalization test_passes",
+    ),
+    Mutation(
+        "vfx/normalize/biases.py", "depth > len(layers) - count", "depth >= len(layers) - count",
+        "biases go from one layer more", "test_normalization",
+    ),
+    Mutation(
+        "passes/calibrate_bias.py", "alpha ** (min(numbers) - 1)", "alpha ** min(numbers)",
+        "biases are scaled once too often", "test_passes test_pfm",
+    ),
+    Mutation(
+        "passes/rescale_weights.py", "wanted = sum(a * float(t.abs().mean()) for",
+        "wanted = sum(a * float(t.mean().abs()) for", "the magnitude wanted is that of the mean", "test_normalization",
+    ),
+    # other passes and rewriting
+    Mutation(
+        "passes/align.py", "return behind * mean, behind.abs() * std", "return behind * mean, behind * std",
+        "deviations behind a sign are negative", "test_passes test_class_matching test_normalization",
+    ),
+    Mutation(
+        "passes/align.py",
+        "error = preserved(facts, program.weights[edge], exact_part(matching.elements[edge]), self.seed)",
+        "error = preserved(facts, program.weights[0], exact_part(matching.elements[0]), self.seed)",
+        "what was found is not proved, but the identity", "test_passes test_matching",
+    ),
+    Mutation(
+        "passes/fold_gain.py", "factor = gain.offset + weights[gain.weight].double().reshape(-1)",
+        "factor = weights[gain.weight].double().reshape(-1)", "a gain of 1 + γ is folded as γ", "test_fold_gain",
+    ),
+    Mutation(
+        "passes/fold_normalization.py", "weights[bias].double() * scale + shift", "weights[bias].double() + shift",
+        "a bias is not scaled with its weight", "test_passes test_folding_norms",
+    ),
+    Mutation(
+        "passes/duplicate_heads.py", "(1, next(iter(maps.values())).T)", "(1, next(iter(maps.values())))",
+        "the way back into a head is transposed", "test_zipit test_heads test_matchers",
+    ),
+    Mutation(
+        "vfx/rewrite/contract.py", "replace(result.program, goals={}, notes=notes)",
+        "replace(result.program, notes=notes)",
+        "statistics outlive the values that they are of", "test_fold_gain test_pass_orders test_passes",
+    ),
+    Mutation(
+        "vfx/rewrite/averaging.py", "total = first * alphas[0]", "total = first.mul_(alphas[0])",
+        "averaging writes into the first edge", "test_merge test_passes",
+    ),
+    # reconstruct
+    Mutation(
+        "vfx/reconstruct/solve.py", "system.diagonal(dim1=1, dim2=2).add_(ridge * self.scale[:, None])",
+        "system.diagonal(dim1=1, dim2=2).add_(ridge)", "the ridge depends on the units of a layer's inputs",
+        "test_reconstruct_solutions",
+    ),
+    Mutation(
+        "vfx/reconstruct/sums.py", "self.count * bias - 2 * self.goals", "self.count * bias - self.goals",
+        "the error of a solution with a bias is overstated", "test_reconstruct_solutions test_reconstruct",
+    ),
+    Mutation(
+        "vfx/reconstruct/forms.py",
+        "weight = weight.reshape(g, -1, *weight.shape[1:]).transpose(1, 2).flip(list(range(3, 3 + self.rank)))",
+        "weight = weight.reshape(g, -1, *weight.shape[1:]).transpose(1, 2)",
+        "the kernel of a transposed convolution is not flipped", "test_reconstruct_forms",
+    ),
+    Mutation(
+        "vfx/reconstruct/sweep.py", "return [step._replace(in_place=None) for step in plan]", "return plan",
+        "a run ahead writes over values that it shares", "test_reconstruct test_combine",
+    ),
+    # combine
+    Mutation(
+        "vfx/combine/ties.py", "sizes.kthvalue(len(sizes) - count + 1)", "sizes.kthvalue(len(sizes) - count)",
+        "one entry more is kept than asked for", "test_combine",
+    ),
+    Mutation(
+        "vfx/combine/dare.py", "change / (1 - self.drop), 0.0)", "change, 0.0)", "what is kept is not rescaled",
+        "test_combine",
+    ),
+    Mutation(
+        "vfx/combine/grams.py", "self.off_diagonal * gram + (1 - self.off_diagonal) * diagonal",
+        "self.off_diagonal * gram + diagonal", "the diagonal of a Gram matrix counts almost twice", "test_combine",
+    ),
+    Mutation(
+        "vfx/combine/combiner.py", "sum(count * share * change for share, change",
+        "sum(share * change for share, change",
+        "task vectors are averaged instead of summed", "test_combine",
+    ),
+    # statistics
+    Mutation(
+        "vfx/statistics/moments.py", "self.m2 += m2 + shift**2 * (self.count * count / total)", "self.m2 += m2",
+        "the variance between batches is lost", "test_statistics",
+    ),
+    Mutation(
+        "vfx/statistics/moments.py", "return rows.clone() if rows.data_ptr() == x.data_ptr() else rows", "return rows",
+        "features are centred in the network's own values", "test_statistics",
+    ),
+    Mutation(
+        "vfx/statistics/across.py", "return part.m2 + part.count * (part.mean - whole.mean) ** 2", "return part.m2",
+        "the variance between processes is lost", "test_processes",
+    ),
+    Mutation(
+        "vfx/statistics/record.py", "            total.m2 *= 1 - self.momentum\n", "",
+        "older batches' deviations do not fade", "test_normalization test_statistics",
+    ),
+    # pruning and resize
+    Mutation(
+        "vfx/pruning/scores/wanda.py", "abs().double() * squares.sqrt())", "abs().double() * squares)",
+        "weights count by the square of their input's norm", "test_pruning_scores test_layerwise_scores",
+    ),
+    Mutation(
+        "vfx/pruning/scores/sparsegpt.py", "weight[:, :, end:] -= errors @ factor[:, start:end, end:]",
+        "weight[:, :, end:] += errors @ factor[:, start:end, end:]",
+        "the columns behind a block are changed the wrong way",
+        "test_layerwise_scores",
+    ),
+    Mutation(
+        "vfx/pruning/allocation/depth.py", "density = {target.name: sum(target.shape) / math.prod(target.shape)",
+        "density = {target.name: 1 / math.prod(target.shape)", "all layers keep as many weights", "test_allocation",
+    ),
+    Mutation(
+        "vfx/pruning/clusters.py", 'mix = total if member.role == "in" else average', "mix = average",
+        "what reads a merged channel reads a share of it", "test_channels test_pruning",
+    ),
+    Mutation(
+        "vfx/pruning/masks.py", "chain.original.copy_(values[leaf])", "pass",
+        "masks that are made permanent come undone",
+        "test_masks",
+    ),
+    Mutation(
+        "vfx/resize/program.py", "selected[gain].double() * torch.where(before > 0, after / before, 1.0)",
+        "selected[gain].double()", "the gain of a weight norm forgets the inputs that went", "test_masked_proof",
+    ),
+    Mutation(
+        "vfx/resize/program.py", "_along(layout, gathers[min(e, len(gathers) - 1)], facts",
+        "_along(layout, gathers[0], facts", "statistics of all edges follow the first one's choice of channels",
+        "test_resize test_pleas",
+    ),
+    # diagnosis
+    Mutation(
+        "vfx/diagnosis/barrier.py", "torch.stack([logits.double().softmax(1) for logits in outputs]).mean(0)",
+        "torch.stack([logits.double() for logits in outputs]).mean(0).softmax(1)",
+        "the ensemble averages logits, not probabilities", "test_barrier",
+    ),
+    Mutation(
+        "vfx/diagnosis/curve.py", "sign * ((1 - a) * values[0] + a * values[-1] - m)",
+        "sign * (a * values[0] + (1 - a) * values[-1] - m)", "a barrier weighs its ends the wrong way round",
+        "test_barrier",
+    ),
+    Mutation(
+        "vfx/diagnosis/skew.py", "max(histogram) < UNEVEN * even and min(histogram) > even / UNEVEN",
+        "max(histogram) < UNEVEN * even or min(histogram) > even / UNEVEN", "skewed data need two signs at once",
+        "test_select test_diagnosis",
+    ),
+    # data and capture
+    Mutation(
+        "vfx/data/mnist.py", "value=-dataset.mean / dataset.std)", "value=0.0)", "images are padded with grey",
+        "test_data",
+    ),
+    Mutation(
+        "vfx/data/cifar.py", "rows[:, dataset.bytes_of_labels - 1]", "rows[:, 0]",
+        "the coarse labels of CIFAR-100 are taken for the fine ones", "test_data",
+    ),
+    Mutation(
+        "vfx/data/preprocessing.py", "image.crop((left, top, left + width, top + height))",
+        "image.crop((0, 0, width, height))", "a corner is cut out, not the middle", "test_data test_readers",
+    ),
+    Mutation(
+        "vfx/capture/in_place.py", 'if node.op in ("get_attr", "placeholder"):', 'if node.op == "get_attr":',
+        "a network that writes into its input changes the user's", "test_frontend test_trace",
+    ),
+    Mutation(
+        "vfx/capture/builder.py", "key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)",
+        "key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)", "a weight and its transpose are one tensor",
+        "test_frontend test_trace",
+    ),
+    # emit
+    Mutation(
+        "vfx/emit/scales.py", 'factor = a["scale"] * sqrt(a["query"].meta["val"].shape[-1])',
+        'factor = a["scale"] * a["query"].meta["val"].shape[-1]', "queries take up a scale without its root",
+        "test_own_class",
+    ),
+    Mutation(
+        "vfx/emit/taking.py", "given = tensor.detach().to(dtype or tensor.dtype, copy=True)",
+        "given = tensor.detach().to(dtype or tensor.dtype)",
+        "a module shares its tensors with the networks it comes from",
+        "test_emit test_memory test_merge",
+    ),
+    Mutation(
+        "vfx/emit/sharding.py", "if shard and size + tensor.nbytes > most:", "if shard and size > most:",
+        "a shard is larger than asked for", "test_shards",
+    ),
+    # models and pages
+    Mutation(
+        "vfx/models/resnet20.py", "module.conv1.weight.mul_(blocks**-0.5)", "module.conv1.weight.mul_(blocks**-1)",
+        "the branches of Fixup start too small", "test_models",
+    ),
+    Mutation(
+        "vfx/pages/curves.py", "best[count] = min(rows) if rows else None", "best[count] = max(rows) if rows else None",
+        "a curve of the best candidates shows the worst", "test_pages",
+    ),
+    # api, cli and the rest
+    Mutation(
+        "vfx/alphas.py", "return [1 - float(weights), float(weights)] if single",
+        "return [float(weights), 1 - float(weights)] if single",
+        "α weighs the first edge", "test_merge test_barrier",
+    ),
+    Mutation(
+        "vfx/api/budgets.py", "return all(merged.ratio(whole)[name] <= limit",
+        "return any(merged.ratio(whole)[name] <= limit",
+        "one limit of a budget is enough", "test_pfm test_solving",
+    ),
+    Mutation(
+        "vfx/api/restoring.py", "scores |= {label: joined(tried[label] + each)", "scores |= {label: joined(each)",
+        "a second look forgets the first", "test_channel_choice",
+    ),
+    Mutation(
+        "vfx/choice.py", "return score.better_than(rival) and rival.value - score.value > MARGIN * abs(rival.value)",
+        "return score.better_than(rival)", "a network outside the user's class wins by a hair", "test_solving",
+    ),
+    Mutation(
+        "vfx/cli/recipe.py", "return replace(recipe, options=defaults | recipe.options)",
+        "return replace(recipe, options=recipe.options | defaults)", "defaults win over what a recipe says",
+        "test_recipes",
+    ),
+    Mutation(
+        "vfx/cli/inputs.py", 'name = match if match != "auto" else "activation" if data else "weight"',
+        'name = match if match != "auto" else "activation"', "the first layers are matched by data that are not there",
+        "test_cli test_command_ways",
+    ),
+    Mutation(
+        "vfx/proof.py", "if x.shape != y.shape or x.dtype != y.dtype:", "if x.shape != y.shape:",
+        "outputs of another type pass for the same", "test_proof test_masked_proof",
+    ),
+    Mutation(
+        "vfx/judge.py", "torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(SURE, 1))",
+        "torch.special.xlogy(q, q) - torch.special.xlogy(q, p.clamp(SURE, 1))",
+        "a divergence is taken the other way round",
+        "test_solving test_normalization_choice",
+    ),
+)  # fmt: skip
+
+# the facts of the registry: which tests notice that no operator has one any more
+FACTS = {
+    "names": "test_operator_classes test_operator_networks",
+    "ties": "test_symmetry",
+    "classes": "test_classes",
+    "space": "test_blocks",
+    "resize": "test_resize",
+    "cost": "test_cost",
+    "roles": "test_products",
+    "spatial": "test_cost",
+    "rank": "test_operator_networks",
+    "gates": "test_emitted_modules test_emission_kinds",
+    "exponent": "test_balance",
+    "fills": "test_created_tensors test_exported_programs",
+    "least": "test_masked_proof",
+    "norm": "test_fold_gain",
+    "layer": "test_layers",
+    "module": "test_emitted_modules",
+    "in_double": "test_experts",
+    "moves": "test_left_out",
+    "keeps_parts": "test_parts",
+    "reads_all": "test_masked_proof",
+    "contracts": "test_masked_proof",
+    "multiplies": "test_products",
+    "batched": "test_balance test_blocks",
+    "is_add": "test_residual_blocks",
+    "is_affine": "test_activations",
+    "is_additive": "test_symmetry test_channels",
+    "is_cast": "test_fold_gain test_rectangular",
+    "is_copy": "test_symmetry test_classes",
+    "is_pool": "test_activations",
+    "is_magnitude": "test_rectangular",
+    "averages": "test_activations test_center_stream",
+    "divides_by_count": "test_rectangular",
+    "gives_positions": "test_operator_networks",
+    "hands_on": "test_statistics",
+    "interpolates": "test_proof_extent",
+    "runs_in_place": "test_memory test_program",
+    "may_return_input": "test_frontend",
+    "is_input": "test_operator_networks",
+    "asserts": "test_frontend",
+    "linear_time": "test_exported_programs",
+}
+
+
+def emptied(fact: Field[Any]) -> Mutation:
+    """The registry without one of its facts; of ``names`` the first is left, without which there is no entry."""
+    if fact.name == "names":
+        value = "entry.names[:1]"
+    elif fact.default is not MISSING:
+        value = repr(fact.default)
+    else:
+        value = repr(UNKNOWN if fact.default_factory is MISSING else fact.default_factory())
+    loop = "    for entry in entries:\n"
+    new = loop.replace(
+        "entries", f'(__import__("dataclasses").replace(entry, {fact.name}={value}) for entry in entries)'
+    )
+    return Mutation("vfx/operators/registry.py", loop, new, f"no operator has {fact.name!r}", FACTS[fact.name])
+
+
+MUTATIONS = (*CHANGES, *map(emptied, fields(Operator)))
