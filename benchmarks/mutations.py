@@ -28,6 +28,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.fashion import RESULTS
+from benchmarks.forks import HEAVY, Forks
 from benchmarks.mutations_list import MUTATIONS, Mutation
 from benchmarks.options import Fresh, Output, Render
 from benchmarks.pairs_report import cell
@@ -59,28 +60,31 @@ def key_of(mutation: Mutation) -> str:
 class Checkout:
     """A copy of all files that git knows in ``source``."""
 
-    def __init__(self, folder: Path, source: Path = ROOT):
+    def __init__(self, folder: Path, source: Path = ROOT, modules: Sequence[str] = HEAVY):
         self.folder = folder
+        self.environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=source, check=True, capture_output=True, text=True)
         for name in filter(None, listed.stdout.split("\0")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, folder / name)
-        said = self._run([sys.executable, "-c", "import vfx; print(vfx.__file__)"]).stdout.strip()
+        command = [sys.executable, "-c", "import vfx; print(vfx.__file__)"]
+        said = subprocess.run(command, cwd=folder, env=self.environment, capture_output=True, text=True).stdout.strip()
         if not Path(said).resolve().is_relative_to(folder.resolve()):
             raise SystemExit(f"nothing measured: {said} is imported, which is not the copy in {folder}")
+        self.forks = Forks(folder, self.environment, modules)
 
     def failing(self, tests: Sequence[str], every: bool = False) -> list[str]:
         """The first of some tests that fails, or every one."""
         stop = () if every else ("-x",)
-        command = [sys.executable, "-m", "pytest", *stop, "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *tests]
+        command = [*stop, "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *tests]
         try:
-            ended = self._run(command)
+            status, said = self.forks.run(command, LIMIT)
         except subprocess.TimeoutExpired:
             return [NO_END]
-        if ended.returncode not in (0, TESTS_FAILED, TESTS_INTERRUPTED):
-            raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}: {ended.stdout}{ended.stderr}")
-        found = FAILED.findall(ended.stdout)
-        assert bool(found) == bool(ended.returncode), ended.stdout
+        if status not in (0, TESTS_FAILED, TESTS_INTERRUPTED):
+            raise RuntimeError(f"pytest {' '.join(command)} ended with {status}: {said}")
+        found = FAILED.findall(said)
+        assert bool(found) == bool(status), said
         return found if every else found[:1]
 
     def noticed(self, mutation: Mutation, whole: bool) -> tuple[str, float]:
@@ -101,10 +105,6 @@ class Checkout:
         """The file, and nothing that was compiled from what it was."""
         path.write_text(text)
         Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-
-    def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -152,6 +152,8 @@ def main(
             write(output, rows)
         tests = sorted({rows[key_of(m)].test for m in todo if key_of(m) in rows} - {"", NO_END})
         wrong = checkout.failing(tests, every=True) if checkout and tests else []
+        if checkout:
+            checkout.forks.close()
     for key in [key for key, row in rows.items() if row.test in wrong]:
         print(f"fails without any change, too: {rows.pop(key).test}")
     ordered = write(output, rows)

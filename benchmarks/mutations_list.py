@@ -203,7 +203,7 @@ CHANGES = (
     ),
     Mutation(
         "vfx/reconstruct/sums.py", "self.count * bias - 2 * self.goals", "self.count * bias - self.goals",
-        "the error of a solution with a bias is overstated", "test_reconstruct_solutions test_reconstruct",
+        "the error of a solution with a bias is overstated", "test_reconstruct_forms",
     ),
     Mutation(
         "vfx/reconstruct/forms.py",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import mutations
+from benchmarks.forks import Forks
 from benchmarks.mutations import Checkout, Row, key_of, markdown, stored, write
 from benchmarks.mutations_list import CHANGES, FACTS, MUTATIONS, Mutation
 from vfx.operators import Operator
@@ -59,10 +62,11 @@ def test_a_change_is_noticed_by_the_tests_that_see_it(tmp_path: Path) -> None:
     }
     source, copy = _committed(tmp_path / "source", files), tmp_path / "copy"
     (source / "tests" / "test_unknown_to_git.py").write_text("assert False")
-    checkout = Checkout(copy, source)
+    checkout = Checkout(copy, source, modules=("pytest",))
     assert checkout.noticed(CHANGE, whole=True)[0] == "tests/test_three.py::test_three"
     with pytest.raises(AssertionError, match="once"):
         checkout.noticed(replace(CHANGE, old="3 * x"), whole=False)
+    checkout.forks.close()
     assert {name: (copy / name).read_text() for name in files} == files  # all is as it was
 
 
@@ -75,16 +79,28 @@ def test_a_change_is_noticed_by_the_tests_that_see_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_pytest_says_is_read(status: int, said: str, failed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = Checkout.__new__(Checkout)
-    monkeypatch.setattr(checkout, "_run", lambda command: subprocess.CompletedProcess(command, status, said, ""))
-    assert checkout.failing(["tests"]) == failed
+    assert _saying(status, said).failing(["tests"]) == failed
 
 
-def test_a_run_of_no_tests_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = Checkout.__new__(Checkout)
-    monkeypatch.setattr(checkout, "_run", lambda command: subprocess.CompletedProcess(command, 4, "", "no such file"))
+def test_a_run_of_no_tests_is_no_answer() -> None:
     with pytest.raises(RuntimeError, match="ended with 4: no such file"):
-        checkout.failing(["tests/gone.py"])
+        _saying(4, "no such file").failing(["tests/gone.py"])
+
+
+def _saying(status: int, said: str) -> Checkout:
+    """A copy in which pytest ends with a status and a text."""
+    checkout = Checkout.__new__(Checkout)
+    checkout.forks = SimpleNamespace(run=lambda command, limit: (status, said))  # type: ignore[assignment]
+    return checkout
+
+
+def test_a_run_without_end_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "test_long.py").write_text("import time\n\ndef test_long():\n    time.sleep(60)\n")
+    forks = Forks(tmp_path, os.environ, ("pytest",))
+    with pytest.raises(subprocess.TimeoutExpired):
+        forks.run(["-n", "0", "test_long.py"], 1)
+    assert forks.run(["-n", "0", "--co", "test_long.py"], 60)[0] == 0  # the next run is one of its own
+    forks.close()
 
 
 def test_another_package_than_the_copy_ends_the_run(tmp_path: Path) -> None:
