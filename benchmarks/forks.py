@@ -16,11 +16,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-HEAVY = (
+HEAVY = (  # no plugins of pytest: it wants to load these by itself
     "numpy", "scipy.optimize", "scipy.stats", "sklearn.cluster", "networkx", "torch", "torch.export", "torch._dynamo",
     "torch.fx.experimental.symbolic_shapes", "torchvision", "safetensors.torch", "PIL.Image", "typer", "rich.table",
-    "jinja2", "hypothesis", "pytest", "xdist",
+    "jinja2", "pytest",
 )  # fmt: skip
+INTERNAL_ERROR = 3  # of pytest
 
 
 class Forks:
@@ -76,11 +77,14 @@ def _forked(limit: float, arguments: Sequence[str]) -> tuple[int | None, str]:
         for stream in (1, 2):
             os.dup2(writer, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        import pytest
+        status = INTERNAL_ERROR
+        try:
+            import pytest
 
-        status = int(pytest.main(list(arguments)))
-        sys.stdout.flush()
-        os._exit(status)
+            status = int(pytest.main(list(arguments)))
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
     os.close(writer)
     ended = False
 

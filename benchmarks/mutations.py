@@ -1,8 +1,8 @@
 """Wrong changes of the code, one at a time: do the tests notice each?
 
 ``benchmarks.mutations_list`` holds the changes, among them every fact of the registry of operators emptied in turn. The
-files that git knows are copied to a folder of their own; there a change is made, and the test files that it names run
-up to the first failure. ``--whole`` runs all tests for what these let pass. In the end the tests that failed run once
+files that git knows are copied to a folder of their own; there a change is made, and the tests that it names run up to
+the first failure. ``--whole`` runs all tests for what these let pass. In the end the tests that failed run once
 more without any change: one that fails there, too, has noticed nothing. Results go to ``benchmarks/results``:
 mutations.json and mutations.md, change by change, so that a run that was ended goes on where it was. A change that
 nothing notices ends the run with status 1.
@@ -94,7 +94,7 @@ class Checkout:
         assert right.count(mutation.old) == 1, f"{mutation.file} does not hold {mutation.old!r} once"
         self._write(path, right.replace(mutation.old, mutation.new))
         try:
-            found = self.failing(mutation.test_files)
+            found = self.failing(mutation.test_names)
             if whole and not found:
                 found = self.failing(["tests"])
         finally:

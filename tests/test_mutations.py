@@ -26,8 +26,10 @@ def test_a_change_fits_the_code(mutation: Mutation) -> None:
     assert text.count(mutation.old) == 1
     changed = ast.parse(text.replace(mutation.old, mutation.new))
     assert ast.dump(changed) != ast.dump(ast.parse(text))
-    assert mutation.test_files
-    assert all((ROOT / file).is_file() for file in mutation.test_files)
+    assert mutation.test_names
+    for name in mutation.test_names:
+        file, _, test = name.partition("::")
+        assert f"def {test.partition('[')[0]}" in (ROOT / file).read_text()
 
 
 def test_changes_are_drawn_over_all_folders_and_all_facts() -> None:

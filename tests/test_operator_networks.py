@@ -143,6 +143,11 @@ BETWEEN: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
         lambda: net(lambda s, x: s.c(torch.fliplr(s.a(x.mean((2, 3)))).tanh()), a=nn.Linear(3, 6), c=nn.Linear(6, 2)),
         [6],
     ),
+    "atleast": (
+        lambda: net(lambda s, x: s.c(torch.atleast_3d(s.a(x.mean((2, 3))) + torch.atleast_2d(s.w))[..., 0].tanh()),
+                    a=nn.Linear(3, 6), c=nn.Linear(6, 2), w=nn.Parameter(torch.randn(6))),
+        [6],
+    ),
     "huber": (
         lambda: net(lambda s, x: x.mean((1, 2, 3))[:, None] * F.huber_loss(s.p, s.q),
                     p=nn.Parameter(torch.randn(6)), q=nn.Parameter(torch.randn(6))),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import Bottleneck
 
+from vfx.analyse.classes import Maps
 from vfx.analyse.drawing import draw, to_networkx
 from vfx.analyse.groups import Member
 from vfx.analyse.symmetry import Symmetry, symmetry
@@ -25,6 +26,7 @@ from vfx.capture.capture import capture as trace
 from vfx.elements import Element, act, inverse_permutations, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.models import MODELS
+from vfx.operators import REGISTRY
 from vfx.proof import relative_error
 
 EXACT, BROKEN = 1e-10, 1e-6
@@ -225,6 +227,20 @@ def test_constant_parameters_do_not_hide_broken_ties() -> None:
     (scale,) = [m for name, m in _pairs(groups) if name.startswith("g")]
     assert verify(groups) <= EXACT
     assert verify(groups, without=(scale,)) >= BROKEN
+
+
+def test_a_bound_that_small_values_do_not_reach_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind small weights relu6 is a relu, whose channels may be scaled; the proof tries large values, too."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU6(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert verify(_symmetry(model, x)) <= EXACT
+    for name in ("aten.relu6", "aten.hardtanh"):  # as which torch.export writes it
+        monkeypatch.setitem(REGISTRY, name, replace(REGISTRY[name], classes="positive"))
+    wrong = _symmetry(model, x)
+    assert [wrong.classes[group.index].kind for group in wrong.groups] == [Maps.POSITIVE_MONOMIAL]
+    assert verify(wrong) >= BROKEN
 
 
 def test_verify_leaves_the_weights_alone() -> None:
