@@ -458,20 +458,17 @@ FACTS = {
     "test_balance::test_queries_and_keys_are_singular_vectors "
     "test_heads",
     "is_add": "test_residual_blocks::test_blocks_are_found_from_the_graph",
-    "is_affine": "test_activations::test_both_find_the_end_of_the_function",
-    "is_additive": "test_symmetry::test_roles",
-    "is_cast": "test_fold_gain::test_language_models "
-    "test_rectangular::test_a_lifted_network_keeps_its_function "
-    "test_classes::test_the_class_of_each_group_is_found_and_true",
-    "is_copy": "test_classes::test_the_class_of_each_group_is_found_and_true "
-    "test_symmetry::test_groups_are_what_reason_finds",
-    "is_pool": "test_activations "
-    "test_products::test_the_activation_behind_a_product_is_found_behind_its_view "
-    "test_diagnosis::test_activations_are_found_by_rule",
-    "is_magnitude": "test_rectangular::test_a_narrow_network_keeps_its_function_in_a_wide_one",
+    "is_affine": "test_normalization::test_activations_behind_transpositions_adds_and_layers",
+    "is_additive": (
+        "test_symmetry::test_a_parameter_that_is_added_makes_the_feature_and_one_that_multiplies_it_scales_it"
+    ),
+    "is_cast": "test_classes::test_the_class_of_each_group_is_found_and_true[rms_norm_of_squares_cast]",
+    "is_copy": "test_classes::test_the_class_of_each_group_is_found_and_true[rms_norm_of_squares_copied]",
+    "is_pool": "test_activations::test_a_pool_in_front_of_the_activation_is_walked_through",
+    "is_magnitude": "test_rectangular::test_a_narrow_network_keeps_its_function_in_a_wide_one[rms_norm_by_hand]",
     "averages": "test_center_stream::test_mixing_tokens_behind_an_activation_keeps_the_mean "
     "test_fold_gain::test_the_function_stays_and_the_gains_go",
-    "divides_by_count": "test_rectangular::test_a_narrow_network_keeps_its_function_in_a_wide_one",
+    "divides_by_count": "test_rectangular::test_a_narrow_network_keeps_its_function_in_a_wide_one[rms_norm_by_hand]",
     "gives_positions": "test_operator_networks::test_its_class_is_proved_and_it_is_costed_and_resized[aten.argmax]",
     "hands_on": "test_statistics::test_every_tap_of_a_residual_stream_is_read "
     "test_own_class::test_what_a_new_width_does_to_the_scale_of_attention_goes_into_the_queries",

@@ -134,3 +134,17 @@ def test_streams_beside_and_sums_in_front(name: str) -> None:
     summed = model.function(stream + model.second(stream)).detach()
     assert taps[1].activation is not None
     torch.testing.assert_close(value_of(program, taps[1].activation.name, x), summed)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(2), nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(3)])
+def test_a_pool_in_front_of_the_activation_is_walked_through(pool: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), pool, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double().eval()
+    x = torch.randn(2, 2, 10, dtype=torch.float64)
+    model(x)
+    program = vfx.trace(model, x)
+    found = next(iter(layer_views(program).values())).activation
+    assert isinstance(found, Activation)
+    assert found.channel == 1
+    torch.testing.assert_close(value_of(program, found.node.name, x), model[:3](x).detach())
+    assert next(iter(layer_taps(program).values())).activation is found.node

@@ -108,6 +108,17 @@ def plain_layer_norm(width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=1e-2, elementwise_affine=False)
 
 
+class WrittenRms(nn.Module):
+    """RMSNorm by its formula, as language models write it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2))
+
+
 WIDENED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Tensor]] = {
     "relu": (lambda: mlp(4, 5), lambda: mlp(9, 7), V),
     "tanh": (lambda: mlp(4, 5, torch.tanh), lambda: mlp(9, 7, torch.tanh), V),
@@ -116,13 +127,14 @@ WIDENED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Tenso
     "attention": (lambda: Stream(8, nn.Identity), lambda: Stream(20, nn.Identity), S),
     "rms norm": (lambda: Stream(8, rms), lambda: Stream(20, rms), S),
     "layer scale": (lambda: Stream(8, rms, scaled=True), lambda: Stream(20, rms, scaled=True), S),
+    "rms_norm_by_hand": (lambda: Stream(8, WrittenRms), lambda: Stream(20, WrittenRms), S),
     "rms norm without gain": (lambda: Stream(8, plain_rms), lambda: Stream(20, plain_rms), S),
     "layer norm without gain": (lambda: Stream(8, plain_layer_norm), lambda: Stream(20, plain_layer_norm), S),
     "more heads": (lambda: Stream(8, rms, 2), lambda: Stream(20, rms, 5), S),
     "rotary heads": (lambda: Rotary(8, rms), lambda: Rotary(20, rms), S),
     "more and larger heads": (lambda: Stream(8, rms, 2), lambda: Stream(24, rms, 3), S),
 }
-SLOW = ("one group alike", "attention", "rms norm without gain")
+SLOW = ("one group alike", "attention", "rms_norm_by_hand", "rms norm without gain")
 METHODS = ("weight", "activation")
 
 

@@ -152,6 +152,15 @@ def test_roles() -> None:
 # what pins ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_parameter_that_is_added_makes_the_feature_and_one_that_multiplies_it_scales_it() -> None:
+    model = net(
+        lambda s, x: s.b((s.a(x) + s.p) * s.g), a=nn.Linear(5, 4), b=nn.Linear(4, 2), p=parameter(4), g=parameter(4)
+    )
+    (group,) = _symmetry(model, torch.randn(3, 5)).groups
+    roles = {m.fqn: m.role for m in group.members}
+    assert roles == {"a.weight": "out", "a.bias": "out", "p": "out", "g": "elementwise", "b.weight": "in"}
+
+
 def test_an_unknown_operator_is_reported_and_pins_what_it_touches() -> None:
     groups = _of(next(micro for micro in MICRO if micro.name == "unknown"))
     assert groups.unknown_ops["vfx_micro.turned.default"] == ("turned",)
