@@ -359,7 +359,7 @@ CHANGES = (
     Mutation(
         "vfx/capture/builder.py", "key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)",
         "key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)", "a weight and its transpose are one tensor",
-        "test_trace",
+        "test_trace::test_a_weight_and_its_transpose_are_two_tensors",
     ),
     # emit
     Mutation(
@@ -397,7 +397,8 @@ CHANGES = (
     Mutation(
         "vfx/api/budgets.py", "return all(merged.ratio(whole)[name] <= limit",
         "return any(merged.ratio(whole)[name] <= limit",
-        "one limit of a budget is enough", "test_solving::test_a_budget_bounds_the_preserved_layers",
+        "one limit of a budget is enough",
+        "test_pfm::test_a_budget_of_two_figures_keeps_both",
     ),
     Mutation(
         "vfx/api/restoring.py", "scores |= {label: joined(tried[label] + each)", "scores |= {label: joined(each)",
@@ -416,7 +417,7 @@ CHANGES = (
     Mutation(
         "vfx/cli/inputs.py", 'name = match if match != "auto" else "activation" if data else "weight"',
         'name = match if match != "auto" else "activation"', "the first layers are matched by data that are not there",
-        "test_cli::test_options_of_normalization_and_preparation",
+        "test_cli::test_the_first_layers_are_matched_by_what_there_is",
     ),
     Mutation(
         "vfx/proof.py", "if x.shape != y.shape or x.dtype != y.dtype:", "if x.shape != y.shape:",

@@ -13,8 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 from vfx import cli, demo
+from vfx.cli.inputs import match_of
 from vfx.emit.files import load
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, DataError
+from vfx.match.activation import ActivationMatching
+from vfx.match.weight import WeightMatching
 from vfx.models import vgg11_bn
 from vfx.models.named import build
 
@@ -113,6 +116,12 @@ def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
     assert all("running_" in name for name in changed)
     invoke("export", str(fixed), *MODEL, "-o", str(onnx))
     assert onnx.is_file()
+
+
+@pytest.mark.parametrize(("data", "kind"), [(None, WeightMatching), ("digits", ActivationMatching)])
+def test_the_first_layers_are_matched_by_what_there_is(data: str | None, kind: type) -> None:
+    assert isinstance(match_of("auto", 2, data, []).matcher, kind)
+    assert isinstance(match_of("weight", 2, data, []).matcher, WeightMatching)
 
 
 def test_options_of_normalization_and_preparation(checkpoints: list[str], tmp_path: Path) -> None:

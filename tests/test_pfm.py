@@ -16,8 +16,12 @@ from conftest import close, edges, images, network
 from test_matching import concatenated, depthwise, grouped, residual, squeeze_excite
 from torch import Tensor, fx, nn
 from vfx.passes.align import Align
+from vfx.passes.duplicate_branches import DuplicateBranches
+from vfx.passes.interpolate import Interpolate
 
+from vfx.analyse.cost import cost
 from vfx.api import layers, merge, profile, symmetry, trace
+from vfx.api.budgets import cuts_within
 from vfx.models import resnet20_bn, resnet20_fixup, resnet20_plain, vgg16, vgg16_bn, vgg16_ln
 from vfx.program import Program
 
@@ -336,3 +340,22 @@ def test_the_papers_pfm_8_of_14_has_its_parameters_and_flops() -> None:
         assert result.report.params_ratio == pytest.approx(1.198076, abs=1e-6)
         assert profile(result).params == 17_635_466
     assert symmetry(program).channels == 4224
+
+
+def test_a_budget_of_two_figures_keeps_both() -> None:
+    """Early convolutions cost many FLOPs and few parameters."""
+    x = images(2, size=8)
+    program = trace(
+        edges(lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 50), nn.ReLU(),
+            nn.Linear(50, 4),
+        ), x),
+        x,
+    )  # fmt: skip
+    whole = cost(program.select(0))
+    ratios = [cost(Interpolate()(DuplicateBranches(cut)(program))).ratio(whole) for cut in range(5)]
+    of = lambda name, cut: {name: ratios[cut][name]}  # noqa: E731
+    assert cuts_within(of("params", 3), program, 4) == [0, 1, 3]
+    assert cuts_within(of("flops", 1), program, 4) == [0, 1]
+    assert cuts_within(of("params", 3) | of("flops", 1), program, 4) == [0, 1]
+    assert cuts_within(of("params", 1) | of("flops", 3), program, 4) == [0, 1]

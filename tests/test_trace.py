@@ -105,6 +105,16 @@ def test_a_tied_weight_is_read_under_one_name() -> None:
     _same(program(x), model(x))
 
 
+def test_a_weight_and_its_transpose_are_two_tensors() -> None:
+    """They have one place in memory and one shape, and differ in their strides."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).double()
+    model[1].weight = nn.Parameter(model[0].weight.detach().t())
+    x = torch.randn(3, 5, dtype=torch.float64)
+    program = trace(model, x)
+    assert program.aliases == {}
+    torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-14)
+
+
 def test_a_module_called_twice_has_one_weight() -> None:
     model = net(lambda s, x: s.a(F.relu(s.a(x))), a=nn.Linear(5, 5))
     program = trace(model, torch.randn(2, 5))
