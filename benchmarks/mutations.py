@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,13 +43,17 @@ TESTS_FAILED, TESTS_INTERRUPTED = 1, 2  # pytest's status, the latter where a fi
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a change: the first ``test`` that failed ("" if none), and the seconds until then."""
+    """What became of a change: the first ``test`` that failed ("" if none), and the seconds until then.
+
+    ``control``: whether that test passes without the change.
+    """
 
     key: str
     file: str
     breaks: str
     test: str
     seconds: float
+    control: bool = False
 
 
 def key_of(mutation: Mutation) -> str:
@@ -108,12 +112,12 @@ class Checkout:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    noticed = sum(bool(row.test) for row in rows)
+    noticed = sum(row.control for row in rows)
     text = [f"# {noticed} of {len(rows)} wrong changes of the code are noticed", ""]
     text += ["`python -m benchmarks.mutations`; the changes stand in `benchmarks/mutations_list.py`.", ""]
     text += ["| file | what it breaks | the first test that fails | s |", "| --- | --- | --- | ---: |"]
     for row in rows:
-        test = f"`{cell(row.test.removeprefix('tests/'))}`" if row.test else "**none**"
+        test = f"`{cell(row.test.removeprefix('tests/'))}`" if row.control else "**none**"
         text.append(f"| `{row.file}` | {row.breaks} | {test} | {row.seconds:.0f} |")
     return "\n".join(text) + "\n"
 
@@ -133,6 +137,17 @@ def write(output: Path, rows: dict[str, Row]) -> list[Row]:
     return ordered
 
 
+def _controlled(checkout: Checkout, rows: dict[str, Row]) -> None:
+    """Run the tests that failed once more without a change; a row whose test fails again has to be measured anew."""
+    tests = sorted({row.test for row in rows.values() if not row.control} - {"", NO_END})
+    failed = checkout.failing(tests, every=True) if tests else []
+    for key, row in list(rows.items()):
+        if row.test in failed:
+            print(f"fails without any change, too: {rows.pop(key).test}")
+        elif row.test:
+            rows[key] = replace(row, control=True)
+
+
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Changes whose file or description holds this text.")] = None,
     whole: Annotated[bool, typer.Option(help="Run all tests for what the named ones let pass.")] = False,
@@ -144,21 +159,18 @@ def main(
     asked = [m for m in MUTATIONS if not only or any(text in m.file or text in m.breaks for text in only)]
     todo = [m for m in asked if fresh or key_of(m) not in rows or not rows[key_of(m)].test]
     with tempfile.TemporaryDirectory() as folder:
-        checkout = Checkout(Path(folder)) if todo and not render else None
+        checkout = None if render else Checkout(Path(folder))
         for mutation in todo if checkout else ():
             test, seconds = checkout.noticed(mutation, whole)  # type: ignore[union-attr]
             print(f"{seconds:5.0f} s  {mutation.file}: {mutation.breaks}: {test or 'NOT NOTICED'}", flush=True)
             rows[key_of(mutation)] = Row(key_of(mutation), mutation.file, mutation.breaks, test, round(seconds, 1))
             write(output, rows)
-        tests = sorted({rows[key_of(m)].test for m in todo if key_of(m) in rows} - {"", NO_END})
-        wrong = checkout.failing(tests, every=True) if checkout and tests else []
         if checkout:
+            _controlled(checkout, rows)
             checkout.forks.close()
-    for key in [key for key, row in rows.items() if row.test in wrong]:
-        print(f"fails without any change, too: {rows.pop(key).test}")
     ordered = write(output, rows)
     print(markdown(ordered).splitlines()[0].removeprefix("# "))
-    if wrong or not all(row.test for row in ordered):
+    if not all(row.control for row in ordered):
         sys.exit(1)
 
 

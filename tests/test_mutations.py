@@ -84,6 +84,13 @@ def test_what_pytest_says_is_read(status: int, said: str, failed: list[str], mon
     assert _saying(status, said).failing(["tests"]) == failed
 
 
+def test_a_test_that_fails_anyway_notices_nothing() -> None:
+    tests = {"a": "tests/test_a.py::test_b", "c": "tests/test_c.py::test_d", "e": ""}
+    rows = {key: Row(key, "vfx/a.py", "", test, 1.0) for key, test in tests.items()}
+    mutations._controlled(_saying(1, "FAILED tests/test_a.py::test_b - assert"), rows)
+    assert rows == {"c": Row("c", "vfx/a.py", "", tests["c"], 1.0, True), "e": Row("e", "vfx/a.py", "", "", 1.0)}
+
+
 def test_a_run_of_no_tests_is_no_answer() -> None:
     with pytest.raises(RuntimeError, match="ended with 4: no such file"):
         _saying(4, "no such file").failing(["tests/gone.py"])
@@ -116,7 +123,7 @@ def test_results_go_on_where_they_were_and_are_in_todays_words(tmp_path: Path, m
     monkeypatch.setattr(mutations, "MUTATIONS", (other, CHANGE))
     rows = {
         key_of(CHANGE): Row(key_of(CHANGE), CHANGE.file, "old words", "", 1.2),
-        key_of(other): Row(key_of(other), other.file, other.breaks, "tests/test_two.py::test_two[a|b]", 0.6),
+        key_of(other): Row(key_of(other), other.file, other.breaks, "tests/test_two.py::test_two[a|b]", 0.6, True),
     }
     write(tmp_path, rows)
     again = stored(tmp_path / "mutations.json", (other, CHANGE))

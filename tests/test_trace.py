@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -113,6 +113,38 @@ def test_a_weight_and_its_transpose_are_two_tensors() -> None:
     program = trace(model, x)
     assert program.aliases == {}
     torch.testing.assert_close(program(x), model(x), rtol=0, atol=1e-14)
+
+
+def _called(program: Program) -> list[str]:
+    return [operator(node) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_values_that_are_detached_are_these_values() -> None:
+    model = net(lambda s, x: s.b(s.a(x).detach().relu()), a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+    assert _called(trace(model, torch.randn(2, 5))) == ["aten.linear", "aten.relu", "aten.linear"]
+
+
+def test_what_is_asserted_computes_nothing() -> None:
+    """torch.export notes the type of what is cast."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        torch._assert_async((x == x).all())
+        return self.b(self.a(x).to(torch.float64).sin().to(torch.float32))
+
+    model = net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+    assert not [name for name in _called(trace(model, torch.randn(2, 5))) if "assert" in name]
+
+
+@pytest.mark.parametrize("same", [lambda h: F.dropout(h, 0.5, False), lambda h: h.type_as(h), torch.atleast_2d])
+def test_what_returns_its_input_is_written_to_with_it(same: Callable[[Tensor], Tensor]) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = self.a(x)
+        same(h).mul_(3)
+        return self.b(h)
+
+    model = net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2)).double()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(trace(model, x)(x), model(x), rtol=0, atol=1e-14)
 
 
 def test_a_module_called_twice_has_one_weight() -> None:
