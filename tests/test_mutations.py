@@ -130,5 +130,7 @@ def test_results_go_on_where_they_were_and_are_in_todays_words(tmp_path: Path, m
     assert again == rows | {key_of(CHANGE): replace(rows[key_of(CHANGE)], breaks=CHANGE.breaks)}
     page = markdown(write(tmp_path, again))
     assert page.startswith("# 1 of 2 wrong changes of the code are noticed\n")
+    assert "1 more of the list are not measured yet" in markdown(list(again.values())[:1])
+    assert "not measured yet" not in page
     assert r"| `vfx/__init__.py` | three is doubled to nine | `test_two.py::test_two[a\|b]` | 1 |" in page
     assert page.endswith("| `vfx/__init__.py` | three is doubled to five | **none** | 1 |\n")

@@ -78,7 +78,7 @@ def test_between_sets_of_one_size_transport_is_a_permutation() -> None:
 
 
 @pytest.mark.parametrize("regularization", [1.0, 0.1, 0.03])
-@pytest.mark.parametrize("sizes", [(6, 6), (4, 9)])
+@pytest.mark.parametrize("sizes", [(6, 6), (4, 9), (9, 4)])
 def test_sinkhorn_is_what_plain_iterations_in_the_log_domain_reach(
     sizes: tuple[int, int], regularization: float
 ) -> None:
