@@ -135,12 +135,20 @@ def test_what_is_asserted_computes_nothing() -> None:
     assert not [name for name in _called(trace(model, torch.randn(2, 5))) if "assert" in name]
 
 
+def test_a_large_mask_that_takes_little_time_is_a_constant() -> None:
+    model = net(lambda s, x: s.a(x) @ torch.ones(512, 512).tril(), a=nn.Linear(3, 512))
+    program = trace(model, torch.randn(2, 3))
+    assert _called(program) == ["aten.linear", "aten.matmul"]
+    assert torch.equal(program.weights[0]["_folded_0"], torch.ones(512, 512).tril())
+
+
 @pytest.mark.parametrize("same", [lambda h: F.dropout(h, 0.5, False), lambda h: h.type_as(h), torch.atleast_2d])
 def test_what_returns_its_input_is_written_to_with_it(same: Callable[[Tensor], Tensor]) -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         h = self.a(x)
+        part = h[:, :2]
         same(h).mul_(3)
-        return self.b(h)
+        return self.b(h) + part
 
     model = net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2)).double()
     x = torch.randn(3, 5, dtype=torch.float64)
