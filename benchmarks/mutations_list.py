@@ -86,12 +86,12 @@ CHANGES = (
     Mutation(
         "vfx/operators/activations.py", '*_in_place("hardtanh", classes="clamp")',
         '*_in_place("hardtanh", classes="odd")', "signs pass a clamp from 0 to 6",
-        "test_classes::test_the_class_of_each_group_is_found_and_true[relu6]",
+        "test_classes::test_the_class_of_each_group_is_found_and_true[hardtanh_of_unlike_bounds]",
     ),
     Mutation(
         "vfx/operators/calls.py", 'return 1 if is_product(node) or is_transposed(node) else 0',
         "return 1 if is_product(node) else 0", "a transposed convolution's outputs are looked for on the first axis",
-        "test_passes::test_insert_and_fold_preserve_the_outputs test_layers",
+        "test_layers::test_a_weight_without_one_slice_of_its_outputs_changes_that_channel_alone",
     ),
     # elements
     Mutation(
@@ -147,12 +147,12 @@ CHANGES = (
     Mutation(
         "vfx/match/descent.py", "exact = self._exact(unit) and not quadratic and not inside",
         "exact = self._exact(unit) and not inside", "a step that may lower a quadratic objective is taken unchecked",
-        "test_matching::test_weight_matching_never_loses_ground",
+        "test_matching::test_a_group_on_both_axes_of_a_weight_never_loses_ground",
     ),
     Mutation(
         "vfx/match/linear.py", "lost = total - 2 * float((unmerge * between.T).sum())",
         "lost = total - float((unmerge * between.T).sum())", "the variance that comes back is understated",
-        "test_cca test_zipit",
+        "test_linear_matching::test_the_objective_is_the_share_of_the_variance_that_comes_back",
     ),
     Mutation(
         "vfx/match/cca.py", "roots = (values.clamp_min(0) + self.gamma * (scale or 1.0)).sqrt()",
@@ -269,7 +269,8 @@ CHANGES = (
     ),
     Mutation(
         "vfx/statistics/moments.py", "return rows.clone() if rows.data_ptr() == x.data_ptr() else rows", "return rows",
-        "features are centred in the network's own values", "test_statistics",
+        "features are centred in the network's own values",
+        "test_statistics::test_rows_of_channels_are_no_view_of_the_activation",
     ),
     Mutation(
         "vfx/statistics/across.py", "return part.m2 + part.count * (part.mean - whole.mean) ** 2", "return part.m2",

@@ -194,6 +194,7 @@ CASES = [
     Case("tanh", chain(torch.tanh), {"a.weight": S}),
     Case("sin", chain(torch.sin), {"a.weight": S}),
     Case("hardtanh", chain(F.hardtanh), {"a.weight": S}),
+    Case("hardtanh_of_unlike_bounds", chain(lambda h: F.hardtanh(h, -0.1, 0.5)), {"a.weight": P}),
     Case("clamp_symmetric", chain(lambda h: h.clamp(-0.3, 0.3)), {"a.weight": S}),
     Case("relu6", chain(lambda h: F.relu6(h) + F.hardtanh(h, -0.1, 0.5)), {"a.weight": P}),
     Case("gelu", chain(F.gelu), {"a.weight": P}),

@@ -17,6 +17,7 @@ from vfx.analyse.layers import Layers
 from vfx.api import layers, merge, trace
 from vfx.errors import ArgumentError
 from vfx.models import linear_net, resnet20_bn, resnet20_fixup, resnet20_ln, resnet20_plain, resnet32_bn, vgg16
+from vfx.operators import output_axis
 
 
 def _resnet_d() -> nn.Module:
@@ -212,3 +213,18 @@ def test_a_module_called_twice_ends_with_its_last_call() -> None:
     found = _layers("twice")
     assert found.number("b") == 3
     assert [node.name for node in found.cut("b").joins] == ["conv2d_2"]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv1d(3, 4, 2), nn.ConvTranspose1d(3, 4, 2)])
+@torch.no_grad()
+def test_a_weight_without_one_slice_of_its_outputs_changes_that_channel_alone(layer: nn.Module) -> None:
+    x = torch.randn(2, 3, 5)
+    program = trace(nn.Sequential(layer), x)
+    (node,) = [node for node in program.graph.nodes if node.op == "call_function"]
+    weight = program.weights[0]["0.weight"].clone()
+    weight.select(output_axis(node), 1).zero_()
+    axis = 2 if isinstance(layer, nn.Linear) else 1
+    before, after = program(x), program.with_weights([{**program.weights[0], "0.weight": weight}])(x)
+    changed = (after != before).movedim(axis, 0).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False, False]
+    assert torch.equal(after.select(axis, 1), layer.bias[1].expand_as(after.select(axis, 1)))

@@ -25,7 +25,7 @@ from vfx.api import collect, merge, trace
 from vfx.elements import act, behind_exact, permuted, random_permutations
 from vfx.errors import ArgumentError
 from vfx.match.cca import CCAMerging
-from vfx.match.linear import Features, LinearMatching, Solution
+from vfx.match.linear import Features, LinearMatching, Solution, _explained
 from vfx.match.zipit import ZipIt
 from vfx.program import Program
 from vfx.statistics.moments import CrossMoments
@@ -211,3 +211,12 @@ def test_statistics_need_second_moments_inside_each_edge(match: str) -> None:
         merge(program, data=x, statistics=collect(program, data=x, progress=False), match=match, progress=False)
     with pytest.raises(ArgumentError, match="data"):
         merge(program, match=match, progress=False)
+
+
+def test_the_objective_is_the_share_of_the_variance_that_comes_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, u = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((50, 4), (4, 4)))
+    z = x @ torch.randn(4, 4, generator=generator, dtype=torch.float64) + 0.3 * x.flip(0)
+    whole = torch.cov(torch.cat([x, z], 1).T, correction=0)
+    expected = 1 - (x - z @ u.T).var(0, correction=0).sum() / x.var(0, correction=0).sum()
+    assert abs(_explained(whole[:4, :4], whole[4:, :4], whole[4:, 4:], u) - float(expected)) <= 1e-12 * abs(expected)

@@ -25,6 +25,7 @@ from vfx.elements.permutations import moved
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.catalogue import MATCHERS, matcher
+from vfx.match.descent import Descent
 from vfx.match.matcher import Matching, Problem, assign
 from vfx.match.units import units
 from vfx.match.weight import WeightMatching
@@ -486,3 +487,25 @@ def test_gpt2_gives_its_permutation_back() -> None:
     for finder in (WeightMatching(classes="permutation"), ActivationMatching(classes="permutation")):
         found = finder(Problem(pair, facts, statistics)).permutations[1]
         assert all((found[group] == expected[group]).all() for group in expected), type(finder).__name__
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_group_on_both_axes_of_a_weight_never_loses_ground(seed: int) -> None:
+    """What the best assignment gains on one axis the other may lose."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(h + self.b(h))
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    program = trace(
+        edges(lambda: net(forward, a=nn.Linear(3, 7), b=nn.Linear(7, 7), c=nn.Linear(7, 2)), x, seed=seed), x
+    )
+    facts, (first, other) = symmetry(program), program.weights
+    first, other = ({**weights, "b.weight": 10 * weights["b.weight"]} for weights in (first, other))
+    generator, descent = np.random.default_rng(seed), Descent(facts, first, other)
+    for _ in range(5):
+        start = random_permutations(facts.groups, generator)
+        placed = act(facts, permuted(start), other)
+        before = sum(float((first[name] * placed[name]).sum()) for name in descent.target)
+        assert descent.run(generator, start)[1] >= before - 1e-3  # of some hundreds, in single precision

@@ -23,7 +23,7 @@ from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches
 from vfx.statistics.labels import tensor_labels
-from vfx.statistics.moments import CrossMoments, Moments, batch_moments
+from vfx.statistics.moments import CrossMoments, Moments, batch_moments, channel_rows
 
 PRECISION = [(torch.float64, 1e-10), (torch.float32, 1e-6)]
 COUNT, CHANNELS = 40, 5
@@ -418,3 +418,14 @@ def test_held_batches_are_those_that_a_loader_gave_once() -> None:
     held = Batches(program, iter([x[:4], x[4:8], x[8:]]), 6).held()
     assert [len(batch) for batch in held] == [4, 4]
     assert torch.cat([batch[0] for batch in Batches(program, held, 6)]).equal(x[:6])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_of_channels_are_no_view_of_the_activation(dim: int) -> None:
+    """They are centred in place."""
+    x = images(4)[:, :, 0, 0]
+    before = x.clone()
+    rows = channel_rows(x, dim)
+    assert torch.equal(rows, before.movedim(dim, 0))
+    rows.sub_(1)
+    assert torch.equal(x, before)
