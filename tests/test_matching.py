@@ -338,6 +338,43 @@ def test_weight_matching_never_loses_ground(case: Case, monkeypatch: pytest.Monk
     assert WeightMatching(restarts=2, classes="permutation")(Problem(program, facts)).objective[0] >= found.objective[0]
 
 
+def test_no_step_is_left_where_a_descent_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps taken once more gain nothing; after the first sweep alone (control) some do."""
+    x, more = images(4, 8), []
+    for seed in range(0, 12, 2):
+        program = trace(edges(residual, x, seed=seed), x[:2])
+        descent = weight_module.Descent(symmetry(program), *program.weights)
+        found, objective, _ = descent.run(np.random.default_rng(seed))
+        assert descent.run(np.random.default_rng(seed), found)[1] == pytest.approx(objective, rel=1e-12)
+        with monkeypatch.context() as patch:
+            patch.setattr("vfx.match.descent.MAX_SWEEPS", 1)
+            early, reached, _ = descent.run(np.random.default_rng(seed))
+            more.append(descent.run(np.random.default_rng(seed), early)[1] - reached)
+    assert max(more) > 1e-3
+
+
+def test_a_step_that_saw_all_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between copies hidden channels are assigned in the first sweep, streams that it saw in part again."""
+    x = images(4, 8)
+    program = trace(network(residual, x), x[:2])
+    facts = symmetry(program)
+    element = random_permutations(facts.groups, np.random.default_rng(0))
+    moved_weights = act(facts, permuted(element), program.weights[0])
+    steps: list[int] = []
+    best = weight_module.Descent._best
+
+    def counted(self: weight_module.Descent, group: Any, settled: Any) -> dict[int, Any]:
+        steps.append(group.index)
+        return best(self, group, settled)
+
+    monkeypatch.setattr(weight_module.Descent, "_best", counted)
+    weight_module.Descent(facts, program.weights[0], moved_weights).run(np.random.default_rng(0))
+    hidden = {g.index for g in facts.groups if {m.fqn for m in g.members} & {"a1.weight"} and g.size == 7}
+    assert len(hidden) == 1
+    assert {index: steps.count(index) for index in hidden} == dict.fromkeys(hidden, 1)
+    assert steps.count(0) == 2
+
+
 def test_the_objective_is_the_inner_product_of_the_aligned_weights() -> None:
     x = images(4, 8)
     program = trace(edges(residual, x), x[:2])

@@ -33,7 +33,7 @@ class _State:
 
 def again(descent: Descent, run: Run, generator: np.random.Generator) -> Run:
     """A descent's result, or what makes the networks one where they are copies that it left apart."""
-    if not _apart(descent) or not are_copies(descent):
+    if not are_copies(descent) or not _apart(descent):
         return run
     best, (generator,) = _solved(descent, run), generator.spawn(1)
     for _ in range(TRIES):

@@ -4,10 +4,11 @@ For group P the gain is A = Σ over its members of ⟨W_0, W_1⟩ contracted ove
 the other groups; tr(PᵀA) is maximised by a linear assignment, group after group, until a sweep gains nothing. A group
 with others inside its blocks (heads × dim) is matched with them (``vfx.match.units``). The first sweep goes in
 topological order and counts only members whose other axes are settled already: from a random order alone the search
-gets stuck on residual networks. Where two unsettled groups share an axis, the first is settled on the best order of the
-second for each pair of its channels. Later sweeps are in random order and skip what nothing changed. A group on both
-axes of one weight makes the objective quadratic: a step that would lower it is not taken. Running statistics never
-enter the gain. ``vfx.match.class_descent`` does the same over larger classes than permutations.
+gets stuck on residual networks. Where two unsettled groups share an axis, the first is settled on the best order of
+the second for each pair of its channels. Later sweeps are in random order and skip what nothing changed since a step
+that saw all of it. A group on both axes of one weight makes the objective quadratic: a step that would lower it is not
+taken. Running statistics never enter the gain. ``vfx.match.class_descent`` does the same over larger classes than
+permutations.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Descent:
         self.original = {name: other[name].to(self._held_in(name, other[name])) for name in scored}
         self.groups_of: dict[str, set[int]] = {}
         self.stale: set[int] = set()
+        self.moved = False  # whether any step of a sweep changed anything
         self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
         for group in self._groups():
             for member in group.members:
@@ -81,12 +83,15 @@ class Descent:
         }
         self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
         settled = set(known or ()) if start is None or known is not None else None
-        objective, sweep = self.objective, 0
+        objective, sweep = 0.0, 0
         for sweep in range(1, MAX_SWEEPS + 1):
+            self.moved = False
             order = range(len(self.units)) if start is None and sweep == 1 else generator.permutation(len(self.units))
             for index in order:
                 self._improve(self.units[index], settled, sweep)
             settled = None
+            if sweep > 1 and not self.moved:
+                break
             before, objective = objective, self.objective
             if sweep > 1 and objective - before <= TOLERANCE * abs(objective):
                 break
@@ -119,16 +124,18 @@ class Descent:
         if not names or not unit.groups & self.stale:
             return
         inside = self._in_blocks(unit)
+        quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
+        exact = self._exact(unit) and not quadratic and not inside
+        done = settled is None or (exact and all(self.groups_of[name] - unit.groups <= settled for name in names))
         relative = self._best_in_blocks(unit, names, settled, sweep) if inside else self._best(unit.outer, settled)
-        if settled is None:
+        if done:
             self.stale -= unit.groups
         if self._still(relative):
             return
         step = OnRead(self.current, self._action(relative))  # a stream stands in most tensors: one is moved at a time
-        quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
-        exact = self._exact(unit) and not quadratic and not inside
         if settled is None and not exact and self._value(names, step) <= self._value(names, self.current):
             return
+        self.moved = True
         self._compose(relative)
         for name in names:  # in place: long-lived tensors between short-lived ones fragment the heap
             self.current[name].copy_(step[name])
