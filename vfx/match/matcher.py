@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -15,10 +14,10 @@ from vfx.analyse.places import Index
 from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Element, Elements, Permutations, act, exact_part, permutations_of
 from vfx.errors import ArgumentError
+from vfx.match.auction import Gain, costs
 from vfx.program import Program, Weights
 from vfx.statistics.collect import Statistics
 
-Gain = NDArray[np.floating]
 Run = tuple[dict[int, Any], float, int]  # what an edge goes through, the objective and the number of sweeps
 
 
@@ -130,10 +129,14 @@ class Known:
 
 
 def assign(gain: Tensor | Gain) -> tuple[Index, float]:
-    """p maximising Σ_c gain[c, p[c]], and that sum."""
+    """p maximising Σ_c gain[c, p[c]], and that sum; of large gains that several p maximise, none if all may stay."""
     matrix = gain.cpu().numpy() if isinstance(gain, Tensor) else gain
-    rows, columns = linear_sum_assignment(matrix, maximize=True)
-    return columns.astype(np.int64), float(matrix[rows, columns].sum())
+    cost = costs(matrix)
+    rows, columns = linear_sum_assignment(matrix, maximize=True) if cost is None else linear_sum_assignment(cost)
+    value = float(matrix[rows, columns].sum())
+    if cost is not None and float(matrix[rows, rows].sum()) >= value:
+        return rows, value
+    return columns.astype(np.int64), value
 
 
 def best_over_blocks(gains: Gain) -> Gain:
