@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import vfx
@@ -349,3 +350,22 @@ def test_signed_assignment_is_the_best_of_all() -> None:
         for b in every
     )
     assert value(permutation, signs) == pytest.approx(best, rel=1e-12)
+
+
+def test_signs_that_no_side_shares_are_found_apart() -> None:
+    """Twelve free signs, two of which stand on one side together, against all of them at once for each pair."""
+    rng = np.random.default_rng(0)
+    keys = [*({x} for x in range(10)), set(), {10}, {11}, {10, 11}]
+    gains = {frozenset(key): rng.standard_normal((5, 5)) for key in keys}
+    permutation, signs = assign_signed(gains)
+    every = np.array(list(itertools.product((1.0, -1.0), repeat=12)))
+    factors = {side: every[:, sorted(side)].prod(1) for side in gains}
+    best = sum(factors[side][:, None, None] * gain for side, gain in gains.items()).max(0)
+    assert (permutation == linear_sum_assignment(best, maximize=True)[1]).all()
+    rows = np.arange(5)
+    reached = sum(np.prod([signs[x] for x in side], axis=0) * gain[rows, permutation] for side, gain in gains.items())
+    np.testing.assert_allclose(reached, best[rows, permutation], rtol=1e-12)
+    wrong = {x: sign if x != 4 else -sign for x, sign in signs.items()}
+    assert sum(np.prod([wrong[x] for x in side], axis=0) * g[rows, permutation] for side, g in gains.items()).sum() < (
+        best[rows, permutation].sum() - 1e-3
+    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -75,21 +75,39 @@ def assign_signed(gains: Mapping[Signs, Gain]) -> tuple[Index, dict[int, Gain]]:
 
     ``gains`` (size, size) by the free signs whose product multiplies them.
     """
+    total, best = np.zeros_like(next(iter(gains.values()))), dict[int, Gain]()
+    for sides in _independent(gains):
+        value, signs = _best_signs({side: gains[side] for side in sides})
+        total, best = total + value, best | signs
+    permutation = assign(total)[0]
+    rows = np.arange(len(permutation))
+    return permutation, {x: best[x][rows, permutation] for x in sorted(best)}
+
+
+def _independent(gains: Mapping[Signs, Gain]) -> list[list[Signs]]:
+    """The sides apart that have no free sign in common, not even by way of others."""
+    apart: list[list[Signs]] = []
+    for side in gains:
+        joined = [sides for sides in apart if any(side & other for other in sides)]
+        apart = [sides for sides in apart if sides not in joined]
+        apart.append([*chain.from_iterable(joined), side])
+    return apart
+
+
+def _best_signs(gains: Mapping[Signs, Gain]) -> tuple[Gain, dict[int, Gain]]:
+    """What each pair of channels gives with its best signs (size, size), and these."""
     free = sorted(set().union(*gains))
     value = _signed(gains, {x: np.ones_like(next(iter(gains.values()))) for x in free})
     best = {x: np.ones_like(value) for x in free}
-    if len(free) <= ENUMERATED:
-        for choice in product((1.0, -1.0), repeat=len(free)):
-            signed_value = _signed(gains, dict(zip(free, choice)))
-            better = signed_value > value
-            value = np.where(better, signed_value, value)
-            for x, sign in zip(free, choice):
-                best[x] = np.where(better, sign, best[x])
-    else:
-        value = _in_turn(gains, best, value)
-    permutation = assign(value)[0]
-    rows = np.arange(len(permutation))
-    return permutation, {x: best[x][rows, permutation] for x in free}
+    if len(free) > ENUMERATED:
+        return _in_turn(gains, best, value), best
+    for choice in product((1.0, -1.0), repeat=len(free)):
+        signed_value = _signed(gains, dict(zip(free, choice)))
+        better = signed_value > value
+        value = np.where(better, signed_value, value)
+        for x, sign in zip(free, choice):
+            best[x] = np.where(better, sign, best[x])
+    return value, best
 
 
 def assign_signed_pairs(gains: Mapping[Signs, Gain]) -> tuple[SignedOrders, Gain]:
