@@ -316,6 +316,27 @@ def test_each_step_raises_the_objective(monkeypatch: pytest.MonkeyPatch) -> None
     assert objective == pytest.approx(values[-1], rel=1e-12)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_that_saw_all_are_matched_once(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys share no weight with values; where groups inside blocks did (control), they take turns."""
+    program, facts, _ = _pair("vit")
+    forms = [act(facts, balance(facts, own), own) for own in program.weights]
+    descent, steps = ClassDescent(facts, *forms), []
+    best, separate = ClassDescent._best_in_blocks, ClassDescent._separate
+
+    def counted(self: ClassDescent, unit: Any, *options: Any) -> dict[int, Any]:
+        steps.append(unit.outer.index)
+        return best(self, unit, *options)
+
+    monkeypatch.setattr(ClassDescent, "_best_in_blocks", counted)
+    monkeypatch.setattr(ClassDescent, "_separate", lambda *options: not shared and separate(*options))
+    _, objective, sweeps = descent.run(np.random.default_rng(0))
+    whole = sum(float(form.square().sum()) for name, form in forms[0].items() if name in descent.target)
+    assert objective == pytest.approx(whole, rel=1e-9)
+    assert sweeps == 2
+    assert len(steps) == (2 if shared else 1) * len(set(steps)) > 0
+
+
 # solvers --------------------------------------------------------------------------------------------------------------
 
 

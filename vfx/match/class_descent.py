@@ -207,9 +207,10 @@ class ClassDescent(Descent):
         gains: dict[Signs, Gain] = {}
         for member in members:
             for part in parts(self.symmetry, group, member):
-                first, second = (rows_of(w[member.fqn], member.dim, part) for w in (self.target, self.current))
+                pair = self.target[member.fqn], self.current[member.fqn]
+                first, second = (rows_of(tensor, member.dim, part, tensor.dtype) for tensor in pair)
                 key = vectors.get(part.side, frozenset())
-                gains[key] = gains.get(key, 0.0) + (first @ second.T).numpy()
+                gains[key] = gains.get(key, 0.0) + (first @ second.T).double().numpy()
         return gains or {frozenset(): np.zeros((group.size, group.size))}
 
     def _signs_of_sides(self, group: Group, signs: Mapping[int, Matrix]) -> dict[int, Matrix]:
@@ -232,6 +233,10 @@ class ClassDescent(Descent):
 
     def _in_blocks(self, unit: GroupUnit) -> bool:
         return super()._in_blocks(unit) or any(g.parent == unit.outer.index for g in self.symmetry.rotations)
+
+    def _exact(self, unit: GroupUnit) -> bool:
+        """Turned planes stand in parts of their own beside those that are matched."""
+        return not any(g.parent == unit.outer.index for g in self.symmetry.rotations)
 
     def _beside(self, unit: GroupUnit, names: set[str]) -> Gain | float:
         """What the best turns of rotary planes add."""

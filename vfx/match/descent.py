@@ -105,7 +105,7 @@ class Descent:
         return self.element
 
     def _held_in(self, name: str, tensor: Tensor) -> torch.dtype:
-        """The precision in which a tensor is held; what is summed over it has ``dtype``."""
+        """The precision in which a tensor is held and multiplied; what is summed over several has ``dtype``."""
         return self.dtype
 
     def move(self, maps: Mapping[int, Any]) -> None:
@@ -126,7 +126,8 @@ class Descent:
         inside = self._in_blocks(unit)
         quadratic = any(self._quadratic(group) for group in (unit.outer, *unit.inner))
         exact = self._exact(unit) and not quadratic and not inside
-        done = settled is None or (exact and all(self.groups_of[name] - unit.groups <= settled for name in names))
+        final = exact or (self._exact(unit) and not quadratic and self._separate(unit, names))
+        done = settled is None or (final and all(self.groups_of[name] - unit.groups <= settled for name in names))
         relative = self._best_in_blocks(unit, names, settled, sweep) if inside else self._best(unit.outer, settled)
         if done:
             self.stale -= unit.groups
@@ -140,7 +141,7 @@ class Descent:
         for name in names:  # in place: long-lived tensors between short-lived ones fragment the heap
             self.current[name].copy_(step[name])
         neighbours = set().union(*(self.groups_of[name] for name in names))
-        self.stale |= neighbours - unit.groups if exact else neighbours
+        self.stale |= neighbours - unit.groups if final else neighbours
 
     def _groups(self) -> tuple[Group, ...]:
         return self.symmetry.groups
@@ -174,6 +175,11 @@ class Descent:
     def _exact(self, unit: GroupUnit) -> bool:
         """Whether a step is at its optimum when it is done, so that no further one is needed."""
         return True
+
+    def _separate(self, unit: GroupUnit, names: set[str]) -> bool:
+        """Whether no part of a weight holds two groups inside the unit's blocks: each is at its best for itself."""
+        parts = (part for name in names for part in self._block_gains.parts(unit, name))
+        return all(len(part.inner) < 2 and not part.quadratic for part in parts)
 
     def _quadratic(self, group: Group) -> bool:
         """Whether a group stands on two axes of one weight."""
@@ -215,7 +221,7 @@ class Descent:
         total = np.zeros((size, size))
         for member in members:
             pair = (self.target[member.fqn], self.current[member.fqn])
-            rows = [_rows(member, tensor).reshape(size, -1).to(self.dtype) for tensor in pair]
+            rows = [_rows(member, tensor).reshape(size, -1) for tensor in pair]
             total += (rows[0] @ rows[1].T).cpu().numpy()
         return total
 
