@@ -23,6 +23,7 @@ from vfx.elements import (
     random_element,
     undone,
 )
+from vfx.elements.parts import multiplied
 from vfx.program import Execution
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -191,3 +192,24 @@ def test_what_is_done_is_undone(kind: str) -> None:
     loose = {0: Element(matrix=np.triu(np.ones((5, 5))), dual=np.linalg.inv(np.triu(np.ones((5, 5)))).mT)}
     for name, tensor in act(facts, undone(loose), act(facts, loose, w)).items():
         close(tensor, w[name], 1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "position", [[[2], [3], [4]], [[2], [4], [3]], [[0, 4], [1, 5], [2, 6]], [[1, 2], [3, 4], [5, 6]]]
+)
+def test_slices_are_multiplied_wherever_they_stand(position: list[list[int]], in_place: bool, dim: int) -> None:
+    """In a row, where they are written through a view, as apart: what the whole map of the axis gives."""
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(7, 7, 3, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    whole = torch.eye(7, dtype=torch.float64)
+    for copy in np.array(position).T:
+        whole[np.ix_(copy, copy)] = matrix
+    expected = (whole @ tensor.movedim(dim, 0).flatten(1)).reshape(7, 7, 3).movedim(0, dim)
+    given = tensor.clone()
+    result = multiplied(given, dim, np.array(position), matrix.numpy(), in_place)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    assert (result.data_ptr() == given.data_ptr()) is in_place
+    assert in_place or torch.equal(given, tensor)

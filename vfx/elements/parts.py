@@ -109,13 +109,30 @@ def _block(values: Matrix, block: int, rank: int) -> Matrix:
 
 def multiplied(tensor: Tensor, dim: int, position: Index, matrix: Matrix, in_place: bool = False) -> Tensor:
     """Slices at ``position`` (size, copies) along ``dim`` mixed by a matrix, or scaled by a vector."""
-    index = torch.from_numpy(position.reshape(-1)).to(tensor.device)
-    rows = tensor.index_select(dim, index).movedim(dim, 0)
+    rows = _slices(tensor, dim, position).movedim(dim, 0)
     flat = rows.reshape(len(position), -1).double()
     factor = torch.from_numpy(np.ascontiguousarray(matrix)).to(flat)
     mixed = factor @ flat if factor.ndim == 2 else factor[:, None] * flat
+    result = mixed.reshape(rows.shape).movedim(0, dim).to(tensor.dtype)
+    if _in_a_row(position):
+        moved = tensor if in_place else tensor.clone()
+        _slices(moved, dim, position).copy_(result)
+        return moved
     copy = tensor.index_copy_ if in_place else tensor.index_copy
-    return copy(dim, index, mixed.reshape(rows.shape).movedim(0, dim).to(tensor.dtype))
+    return copy(dim, torch.from_numpy(position.reshape(-1)).to(tensor.device), result)
+
+
+def _slices(tensor: Tensor, dim: int, position: Index) -> Tensor:
+    """The slices at ``position`` (size, copies) along ``dim``, one after the other; a view where they stand so."""
+    where = position.reshape(-1)
+    if _in_a_row(position):
+        return tensor.narrow(dim, int(where[0]), len(where))
+    return tensor.index_select(dim, torch.from_numpy(where).to(tensor.device))
+
+
+def _in_a_row(position: Index) -> bool:
+    where = position.reshape(-1)
+    return len(where) > 0 and bool((np.diff(where) == 1).all())
 
 
 def stacked(symmetry: Symmetry, group: Group, weights: Weights, dual: bool) -> list[Tensor]:
@@ -130,13 +147,12 @@ def stacked(symmetry: Symmetry, group: Group, weights: Weights, dual: bool) -> l
     return [torch.cat(rows, 1) if rows else torch.zeros(group.size, 0, dtype=torch.float64) for rows in blocks]
 
 
-def rows_of(tensor: Tensor, dim: int, part: Part) -> Tensor:
-    """The slices of a part, (size, everything else), float64."""
+def rows_of(tensor: Tensor, dim: int, part: Part, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The slices of a part, (size, everything else), to be read; a view where they can be."""
     if part.elsewhere is not None:
         axis, where = part.elsewhere
         tensor = tensor.index_select(axis, torch.from_numpy(where).to(tensor.device))
-    index = torch.from_numpy(part.position.reshape(-1)).to(tensor.device)
-    return tensor.index_select(dim, index).movedim(dim, 0).reshape(len(part.position), -1).double().cpu()
+    return _slices(tensor, dim, part.position).movedim(dim, 0).reshape(len(part.position), -1).to("cpu", dtype)
 
 
 def standing(
