@@ -38,10 +38,12 @@ class Acting:
         self.symmetry = symmetry
         self.index = {group: element.index for group, element in elements.items() if element.index is not None}
         # where a matrix stands in its place on an axis, the index is left out
-        self._skipped = {(m.fqn, m.dim, g.index) for g in symmetry.groups for m in g.members if m in without}
-        for group in symmetry.groups:
-            if group.index in self.index and elements[group.index].mixes:
-                self._skipped |= {(m.fqn, m.dim, group.index) for m in group.members if m.role in ("out", "in")}
+        everywhere = symmetry.groups if without else ()
+        self._skipped = {(m.fqn, m.dim, g.index) for g in everywhere for m in g.members if m in without}
+        for number in self.index:
+            if elements[number].mixes:
+                members = symmetry.groups[number].members
+                self._skipped |= {(m.fqn, m.dim, number) for m in members if m.role in ("out", "in")}
         self._behind: dict[str, list[tuple[Group, Member, Element, Matrix | None]]] = {}
         for number, element in elements.items():
             if element.matrix is None and not element.scales:
@@ -50,6 +52,10 @@ class Acting:
             for member in group.members:
                 if member not in without:
                     self._behind.setdefault(member.fqn, []).append((group, member, element, dual))
+
+    def rounds(self, name: str) -> bool:
+        """Whether a tensor is multiplied, and not put into another order alone: then its precision counts."""
+        return name in self._behind
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor of a name, moved; the same object where nothing moves it."""

@@ -20,6 +20,11 @@ def compose(symmetry: Symmetry, first: Elements, then: Elements) -> dict[int, El
     moved = compose_permutations(symmetry.groups, permutations_of(first), permutations_of(then))
     composed = {}
     for group in symmetry.moving:
+        if group.index not in then and group.parent not in then:
+            unmoved = first.get(group.index, Element())
+            if unmoved.index is not None or unmoved.matrix is not None or unmoved.scales:
+                composed[group.index] = unmoved
+            continue
         before, after = _carried(group, first.get(group.index, Element()), then), then.get(group.index, Element())
         matrix = _product(after.matrix, before.matrix)
         scales = {s: _times(before.scales.get(s), after.scales.get(s)) for s in {**before.scales, **after.scales}}
