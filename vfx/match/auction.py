@@ -29,17 +29,16 @@ def costs(gain: Gain) -> Gain | None:
     largest = max(float(gain.max()), -float(gain.min()))
     if not TINY < largest < np.inf:
         return None
-    scaled = np.divide(gain, largest, out=np.empty(gain.shape, np.float32), casting="same_kind")
-    return largest * _prices(scaled).astype(np.float64) - gain
+    return largest * _prices(gain, largest).astype(np.float64) - gain
 
 
-def _prices(gain: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Prices (n,) of the columns of a gain, by bids for each row's best columns alone.
+def _prices(gain: Gain, largest: float) -> NDArray[np.float32]:
+    """Prices (n,) of the columns of a gain over its ``largest``, by bids for each row's best columns alone.
 
     A row to which none of these gives more than a column beside them might drops out.
     """
     count = len(gain)
-    chosen, values = _best_columns(gain)
+    chosen, values = _best_columns(gain, largest)
     beside = values.min(1)
     prices, owner = np.zeros(count, np.float32), np.full(count, -1)
     free, bids, step = np.arange(count), 0, 0.0
@@ -62,8 +61,11 @@ def _prices(gain: NDArray[np.float32]) -> NDArray[np.float32]:
     return prices
 
 
-def _best_columns(gain: NDArray[np.float32]) -> tuple[Index, NDArray[np.float32]]:
-    """The columns (n, k) that give each row most, in no order, and what they give."""
-    blocks = (np.argpartition(block, -COLUMNS, axis=1)[:, -COLUMNS:] for block in np.array_split(gain, PARTS))
-    columns = np.concatenate(list(blocks))
-    return columns, np.take_along_axis(gain, columns, 1)
+def _best_columns(gain: Gain, largest: float) -> tuple[Index, NDArray[np.float32]]:
+    """The columns (n, k) that give each row most, in no order, and what they give, a share of the ``largest``."""
+    chosen, values = [], []
+    for rows in np.array_split(gain, PARTS):
+        scaled = np.divide(rows, largest).astype(np.float32)
+        chosen.append(np.argpartition(scaled, -COLUMNS, axis=1)[:, -COLUMNS:])
+        values.append(np.take_along_axis(scaled, chosen[-1], 1))
+    return np.concatenate(chosen), np.concatenate(values)
