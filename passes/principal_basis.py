@@ -45,8 +45,7 @@ class PrincipalBasis(Pass[Elements]):
             return PassResult(program, {})
         moments = second_moments(program, facts, self.data, **self.options)
         weights = program.weights[0]
-        read = {name: tensor.detach().double() for name, tensor in weights.items() if program.is_parameter(name)}
-        elements = principal_elements(facts, read, moments)
+        elements = principal_elements(facts, weights, moments)
         moved = act(facts, elements, weights)
         return PassResult(program.with_weights([moved], f"PrincipalBasis({len(elements)} groups)"), elements)
 

@@ -23,6 +23,9 @@ class OnRead(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._make(name, self._weights[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # without making it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 

@@ -106,7 +106,8 @@ def _layer(
     gram = torch.zeros(n, n, dtype=torch.float64)
     for member in group.members:
         if member.role == "in" and member.fqn in weights:
-            for features, rows in features_along(facts, group, member.fqn, member.dim, weights[member.fqn]):
+            weight = weights[member.fqn].detach().double().cpu()
+            for features, rows in features_along(facts, group, member.fqn, member.dim, weight):
                 gram[features[:, None], features] += rows @ rows.T
     return moment, gram
 

@@ -16,7 +16,7 @@ other buffers are no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vfx.analyse.groups import Group
+from vfx.analyse.groups import Group, Member
 from vfx.analyse.symmetry import Symmetry
 from vfx.capture.outputs import named_tensors
 from vfx.errors import ArgumentError
+from vfx.on_read import OnRead
 from vfx.program import Program, run
 from vfx.pruning.elimination import elimination_scores
 from vfx.pruning.places import blocks_along, channels_along
@@ -63,10 +64,10 @@ def channel_scores(
         return {g.index: generator.random(g.shape) for g in facts.groups}
     if method == "taylor":
         return _taylor(program, facts, data, loss or own_loss, max_samples)
-    weights = {name: program.weights[0][name].detach().double() for name in _names(program, facts)}
+    weights = {name: program.weights[0][name] for name in _names(program, facts)}
     if method == "l1":
-        return _summed(facts, {name: w.abs() for name, w in weights.items()})
-    squares = {name: w.square() for name, w in weights.items()}
+        return _summed(facts, OnRead(weights, lambda _, weight: weight.abs().double()))
+    squares = OnRead(weights, lambda _, weight: weight.to(torch.float64, copy=True).square_())
     if method not in NEED_MOMENTS:
         return {g: np.sqrt(s) for g, s in _summed(facts, squares).items()}
     assert moments is not None
@@ -98,13 +99,28 @@ def _names(program: Program, facts: Symmetry) -> list[str]:
 def _summed(
     facts: Symmetry, values: Mapping[str, Tensor], roles: tuple[str, ...] = ("out", "in", "elementwise")
 ) -> dict[int, NDArray[np.float64]]:
-    """For each channel the sum of ``values`` over all else, over every member with one of these roles."""
+    """For each channel the sum of ``values`` over all else, over every member with one of these roles.
+
+    Each tensor is read once, and none is held beside another.
+    """
+    members = [(g, m) for g in facts.groups for m in g.members if m.fqn in values and m.role in roles]
+    places: dict[str, list[int]] = {}
+    for k, (_, member) in enumerate(members):
+        places.setdefault(member.fqn, []).append(k)
+    parts: dict[int, NDArray[np.float64]] = {}
+    for fqn, here in places.items():
+        parts |= _parts(facts, [members[k] for k in here], values[fqn], here)
     sums = {g.index: np.zeros(g.shape) for g in facts.groups}
-    for group in facts.groups:
-        for member in group.members:
-            if member.fqn in values and member.role in roles:
-                sums[group.index] += channel_sums(facts, group, member.fqn, member.dim, values[member.fqn])
+    for k, (group, _) in enumerate(members):
+        sums[group.index] += parts[k]
     return sums
+
+
+def _parts(facts: Symmetry, members: Sequence[tuple[Group, Member]], values: Tensor, keys: Sequence[int]) -> Any:
+    """What one tensor adds to the channels of its members, by key."""
+    return {
+        key: channel_sums(facts, group, member.fqn, member.dim, values) for key, (group, member) in zip(keys, members)
+    }
 
 
 def channel_sums(facts: Symmetry, group: Group, fqn: str, dim: int, values: Tensor) -> NDArray[np.float64]:
@@ -151,11 +167,12 @@ def _taylor(program: Program, facts: Symmetry, data: Any, loss: Loss, max_sample
     count = 0
     for inputs, labels in labelled(program, data, max_samples) if names else ():
         weights = dict(program.weights[0])
-        leaves = {name: weights[name].detach().clone().requires_grad_() for name in names}
+        leaves = {name: weights[name].detach().requires_grad_() for name in names}
         with torch.enable_grad():
             value = loss(run(program.graph, weights | leaves, inputs), labels)
             gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        products = {n: (g * leaves[n]).detach().double() for n, g in zip(names, gradients) if g is not None}
+        given = {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
+        products = OnRead(given, lambda name, gradient, of=weights: (gradient * of[name]).double())  # type: ignore[misc]
         for group, score in _summed(facts, products).items():
             total[group] += score**2
         count += 1
