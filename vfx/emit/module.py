@@ -7,6 +7,8 @@ dict are the FQNs of the user's model.
 from __future__ import annotations
 
 import copy
+import math
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +21,15 @@ from vfx.emit.arguments import with_arguments
 from vfx.emit.calls import by_packets, submodule, with_modules, with_own_names
 from vfx.emit.exact import InDouble, sharing
 from vfx.emit.kept_sizes import KeptSize, kept_sizes, needed, put
-from vfx.emit.own_class import own_class, with_exact_scales
+from vfx.emit.own_class import double, own_class, with_exact_scales
 from vfx.emit.own_config import config_changes, fit_config, put_config
 from vfx.emit.taking import Taking
 from vfx.errors import ConfigNote, WeightError, listed
-from vfx.program import Program, casts, copy_graph, moved
+from vfx.program import Program, casts, copy_graph
 from vfx.proof import PRESERVED, SINGLE, in_double, outputs_error, samples
 
 FEW = 2  # samples on which resized networks are compared
+APART = 0.1  # a relative error in single precision that no rounding explains
 
 
 def emit(
@@ -74,8 +77,14 @@ _UNSAID = (
 def _same(network: nn.Module, module: nn.Module, program: Program) -> bool:
     """Whether two networks give the same outputs on the example inputs."""
     call = program.with_samples(FEW).to("cpu").example_call
-    outputs = [program.returned(copy.deepcopy(net).cpu()(*call.args, **call.kwargs)) for net in (network, module)]
+    outputs = [program.returned(_on_cpu(net)(*call.args, **call.kwargs)) for net in (network, module)]
     return outputs_error(*outputs) <= SINGLE
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """A copy on the CPU; it shares the parameters that are there."""
+    there = all(tensor.device.type == "cpu" for tensor in (*module.parameters(), *module.buffers()))
+    return sharing(module) if there else copy.deepcopy(module).cpu()
 
 
 def _scales(program: Program) -> bool:
@@ -101,43 +110,53 @@ def difference(module: nn.Module, program: Program) -> float:
     """Relative output error between a module and a Program: in float64, or in float32 scaled to the same threshold.
 
     They are compared on the example inputs; where layers were resized also on random ones at another batch size. Where
-    they give the same bits there, in single precision at least, nothing is left to be compared in float64. Tensors are
-    cast one at a time (``vfx.emit.exact``), and all at once where that does not prove it.
+    they give the same bits there, in single precision at least, nothing is left to be compared in float64, and nothing
+    where they are further apart than rounding can bring them. Tensors are cast one at a time (``vfx.emit.exact``), and
+    all of the module's at once where that does not prove it.
     """
     program = program.with_samples(FEW) if program.resized else program
-    if not program.resized and _same_bits(module, program):
-        return 0.0
+    gap = _as_they_are(module, program)
+    if (gap == 0 and not program.resized) or APART < gap < math.inf:
+        return gap
     try:
         exact = sharing(module)
         with InDouble(exact):
             gap = _difference(exact, in_double(program, on_read=True))
-        if gap <= PRESERVED:
+        if gap <= PRESERVED or APART < gap < math.inf:
             return gap
     except Exception:  # the user's forward() asks its own tensors for their dtype
         pass
     return _difference_at_once(module, program)
 
 
-def _same_bits(module: nn.Module, program: Program) -> bool:
-    """Whether both give the same values in the precision that they have, where that is enough to tell."""
-    if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in (*module.parameters(), *module.buffers())):
-        return False
-    return _difference(sharing(module), program) == 0
+def _as_they_are(module: nn.Module, program: Program) -> float:
+    """The error in the precision that both have; infinite where that is too coarse, or not one, and tells nothing."""
+    precisions = [
+        {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        for tensors in ((*module.parameters(), *module.buffers()), program.weights[0].values())
+    ]
+    if precisions[0] != precisions[1] or any(dtype.itemsize < 4 for dtype in precisions[0]):
+        return math.inf
+    return _difference(sharing(module), program)
 
 
 def _difference_at_once(module: nn.Module, program: Program) -> float:
-    failed: RuntimeError | None = None
     try:
-        exact = copy.deepcopy(module)._apply(lambda tensor: moved(tensor, "cpu", torch.float64))
-        gap = _difference(exact, in_double(program))
+        gap = _difference(double(module), in_double(program, on_read=True))
         if gap <= PRESERVED or not casts(program.graph):
             return gap
     except RuntimeError as error:  # the module casts to float32 inside
-        failed = error
-    try:
-        return _difference(copy.deepcopy(module).to("cpu"), program.to("cpu")) * PRESERVED / SINGLE
-    except RuntimeError as error:
-        raise failed or error from error
+        traceback.clear_frames(error.__traceback__)  # what they hold is as large as the network
+        try:
+            return _scaled_difference(module, program)
+        except RuntimeError:
+            raise error from None
+    return _scaled_difference(module, program)
+
+
+def _scaled_difference(module: nn.Module, program: Program) -> float:
+    """The error in the precision that both have, scaled to what is asked of float64."""
+    return _difference(copy.deepcopy(module).to("cpu"), program.to("cpu")) * PRESERVED / SINGLE
 
 
 def _difference(module: nn.Module, program: Program) -> float:

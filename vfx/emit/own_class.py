@@ -20,7 +20,7 @@ from vfx.emit.scales import with_default_scales
 from vfx.emit.taking import Taking
 from vfx.errors import WeightError, listed
 from vfx.operators import arguments
-from vfx.program import Program
+from vfx.program import Program, moved
 
 _FEATURES = ("in_features", "out_features", "in1_features", "in2_features", "num_features", "normalized_shape")
 _CHANNELS = ("in_channels", "out_channels", "groups", "num_groups", "num_channels", "num_parameters")
@@ -61,6 +61,16 @@ def with_exact_scales(module: nn.Module, program: Program, edge: int = 0) -> nn.
         changed = key in scaled and scaled[key] is not program.weights[edge][key]
         new[id(tensor)] = nn.Parameter(scaled[key], tensor.requires_grad) if changed else tensor
     return copied(module, new)
+
+
+def double(module: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, made without one in the module's own precision."""
+    cast = {}
+    for tensor in {id(tensor): tensor for tensor in own_tensors(module).values()}.values():
+        data = moved(tensor.detach(), "cpu", torch.float64)
+        shares = data.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        cast[id(tensor)] = _like(tensor, data.clone() if shares else data)
+    return copied(module, cast)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
