@@ -28,6 +28,8 @@ from vfx.resize.layout import Layout
 from vfx.resize.program import Resized
 from vfx.resize.weights import Kept
 
+FEW = 3  # readers of a weight, up to which each reads it for itself
+
 
 def prove(program: Program, facts: Symmetry, small: Resized, kept: Kept, seed: int = 0) -> float:
     """``masked_error``, or VerificationError where it is above rounding."""
@@ -102,12 +104,13 @@ class MaskedRun(fx.Interpreter):
     """Runs an analysed graph at full size without the channels that a Layout removes."""
 
     def __init__(self, program: Program, layout: Layout, facts: Symmetry):
-        super().__init__(nn.Module(), graph=_reading_late(program.graph))
+        graph, name_of = _reading_late(program.graph)
+        super().__init__(nn.Module(), graph=graph)
         self.extra_traceback = False
         self.program, self.layout, self.is_cut = program, layout, False
         self.weights = program.weights[0]
         self.sizes: dict[str, tuple[str, dict[int, int]]] = {}  # that the graph holds and cut inputs change
-        self._old = facts.program.nodes
+        self._old = {node: facts.program.nodes[name] for node, name in name_of.items()}
 
     def given(self, weights: Weights, inputs: list[Any]) -> Any:
         """What it gives with other weights."""
@@ -119,10 +122,9 @@ class MaskedRun(fx.Interpreter):
         return super().run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "get_attr":  # what is zeroed in place may be a view of it
+        if n.op == "get_attr":
             tensor = self.weights[str(n.target)]
-            readers = map(operator_of, n.users)
-            return tensor if all(reader.is_layer or reader.is_norm for reader in readers) else tensor.clone()
+            return tensor if _stays_whole(n) else tensor.clone()
         value = self._evaluated(n)
         if self.is_cut:
             check_extent(n, value, self._lengths(n))
@@ -133,13 +135,20 @@ class MaskedRun(fx.Interpreter):
             if _sees_zeros(n) and not self._ends(n):
                 return self._over_kept(n)
             # features inside: those removed are zero with zero weights
-            if operator_of(n).ties == "recurrent layers" or _is_product(n):
+            if operator_of(n).ties == "recurrent layers" or (_is_product(n) and not self._looks_up(n)):
                 whole = {source: self.env[source] for source in n.all_input_nodes if source.op == "get_attr"}
                 self.env |= {x: self._zeroed(tensor.clone(), self._shapes(x)) for x, tensor in whole.items()}
                 value = self._run_here(n)
                 self.env |= whole
                 return value
         return self._run_here(n)
+
+    def _looks_up(self, n: fx.Node) -> bool:
+        """Whether a node reads rows of a table, all of which are kept: nothing is summed over."""
+        if operator_of(n).ties != "embedding":
+            return False
+        shape = self._shape(arguments(n)["weight"])
+        return shape is not None and not self.layout.changed(shape.axes[0])
 
     def _run_here(self, n: fx.Node) -> Any:
         return self._zeroed(self._run_cut(n) if self.is_cut else super().run_node(n), self._shapes(n))
@@ -167,10 +176,10 @@ class MaskedRun(fx.Interpreter):
         return [(dim, self._length(entry)) for dim, entry in axes if self.layout.changed(entry)]
 
     def _shapes(self, node: fx.Node) -> Any:
-        return self.layout.shapes.get(self._old[node.name])
+        return self.layout.shapes.get(self._old[node])
 
     def _shape(self, node: Any) -> Any:
-        return self.layout.shape(self._old[node.name])
+        return self.layout.shape(self._old[node])
 
     def _cut(self, node: fx.Node) -> bool:
         shape = self._shape(node)
@@ -251,13 +260,30 @@ class MaskedRun(fx.Interpreter):
         return entry.size if entry.size < BATCH else entry.size // BATCH * self.batch
 
 
-def _reading_late(graph: fx.Graph) -> fx.Graph:
-    """A copy that reads each weight right before the first node that needs it: values are freed behind their last."""
+def _reading_late(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
+    """A copy that reads each weight right before the first node that needs it, and the names of its nodes in the graph.
+
+    Values are freed behind their last reader. Where only a few layers read a weight (an embedding tied to the head),
+    each reads it for itself: it is not held in between.
+    """
     late, _ = copy_graph(graph)
+    name_of = {node: node.name for node in late.nodes}
+    for node in [node for node in late.nodes if node.op == "get_attr" and 1 < len(node.users) <= FEW]:
+        for reader in list(node.users)[1:] if _stays_whole(node) else ():
+            with late.inserting_before(reader):
+                again = late.node_copy(node)
+            reader.replace_input_with(node, again)
+            name_of[again] = name_of[node]
     place = {node: k for k, node in enumerate(late.nodes)}
     for node in [node for node in late.nodes if node.op == "get_attr" and node.users]:
         min(node.users, key=place.__getitem__).prepend(node)
-    return late
+    return late, name_of
+
+
+def _stays_whole(weight: fx.Node) -> bool:
+    """Whether no reader gives a view of a weight, so that what is zeroed in place is never a part of it."""
+    readers = map(operator_of, weight.users)
+    return all(reader.is_layer or reader.is_norm for reader in readers)
 
 
 def _is_product(node: fx.Node) -> bool:
