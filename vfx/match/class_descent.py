@@ -206,8 +206,8 @@ class ClassDescent(Descent):
         vectors = self.signs[group.index]
         gains: dict[Signs, Gain] = {}
         for member in members:
+            pair = self.target[member.fqn], self.current[member.fqn]
             for part in parts(self.symmetry, group, member):
-                pair = self.target[member.fqn], self.current[member.fqn]
                 first, second = (rows_of(tensor, member.dim, part, tensor.dtype) for tensor in pair)
                 key = vectors.get(part.side, frozenset())
                 gains[key] = gains.get(key, 0.0) + (first @ second.T).double().numpy()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vfx.analyse.classes import Maps
-from vfx.match.descent import Descent
+from vfx.match.descent import Descent, inner_product, squared_distance
 from vfx.match.matcher import Run
 
 TRIES = 20
@@ -64,8 +64,8 @@ def _apart(descent: Descent) -> dict[str, float]:
     """By parameter that differs, by how much of its squares."""
     shares = {}
     for name, target in descent.target.items():
-        whole = float(target.double().square().sum())
-        left = float((target.double() - descent.current[name].double()).square().sum())
+        whole = inner_product(target, target)
+        left = squared_distance(target, descent.current[name])
         if left > SAME * whole:
             shares[name] = left / whole if whole else 1.0
     return shares

@@ -52,9 +52,8 @@ class Descent:
     def __init__(self, symmetry: Symmetry, target: Weights, other: Weights, heads: frozenset[str] = frozenset()):
         self.symmetry, self.units = symmetry, units(symmetry)
         named = [name for name in scored_names(symmetry) if name not in heads]
-        scored = {name for name in named if target[name].shape == other[name].shape}  # not heads for other classes
-        self.target = {name: target[name].to(self._held_in(name, target[name])) for name in scored}
-        self.original = {name: other[name].to(self._held_in(name, other[name])) for name in scored}
+        scored = [name for name in named if target[name].shape == other[name].shape]  # not heads for other classes
+        self.target, self.original = (self._held(weights, scored) for weights in (target, other))
         self.groups_of: dict[str, set[int]] = {}
         self.stale: set[int] = set()
         self.moved = False  # whether any step of a sweep changed anything
@@ -103,6 +102,13 @@ class Descent:
         drawn = random_permutations(self.symmetry.groups, generator)
         self._compose(self._disorder({i: order for i, order in drawn.items() if i in groups}, generator))
         return self.element
+
+    def _held(self, weights: Weights, names: Collection[str]) -> OnRead:
+        """Some tensors in the precision of the descent, cast when they are read."""
+        held_in = {
+            name: self._held_in(name, weights[name]) for name in names
+        }  # no reference to self: it must go at once
+        return OnRead({name: weights[name] for name in names}, lambda name, tensor: tensor.to(held_in[name]))
 
     def _held_in(self, name: str, tensor: Tensor) -> torch.dtype:
         """The precision in which a tensor is held and multiplied; what is summed over several has ``dtype``."""
@@ -286,3 +292,9 @@ def inner_product(x: Tensor, y: Tensor) -> float:
     """Σ x y in float64, without float64 copies of large tensors."""
     pairs = zip(x.reshape(-1).split(CHUNK), y.reshape(-1).split(CHUNK))
     return sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)
+
+
+def squared_distance(x: Tensor, y: Tensor) -> float:
+    """Σ (x − y)² in float64, without float64 copies of large tensors."""
+    pairs = zip(x.reshape(-1).split(CHUNK), y.reshape(-1).split(CHUNK))
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)

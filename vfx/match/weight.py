@@ -13,14 +13,15 @@ import numpy as np
 from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
-from vfx.elements import Element, Elements, act
+from vfx.elements import Acting, Element, Elements, act
 from vfx.match.class_descent import ClassDescent, between
 from vfx.match.copies import again
-from vfx.match.descent import Descent
+from vfx.match.descent import Descent, inner_product, squared_distance
 from vfx.match.matcher import Problem, Run
 from vfx.match.pairwise import Match, Pairwise, Starts
 from vfx.match.rectangular import Bridge
 from vfx.match.universe import scored_names
+from vfx.on_read import OnRead
 from vfx.program import Weights
 
 SAME = 1e-8  # of the squares of all weights: what two copies may differ by when they are matched
@@ -122,10 +123,9 @@ class _Balanced:
 
     def disagreement(self, element: Elements, other: Weights) -> float:
         """Σ ‖W₀ − g W₁‖² over Σ ‖W₀‖², of the networks as they are."""
-        moved = act(self.problem.symmetry, element, other)
-        pairs = [(self.first[name].double(), moved[name].double()) for name in self._compared(other)]
-        whole = sum(float(first.square().sum()) for first, _ in pairs)
-        return sum(float((first - second).square().sum()) for first, second in pairs) / whole if whole else 0.0
+        names, moved = self._compared(other), OnRead(other, Acting(self.problem.symmetry, element))
+        whole = sum(inner_product(self.first[name], self.first[name]) for name in names)
+        return sum(squared_distance(self.first[name], moved[name]) for name in names) / whole if whole else 0.0
 
     def _compared(self, second: Weights) -> list[str]:
         named = [name for name in scored_names(self.problem.symmetry) if name not in self.problem.apart]
