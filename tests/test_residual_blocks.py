@@ -12,12 +12,15 @@ from conftest import close
 from micro_models import net
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 from vfx.passes.remove_blocks import RemoveBlocks
 
 from vfx.analyse.cost import cost
 from vfx.api import prune_structured, trace
 from vfx.errors import ArgumentError, PassError, VerificationError
+from vfx.models.gpt import gpt_tiny
 from vfx.passes import remove_blocks
+from vfx.proof import outputs_error
 from vfx.pruning.residual import residual_blocks, without
 
 EXACT = 1e-10
@@ -238,3 +241,63 @@ def test_options_of_channels_are_refused() -> None:
             prune_structured(_stack(), X, units="layers", sparsity=0.5, data=X, progress=False, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="give data"):
         prune_structured(_stack(), X, units="layers", sparsity=0.5, progress=False)
+
+
+# other lengths --------------------------------------------------------------------------------------------------------
+
+
+class FixedLength(nn.Module):
+    """A stack whose code takes sequences of six alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(6, 8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
+
+
+def _hugging_face() -> nn.Module:
+    sizes = {"vocab_size": 96, "n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(use_cache=False, bos_token_id=0, eos_token_id=0, **sizes))
+
+
+AS_IT_IS: dict[str, Any] = {"solve": None, "normalize": None, "progress": False}
+DECODERS = {"vfx": lambda: gpt_tiny(0.25, context=32, depth=3), "transformers": _hugging_face}
+
+
+@pytest.mark.parametrize(("name", "batch"), [("vfx", 2), ("vfx", 6), ("transformers", 2)])  # as many as tokens, too
+@torch.no_grad()
+def test_a_decoder_without_blocks_takes_other_lengths(name: str, batch: int) -> None:
+    torch.manual_seed(0)
+    model, ids = DECODERS[name]().eval(), torch.randint(96, (batch, 6))
+    result = prune_structured(model, ids, units="layers", sparsity=0.5, data=ids, **AS_IT_IS)
+    gone = {block.name for block in result.report.blocks}
+    assert gone
+    for samples, length in ((1, 1), (3, 32)):
+        other = torch.randint(96, (samples, length))
+        whole = trace(model, other, dynamic_shapes=None)  # a capture of its own at this length
+        expected = without(whole, [block for block in residual_blocks(whole) if block.name in gone])
+        assert outputs_error(expected.returned(expected(other)), result.module(other)) <= 1e-5
+        assert outputs_error(whole.returned(whole(other)), result.module(other)) > 1e-3  # negative control
+    assert all(
+        tensor.data_ptr() == dict(result.module.named_parameters())[name].data_ptr()
+        for name, tensor in result.program.weights[0].items()
+        if name not in result.program.buffers
+    )
+
+
+@torch.no_grad()
+def test_lengths_that_the_code_fixes_or_the_user_asked_for_stay() -> None:
+    torch.manual_seed(0)
+    x, ids = torch.randn(3, 6, 8), torch.randint(96, (2, 6))
+    options: dict[str, Any] = {"units": "layers", "sparsity": 0.5} | AS_IT_IS
+    fixed = prune_structured(FixedLength().eval(), x, data=x, **options)
+    assert outputs_error(fixed.program(x), fixed.module(x)) <= 1e-5
+    asked = prune_structured(gpt_tiny(0.25, depth=2).eval(), ids, data=ids, dynamic_shapes=None, **options)
+    with pytest.raises(RuntimeError):
+        asked.module(torch.randint(96, (2, 7)))

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import Dense
+from vfx.api.lengths import with_open_lengths
 from vfx.api.restoring import Decision, Restored, Restoring
 from vfx.api.results import Result, emitted, run_pass
 from vfx.api.tracing import symmetry
@@ -143,7 +144,9 @@ def removed_result(
     """The network that comes out, and the report."""
     result, restoring = restored.program, removal.restoring
     dense, notes = restoring.dense, (*restoring.notes, *decision.notes)
-    module, program, facts = emitted(result, dense, watch, notes, dense.weights, options.verify)
+    with watch("emit"):
+        opened = with_open_lengths(result, {block.name for block in removal.record.blocks})
+    module, program, facts = emitted(result, dense, watch, notes, dense.weights, options.verify, opened)
     report = ChannelReport(
         **facts,
         widths=widths(removal.facts, removal.record.sizes),

@@ -111,16 +111,17 @@ def result_of(
 
 def emitted(
     result: Program, given: Program, watch: Stopwatch, notes: Iterable[str] = (),
-    held: Iterable[Weights] | None = None, verify: bool = True,
+    held: Iterable[Weights] | None = None, verify: bool = True, opened: Program | None = None,
 ) -> tuple[nn.Module, Program, dict[str, Any]]:  # fmt: skip
     """The module of a Program, the Program with the module's tensors, and what reports say of it against the ``given``.
 
     The module takes the tensors that are in none of the weight sets ``held``; all are copied where that is None.
-    Without ``verify`` the user's own class is not compared with the Program if its structure is unchanged.
+    Without ``verify`` the user's own class is not compared with the Program if its structure is unchanged. ``opened``
+    as for ``emit``.
     """
     taking = Taking(held)
     with watch("emit"):
-        module, reason = emit(result, taking=taking, verify=verify)
+        module, reason = emit(result, taking=taking, verify=verify, opened=opened)
     program = replace(
         taking.shared(result), facts=Facts(result.graph)
     )  # what was found of the edges holds their weights

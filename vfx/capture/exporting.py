@@ -112,6 +112,13 @@ def captured_shapes(program: Program, model: nn.Module) -> Any:
     )
 
 
+def open_shapes(model: nn.Module, call: Call) -> Any:
+    """``dynamic_shapes`` with every size open that the code of ``model`` leaves open."""
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    every = lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None  # noqa: E731
+    return tuple(pytree.tree_map(every, value) for value in bound.values())
+
+
 def _batch_shapes(model: nn.Module, call: Call) -> tuple[Any, ...]:
     """The batch axis alone is dynamic, in every tensor whose first axis it is."""
     # torch's own kernels for normalization on a GPU take no larger batch, which torch.export wants to be told

@@ -33,15 +33,15 @@ APART = 0.1  # a relative error in single precision that no rounding explains
 
 
 def emit(
-    program: Program, edge: int = 0, taking: Taking | None = None, verify: bool = True
+    program: Program, edge: int = 0, taking: Taking | None = None, verify: bool = True, opened: Program | None = None
 ) -> tuple[nn.Module, str]:  # fmt: skip
     """A module in eval mode that computes one weight set, and why it is not the user's class ("" if it is).
 
     Its tensors are copies, or what ``taking`` gives it. Without ``verify`` a class of unchanged structure is not
-    compared with the Program.
+    compared with the Program. ``opened`` is the same network with more sizes open, for a module that is the graph.
     """
     taking = taking or Taking()
-    whole = lambda reason: (graph_module(program, edge, taking.begin()), reason)  # noqa: E731
+    whole = lambda reason: (graph_module(opened or program, edge, taking.begin()), reason)  # noqa: E731
     if program.module is None:
         return whole("the user's class is not at hand")
     if program.structural and not program.resized:
