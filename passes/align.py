@@ -8,6 +8,7 @@ the same: no second pass over the data.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -21,12 +22,13 @@ from vfx.analyse.pins import pin_notes
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.analyse.verify import preserved
 from vfx.arguments import checked
-from vfx.elements import Elements, OnAxis, Pending, act_on, behind_exact, exact_part
+from vfx.elements import Acting, Elements, OnAxis, Pending, act_on, behind_exact, exact_part
 from vfx.errors import ArchitectureError, PassError, VerificationError
 from vfx.match.catalogue import maps_layers
 from vfx.match.catalogue import matcher as find_matcher
 from vfx.match.matcher import Alignment, Matcher, Matching, Problem
-from vfx.program import Goal, Program
+from vfx.on_read import OnRead
+from vfx.program import Goal, Program, Weights
 from vfx.proof import PRESERVED
 from vfx.rewrite import Pass, PassResult
 from vfx.rewrite.copies import read_only_in
@@ -63,7 +65,13 @@ class Align(Pass[Alignment]):
         self.preserve, self.join, self.heads = preserve, join, heads
         self.matcher = find_matcher(match, classes=classes)
         self.data, self.statistics, self.weights = data, statistics, weights
-        self.seed, self.verify, self.progress = seed, verify, progress
+        self.seed, self.verify, self.progress, self.moves_on_read = seed, verify, progress, False
+
+    def on_read(self) -> Align:
+        """The same pass with edges whose tensors are moved when they are read: nothing holds a copy for one reader."""
+        late = copy.copy(self)
+        late.moves_on_read = True
+        return late
 
     def requires(self, program: Program) -> None:
         if program.private:
@@ -77,12 +85,18 @@ class Align(Pass[Alignment]):
             return PassResult(unmoved, Alignment(None, 0.0))
         matching = self.matcher(self._problem(program, facts, statistics))
         error = self._prove(program, facts, matching) if self.verify else None
-        weights = [matching.aligned(facts, tensors, edge) for edge, tensors in enumerate(program.weights)]
+        weights = [self._moved(facts, matching, tensors, edge) for edge, tensors in enumerate(program.weights)]
         result = program.with_weights(weights, f"Align({type(self.matcher).__name__})")
         result = result.with_notes((*pin_notes(facts), *matching.notes))
         if not matching.is_exact:
             result = replace(result, transport=Pending(facts, tuple(map(behind_exact, matching.elements))))
         return PassResult(_with_goals(program, result, facts, statistics, matching), Alignment(matching, error))
+
+    def _moved(self, facts: Symmetry, matching: Matching, tensors: Weights, edge: int) -> Weights:
+        """An edge's weights in the first edge's channels."""
+        if not self.moves_on_read:
+            return matching.aligned(facts, tensors, edge)
+        return OnRead(tensors, Acting(facts, exact_part(matching.elements[edge])))
 
     def _statistics(self, program: Program, facts: Symmetry) -> Statistics | None:
         """Those that were given, or what the matcher reads of the data."""

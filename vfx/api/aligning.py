@@ -117,10 +117,18 @@ def _aligner(start: Start, statistics: Statistics | None, captured: Captured, op
     runs = start.finder is not None and "data" in start.finder.needs
     reader = Batches(start.program, captured.data, options.max_samples, options.device) if runs else None
     keywords: dict[str, Any] = {"seed": options.seed, "verify": options.verify, "progress": options.progress}
-    return Align(
+    aligner = Align(
         start.finder, reader, statistics=statistics, weights=captured.alphas, **options.keeping,
         **keywords,
     )  # fmt: skip
+    return aligner.on_read() if _read_once(start, captured, options) else aligner
+
+
+def _read_once(start: Start, captured: Captured, options: MergeOptions) -> bool:
+    """Whether the aligned edges are averaged and no more: without data nothing is solved, measured or chosen."""
+    exact = start.finder is None or start.finder.exact
+    alone = captured.data is None and options.statistics is None and captured.combiner is None
+    return exact and alone and options.preserve == 0 and not options.heads and options.budget is None
 
 
 def _towards_references(edges: Program, start: Start, ready: Ready, options: MergeOptions) -> Program:
