@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vfx
+from vfx import garbage
 from vfx.api import aligning
 from vfx.emit import module as emission
 from vfx.emit.module import difference, emit
@@ -315,3 +317,9 @@ def test_a_tied_table_is_held_once_in_a_proof(monkeypatch: pytest.MonkeyPatch) -
     assert peak(remove, torch.float64) <= table + 8 * logits
     monkeypatch.setattr(MaskedRun, "_looks_up", lambda *_: False)  # negative control
     assert peak(remove, torch.float64) > 1.9 * table
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc alone keeps what was freed")
+def test_what_was_freed_goes_back_where_it_is_much() -> None:
+    assert not garbage.give_back(garbage.LARGE - 1)
+    assert garbage.give_back(garbage.LARGE)

@@ -31,6 +31,7 @@ from vfx.elements import (
     random_permutations,
     still_permutations,
 )
+from vfx.garbage import give_back
 from vfx.match.blocks import BlockGains
 from vfx.match.matcher import Gain, assign, best_over_blocks
 from vfx.match.solve import Signs
@@ -89,6 +90,7 @@ class Descent:
             for index in order:
                 self._improve(self.units[index], settled, sweep)
             settled = None
+            give_back(sum(tensor.nbytes for tensor in self.current.values()))
             if sweep > 1 and not self.moved:
                 break
             before, objective = objective, self.objective

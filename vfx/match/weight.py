@@ -14,6 +14,7 @@ from vfx.analyse.balance import balance
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
 from vfx.elements import Acting, Element, Elements, act
+from vfx.garbage import give_back
 from vfx.match.class_descent import ClassDescent, between
 from vfx.match.copies import again
 from vfx.match.descent import Descent, inner_product, squared_distance
@@ -87,7 +88,9 @@ class _Balanced:
         return act(self.problem.symmetry, self.target, self.first)
 
     def _frame(self, weights: Weights) -> Elements:
-        return balance(self.problem.symmetry, weights, self.problem.apart, leaning=True, running=self.running)
+        frame = balance(self.problem.symmetry, weights, self.problem.apart, leaning=True, running=self.running)
+        give_back(sum(tensor.nbytes for tensor in weights.values()))
+        return frame
 
     def match(self, other: Weights, starts: Starts, generator: np.random.Generator) -> list[Run]:
         """What brings another network to the first as it is, from each start."""
