@@ -29,6 +29,7 @@ from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import reusable
 
 Budgets = list[tuple[tuple[Target, ...], float]]
+PIECE = 1 << 20  # weights that are held against their mask at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ class MaskWeights(Pass[Masked]):
         for name, tensor in after.items():
             if name not in masks and tensor is not before[name]:
                 raise PassError(f"{self.name} changed {name}, which it does not prune")
-            if name in masks and bool((tensor.bool() & ~masks[name]).any()):
+            if name in masks and _any_beside(tensor, masks[name]):
                 raise PassError(f"{self.name} left weights of {name} that its mask removes")
         check_finite({name: after[name] for name in masks}, "the pruned network")
 
@@ -155,3 +156,9 @@ class MaskWeights(Pass[Masked]):
         steps = f", {self.schedule.steps} steps" if self.schedule.steps > 1 else ""
         spread = f", {self.allocation.name}" if self.allocation else ""
         return f"MaskWeights({self.score.name}, {self.selection.scope}{spread}, {share:.2%}{steps})"
+
+
+def _any_beside(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether a weight that its mask removes is not zero."""
+    pairs = zip(tensor.reshape(-1).split(PIECE), mask.reshape(-1).split(PIECE))
+    return any(bool((weights.bool() & ~kept).any()) for weights, kept in pairs)
