@@ -307,7 +307,7 @@ CHANGES = (
     Mutation(
         "vfx/pruning/masks.py", "chain.original.copy_(values[leaf])", "pass",
         "masks that are made permanent come undone",
-        "test_pruning::test_masks_hold_while_fine_tuning",
+        "test_pruning::test_masks_become_zeros_whatever_stands_behind_them",
     ),
     Mutation(
         "vfx/resize/program.py", "selected[gain].double() * torch.where(before > 0, after / before, 1.0)",
@@ -335,7 +335,7 @@ CHANGES = (
     Mutation(
         "vfx/diagnosis/skew.py", "max(histogram) < UNEVEN * even and min(histogram) > even / UNEVEN",
         "max(histogram) < UNEVEN * even or min(histogram) > even / UNEVEN", "skewed data need two signs at once",
-        "test_diagnosis::test_class_notes_follow_the_stated_rule",
+        "test_diagnosis::test_one_class_that_is_too_full_or_too_empty_is_enough",
     ),
     # data and capture
     Mutation(
@@ -413,7 +413,7 @@ CHANGES = (
     Mutation(
         "vfx/cli/recipe.py", "return replace(recipe, options=defaults | recipe.options)",
         "return replace(recipe, options=recipe.options | defaults)", "defaults win over what a recipe says",
-        "test_recipes::test_resolved_recipes_hold_every_option",
+        "test_recipes::test_what_a_recipe_says_wins_over_the_defaults",
     ),
     Mutation(
         "vfx/cli/inputs.py", 'name = match if match != "auto" else "activation" if data else "weight"',

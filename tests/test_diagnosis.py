@@ -587,3 +587,9 @@ def test_merge_checks_variances_on_held_out_batches(program: vfx.Program) -> Non
     skewed = vfx.merge(program, data=[X[:16] / 10], held_out=[X[16:]], **options)
     assert any("held-out" in note for note in skewed.report.notes)
     assert variance_note(()) is None
+
+
+@pytest.mark.parametrize("first", [300, 40])
+def test_one_class_that_is_too_full_or_too_empty_is_enough(first: int) -> None:
+    assert "look skewed" in (class_note({0: first} | dict.fromkeys(range(1, 10), 100)) or "")
+    assert class_note(dict.fromkeys(range(10), 100)) is None

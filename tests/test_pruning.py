@@ -25,7 +25,7 @@ from vfx.emit.files import export, load
 from vfx.errors import ArgumentError, PassError, VfxError, WeightError
 from vfx.models import resnet20_bn, vgg11, vit_tiny
 from vfx.program import Program
-from vfx.pruning.masks import Mask, make_permanent
+from vfx.pruning.masks import Mask, make_permanent, parametrize_masks
 from vfx.pruning.selection import Schedule, Selection, lowest, pruned_count, selection
 from vfx.pruning.targets import Target, find_targets, unprotected
 
@@ -530,3 +530,11 @@ def test_matrices_of_every_layout(net: tuple[nn.Module, Program]) -> None:
         for inner in range(4):
             assert torch.equal(matrix[output, inner], weight[4 * group + inner, output % 2].flatten())
     assert selection("2:4", None).pattern
+
+
+@torch.no_grad()
+def test_masks_become_zeros_whatever_stands_behind_them() -> None:
+    layer, mask = nn.Linear(3, 2), torch.tensor([[True, False, True], [False, True, True]])
+    parametrize_masks(layer, {"weight": mask})
+    layer.parametrizations["weight"].original.fill_(2.0)  # type: ignore[index,union-attr,operator]
+    assert torch.equal(make_permanent(layer).weight, 2.0 * mask)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import vfx
 from vfx import api, cli
 from vfx.cli.documents import read_document
-from vfx.cli.recipe import ACTIONS, read_recipe, resolved, values
+from vfx.cli.recipe import ACTIONS, Recipe, read_recipe, resolved, values
 from vfx.cli.toml import toml_of
 from vfx.errors import ArgumentError
 from vfx.models.named import build
@@ -235,3 +235,11 @@ def test_toml_is_read_as_it_was_written() -> None:
     assert tomllib.loads(toml_of({"nothing": None})) == {"nothing": "none"}
     with pytest.raises(TypeError, match="holds no object"):
         toml_of({"x": object()})
+
+
+def test_what_a_recipe_says_wins_over_the_defaults() -> None:
+    said = {"match": "weight", "seed": 7}
+    recipe = Recipe("merge", "vfx:vgg16", ["a.pt", "b.pt"], [], None, None, None, said)
+    options = resolved(recipe, "recipe.toml").options
+    assert {name: options[name] for name in said} == said
+    assert options["normalize"] == "auto"
