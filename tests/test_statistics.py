@@ -23,7 +23,7 @@ from vfx.statistics.collect import Statistics
 from vfx.statistics.collect import collect as collect_statistics
 from vfx.statistics.data import Batches
 from vfx.statistics.labels import tensor_labels
-from vfx.statistics.moments import CrossMoments, Moments, Workspace, batch_moments, channel_rows
+from vfx.statistics.moments import CrossMoments, Moments, batch_moments, channel_rows
 
 PRECISION = [(torch.float64, 1e-10), (torch.float32, 1e-6)]
 COUNT, CHANNELS = 40, 5
@@ -429,29 +429,3 @@ def test_rows_of_channels_are_no_view_of_the_activation(dim: int) -> None:
     assert torch.equal(rows, before.movedim(dim, 0))
     rows.sub_(1)
     assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("layout", ["tokens", "slice of tokens", "images", "channels last"])
-def test_features_are_read_as_they_lie_in_memory(layout: str) -> None:
-    """Channels side by side or apart, a slice of them or all: numpy's two-pass moments of two batches."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(2, 2, 6, 7, 4, CHANNELS, generator=generator, dtype=torch.float64) * 3 + 5
-    dim, cross = -1, CrossMoments(2, CHANNELS, within=True)
-    for batch in (0, 1):
-        read = list(values[:, batch])
-        if layout == "slice of tokens":
-            read = [torch.cat([-x, x, 2 * x], -1).narrow(-1, CHANNELS, CHANNELS) for x in read]
-        if layout in ("images", "channels last"):
-            dim = 1
-            read = [x.permute(0, 3, 1, 2).contiguous() for x in read]
-        if layout == "channels last":
-            read = [x.to(memory_format=torch.channels_last) for x in read]
-        before = [x.clone() for x in read]
-        cross.read(read, read[0].ndim + dim if dim < 0 else dim, Workspace())
-        assert all(torch.equal(x, y) for x, y in zip(read, before))
-    rows = [x.reshape(-1, CHANNELS).numpy() for x in values]
-    centred = [x - x.mean(0) for x in rows]
-    for (i, j), total in cross.cross.items():
-        close(total, torch.from_numpy(centred[i].T @ centred[j]), 1e-12)
-    for moments, x in zip(cross.moments, centred):
-        close(moments.m2, torch.from_numpy((x**2).sum(0)), 1e-12)

@@ -153,9 +153,8 @@ class _Collector:
     def _read_features(self, tap: Tap, values: list[Tensor]) -> None:
         if tap.key not in self.features:
             self.features[tap.key] = CrossMoments(len(values), tap.size, values[0].device, within=self.within)
-        if tap.in_a_row:
-            rows = [x.narrow(tap.dim, int(tap.position[0, 0]), tap.size) for x in values]
-            self.features[tap.key].read(rows, tap.dim, self._workspace)
+        if tap.whole:
+            self.features[tap.key].read(values, tap.dim, self._workspace)
         else:
             self.features[tap.key].update([features(tap, x) for x in values])
 

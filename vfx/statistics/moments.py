@@ -147,15 +147,7 @@ def _channel_means(channels: Tensor) -> Tensor:
 
 
 def _centred(channels: Tensor, mean: Tensor, workspace: Workspace, slot: int) -> Tensor:
-    """The transposition, the copy and the centring in one pass over memory.
-
-    Where channels stand side by side in memory (tokens) they are left so: (C, samples) is a view.
-    """
-    if channels.ndim > 1 and channels.stride(0) == 1:
-        samples = channels.movedim(0, -1)
-        columns = workspace.take(slot, tuple(samples.shape), mean.dtype, mean.device)
-        torch.sub(samples, mean, out=columns)
-        return columns.view(-1, len(mean)).T
+    """The transposition, the copy and the centring in one pass over memory."""
     rows = workspace.take(slot, tuple(channels.shape), mean.dtype, mean.device)
     torch.sub(channels, mean.reshape(-1, *[1] * (channels.ndim - 1)), out=rows)
     return rows.view(rows.shape[0], -1)

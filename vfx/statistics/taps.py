@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,11 +46,6 @@ class Tap:
     @property
     def size(self) -> int:
         return len(self.digits)
-
-    @cached_property
-    def in_a_row(self) -> bool:
-        """Whether the features stand one behind the other along the axis, each once."""
-        return self.position.shape[1] == 1 and bool((np.diff(self.position[:, 0]) == 1).all())
 
     @property
     def key(self) -> str:
