@@ -89,6 +89,11 @@ def _killed(rows: Json) -> Reading:
     return Reading(not states["broken"] and not any(row["stayed"] for row in rows), f"files: {_counted(states)}")
 
 
+def _mutations(rows: Json) -> Reading:
+    noticed = sum(row["control"] for row in rows)
+    return Reading(noticed >= 0.95 * len(rows), f"{noticed} of {len(rows)}")
+
+
 def _default_call(pairs: Json) -> Reading:
     behind = {name: pair["default"]["accuracy"] - max(pair["edges"]) for name, pair in pairs.items()}
     errors = {name: max(error for _, error in pair["default"]["gains"]) for name, pair in pairs.items()}
@@ -239,6 +244,7 @@ PROMISES = (
     Promise("random networks go through every pass", "generated", _generated),
     Promise("damaged and hostile files are refused", "fuzz", _fuzzed),
     Promise("a killed command leaves each file old or new", "killed", _killed),
+    Promise("the tests notice 95 % of wrong changes of the code", "mutations", _mutations),
     Promise("the default call is level with the better edge at one edge's parameters", "solving", _default_call),
     Promise("wide networks: the default call beats the papers' methods at the same layers kept", "headline", _wide),
     Promise("two to five networks merge into one, less than a point below the worst edge", "many", _many),

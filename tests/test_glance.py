@@ -22,9 +22,9 @@ def _promise(benchmark: str) -> Promise:
 
 
 def test_a_wrong_symmetry_is_a_claim_missed() -> None:
-    zoo = _results(_promise("zoo"))
-    assert _promise("zoo").read(zoo).holds
-    next(iter(zoo.values()))["verify_error"] = 1e-3
+    zoo = {"a": {"verify_error": 1e-13}, "b": {"verify_error": None}}
+    assert _promise("zoo").read(zoo) == (True, "1 of 1 verified, largest error 1e-13; 1 captured")
+    zoo["a"]["verify_error"] = 1e-3
     assert not _promise("zoo").read(zoo).holds
 
 
@@ -46,3 +46,9 @@ def test_a_peak_above_its_target_is_a_claim_missed() -> None:
     reading = _promise("peaks").read(calls)
     assert (reading.holds, reading.figures) == (False, "1 of 2 calls; above theirs: another 1.60")
     assert _promise("peaks").read({"a call": calls["a call"]}).holds
+
+
+def test_changes_that_go_unnoticed_are_a_claim_missed() -> None:
+    rows = [{"control": True}] * 19 + [{"control": False}]
+    assert _promise("mutations").read(rows).holds
+    assert not _promise("mutations").read(rows[1:]).holds
