@@ -469,6 +469,26 @@ def test_a_block_called_twice_is_solved_for_both_sums() -> None:
     _differs(result, _solved(aligned, goals="output"), "shared.weight")
 
 
+def waiting() -> nn.Module:
+    """The first layer's value waits for an activation while the shared layer, called before it, runs ahead."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        waits = self.stem(x)
+        first = self.shared(x)
+        second = self.shared(torch.tanh(waits))
+        return self.fc((first + second).mean((2, 3)))
+
+    return net(forward, stem=conv(3, 3), shared=conv(3, 4), fc=nn.Linear(4, 3))
+
+
+def test_values_that_wait_are_not_written_to_by_a_run_ahead() -> None:
+    aligned = trace(edges(waiting, X), X[:2])
+    start, result = Interpolate()(aligned), _solved(aligned)
+    activation = next(step for step in start.plan if step.node.name == "tanh")
+    assert activation.in_place is not None, "an ordinary run writes over the value that waits"
+    _check(result, start, "linear", _goal(aligned, "linear"))
+
+
 def _two_layouts(self: Any, x: Tensor) -> Tensor:
     return self.c(torch.tanh(torch.tanh(self.a(x)) @ self.a.weight))
 

@@ -229,6 +229,16 @@ def test_goals_are_those_of_the_kept_channels() -> None:
     assert found.std.tolist() == [[14.0, 11.0]]
 
 
+def test_goals_of_each_edge_are_those_of_its_own_channels() -> None:
+    program, facts = _captured(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 5))
+    node = next(n.name for n in program.graph.nodes if n.name.startswith("linear"))
+    rows = torch.arange(8.0) + torch.tensor([[0.0], [100.0]])
+    both = replace(program.with_weights([program.weights[0]] * 2), goals={node: Goal(rows, 10 + rows)})
+    goal = resize(both, facts, [{0: np.array([1, 0])}, {0: np.array([6, 7])}]).program.goals[node]
+    assert goal.mean.tolist() == [[1.0, 0.0], [106.0, 107.0]]
+    assert goal.std.tolist() == [[11.0, 10.0], [116.0, 117.0]]
+
+
 def test_the_result_is_a_module_with_the_users_names() -> None:
     torch.manual_seed(0)
     program = capture(zoo.resnet18().eval(), images(2, 32))
