@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfx.program import Program
 from vfx.reconstruct.solve import RIDGES, RidgeProblem
+from vfx.reconstruct.sums import Sums
 
 X = images(16, 6, dtype=torch.float64)
 VECTORS = torch.randn(24, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -78,3 +79,12 @@ def equal_weights(found: Program, expected: Program) -> None:
     assert found.weights[0].keys() == expected.weights[0].keys()
     for name, tensor in expected.weights[0].items():
         assert torch.equal(found.weights[0][name], tensor), name
+
+
+def squared_error(sums: Sums, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Σ ‖x W + b − y‖² over all rows, groups and outputs."""
+    total = ((sums.gram @ matrix - 2 * sums.cross) * matrix).sum() + sums.squares.sum()
+    if bias is not None:
+        outputs = (sums.inputs[:, None, :] @ matrix)[:, 0]
+        total = total + (bias * (2 * outputs + sums.count * bias - 2 * sums.goals)).sum()
+    return total

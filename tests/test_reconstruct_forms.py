@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import close, node_values
-from literal import RIDGE, drawn, equal_weights, with_ones
+from literal import RIDGE, drawn, equal_weights, squared_error, with_ones
 from micro_models import net, parameter
 from torch import Tensor, fx, nn
 from vfx.passes.reconstruct import Reconstruct
@@ -232,7 +232,7 @@ def test_sums_add_up_and_tell_errors_and_moments() -> None:
     close(gram, with_ones(rows).mT @ with_ones(rows), 1e-12)
     close(cross, with_ones(rows).mT @ goals, 1e-12)
     y = rows @ matrix + bias[:, None]
-    close(whole.error(matrix, bias), (y - goals).square().sum(), 1e-12)
-    close(whole.error(matrix, None), (rows @ matrix - goals).square().sum(), 1e-12)
+    close(squared_error(whole, matrix, bias), (y - goals).square().sum(), 1e-12)
+    close(squared_error(whole, matrix, None), (rows @ matrix - goals).square().sum(), 1e-12)
     for found, expected in zip(whole.moments(matrix, bias), (y.mean(1), y.var(1, correction=0))):
         close(found, expected, 1e-12)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import close
-from literal import EXACT, close_solutions, drawn, held_errors, literal_solution
+from literal import EXACT, close_solutions, drawn, held_errors, literal_solution, squared_error
 from torch import Tensor
 
 from vfx.reconstruct import solve as solving
@@ -49,10 +49,10 @@ def _solved(problem: RidgeProblem, sums: Sums, ridge: float) -> tuple[Tensor, Te
     system = System(problem, sums)
     solution = system.solve(ridge)
     start = problem.centre if problem.support is None else problem.centre * problem.support
-    before = float(sums.error(start, problem.bias))
+    before = float(squared_error(sums, start, problem.bias))
     scale = EXACT * (float(sums.squares.sum()) + before)
     assert abs(system.before - before) <= scale
-    assert abs(solution.error - float(sums.error(solution.matrix, solution.bias))) <= scale
+    assert abs(solution.error - float(squared_error(sums, solution.matrix, solution.bias))) <= scale
     return solution.matrix, solution.bias
 
 
@@ -138,7 +138,7 @@ def test_conjugate_gradients_that_are_cut_off_fit_about_as_well(ridge: float, mo
     for price in (0, 10**9):
         monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
         solution = System(RidgeProblem(torch.zeros(1, 64, 5).double(), None, support), sums).solve(ridge)
-        errors.append(float(sums.error(solution.matrix, None)))
+        errors.append(float(squared_error(sums, solution.matrix, None)))
     assert errors[0] <= errors[1] * 1.001
     assert errors[1] < 0.95 * float(sums.squares.sum())
 

@@ -63,13 +63,6 @@ class Sums:
         right = torch.cat([self.inputs[:, :, None], count], 1)
         return torch.cat([left, right], 2), torch.cat([self.cross, self.goals[:, None, :]], 1)
 
-    def error(self, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """Σ ‖x W + b − y‖² over all rows, groups and outputs."""
-        total = ((self.gram @ matrix - 2 * self.cross) * matrix).sum() + self.squares.sum()
-        if bias is not None:
-            total = total + (bias * (2 * self._products(matrix) + self.count * bias - 2 * self.goals)).sum()
-        return total
-
     def moments(self, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (G, O) of x W + b."""
         count = max(self.count, 1)
