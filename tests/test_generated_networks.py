@@ -12,9 +12,11 @@ from benchmarks.generated import difference, moved_copy, outcomes
 from benchmarks.grammar import network
 
 NETWORKS = 50
+# the fewest found of these that hold every kind of block and layout; the benchmark runs a thousand
+SAMPLE = (0, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 16, 17, 18, 20, 21, 22, 26, 30, 33, 43, 45, 47, 48, 49)
 
 
-@pytest.mark.parametrize("seed", range(NETWORKS))
+@pytest.mark.parametrize("seed", SAMPLE)
 def test_a_random_network_goes_through_every_pass(seed: int) -> None:
     unfit = [outcome for outcome in outcomes(seed) if outcome.verdict not in ("right", "missed")]
     assert not unfit, network(seed)[0].names()
@@ -23,7 +25,10 @@ def test_a_random_network_goes_through_every_pass(seed: int) -> None:
 def test_the_grammar_speaks_every_layout_and_gives_the_same_network_again() -> None:
     models = [network(seed)[0] for seed in range(NETWORKS)]
     assert {model.layout for model in models} == {"vector", "tokens", "words", "line", "image"}
-    assert len({name for model in models for name in model.names()}) > 50
+    kinds = {name for model in models for name in model.names()}
+    assert len(kinds) > 50
+    assert {name for seed in SAMPLE for name in models[seed].names()} == kinds
+    assert {models[seed].layout for seed in SAMPLE} == {model.layout for model in models}
     again, x = network(3)
     assert torch.equal(again(x), models[3](x))
 
