@@ -1,8 +1,9 @@
 """The papers' tables as data: for each the network, the rows, the columns, and what the paper claims with it.
 
 VF: *Vanishing Feature* (CPAL 2025); RB: *Rethinking Model Re-Basin*; RD: *The Role of Data in Model Merging*. A cell
-joins its row's and its column's arguments of ``vfx.merge``; "samples" in them says how many calibration samples are
-read (a share of all). Every table ends with the default call.
+joins its row's and its column's arguments of ``vfx.merge``. Three more say how they come about: "samples", how many
+calibration samples are read (a share of all); "independent", that a third network's statistics are the goal;
+"recorded", that the goals were recorded in training mode. Every table ends with the default call.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ NORMALIZED = {"REPAIR": "repair", "RESCALE": "rescale", "Bias Cal.": "bias_calib
 VARIANTS = {"-": None, "REPAIR": "repair", "RESCALE": "rescale", "RESCALE (average)": "rescale_average"}
 VARIANTS |= {"RESHIFT": "reshift"}
 DEFAULT: Mapping[str, Options] = {"default": {}}
+INDEPENDENT, RECORDED = {"independent": True}, {"recorded": True}
+
+
+def _by_batch(method: str) -> Options:
+    """No calibration: the statistics of each batch, at evaluation."""
+    return _plain(vfx.Normalization(method, sweep="batch"))
 
 
 def _cuts(depth: int, cuts: tuple[int, ...]) -> dict[str, Options]:
@@ -126,6 +133,16 @@ TABLES: dict[str, Table] = {
     "rb_table5": _variants("vgg11", "5: VGG11"),
     "rb_table6": _variants("resnet20_plain", "6: plain ResNet20"),
     "rb_table7": _variants("resnet20_fixup", "7: Fixup ResNet20"),
+    "rb_table8": Table(
+        "RB Table 8: the statistics of an independent network as the goal", "vgg16",
+        {"WM": WEIGHT, "AM": ACTIVATION},
+        {"without": _plain(None), "RESCALE": _plain("rescale"),
+         "RESCALE, independent": _plain("rescale", **INDEPENDENT),
+         "RESCALE (average), independent": _plain("rescale_average", **INDEPENDENT)},
+        (Claim("an independent network's statistics repair, too", ("WM", "RESCALE, independent"), ("WM", "without")),
+         Claim("of an independent network layer averages serve better than channels",
+               ("WM", "RESCALE (average), independent"), ("WM", "RESCALE, independent"))),
+    ),
     "rb_table9": Table(
         "RB Table 9: normalization layer by layer (exact), on uncorrected activations, and in training mode",
         "vgg16", {"REPAIR": {"method": "repair"}, "RESCALE": {"method": "rescale"}},
@@ -139,11 +156,21 @@ TABLES: dict[str, Table] = {
          "behind": _plain(vfx.Normalization("repair", site="activation"))},
         (Claim("before the activation is better than behind it", ("WM", "before"), ("WM", "behind")),),
     ),
+    "rb_table11": Table(
+        "RB Table 11: RESET without calibration data", "vgg16_bn", {"WM": WEIGHT, "AM": ACTIVATION},
+        {"without": _plain(None), "RESET": _plain("reset"), "RESET by batch": _by_batch("reset")},
+        (Claim("calibration is better than statistics of batches", ("WM", "RESET"), ("WM", "RESET by batch")),
+         Claim("statistics of batches repair, too", ("WM", "RESET by batch"), ("WM", "without"))),
+    ),
     "rb_table12": Table(
-        "RB Table 12, its data-dependent half: REPAIR and RESCALE with LayerNorm", "vgg16_ln",
+        "RB Table 12: REPAIR and RESCALE with LayerNorm, with and without calibration data", "vgg16_ln",
         {"WM": WEIGHT, "AM": ACTIVATION},
-        {"without": _plain(None), "REPAIR": _plain("repair"), "RESCALE": _plain("rescale")},
-        (Claim("REPAIR is at least as good as RESCALE", ("AM", "REPAIR"), ("AM", "RESCALE")),),
+        {"without": _plain(None), "REPAIR": _plain("repair"), "RESCALE": _plain("rescale"),
+         "REPAIR by batch": {**_by_batch("repair"), **RECORDED},
+         "RESCALE by batch": {**_by_batch("rescale"), **RECORDED}},
+        (Claim("REPAIR is at least as good as RESCALE", ("AM", "REPAIR"), ("AM", "RESCALE")),
+         Claim("calibration is better than statistics of batches", ("AM", "REPAIR"), ("AM", "REPAIR by batch")),
+         Claim("statistics of batches repair, too", ("AM", "REPAIR by batch"), ("AM", "without"))),
     ),
     "rd_figure1": Table(
         "RD Figure 1, its axis of amount: how much data matching and normalization read", "vgg16_bn",

@@ -13,6 +13,7 @@ of all tables. Each cell is written when it is measured; a run that was stopped 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import statistics
@@ -73,6 +74,7 @@ class Pair:
     data: Path
     calibration: int
     device: str
+    third: Recipe | None = None
     made: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -86,6 +88,24 @@ class Pair:
     @cached_property
     def program(self) -> vfx.Program:
         return vfx.trace(self.edges, self._images[0][:2])
+
+    @cached_property
+    def independent(self) -> nn.Module:
+        """A network of the same recipe that is none of the two."""
+        assert self.third is not None
+        trained([self.third], self.data, self.networks, self.device)
+        return self.third.load(self.networks)
+
+    @cached_property
+    def recorded(self) -> vfx.Statistics:
+        """The edges' statistics as training mode reads them, over all their training images."""
+        recorders = []
+        for recipe, edge in zip(self.recipes, self.edges):
+            with torch.no_grad(), vfx.record(copy.deepcopy(edge).train()) as recorder:
+                for batch in self._images[0][: recipe.images].split(BATCH):
+                    recorder.model(batch)
+            recorders.append(recorder)
+        return vfx.recorded(self.program, recorders)
 
     def judged(self, outputs: Tensor) -> dict[str, float]:
         """Accuracy in percent and loss of outputs for the test images."""
@@ -109,6 +129,10 @@ class Pair:
     def _merged(self, options: dict[str, Any]) -> dict[str, Any]:
         count = max(2, round(options.pop("samples", 1.0) * self.calibration))
         data = self._images[0][:count].split(BATCH)
+        if options.pop("independent", False):
+            options["references"] = [self.independent]
+        if options.pop("recorded", False):
+            options["statistics"] = self.recorded
         start = time.perf_counter()
         result = vfx.merge(self.program, data=data, device=self.device, progress=False, **options)
         seconds = round(time.perf_counter() - start, 2)
@@ -123,12 +147,14 @@ pair_of = cache(Pair)
 def measure(name: str, scale: str, networks: Path, data: Path, file: Path, device: str) -> None:
     """Measure the cells of one table that its file does not hold yet."""
     table, setting = TABLES[name], SCALES[scale]
-    recipes = FAMILIES[setting.family][table.network][: setting.seeds]
+    seeds = FAMILIES[setting.family][table.network]
+    recipes = seeds[: setting.seeds]
     trained(recipes, data, networks, device)
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     pairs = results.setdefault(scale, {})
     for first, second in itertools.combinations(recipes, 2):
-        pair = pair_of((first, second), networks, data, setting.calibration, device)
+        third = next((recipe for recipe in seeds if recipe not in (first, second)), None)
+        pair = pair_of((first, second), networks, data, setting.calibration, device, third)
         measured = pairs.setdefault(f"{first.seed}-{second.seed}", {"cells": {}})
         if "edges" not in measured:
             measured |= {**pair.ends(), "default": pair.cell({})}

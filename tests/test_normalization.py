@@ -653,6 +653,14 @@ def test_merging_without_data_uses_recorded_goals_and_each_batchs_statistics(met
         recorded(program, recorders[:1])
     with pytest.raises(ArgumentError, match="hold no 'features'"):
         merge(program, normalize=asked, match="activation", statistics=statistics)
+    matched = merge(program, normalize=asked, match="activation", statistics=statistics, data=X, progress=False)
+    assert matched.statistics is not None
+    assert matched.statistics.layers == statistics.layers, "the recorded goals, beside features of the data"
+    assert matched.statistics.features
+    swapped = trace([models[1], models[0]], X[:2])
+    with pytest.raises(DataError, match="another graph or other weights"):
+        merge(swapped, normalize=asked, match="activation", statistics=statistics, data=X, progress=False)
+    assert matched.module(X).isfinite().all()
 
 
 def test_batchnorms_by_batch_are_torchs_in_training_mode() -> None:

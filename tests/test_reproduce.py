@@ -21,10 +21,10 @@ CLAIM = Claim("keeping layers helps", ("kept", "average"), ("all merged", "avera
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_cell_is_a_call_of_merge(name: str) -> None:
-    table, known = TABLES[name], {*inspect.signature(vfx.merge).parameters, "samples"}
+    table, names = TABLES[name], {*inspect.signature(vfx.merge).parameters, "samples", "independent", "recorded"}
     for row in table.rows.values():
         for column in table.columns.values():
-            assert set(options_of(row, column)) <= known
+            assert set(options_of(row, column)) <= names
     assert table.network in FAMILIES["digits"]
     assert all(0 < row.get("samples", 1.0) <= 1 for row in table.rows.values())
     for claim in table.claims:
@@ -70,6 +70,35 @@ def test_a_table_is_measured_once_and_written(setting: Path, monkeypatch: pytest
         measure("tiny", "tiny", setting.parent, setting.parent, setting, "cpu")
     assert "| kept | – |" in page("tiny", results)
     assert "keeping layers helps: not measured" in page("tiny", results)
+
+
+def test_goals_of_another_network_and_recorded_goals_are_handed_over(
+    setting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = [Recipe("vgg11", 1 / 32, 32, 1, 0.05, seed, data="digits") for seed in (0, 1, 2)]
+    monkeypatch.setitem(FAMILIES, "tiny", {"vgg11": recipes})
+    columns: dict[str, Any] = {
+        "goals of a third": {"solve": None, "normalize": "rescale", "match": None, "independent": True},
+        "recorded": {"solve": None, "normalize": "rescale", "match": None, "recorded": True},
+    }
+    monkeypatch.setitem(TABLES, "tiny", Table("A tiny table", "vgg11", {"all merged": {}}, columns))
+    given: list[dict[str, Any]] = []
+    merge = vfx.merge
+
+    def seen(*args: Any, **options: Any) -> Any:
+        given.append(options)
+        return merge(*args, **options)
+
+    monkeypatch.setattr(vfx, "merge", seen)
+    measure("tiny", "tiny", setting.parent, setting.parent, setting, "cpu")
+    _, independent, recorded = given
+    third, images = recipes[2].built().eval(), torch.randn(32, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    [network] = independent["references"]
+    assert torch.equal(network(images), third(images))
+    first_layer, *_ = recorded["statistics"].layers.values()
+    for recipe, moments in zip(recipes, first_layer):
+        output = recipe.built().features[0](images)
+        torch.testing.assert_close(moments.mean.float(), output.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
 
 def _pairs(*values: tuple[float, float], edge: float = 95.0) -> dict[str, Any]:

@@ -146,7 +146,10 @@ def _towards_references(edges: Program, start: Start, ready: Ready, options: Mer
 def gathered(
     start: Start, asked: Normalization | None, data: Any, options: Mapping[str, Any]
 ) -> Statistics | None:  # fmt: skip
-    """The statistics that matching and normalization read: the user's, or collected now."""
+    """The statistics that matching and normalization read: the user's, or collected now.
+
+    Goals that were recorded hold no features: what matching reads comes from the data.
+    """
     finder, given = start.finder, start.given
     reads = reads_for(asked, finder, start.program)
     runs = finder is not None and "data" in finder.needs
@@ -155,9 +158,17 @@ def gathered(
         missing = "data=" if runs else "data= or statistics="
         raise ArgumentError(f"{who} needs {missing}; match='weight' and normalize=None do without")
     if given is None and reads:
-        given = collect_statistics(start.program, start.facts, data, **asks_of(reads, finder, start.facts), **options)
+        return _collected(start, reads, data, options)
+    if given is not None and given.reads == {"layers"} and data is not None and "features" in reads:
+        given.check(start.program)
+        more = _collected(start, [name for name in reads if name != "layers"], data, options)
+        given = replace(more, layers={**more.layers, **given.layers}, reads=more.reads | given.reads)
     check_statistics(given, reads, asked)
     return given
+
+
+def _collected(start: Start, reads: Sequence[str], data: Any, options: Mapping[str, Any]) -> Statistics:
+    return collect_statistics(start.program, start.facts, data, **asks_of(reads, start.finder, start.facts), **options)
 
 
 def asks_of(reads: Sequence[str], finder: Matcher | None, facts: Symmetry) -> dict[str, bool]:
