@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vfx.arguments import checked
+from vfx.checkpointing.journal import section
 from vfx.checks import check_finite
 from vfx.errors import ArgumentError, PassError
 from vfx.on_read import OnRead
@@ -137,7 +138,17 @@ class MaskWeights(Pass[Masked]):
     def _step(self, program: Program, masked: Masked, share: float) -> Pruned:
         targets = tuple(target for own, _ in masked.budgets for target in own)
         subject = self._subject(program, targets, masked.masks)
-        return self.score.prune(subject, lambda scores: self._select(scores, masked, share))
+        if self.score.layer_by_layer:  # each layer is saved when it is pruned
+            return self.score.prune(subject, lambda scores: self._select(scores, masked, share))
+
+        def prune() -> dict[str, Tensor]:
+            pruned = self.score.prune(subject, lambda scores: self._select(scores, masked, share))
+            return _labelled("mask", pruned.masks) | _labelled("weight", pruned.weights)
+
+        tensors = program.weights[0]
+        like = {f"{kind}:{target.name}": tensors[target.name] for target in targets for kind in ("mask", "weight")}
+        made = section("masks", [target.name for target in targets]).once(0, prune, like)
+        return Pruned(_of_label("mask", made), _of_label("weight", made))
 
     def _subject(self, program: Program, targets: tuple[Target, ...], kept: Values) -> Subject:
         return Subject(
@@ -156,6 +167,16 @@ class MaskWeights(Pass[Masked]):
         steps = f", {self.schedule.steps} steps" if self.schedule.steps > 1 else ""
         spread = f", {self.allocation.name}" if self.allocation else ""
         return f"MaskWeights({self.score.name}, {self.selection.scope}{spread}, {share:.2%}{steps})"
+
+
+def _labelled(kind: str, tensors: Values) -> dict[str, Tensor]:
+    """Tensors under names that say what they are."""
+    return {f"{kind}:{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of_label(kind: str, tensors: Values) -> dict[str, Tensor]:
+    """What ``_labelled`` was given."""
+    return {name.removeprefix(f"{kind}:"): x for name, x in tensors.items() if name.startswith(f"{kind}:")}
 
 
 def _any_beside(tensor: Tensor, mask: Tensor) -> bool:

@@ -134,6 +134,10 @@ class Rewriting(Reading):
         Text("texts"),
     )
     device: Any = keyword(None, "cpu, cuda, mps, …", Text("maybe"))
+    checkpoint: str | os.PathLike[str] | None = keyword(
+        None, "Folder that keeps what is finished: the same command, started again, goes on from it.", Text("maybe"),
+        recipe=False,
+    )  # fmt: skip
 
     @property
     def capturing(self) -> dict[str, Any]:

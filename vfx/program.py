@@ -203,6 +203,11 @@ class Program:
         """Number of weight sets."""
         return len(self.weights)
 
+    def read_before(self, rest: Sequence[Step], names: Iterable[str]) -> bool:
+        """Whether a call that is not in the ``rest`` of the plan reads one of these tensors."""
+        behind, readers = {step.node for step in rest}, readers_of(self.graph)
+        return any(node not in behind for name in names for node in readers.get(name, ()))
+
     def names(self) -> list[str]:
         """FQNs read by the graph, in order of first use."""
         return list(dict.fromkeys(node.target for node in self.graph.nodes if node.op == "get_attr"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from vfx.api.preparing import prepare as prepare_edges
 from vfx.api.results import Result, result_of, run_passes
 from vfx.api.tracing import program_of
 from vfx.arguments import checked
+from vfx.checkpointing.resuming import resumable
 from vfx.choice import Judging
 from vfx.combine.combiner import Combiner
 from vfx.errors import ArgumentError, PassError
@@ -62,6 +64,7 @@ def merge(
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
     """Merge trained networks of one architecture into one, without training (*Vanishing Feature*, CPAL 2025).
@@ -100,17 +103,26 @@ def merge(
     averaged ("mean"). ``statistics``: from an earlier merge or ``vfx.collect``. ``held_out``: batches that calibrate
     nothing; the report warns if the merged network's variances do not fit the edges' on them. ``dynamic_shapes`` and
     ``outputs`` (those that count): as for ``vfx.trace``. ``verify``: prove f(x) = f_π(x) before use, and
-    compare the module that comes out.
-    Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, VerificationError.
+    compare the module that comes out. ``checkpoint``: a folder that keeps each layer that is solved or normalized: the
+    same call, made again, goes on behind the last one (``vfx/checkpointing``).
+    Raises ArgumentError, ArchitectureError, WeightError, DataError, CaptureError, CheckpointError, OutputError,
+    VerificationError.
     """
     options = MergeOptions(
         data=reusable(data), match=match, classes=classes, restarts=restarts, weights=weights, combine=combine,
         base=base, solve=solve, follow=follow, follow_edge=follow_edge, judge=judge, normalize=normalize,
         preserve=preserve, budget=budget, join=join, heads=heads, head_output=head_output, prepare=prepare,
         references=references, statistics=statistics, held_out=held_out, max_samples=max_samples,
-        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
+        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, checkpoint=checkpoint,
+        progress=progress,
     )  # fmt: skip
-    watch = Stopwatch(progress)
+    with resumable(options, models, example_inputs):
+        return _merged(models, example_inputs, options)
+
+
+def _merged(models: Sequence[nn.Module] | Program, example_inputs: Any, options: MergeOptions) -> Result:
+    """The stages of ``merge``."""
+    watch = Stopwatch(options.progress)
     captured = capture(models, example_inputs, options, watch)
     ready = prepare_edges(captured, options, watch)
     aligned = align(ready, options, watch)
@@ -119,7 +131,7 @@ def merge(
     network = make(chosen, aligned, options, watch)
     held = [weights for program in (aligned.program, *captured.programs) for weights in program.weights]
     return result_of(
-        network, aligned.program, watch, aligned.alignment, aligned.statistics, chosen.report, held, verify
+        network, aligned.program, watch, aligned.alignment, aligned.statistics, chosen.report, held, options.verify
     )  # fmt: skip
 
 

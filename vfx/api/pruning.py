@@ -15,6 +15,7 @@ from vfx.api.removing import removed, removed_result, share_of, whole_channels
 from vfx.api.restoring import decide
 from vfx.api.results import Result
 from vfx.arguments import checked
+from vfx.checkpointing.resuming import resumable
 from vfx.choice import Judging
 from vfx.normalize.catalogue import Normalization
 from vfx.options import DYNAMIC_BATCH, PruneOptions, StructuredOptions
@@ -53,6 +54,7 @@ def prune(
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
     """Set the weights that a trained network needs least to zero and solve those that stay, without training.
@@ -76,7 +78,8 @@ def prune(
     and None without data. ``steps`` one-shot steps along a "cubic" or "linear" ``schedule``. ``masks``: "permanent"
     zeros, "parametrize" for fine-tuning, or "semi_structured" 2:4 tensors on CUDA. ``scope="group"`` (or
     ``structured``, its further options) removes whole channels instead: see ``prune_structured``. ``dynamic_shapes``
-    and ``outputs`` (those that count): as for ``vfx.trace``.
+    and ``outputs`` (those that count): as for ``vfx.trace``. ``checkpoint``: a folder that keeps each layer that is
+    pruned, solved or normalized: the same call, made again, goes on behind the last one (``vfx/checkpointing``).
     *Vanishing Feature* §5.5, App. A.7.
     Example: ``vfx.prune(model, x, sparsity=0.9, score="wanda", scores="wanda.safetensors", data=loader)``.
     Raises ArgumentError, WeightError, DataError, CaptureError, CheckpointError, OutputError, PassError,
@@ -86,11 +89,18 @@ def prune(
         sparsity=sparsity, score=score, scores=scores, scope=scope, allocation=allocation, data=reusable(data),
         max_samples=max_samples, repair_samples=repair_samples, protect=protect, solve=solve, judge=judge,
         normalize=normalize, steps=steps, schedule=schedule, masks=masks, structured=structured,
-        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, progress=progress,
+        dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device, checkpoint=checkpoint,
+        progress=progress,
     )  # fmt: skip
     if scope == "group" or structured is not None:
         return prune_structured(model, example_inputs, **whole_channels(options, prune_structured))
-    watch = Stopwatch(progress)
+    with resumable(options, model, example_inputs):
+        return _pruned(model, example_inputs, options)
+
+
+def _pruned(model: nn.Module | Program, example_inputs: Any, options: PruneOptions) -> Result:
+    """The stages of ``prune``."""
+    watch = Stopwatch(options.progress)
     masking(with_support(options))  # what is wrong with them is said before anything takes time
     dense = capture_dense(model, example_inputs, options, watch)
     mask = masking(with_support(options, dense.program))
@@ -128,6 +138,7 @@ def prune_structured(
     verify: bool = True,
     seed: int = 0,
     device: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
     """Remove whole channels, heads or groups along the symmetry groups: a smaller network of any architecture.
@@ -158,23 +169,29 @@ def prune_structured(
     held-out samples, and gives way to a normalization that is named.
     ``normalize``: None, "repair", "rescale", "reset" towards the statistics of those channels on ``repair_samples``
     samples; "auto" is RESET with BatchNorm, else REPAIR, and None without data. ``dynamic_shapes`` and
-    ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``.
+    ``outputs`` (those that count, which alone are returned): as for ``vfx.trace``, ``checkpoint``: for ``vfx.prune``.
     The network is of the user's class, its layers resized, where its ``forward`` then computes what was proved; else
     the report says why it is a GraphModule.
     Example: ``vfx.prune_structured(model, x, units="layers", sparsity=0.25, data=loader)``;
     ``vfx.prune_structured(model, x, sparsity=[0.25, 0.5, 0.75], data=loader).networks[0.5]``.
-    Raises ArgumentError, DataError, CaptureError, PassError, VerificationError.
+    Raises ArgumentError, DataError, CaptureError, CheckpointError, OutputError, PassError, VerificationError.
     """
     options = StructuredOptions(
         sparsity=sparsity, method=method, score=score, basis=basis, allocation=allocation, budget=budget,
         round_to=round_to, units=units, roles=roles, protect=protect, variance=variance, data=reusable(data),
         solve=solve, judge=judge, loss=loss, max_samples=max_samples, repair_samples=repair_samples,
         normalize=normalize, dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device,
-        progress=progress,
+        checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
-    if isinstance(sparsity, Sequence):
-        return prune_family(model, example_inputs, options)
-    watch = Stopwatch(progress)
+    with resumable(options, model, example_inputs):
+        if isinstance(sparsity, Sequence):
+            return prune_family(model, example_inputs, options)
+        return _without_channels(model, example_inputs, options)
+
+
+def _without_channels(model: nn.Module | Program, example_inputs: Any, options: StructuredOptions) -> Result:
+    """The stages of ``prune_structured``."""
+    watch = Stopwatch(options.progress)
     share = share_of(options)
     dense = capture_dense(model, example_inputs, options, watch)
     removals = removed(dense, share, options, watch)

@@ -17,13 +17,15 @@ from vfx.cli.results import STDOUT, check_outputs, evaluated, finish
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, StructuredOptions
 
-Checkpoint = Annotated[Path, typer.Argument(help="State dict of the network: .safetensors, .pt or .pth.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="State dict of the network: .safetensors, .pt or .pth.")
+]
 
 
 @app.command()
 @with_keywords(PruneOptions)
 def prune(
-    checkpoint: Checkpoint,
+    network_file: Checkpoint,
     model: Model,
     given: Given,
     inputs: Inputs = [],  # noqa: B006
@@ -38,11 +40,11 @@ def prune(
 ) -> None:
     """Prune a trained network in one shot and solve what is left for its outputs."""
     check_outputs(out, report)
-    check_network(model, [checkpoint], inputs)
+    check_network(model, [network_file], inputs)
     asked = values(PruneOptions, given)  # raises before anything takes time
     from vfx import api
 
-    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
+    (network,), examples = load_all([network_file], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     protected = given["protect"]
     asked |= {
@@ -51,7 +53,7 @@ def prune(
         "protect": "auto" if protected in (None, [], ["auto"]) else [name for name in protected if name != "none"],
     }
     result = api.prune(network, examples, **asked)
-    finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]), [checkpoint])
+    finish(result, out, report, evaluated([network], result, examples, judging, [network_file]), [network_file])
 
 
 def _score(name: str, options: dict[str, Any]) -> Any:
@@ -68,7 +70,7 @@ def _score(name: str, options: dict[str, Any]) -> Any:
 @app.command("prune-structured")
 @with_keywords(StructuredOptions)
 def prune_structured(
-    checkpoint: Checkpoint,
+    network_file: Checkpoint,
     model: Model,
     given: Given,
     inputs: Inputs = [],  # noqa: B006
@@ -81,17 +83,17 @@ def prune_structured(
     """Remove or fold whole channels, heads and groups: a smaller network."""
     asked = values(StructuredOptions, given)  # raises before anything takes time
     check_outputs(out, report, rebuilt="a network with fewer channels" if asked["sparsity"] != 0 else "")
-    check_network(model, [checkpoint], inputs)
+    check_network(model, [network_file], inputs)
     from vfx import api
 
-    (network,), examples = load_all([checkpoint], model, arguments, entry), examples_of(inputs, model)
+    (network,), examples = load_all([network_file], model, arguments, entry), examples_of(inputs, model)
     judging = data_of(evaluate, examples, model, "test")
     asked |= {"data": data_of(given["data"], examples, model)}
     pruned = api.prune_structured(network, examples, **asked)
     for share, result in getattr(pruned, "networks", {None: pruned}).items():
         files, said = [[_of_width(path, share) for path in paths] for paths in (out or [], [report] if report else [])]
-        evaluation = evaluated([network], result, examples, judging, [checkpoint])
-        finish(result, files, next(iter(said), None), evaluation, [checkpoint])
+        evaluation = evaluated([network], result, examples, judging, [network_file])
+        finish(result, files, next(iter(said), None), evaluation, [network_file])
 
 
 def _of_width(path: Path, share: float | None) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from vfx.checkpointing.journal import Saved, Section, section
 from vfx.processes import added, agreed, shared
 from vfx.program import Execution, Program
 from vfx.progress import track
@@ -95,16 +96,24 @@ class Sweep:
         limit = MEMORY_LIMIT if self.options.memory_limit is None else self.options.memory_limit
         shared = [t for r in self.references.all for t in r.program.weights[0].values()]
         solved, self._bundles = [], []
+        journal = section("reconstruction", [unit.uses[0].node.name for unit in self.units])
         with Spill(limit, [*self.weights.values(), *shared]) as spill:
             for number, unit in enumerate(track(self.units, "reconstruction", len(self.units), self.options.progress)):
                 if isinstance(unit, LogitUnit):
-                    self._turn(unit, batches, spill)
+                    self._turn(unit, batches, spill, journal, number)
+                    continue
+                saved = journal.entry(number, self.weights)
+                if saved is not None:
+                    solved.append(self._restored(unit, saved, batches, spill))
                     continue
                 fit, held = self._sums(unit, batches, spill, number == len(self.units) - 1)
                 centre = centres[number]
                 assert centre is not None
                 problem = unit.problem(centre, masks)
-                solved.append(self._solve(unit, problem, fit, held))
+                outcome, written = self._solve(unit, problem, fit, held)
+                self.weights.update(written)
+                journal.write(number, written, vars(outcome))
+                solved.append(outcome)
         self._bundles = []
         return solved
 
@@ -126,8 +135,27 @@ class Sweep:
             return whole[True], None
         return whole[False], whole.get(True)
 
-    def _turn(self, unit: LogitUnit, batches: Source, spill: Spill) -> None:
-        """Fit an attention call's queries to the reference's logits; the values that wait are turned alike."""
+    def _restored(self, unit: Unit, saved: Saved, batches: Source, spill: Spill) -> Solved:
+        """Take a unit's solution from the run before; values go on where they are needed next."""
+        node = unit.uses[0].node
+        if self.program.read_before(self.plan[self.position[node] :], saved.tensors):
+            self._brought(node, batches, spill)
+        self.weights.update(saved.tensors)
+        outcome = Solved(**saved.values)
+        if self.options.ridge is None:
+            self._ridge = outcome.ridge
+        return outcome
+
+    def _brought(self, node: fx.Node, batches: Source, spill: Spill) -> None:
+        """Run the network on all batches up to a node."""
+        spill.next_stage()
+        for bundle in list(self._bundles) or self._started(batches):
+            self._fetched(bundle, spill)
+            self._advance(bundle.network, node)
+            self._kept(bundle, spill)
+
+    def _fitted(self, unit: LogitUnit, batches: Source, spill: Spill) -> Tensor:
+        """The map that brings an attention call's queries to the reference's logits."""
         total: tuple[Tensor, Tensor] | None = None
         spill.next_stage()
         for bundle in list(self._bundles) or self._started(batches):
@@ -137,8 +165,17 @@ class Sweep:
             total = unit.add(total, bundle.network, bundle.references[0], self.references.all[0])
             self._kept(bundle, spill)
         ((left, right),) = added({} if total is None else {"logits": total}).values()
-        total = left, right
-        turn = unit.solve(total, LOGITS if self.options.ridge is None else self.options.ridge)
+        return unit.solve((left, right), LOGITS if self.options.ridge is None else self.options.ridge)
+
+    def _turn(self, unit: LogitUnit, batches: Source, spill: Spill, journal: Section, number: int) -> None:
+        """Fit an attention call's queries to the reference's logits; the values that wait are turned alike."""
+        saved = journal.entry(number, {"turn": self.weights[next(iter(self.weights))]})
+        if saved is None:
+            turn = self._fitted(unit, batches, spill)
+            journal.write(number, {"turn": turn})
+        else:
+            turn = saved.tensors["turn"]
+            self._brought(unit.node, batches, spill)
         self.weights.update(unit.write(self.weights, turn))
         spill.next_stage()
         for bundle in self._bundles:
@@ -182,7 +219,8 @@ class Sweep:
         while run.position < self.position[node]:
             run.step()
 
-    def _solve(self, unit: Unit, problem, fit: Sums, held: Sums | None) -> Solved:  # type: ignore[no-untyped-def]
+    def _solve(self, unit: Unit, problem, fit: Sums, held: Sums | None):  # type: ignore[no-untyped-def]
+        """What is said of a unit, and the tensors that are its solution."""
         ridge = self.options.ridge
         if ridge is None:
             if held is not None:
@@ -193,8 +231,9 @@ class Sweep:
         solution, ridge = agreed((system.solve(ridge), ridge))
         spread = float((total.squares - total.goals.square() / max(total.count, 1)).sum())
         scale = max(spread, 1e-300)
-        self.weights.update(unit.write(self.weights, solution.matrix, solution.bias, total))
-        return Solved(unit.uses[0].node.name, ridge, system.before / scale, max(solution.error, 0.0) / scale)
+        written = unit.write(self.weights, solution.matrix, solution.bias, total)
+        outcome = Solved(unit.uses[0].node.name, ridge, system.before / scale, max(solution.error, 0.0) / scale)
+        return outcome, written
 
 
 def careful(plan: list) -> list:  # type: ignore[type-arg]

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx
 
+from vfx.checkpointing.journal import section
 from vfx.errors import ArgumentError
 from vfx.processes import added, shared
 from vfx.program import Execution, Program, Step
@@ -103,9 +104,15 @@ def _exact(
     plan: list[Step], stops: list[int], limit: int, progress: bool,
 ) -> Iterator[str]:  # fmt: skip
     runs: list[Execution] = []
+    journal = section("calibration", [plan[stop].node.name for stop in stops])
     with Spill(limit, weights.values()) as spill:
         for stop in track(stops, "calibration", len(stops), progress):
             node = plan[stop].node
+            saved = journal.entry(stop, weights)
+            if saved is not None and not program.read_before(plan[stop + 1 :], saved.tensors):
+                weights.update(saved.tensors)
+                yield from saved.values
+                continue
             totals: list[Moments] = []
             spill.next_stage()
             for run in list(runs) or _started(program, weights, batches, plan, runs):
@@ -119,9 +126,14 @@ def _exact(
                     spill.keep(run)
                 else:
                     run.values.clear()
-            whole = moments_across(dict(enumerate([total] for total in totals)))
-            for reader, (moments,) in zip(readers[node], whole.values()):
-                yield from filter(None, [reader.write(_exactly(moments), weights)])
+            whole, before = moments_across(dict(enumerate([total] for total in totals))), dict(weights)
+            said = (
+                reader.write(_exactly(moments), weights) for reader, (moments,) in zip(readers[node], whole.values())
+            )
+            notes = list(filter(None, said))
+            if journal.on:
+                journal.write(stop, {n: x for n, x in weights.items() if x is not before[n]}, notes)
+            yield from notes
 
 
 def _started(

@@ -66,7 +66,7 @@ class ALPS(LayerScore):
             mask = problem.form.weight(support)
             return mask, problem.form.weight(solved).to(weight.dtype).masked_fill(~mask, 0)
 
-        return one_by_one(subject, prune_one)
+        return one_by_one(subject, prune_one, resumes=True)
 
     def _support(self, hessian: Tensor, weight: Tensor, kept: Callable[[Tensor], Tensor]) -> Tensor:
         """The support (G, K, O) that ADMM ends with."""

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor, fx
 
+from vfx.checkpointing.journal import section
 from vfx.pruning.scores.score import Pruned, Subject
 from vfx.pruning.targets import Target, operands
 from vfx.statistics.frontier import ValueReader, advance_together, chained
@@ -14,16 +15,27 @@ from vfx.statistics.frontier import ValueReader, advance_together, chained
 PruneOne = Callable[[Target, Tensor, list[Tensor]], tuple[Tensor, Tensor]]
 
 
-def one_by_one(subject: Subject, prune_one: PruneOne) -> Pruned:
+def one_by_one(subject: Subject, prune_one: PruneOne, resumes: bool = False) -> Pruned:
     """Prune each layer when the data have come up to it.
 
     ``prune_one`` gets a target, its weight and the layer's inputs in all batches, and returns the mask (True: stays)
     and the weight that the layer goes on with. A weight that serves several calls is pruned for the first.
+    ``resumes``: what it returns is all that it does, so that a run that goes on may take that from the one before.
     """
     weights, masks = dict(subject.program.weights[0]), {}
+    journal = section("layers pruned", [target.name for target in subject.targets])
+    number = {target.name: index for index, target in enumerate(subject.targets)}
 
     def prune(target: Target, values: list[Tensor]) -> None:
-        masks[target.name], weights[target.name] = prune_one(target, weights[target.name], values)
+        dense = weights[target.name]
+
+        def make() -> dict[str, Tensor]:
+            mask, weight = prune_one(target, dense, values)
+            return {"mask": mask, "weight": weight}
+
+        like = {"mask": dense, "weight": dense}
+        made = journal.once(number[target.name], make, like) if resumes else make()
+        masks[target.name], weights[target.name] = made["mask"], made["weight"]
 
     readers: dict[fx.Node, ValueReader] = {}
     for target in subject.targets:

@@ -53,7 +53,7 @@ class SparseGPT(LayerScore):
             mask = problem.form.weight(kept)
             return mask, problem.form.weight(pruned).to(weight.dtype).masked_fill(~mask, 0)
 
-        return one_by_one(subject, prune_one)
+        return one_by_one(subject, prune_one, resumes=True)
 
     def layer_scores(self, problem: LayerProblem) -> Tensor:
         """w² / [H⁻¹]_cc: what removing one weight alone costs."""

@@ -78,7 +78,7 @@ class Wanda(Score):
             mask = select({target.name: score(target, weight, squares[target.name])})[target.name]
             return mask, weight.masked_fill(~mask, 0)
 
-        return one_by_one(subject, prune_one)
+        return one_by_one(subject, prune_one, resumes=True)
 
 
 def score(target: Target, weight: Tensor, squares: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Long passes that go on where a killed process left them."""
