@@ -3,13 +3,16 @@
 Every command replaces files that an earlier run wrote from other networks. Half of the moments lie anywhere in a run,
 half between the first and the last change of a file. A file is "old" or "new" if its bytes are, or if what is loaded
 from it computes what the old or the new network does; else it is "broken". What a killed process left beside the files
-("drafts") must be gone when the next file has been written there. Results go to ``benchmarks/results``: killed.json and
-killed.md; a broken file, or a draft that stays, ends the run with status 1.
+("drafts") must be gone when the next file has been written there. Commands with a checkpoint are then started again:
+"same" counts the networks that equal, bit for bit, those of a run that nobody killed. Under ``torchrun`` all processes
+are killed at once. Results go to ``benchmarks/results``: killed.json and killed.md; a broken file, a draft that stays
+or another network ends the run with status 1.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import random
@@ -40,13 +43,18 @@ from vfx.files import write_atomic
 MODEL = ["-m", "benchmarks.killed:tiny", "-i", "1x8x8"]
 ROOT = Path(__file__).parents[1]
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(1)).split(32)
 VFX = [sys.executable, "-m", "vfx"]
 LARGE = [  # the same, with weights that lie beside their graph
     sys.executable, "-c", "import vfx.emit.onnx as o; o.IN_ONE_FILE = 0; import vfx.cli; vfx.cli.main()",
 ]  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vfx"]
+RESUMED = ["-d", "benchmarks.killed:IMAGES", "--solve", "least_squares"]
 FILES = ("m.safetensors", "m.onnx", "m.pt2")
 COMMANDS: dict[str, tuple[list[str], str, tuple[str, ...]]] = {  # program, subcommand, files
     "merge": (VFX, "merge", (*FILES, "m.json")),
+    "merge, checkpoint": (VFX, "merge", ("m.safetensors", "m.json")),
+    "merge, checkpoint, two processes": (TORCHRUN, "merge", ("m.safetensors", "m.json")),
     "export": (VFX, "export", FILES),
     "export, weights beside the graph": (LARGE, "export", ("m.onnx",)),
 }
@@ -61,10 +69,12 @@ class Row:
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     drafts: int = 0
     stayed: int = 0
+    same: int | None = None  # of the runs that were started again
 
     @property
     def broken(self) -> int:
-        return sum(counts.get("broken", 0) for counts in self.files.values()) + self.stayed
+        others = 0 if self.same is None else self.moments - self.same
+        return sum(counts.get("broken", 0) for counts in self.files.values()) + self.stayed + others
 
 
 def tiny() -> nn.Module:
@@ -84,7 +94,18 @@ def line(command: str, checkpoints: list[Path], folder: Path) -> list[str]:
     program, name, files = COMMANDS[command]
     given = checkpoints if name == "merge" else checkpoints[:1]
     outputs = [text for file in files for text in ("--json" if file == "m.json" else "-o", str(folder / file))]
-    return [*program, name, *map(str, given), *MODEL, *outputs]
+    resumed = [*RESUMED, "--checkpoint", str(run_of(folder))] if resumes(command) else []
+    return [*program, name, *map(str, given), *MODEL, *resumed, *outputs]
+
+
+def resumes(command: str) -> bool:
+    """Whether a command goes on from a checkpoint."""
+    return "checkpoint" in command
+
+
+def run_of(folder: Path) -> Path:
+    """The checkpoint of a command that writes into ``folder``."""
+    return folder.with_name(f"{folder.name}-run")
 
 
 def content(path: Path) -> np.ndarray | None:
@@ -126,10 +147,27 @@ def belongs(name: str, files: tuple[str, ...]) -> bool:
 def kill(command: list[str], folder: Path, wait: Callable[[subprocess.Popen[bytes]], None]) -> None:
     """Start the command and kill it, with no chance to clear up, when ``wait`` returns."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT,
+    )  # fmt: skip
     wait(process)
-    process.send_signal(signal.SIGKILL)
+    for one in (process.pid, *started_by(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
     process.communicate()
+
+
+def started_by(process: int) -> list[int]:
+    """The processes that a process has started, and theirs: torchrun's are in sessions of their own."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    children = [int(child) for path in lists for child in path.read_text().split()]
+    return [one for child in children for one in (child, *started_by(child))]
+
+
+def equal(first: Path, second: Path) -> bool:
+    """Whether two files hold the same tensors, bit for bit."""
+    ours, theirs = load(first), load(second)
+    return ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 class Trial:
@@ -168,12 +206,17 @@ class Trial:
         """Kill one run and count what it left in ``row``."""
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.copytree(self.old, self.out)
+        shutil.rmtree(run_of(self.out), ignore_errors=True)
         with tempfile.TemporaryDirectory() as temporary:
             kill(line(self.command, self.checkpoints[2:], self.out), Path(temporary), wait)
         for file in self.files:
             counts = row.files.setdefault(file, collections.Counter())
             counts[judged(self.out / file, self.old / file, self.new / file)] += 1
         row.drafts += sum(not belongs(one.name, self.files) for one in self.out.iterdir())
+        if resumes(self.command):
+            again = line(self.command, self.checkpoints[2:], self.out)
+            subprocess.run(again, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+            row.same = (row.same or 0) + equal(self.out / "m.safetensors", self.new / "m.safetensors")
         write_atomic(self.out / "next.bin", b"")
         row.stayed += sum(not belongs(one.name, self.files) for one in self.out.iterdir()) - 1
 
@@ -189,24 +232,29 @@ def measured(command: str, moments: int, seed: int) -> Row:
 
 
 def markdown(rows: list[Row]) -> str:
-    text = [(__doc__ or "").strip(), "", "| command | moments | file | old | new | broken | drafts | stayed |"]
-    text.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    text = [(__doc__ or "").strip(), "", "| command | moments | file | old | new | broken | drafts | stayed | same |"]
+    text.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
+        same = "" if row.same is None else str(row.same)
         for file, counts in row.files.items():
             states = " | ".join(str(counts.get(name, 0)) for name in ("old", "new", "broken"))
-            text.append(f"| {row.command} | {row.moments} | {file} | {states} | {row.drafts} | {row.stayed} |")
+            text.append(f"| {row.command} | {row.moments} | {file} | {states} | {row.drafts} | {row.stayed} | {same} |")
     return "\n".join(text) + "\n"
 
 
 def main(
+    command: Annotated[list[str] | None, typer.Option(help="Only these commands; the other rows stay.")] = None,
     moments: Annotated[int, typer.Option(help="Kills of each command.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     output: Output = RESULTS,
 ) -> None:
-    rows: list[Row] = []
-    for command in COMMANDS:
-        rows.append(measured(command, moments, seed))
-        write_atomic(output / "killed.json", json.dumps([vars(row) for row in rows], indent=1) + "\n")
+    path = output / "killed.json"
+    before = json.loads(path.read_text()) if command and path.is_file() else []
+    by_command = {row["command"]: Row(**row) for row in before}
+    for name in command or COMMANDS:
+        by_command[name] = measured(name, moments, seed)
+        rows = [by_command[label] for label in COMMANDS if label in by_command]
+        write_atomic(path, json.dumps([vars(row) for row in rows], indent=1) + "\n")
         write_atomic(output / "killed.md", markdown(rows))
     print(markdown(rows))
     if any(row.broken for row in rows):

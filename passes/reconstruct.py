@@ -15,6 +15,7 @@ those of one edge, and the goals of the layers behind them the mean of all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -107,10 +108,8 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
         batches = Batches(program, self.data, self.max_samples, self.device)
         solved: list[Solved] = []
         for _ in range(self.rounds if units else 0):
-            centres = [
-                None if isinstance(unit, LogitUnit) else self._centre(unit, references, weights) for unit in stages
-            ]
-            solved = sweep.run(batches, centres, self.masks)
+            centre = partial(self._centre, references, dict(weights))
+            solved = sweep.run(batches, centre, self.masks)
         if self.options.max_rows is not None:
             notes.append(f"reconstruction: at most {self.options.max_rows:,} random rows of each batch were read")
         follows = f", following edge {self.follow_edge} up to layer {layers.number(self.follow)}" if followed else ""
@@ -153,7 +152,7 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         return sorted([*units, *logits], key=lambda unit: position[unit.uses[0].node])
 
-    def _centre(self, unit: Unit, references: References, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _centre(self, references: References, weights: dict[str, Tensor], unit: Unit) -> tuple[Tensor, Tensor | None]:
         if self.centre == "own":
             return unit.read(weights)
         shares = references.shares(unit.uses[0].node.name)

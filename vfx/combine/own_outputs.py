@@ -55,7 +55,8 @@ class OwnOutputs(OwnData):
         weights = dict(student.weights[0])
         references = References([Reference(combination.edges.select(edge), 1 / count) for edge in range(count)])
         units, _ = units_of(student, references.names, True)
-        centres = [unit.read(weights) for unit in units]
+        start = dict(weights)
         options = Options(self.ridge, progress=bool(combination.reading.get("progress", False)))
-        Sweep(student, weights, references, units, options).run(self.batches(combination), centres, {})
+        sweep = Sweep(student, weights, references, units, options)
+        sweep.run(self.batches(combination), lambda unit: unit.read(start), {})
         return {name: weights[name] for unit in units for name in unit.parameters}

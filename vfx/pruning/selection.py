@@ -40,6 +40,12 @@ def pruned_count(members: int, sparsity: float) -> int:
     return min(members, math.floor(members * sparsity + _ROUNDING))
 
 
+def _check_numbers(target: Target, scores: Tensor) -> None:
+    """Raise PassError for scores that no order puts anywhere."""
+    if scores.isnan().any():
+        raise PassError(f"the scores of {target.name!r} hold NaN")
+
+
 def lowest(scores: Tensor, count: int) -> Tensor:
     """True at the ``count`` lowest scores of each row (rows, n); of equal scores the first go."""
     if count == 0:
@@ -111,13 +117,15 @@ class Selection:
         kept: dict[str, Tensor] = {}
         for targets, sparsity in budgets:
             chosen = [target for target in targets if target.name in scores]
-            for target in chosen:
-                if scores[target.name].isnan().any():
-                    raise PassError(f"the scores of {target.name!r} hold NaN")
             if self.scope == "global":
+                for target in chosen:
+                    _check_numbers(target, scores[target.name])
                 kept |= self._jointly(chosen, scores, sparsity * share)
-            else:
-                kept |= {target.name: self._alone(target, scores[target.name], sparsity * share) for target in chosen}
+                continue
+            for target in chosen:
+                values = scores[target.name]  # read once: it may be made anew each time
+                _check_numbers(target, values)
+                kept[target.name] = self._alone(target, values, sparsity * share)
         return kept
 
     def expected(self, budgets: Sequence[tuple[tuple[Target, ...], float]]) -> int:

@@ -25,7 +25,7 @@ SINGULAR = 1e-7  # ratio of the Cholesky factor's pivots below which inputs coun
 STEPS, TOLERANCE = 100, 1e-10  # of conjugate gradients: at most so many, to so small a share of the first residual
 GRADIENT_PRICE = 60  # products with the Gram matrix that conjugate gradients are reckoned to take
 _EPS = 1e-14  # share of a direction's scale below which its curvature is rounding
-GATHERED = 1 << 26  # elements of small systems that are held at once
+GATHERED = 1 << 23  # elements of small systems that are held at once
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _small_systems(system: Tensor, right: Tensor, mask: Tensor) -> Tensor:
         chosen = torch.argsort(mask[:, columns].int(), dim=0, descending=True, stable=True)[:size].T  # (columns, size)
         inside = mask[:, columns].T.gather(1, chosen)
         small = system[chosen[:, :, None], chosen[:, None, :]]
-        small = small.masked_fill(~(inside[:, :, None] & inside[:, None, :]), 0.0)
+        small.masked_fill_(~(inside[:, :, None] & inside[:, None, :]), 0.0)
         small.diagonal(dim1=1, dim2=2).add_(~inside * system.diagonal().mean())
         goals = right[:, columns].T.gather(1, chosen).masked_fill(~inside, 0.0)
         solution = _inverse(small)(goals[:, :, None])[:, :, 0]

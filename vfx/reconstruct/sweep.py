@@ -12,7 +12,7 @@ it is, and the sums of all its calls are added up.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,9 +87,9 @@ class Sweep:
 
     @torch.no_grad()
     def run(
-        self, batches: Source, centres: Sequence[tuple[Tensor, Tensor | None] | None], masks: Mapping[str, Tensor]
+        self, batches: Source, centre: Callable[[Unit], tuple[Tensor, Tensor | None]], masks: Mapping[str, Tensor]
     ) -> list[Solved]:
-        """Solve unit after unit; ``centres`` are the matrices and biases that the ridge draws them to.
+        """Solve unit after unit; ``centre`` gives the matrix and bias that the ridge draws it to.
 
         Of ``batches`` for each reference, each is solved for what that reference alone gives on them.
         """
@@ -107,9 +107,7 @@ class Sweep:
                     solved.append(self._restored(unit, saved, batches, spill))
                     continue
                 fit, held = self._sums(unit, batches, spill, number == len(self.units) - 1)
-                centre = centres[number]
-                assert centre is not None
-                problem = unit.problem(centre, masks)
+                problem = unit.problem(centre(unit), masks)
                 outcome, written = self._solve(unit, problem, fit, held)
                 self.weights.update(written)
                 journal.write(number, written, vars(outcome))

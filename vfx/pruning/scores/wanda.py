@@ -22,9 +22,10 @@ from torch import Tensor, fx
 
 from vfx.arguments import checked
 from vfx.errors import ArgumentError
+from vfx.on_read import OnRead
 from vfx.operators import arguments, is_transposed, operator_of
 from vfx.progress import track
-from vfx.pruning.scores.score import Pruned, Score, Select, Subject
+from vfx.pruning.scores.score import Pruned, Score, Select, Subject, Values
 from vfx.pruning.scores.sequential import one_by_one, read_input
 from vfx.pruning.selection import Selection
 from vfx.pruning.targets import Target, groups_of
@@ -55,8 +56,8 @@ class Wanda(Score):
                 "scope 'row', 'layer' or a pattern such as 2:4, or propagation='dense'"
             )
 
-    def scores(self, subject: Subject) -> dict[str, Tensor]:
-        """Scores on the network as it stands, whatever the propagation."""
+    def scores(self, subject: Subject) -> Values:
+        """Scores on the network as it stands, whatever the propagation; each is made when it is read."""
         squares: dict[str, Tensor] = {}
         readers: dict[fx.Node, ValueReader] = {}
         for target in subject.targets:
@@ -66,7 +67,9 @@ class Wanda(Score):
         weights = dict(subject.program.weights[0])
         for batch in track(batches, "activations", len(batches), subject.progress):
             advance_together(subject.program, weights, [batch], readers, progress=False)
-        return {target.name: score(target, subject.weight(target), squares[target.name]) for target in subject.targets}
+        targets = {target.name: target for target in subject.targets}
+        dense = {name: subject.weight(target) for name, target in targets.items()}
+        return OnRead(dense, lambda name, weight: score(targets[name], weight, squares[name]))
 
     def prune(self, subject: Subject, select: Select) -> Pruned:
         if not self.layer_by_layer:
