@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vfx.arguments import checked
-from vfx.checkpointing.journal import section
+from vfx.checkpointing.journal import Section, section
 from vfx.checks import check_finite
 from vfx.errors import ArgumentError, PassError
 from vfx.on_read import OnRead
@@ -141,14 +142,16 @@ class MaskWeights(Pass[Masked]):
         if self.score.layer_by_layer:  # each layer is saved when it is pruned
             return self.score.prune(subject, lambda scores: self._select(scores, masked, share))
 
-        def prune() -> dict[str, Tensor]:
-            pruned = self.score.prune(subject, lambda scores: self._select(scores, masked, share))
-            return _labelled("mask", pruned.masks) | _labelled("weight", pruned.weights)
-
-        tensors = program.weights[0]
-        like = {f"{kind}:{target.name}": tensors[target.name] for target in targets for kind in ("mask", "weight")}
-        made = section("masks", [target.name for target in targets]).once(0, prune, like)
-        return Pruned(_of_label("mask", made), _of_label("weight", made))
+        journal, tensors = section("masks", [target.name for target in targets]), program.weights[0]
+        dense = {target.name: tensors[target.name] for target in targets}
+        saved = _restored(journal, dense)
+        if saved is not None:
+            return saved
+        pruned = self.score.prune(subject, lambda scores: self._select(scores, masked, share))
+        for stage, name in enumerate(dense if journal.on else ()):
+            parts = {"mask": pruned.masks[name], "weight": pruned.weights[name]}
+            journal.once(stage, partial(dict, parts), dict.fromkeys(parts, dense[name]))
+        return pruned
 
     def _subject(self, program: Program, targets: tuple[Target, ...], kept: Values) -> Subject:
         return Subject(
@@ -169,14 +172,15 @@ class MaskWeights(Pass[Masked]):
         return f"MaskWeights({self.score.name}, {self.selection.scope}{spread}, {share:.2%}{steps})"
 
 
-def _labelled(kind: str, tensors: Values) -> dict[str, Tensor]:
-    """Tensors under names that say what they are."""
-    return {f"{kind}:{name}": tensor for name, tensor in tensors.items()}
-
-
-def _of_label(kind: str, tensors: Values) -> dict[str, Tensor]:
-    """What ``_labelled`` was given."""
-    return {name.removeprefix(f"{kind}:"): x for name, x in tensors.items() if name.startswith(f"{kind}:")}
+def _restored(journal: Section, dense: Values) -> Pruned | None:
+    """The masks and weights of a run before, on the devices of the ``dense`` ones; None unless all are there."""
+    masks, weights = dict[str, Tensor](), dict[str, Tensor]()
+    for stage, (name, tensor) in enumerate(dense.items()):
+        saved = journal.entry(stage, {"mask": tensor, "weight": tensor})
+        if saved is None:
+            return None
+        masks[name], weights[name] = saved.tensors["mask"], saved.tensors["weight"]
+    return Pruned(masks, weights) if dense else None
 
 
 def _any_beside(tensor: Tensor, mask: Tensor) -> bool:
