@@ -98,6 +98,31 @@ def test_a_comparison_in_float64_holds_one_tensor_at_a_time(monkeypatch: pytest.
 
 
 @torch.no_grad()
+def test_a_network_that_casts_is_compared_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Casting(nn.Module):
+        """A norm in single precision, as language models have it, in a network of half precision."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(16, WIDTH), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x)
+            wide = x.float()
+            return self.head((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+    torch.manual_seed(0)
+    program = vfx.trace(Casting().to(torch.bfloat16), X.to(torch.bfloat16))
+    module = emit(program)[0]
+    monkeypatch.setattr(emission, "_difference_at_once", lambda *_: pytest.fail("all tensors were cast at once"))
+    assert difference(module, program) <= PRESERVED
+    monkeypatch.setattr(emission, "_difference_at_once", lambda *_: 1.0)
+    with torch.no_grad():
+        module.get_parameter("fc.weight")[0] *= 1.01  # negative control
+    assert difference(module, program) > PRESERVED
+
+
+@torch.no_grad()
 def test_what_a_comparison_one_by_one_does_not_prove_is_compared_at_once() -> None:
     class Asking(nn.Module):
         """Its input follows the dtype of a parameter, as T5's does."""

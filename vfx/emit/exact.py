@@ -15,7 +15,10 @@ from vfx.program import moved
 
 
 class InDouble(TorchDispatchMode):
-    """While it is entered operators see the tensors of a module in float64 on the CPU."""
+    """While it is entered operators see the tensors of a module in float64 on the CPU, and cast to float64 alone.
+
+    That is what ``vfx.proof.in_double`` makes of a graph's casts.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -25,6 +28,9 @@ class InDouble(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs or {}))
+        asked = kwargs.get("dtype")
+        if isinstance(asked, torch.dtype) and asked.is_floating_point:
+            kwargs = kwargs | {"dtype": torch.float64}
         return func(*args, **kwargs)
 
     def _cast(self, tensor: Tensor) -> Tensor:
