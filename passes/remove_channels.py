@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vfx.analyse.layers import number_layers
@@ -19,6 +20,8 @@ from vfx.arguments import checked
 from vfx.errors import ArgumentError, PassError
 from vfx.program import Program
 from vfx.pruning.choice import choose_sizes
+from vfx.pruning.clusters import merged_goals
+from vfx.pruning.expert_merging import ExpertClusters, merged_experts
 from vfx.pruning.experts import expert_groups, expert_scores
 from vfx.pruning.groups import NEED_MOMENTS, Loss, Scores, channel_scores
 from vfx.pruning.removed import Removed
@@ -27,10 +30,12 @@ from vfx.pruning.widths import Widths, strongest
 from vfx.resize import RemovalUnits, resize
 from vfx.resize.channels import KeptChannels
 from vfx.resize.masked import prove
+from vfx.resize.weights import Kept
 from vfx.rewrite import Pass, PassResult
 from vfx.statistics.data import Batches
 
 ROUTER = "router"  # the score of experts
+EXPERTS = ("remove", "merge")
 
 
 class RemoveChannels(Pass[Removed]):
@@ -40,7 +45,8 @@ class RemoveChannels(Pass[Removed]):
     is that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform" or "global".
     ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency". ``units``: inside heads and
     groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do not allow the share); or
-    "experts" that a router chooses from, and nothing else. ``roles``: the kinds of groups that may go, "streams",
+    "experts" that a router chooses from, and nothing else; with ``experts`` "merge" each that goes is averaged into the
+    nearest that stays (``vfx.pruning.expert_merging``). ``roles``: the kinds of groups that may go, "streams",
     "hidden", "blocks"; all if none is named. ``protect``: FQNs of modules or parameters. ``data`` feeds
     the scores that need it. The record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone;
     ``by(scores)`` is the same pass that goes by them.
@@ -59,6 +65,7 @@ class RemoveChannels(Pass[Removed]):
         budget: str = "channels",
         round_to: int = 1,
         units: str = "auto",
+        experts: str = "remove",
         roles: Sequence[str] = (),
         protect: Collection[str] = (),
         data: Any = None,
@@ -71,8 +78,13 @@ class RemoveChannels(Pass[Removed]):
     ):
         if score == ROUTER and (units != "experts" or data is None):
             raise ArgumentError(f"score={ROUTER!r} is of experts and reads data; give units='experts' and data=")
+        if experts not in EXPERTS:
+            raise ArgumentError(f"experts={experts!r} is unknown; choose 'remove' or 'merge'")
+        if experts == "merge" and units != "experts":
+            raise ArgumentError("experts='merge' says how experts go; give units='experts' with it")
         self.widths = Widths(allocation, round_to, tuple(protect), units, tuple(roles))
         self.sparsity, self.score, self.budget, self.data = sparsity, score, budget, data
+        self.experts = experts
         self.loss, self.max_samples, self.comparable = loss, max_samples, score == "taylor"
         self.device, self.verify, self.seed, self.progress = device, verify, seed, progress
 
@@ -89,9 +101,20 @@ class RemoveChannels(Pass[Removed]):
             program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=self.comparable
         )
         kept = strongest(facts, scores, sizes)
+        program, merged = self._merged(program, facts, kept)
         small = resize(program, facts, kept, slots=slots, note=_note(facts, sizes))
         error = prove(program, facts, small, kept, self.seed) if self.verify else None
-        return PassResult(small.program.with_notes(notes), Removed(sizes, kept, KeptChannels(small, facts), error))
+        carry = KeptChannels(small, facts, {group: clusters.average for group, clusters in merged.items()})
+        return PassResult(small.program.with_notes(notes), Removed(sizes, kept, carry, error))
+
+    def _merged(self, program: Program, facts: Symmetry, kept: Kept) -> tuple[Program, Mapping[int, ExpertClusters]]:
+        """The network whose kept experts stand for all, where they are merged, and what went where."""
+        if self.experts == "remove":
+            return program, {}
+        batches = None if self.data is None else Batches(program, self.data, self.max_samples, self.device)
+        weights, clusters = merged_experts(program, facts, kept, batches)
+        goals = merged_goals(program, facts, clusters)
+        return replace(program.with_weights([weights]), goals=goals), clusters
 
     def scores(self, program: Program) -> Scores:
         """The score of each channel, by group index."""

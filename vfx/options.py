@@ -239,6 +239,9 @@ class StructuredOptions(Rewriting):
         "What goes in heads and groups: channels, blocks, both, auto; or experts, or layers (residual blocks).",
         Text("text"),
     )
+    experts: str = keyword(
+        "remove", "With units experts: remove those that go, or merge each into the nearest left.", Text("text")
+    )
     roles: Sequence[str] = keyword(
         (), "Kinds of groups that may go: streams, hidden, blocks; repeatable; default: all.", Text("texts")
     )

@@ -123,6 +123,7 @@ def prune_structured(
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
     units: str = "auto",
+    experts: str = "remove",
     roles: Sequence[str] = (),
     protect: Sequence[str] = (),
     variance: bool = True,
@@ -158,9 +159,12 @@ def prune_structured(
     ``round_to``: kept widths are multiples of it. ``units``: inside heads and groups "channels" go, whole "blocks", or
     "both"; "auto" is channels, and blocks where their numbers do not allow the share. "experts" are those that a router
     chooses from, by the mean of what each adds as the router weighs it ("router", REAP, Lasby et al. 2025) where there
-    are data; as many stay as it chooses for a token. "layers" are whole residual blocks of any network (``sparsity``:
-    the share of them), each time the one without which the outputs on ``data`` change least (ShortGPT, Men et al.
-    2024).
+    are data; as many stay as it chooses for a token. ``experts``: "remove" those that go, or "merge" each into the one
+    left that does most nearly the same on ``data`` (by weights without): hidden channels in their nearest order,
+    tensors and the router's rows averaged by the tokens that each is sent; the router then gives the merged expert
+    about the mass of both, since a row cannot be log(exp + exp). "layers" are whole residual blocks of any network
+    (``sparsity``: the share of them), each time the one without which the outputs on ``data`` change least (ShortGPT,
+    Men et al. 2024).
     ``roles``: the kinds of groups that may go, "streams" (residual), "hidden" (between layers), "blocks" (heads, groups
     of convolutions, and what is inside); all if none is named. Positions (tokens, latents) never go.
     ``protect``: FQNs whose groups stay whole. ``variance``: approximate the variances of folded channels without data.
@@ -178,10 +182,10 @@ def prune_structured(
     """
     options = StructuredOptions(
         sparsity=sparsity, method=method, score=score, basis=basis, allocation=allocation, budget=budget,
-        round_to=round_to, units=units, roles=roles, protect=protect, variance=variance, data=reusable(data),
-        solve=solve, judge=judge, loss=loss, max_samples=max_samples, repair_samples=repair_samples,
-        normalize=normalize, dynamic_shapes=dynamic_shapes, outputs=outputs, verify=verify, seed=seed, device=device,
-        checkpoint=checkpoint, progress=progress,
+        round_to=round_to, units=units, experts=experts, roles=roles, protect=protect, variance=variance,
+        data=reusable(data), solve=solve, judge=judge, loss=loss, max_samples=max_samples,
+        repair_samples=repair_samples, normalize=normalize, dynamic_shapes=dynamic_shapes, outputs=outputs,
+        verify=verify, seed=seed, device=device, checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     with resumable(options, model, example_inputs):
         if isinstance(sparsity, Sequence):

@@ -110,7 +110,7 @@ def _passes(share: Share, options: StructuredOptions, turned: bool) -> dict[str,
         raise ArgumentError("units='experts' are removed; folding merges channels, leave method='fold' out")
     if options.method == "fold":
         return {"": FoldChannels(share.part, variance=options.variance, **keywords)}
-    keywords |= {"data": options.data} | options.reading
+    keywords |= {"data": options.data, "experts": options.experts} | options.reading
     if options.units == "experts" and options.score == "auto" and options.data is not None:
         return {"": RemoveChannels(share.part, ROUTER, **keywords)}
     if options.score == "auto" and options.data is not None:
@@ -123,7 +123,7 @@ def _passes(share: Share, options: StructuredOptions, turned: bool) -> dict[str,
 def _blocks(share: Share, options: StructuredOptions) -> RemoveBlocks:
     """What removes residual blocks. Raises ArgumentError for options that say how channels go."""
     check_roles(options.roles, options.units)
-    plain = {"method": "remove", "score": "auto", "allocation": "uniform", "round_to": 1}
+    plain = {"method": "remove", "score": "auto", "allocation": "uniform", "round_to": 1, "experts": "remove"}
     for name, value in plain.items():
         if getattr(options, name) != value:
             raise ArgumentError(
@@ -163,6 +163,7 @@ def _choices(removal: Removal, share: Share, restored: Restored, options: Struct
     chosen: dict[str, Any] = {"method": options.method, "sparsity": share.part, "budget": dict(options.budget or {})}
     chosen |= {
         "units": options.units,
+        "experts": options.experts,
         "roles": list(options.roles),
         "allocation": options.allocation,
         "score": removal.score,

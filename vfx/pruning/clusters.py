@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,6 +37,13 @@ from vfx.operators import output_axis
 from vfx.program import Goal, Program, Weights, readers_of
 
 STARTS = 4  # k-means runs, the best of which counts
+
+
+class Averaged(Protocol):
+    """What knows which channels one stands for, and with which shares: (size, size)."""
+
+    @property
+    def average(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,13 @@ def merged(
         total[np.setdiff1d(np.arange(len(clusters.label)), clusters.kept)] = 0
         for member in facts.groups[index].members:
             mix = total if member.role == "in" else average
-            result[member.fqn] = _mixed(result[member.fqn], member, mix)
+            result[member.fqn] = mixed(result[member.fqn], member, mix)
         if repair:
             result |= _repaired(facts.groups[index], weights, result, found, clusters)
     return result
 
 
-def _mixed(tensor: Tensor, member: Member, mix: Tensor) -> Tensor:
+def mixed(tensor: Tensor, member: Member, mix: Tensor) -> Tensor:
     """Channels replaced by combinations of channels."""
     if not tensor.is_floating_point():
         return tensor
@@ -187,7 +195,7 @@ def _repaired(
     return result
 
 
-def merged_goals(program: Program, facts: Symmetry, chosen: Mapping[int, Clusters]) -> dict[str, Goal]:
+def merged_goals(program: Program, facts: Symmetry, chosen: Mapping[int, Averaged]) -> dict[str, Goal]:
     """Goal statistics of merged channels: the means of their clusters' (REPAIR)."""
     channel = statistics_channels(program)
     result = {}

@@ -7,7 +7,7 @@ g_j f_j is what y loses with the tensors of expert j at zero: no form of router 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from vfx.analyse.layers import ancestors, descendants
 from vfx.analyse.symmetry import Symmetry
 from vfx.errors import PassError
 from vfx.operators import operator_of
-from vfx.program import Execution, Program, Step
+from vfx.program import Execution, Program
 from vfx.resize.implied import numbered_axes
 
 
@@ -50,29 +50,41 @@ def expert_layers(program: Program, facts: Symmetry) -> list[ExpertLayer]:
 @torch.no_grad()
 def expert_scores(program: Program, facts: Symmetry, batches: Iterable[list[Tensor]]) -> dict[int, NDArray[np.float64]]:
     """The score of each expert by group; zeros for all other groups. Raises PassError."""
-    layers = expert_layers(program, facts)
-    plan = [step._replace(in_place=None) for step in program.plan]
-    total = {layer.group.index: torch.zeros(layer.group.size, dtype=torch.float64) for layer in layers}
-    tokens = {layer.group.index: torch.zeros(layer.group.size, dtype=torch.float64) for layer in layers}
-    for batch in batches:
-        for layer in layers:
-            for expert, added in enumerate(_contributions(program, layer, batch, plan)):
-                total[layer.group.index][expert] += added.sum()
-                tokens[layer.group.index][expert] += (added > 0).sum()
+    total, tokens = expert_totals(program, expert_layers(program, facts), batches)
     means = {index: (total[index] / tokens[index].clamp_min(1)).numpy() for index in total}
     return {group.index: np.zeros(group.shape) for group in facts.groups} | means
 
 
-def _contributions(program: Program, layer: ExpertLayer, batch: list[Tensor], plan: list[Step]) -> Iterable[Tensor]:
-    """‖g_j(x) f_j(x)‖ of each expert j at all tokens."""
+@torch.no_grad()
+def expert_totals(
+    program: Program, layers: Sequence[ExpertLayer], batches: Iterable[list[Tensor]]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """By group, float64 (experts,): the sum of g_j ‖f_j‖ over tokens, and the number of tokens that are sent there."""
+    total = {layer.group.index: torch.zeros(layer.group.size, dtype=torch.float64) for layer in layers}
+    tokens = {index: torch.zeros_like(zeros) for index, zeros in total.items()}
+    for batch in batches:
+        for layer in layers:
+            silenced = (_without(program.weights[0], layer, expert) for expert in range(layer.group.size))
+            for expert, added in enumerate(changed_by(program, layer, batch, silenced)):
+                total[layer.group.index][expert] += added.sum()
+                tokens[layer.group.index][expert] += (added > 0).sum()
+    return total, tokens
+
+
+@torch.no_grad()
+def changed_by(
+    program: Program, layer: ExpertLayer, batch: list[Tensor], changes: Iterable[Mapping[str, Tensor]]
+) -> Iterator[Tensor]:
+    """By how much each of some ``changes`` of a layer's tensors moves its output at each token: (tokens,), float64."""
+    plan = [step._replace(in_place=None) for step in program.plan]
     run = Execution(program.graph, program.weights[0], batch, plan)
     while run.plan[run.position].node is not layer.start:
         run.step()
-    whole = _value(run.fork(plan), layer.output)
-    for expert in range(layer.group.size):
+    whole = _value(run.fork(plan), layer.output).double()
+    for changed in changes:
         twin = run.fork(plan)
-        twin.weights = {**program.weights[0], **_without(program.weights[0], layer, expert)}
-        off = whole.double() - _value(twin, layer.output).double()
+        twin.weights = {**program.weights[0], **changed}
+        off = whole - _value(twin, layer.output).double()
         yield off.flatten(0, -2).norm(dim=-1).cpu()
 
 
