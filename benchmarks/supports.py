@@ -1,12 +1,13 @@
 """Which weights go: scores and allocations over layers, all of them solved alike within their masks.
 
-The first networks of two Fashion-MNIST pairs, calibrated on the first 2,000 training images without labels, accuracy
-over the test images; nothing is trained. "x, y, z" is a score, its scope, and an allocation of the sparsity over
-layers; where none is named the scope alone decides. The last layer keeps all weights but for magnitude, where it is
-pruned with the others; "head kept" and "head too" are the controls. "default" is ``vfx.prune`` as it stands:
-ALPS, and ERK with the last layer whole where it holds at most a quarter of what is left; it loses as many weights as
-global magnitude. Patterns leave the first layer whole, too: it has one input. Behind every mask all layers are solved
-for the dense network's outputs.
+The first networks of the four Fashion-MNIST pairs, calibrated on the first 2,000 training images without labels,
+accuracy over the test images; nothing is trained. "x, y, z" is a score, its scope, and an allocation of the sparsity
+over layers; where none is named the scope alone decides. "No repair" is a score in its paper's scope with its own
+updates alone (SparseGPT has some). The last layer keeps all weights but for magnitude, where it is pruned with the
+others; "head kept" and "head too" are the controls. "default" is ``vfx.prune`` as it stands: ALPS, and ERK with the
+last layer whole where it holds at most a quarter of what is left; it loses as many weights as global magnitude.
+Patterns leave the first layer whole, too: it has one input. Behind all other masks the layers are solved for the dense
+network's outputs.
 
 Results go to ``benchmarks/results``: supports.json and supports.md, written after each cell; a run that was stopped
 goes on where it was.
@@ -23,7 +24,7 @@ from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, command
 from benchmarks.masks import Sweep
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 
-NETWORKS = ("vgg16_bn_w025", "resnet20_bn_w05")
+NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025", "vgg16_w025", "vgg16_bn_w05")
 SHARES = ("2:4", 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
@@ -31,7 +32,14 @@ def _way(score: str, scope: str, allocation: str = "scope", protect: str | tuple
     return {"score": score, "scope": scope, "allocation": allocation, "protect": protect, "solve": "least_squares"}
 
 
+def _bare(score: str) -> dict[str, Any]:
+    return {"score": score, "solve": None, "normalize": None}
+
+
 METHODS = {
+    "magnitude, no repair": _bare("magnitude"),
+    "wanda, no repair": _bare("wanda"),
+    "sparsegpt, no repair": _bare("sparsegpt"),
     "magnitude, global": _way("magnitude", "global", protect="auto"),
     "magnitude, global, head kept": _way("magnitude", "global"),
     "magnitude, layer": _way("magnitude", "layer"),
@@ -64,7 +72,7 @@ def main(
     fresh: Fresh = False,
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
 ) -> None:
-    """Prune both networks by every score and allocation and write supports.json and supports.md."""
+    """Prune the networks by every score and allocation and write supports.json and supports.md."""
     if threads:
         torch.set_num_threads(threads)
     SWEEP(pair or NETWORKS, checkpoints, data, output, samples, fresh, method, share)

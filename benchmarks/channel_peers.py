@@ -1,0 +1,263 @@
+"""Channels removed by vfx's default call and by Torch-Pruning, at equal parameters, with and without our repair.
+
+The first networks of the four Fashion-MNIST pairs lose 25, 50 and 75 % of the channels of every group by
+``vfx.prune_structured`` as it stands, calibrated on the first 1,000 training images without labels. Torch-Pruning
+removes channels by the L2 norm of a group, by Taylor (the gradient of the loss on 256 of these images, with labels),
+and by both over isomorphic groups at once (Fang et al., ECCV 2024), as many as leave at most as many parameters. "Our
+repair" removes the same channels by vfx and solves all layers for the dense network's outputs on the 1,000 images.
+Accuracy is over the test images; the standard error of the difference to our default is that of the images on which
+the two disagree. Nothing is trained.
+
+``torch-pruning`` must be installed. Results go to ``benchmarks/results``: channel_peers.json and channel_peers.md,
+written after each share of a network; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from vfx.passes.reconstruct import Reconstruct
+
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, MissingData, command, fashion_mnist
+from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
+from benchmarks.pairs_report import grid
+from vfx.analyse.symmetry import Symmetry, symmetry
+from vfx.api import prune_structured, trace
+from vfx.emit.module import graph_module
+from vfx.files import write_atomic
+from vfx.models.training import predict
+from vfx.program import Program
+from vfx.reconstruct.references import Reference
+from vfx.resize import resize
+from vfx.resize.channels import KeptChannels
+
+NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025", "vgg16_w025", "vgg16_bn_w05")
+SHARES = (0.25, 0.5, 0.75)
+CALIBRATION, LABELLED, BATCH, TEST_BATCH = 1000, 256, 100, 250
+HALVINGS = 12  # of the interval that holds a peer's ratio
+CLOSE = 1e-3  # by which the peer's module and ours without the same channels may differ, of the outputs' largest
+OURS = "vfx, default"
+PEERS = {  # importance, and whether all isomorphic groups are ranked together
+    "L2": ("MagnitudeImportance", False),
+    "Taylor": ("TaylorImportance", False),
+    "isomorphic, L2": ("MagnitudeImportance", True),
+    "isomorphic, Taylor": ("TaylorImportance", True),
+}
+REPAIRED = "{}, our repair"
+METHODS = (OURS, *(name for peer in PEERS for name in (peer, REPAIRED.format(peer))))
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A trained network, as a Program too, with what it is calibrated and measured on."""
+
+    model: nn.Module
+    program: Program
+    train: Tensor
+    train_labels: Tensor
+    images: Tensor
+    labels: Tensor
+
+    def right(self, module: nn.Module) -> Tensor:
+        """Whether each test image is classified rightly."""
+        return predict(module, self.images, TEST_BATCH).argmax(1) == self.labels
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# the peer -------------------------------------------------------------------------------------------------------------
+
+
+def peer_pruned(subject: Subject, peer: str, ratio: float) -> tuple[nn.Module, dict[str, set[int]]]:
+    """Torch-Pruning's network, and the output channels that went by the name of their layer."""
+    library: Any = import_module("torch_pruning")
+    importance, isomorphic = PEERS[peer]
+    model = copy.deepcopy(subject.model).eval()
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    pruner = library.pruner.BasePruner(
+        model,
+        subject.train[:2],
+        importance=getattr(library.importance, importance)(),
+        pruning_ratio=ratio,
+        global_pruning=isomorphic,
+        isomorphic=isomorphic,
+        ignored_layers=[head],
+    )
+    images, labels = subject.train[:LABELLED], subject.train_labels[:LABELLED]
+    nn.functional.cross_entropy(model(images), labels).backward()
+    gone: dict[str, set[int]] = {}
+    names = {module: name for name, module in model.named_modules()}
+    for group in pruner.step(interactive=True):
+        for dependency, channels in group:
+            if pruner.DG.is_out_channel_pruning_fn(dependency.handler) and dependency.target.module in names:
+                gone.setdefault(names[dependency.target.module], set()).update(channels)
+        group.prune()
+    return model, gone
+
+
+def fitted(subject: Subject, peer: str, share: float, limit: int) -> tuple[nn.Module, dict[str, set[int]]]:
+    """The largest network of a peer that has at most ``limit`` parameters; the plain share where that fits."""
+    pruned = peer_pruned(subject, peer, share)
+    if parameters(pruned[0]) == limit:
+        return pruned
+    low, high, best = 0.0, 1.0, None
+    for _ in range(HALVINGS):
+        ratio = (low + high) / 2
+        pruned = peer_pruned(subject, peer, ratio)
+        if parameters(pruned[0]) <= limit:
+            high, best = ratio, pruned
+        else:
+            low = ratio
+    assert best is not None, "no ratio of the peer leaves few enough parameters"
+    return best
+
+
+def kept_channels(facts: Symmetry, gone: Mapping[str, set[int]]) -> dict[int, np.ndarray]:
+    """The channels of each group that a peer left."""
+    kept = {}
+    for group in facts.groups:
+        lost: set[int] = set()
+        for member in group.members:
+            name, _, tensor = member.fqn.rpartition(".")
+            if tensor == "weight" and member.role == "out" and name in gone:
+                lost |= {c for c, places in enumerate(member.position) if set(places.tolist()) & gone[name]}
+        kept[group.index] = np.setdiff1d(np.arange(group.size), sorted(lost))
+    return kept
+
+
+def repaired(subject: Subject, module: nn.Module, gone: Mapping[str, set[int]]) -> nn.Module:
+    """The dense network without a peer's channels, solved; before that it must be the peer's network."""
+    facts = symmetry(subject.program)
+    small = resize(subject.program, facts, kept_channels(facts, gone))
+    wanted, given = (predict(m, subject.images[:50], 50) for m in (module, graph_module(small.program)))
+    if not bool((given - wanted).abs().max() <= CLOSE * wanted.abs().max()):
+        raise RuntimeError("the network without the peer's channels is not the peer's network")
+    reference = Reference(subject.program, 1.0, KeptChannels(small, facts))
+    solved = Reconstruct([reference], subject.train.split(BATCH), progress=False).run(small.program).program
+    return graph_module(solved)
+
+
+# measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measured(subject: Subject, share: float) -> dict[str, Any]:
+    """Every method at one share of channels."""
+    cells: dict[str, Any] = {}
+    rights: dict[str, Tensor] = {}
+
+    def cell(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        start = time.process_time()
+        module = make()
+        seconds = round(time.process_time() - start, 1)
+        rights[name] = subject.right(module)
+        mine, theirs = rights[OURS], rights[name]
+        cells[name] = {
+            "accuracy": round(100 * float(theirs.double().mean()), 2),
+            "parameters": parameters(module),
+            "seconds": seconds,
+            "ours_alone_right": int((mine & ~theirs).sum()),
+            "peer_alone_right": int((theirs & ~mine).sum()),
+        }
+        console.print(name, cells[name])
+        return module
+
+    batches = subject.train.split(BATCH)
+    ours = cell(OURS, lambda: prune_structured(subject.program, sparsity=share, data=batches, progress=False).module)
+    for peer in PEERS:
+        pruned, gone = fitted(subject, peer, share, parameters(ours))
+        cell(peer, lambda pruned=pruned: pruned)  # type: ignore[misc]
+        cell(REPAIRED.format(peer), lambda pruned=pruned, gone=gone: repaired(subject, pruned, gone))  # type: ignore[misc]
+    return cells
+
+
+def subject_of(pair: str, checkpoints: Path, data: Path, samples: int | None) -> Subject:
+    model = PAIRS[pair].edges(checkpoints)[0]
+    train, train_labels = fashion_mnist(data, "train", CALIBRATION)
+    images, labels = fashion_mnist(data, "test", samples)
+    return Subject(model, trace(model, train[:2]), train, train_labels, images, labels)
+
+
+# results --------------------------------------------------------------------------------------------------------------
+
+
+def shown(cell: Mapping[str, Any], images: int) -> str:
+    """The accuracy, and by how much our default is ahead, ± the standard error of that."""
+    mine, theirs = cell["ours_alone_right"], cell["peer_alone_right"]
+    if not mine + theirs:
+        return f"{cell['accuracy']:.2f}"
+    lead = (mine - theirs) / images
+    error = math.sqrt(max((mine + theirs) / images - lead**2, 0) / images)
+    return f"{cell['accuracy']:.2f} ({100 * lead:+.2f} ± {100 * error:.2f})"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table of all networks; in brackets by how much our default is ahead."""
+    lines = ["# Channels: Torch-Pruning and vfx", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), ""]
+    rows = []
+    for name, result in results.items():
+        for number, method in enumerate(METHODS):
+            title = f"{name} ({result['dense']:.2f})" if not number else ""
+            cells = [result["shares"].get(str(share), {}).get(method) for share in SHARES]
+            sizes = ", ".join(f"{cell['parameters'] / result['parameters']:.3f}×" if cell else "" for cell in cells)
+            rows.append([title, method, *(shown(c, result["images"]) if c else "" for c in cells), sizes])
+    head = ["network", "method", *(f"{100 * share:g} % of channels" for share in SHARES), "parameters"]
+    return "\n".join([*lines, *grid(head, rows), "", versions(results), ""])
+
+
+def versions(results: dict[str, Any]) -> str:
+    return "torch-pruning " + ", ".join(sorted({result["torch_pruning"] for result in results.values()})) + "."
+
+
+def main(
+    checkpoints: Checkpoints = CHECKPOINTS,
+    data: DataFolder = FASHION_MNIST,
+    output: Output = RESULTS,
+    pair: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
+    share: Annotated[list[float] | None, typer.Option(help="Only this share of channels (may be repeated).")] = None,
+    samples: Samples = None,
+    fresh: Fresh = False,
+    threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
+) -> None:
+    """Remove channels by every method and write channel_peers.json and channel_peers.md."""
+    try:
+        import_module("torch_pruning")
+    except ImportError as error:
+        raise MissingData("install torch-pruning") from error
+    if threads:
+        torch.set_num_threads(threads)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "channel_peers.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
+    for name in pair or NETWORKS:
+        subject = subject_of(name, checkpoints, data, samples)
+        dense = round(100 * float(subject.right(subject.model).double().mean()), 2)
+        result = results.setdefault(name, {"shares": {}})
+        result |= {"dense": dense, "images": len(subject.images), "parameters": parameters(subject.model)}
+        result["torch_pruning"] = version("torch-pruning")
+        for part in share or SHARES:
+            if str(part) not in result["shares"]:
+                console.print(name, part)
+                result["shares"][str(part)] = measured(subject, part)
+                write_atomic(file, json.dumps(results, indent=1) + "\n")
+                write_atomic(file.with_suffix(".md"), markdown(results))
+
+
+if __name__ == "__main__":
+    command(main)
