@@ -197,14 +197,19 @@ def subject_of(pair: str, checkpoints: Path, data: Path, samples: int | None) ->
 # results --------------------------------------------------------------------------------------------------------------
 
 
-def shown(cell: Mapping[str, Any], images: int) -> str:
-    """The accuracy, and by how much our default is ahead, ± the standard error of that."""
+def lead(cell: Mapping[str, Any], images: int) -> tuple[float, float]:
+    """By how many points our default is ahead, and the standard error of that over the images."""
     mine, theirs = cell["ours_alone_right"], cell["peer_alone_right"]
-    if not mine + theirs:
+    ahead = (mine - theirs) / images
+    return 100 * ahead, 100 * math.sqrt(max((mine + theirs) / images - ahead**2, 0) / images)
+
+
+def shown(method: str, cell: Mapping[str, Any], images: int) -> str:
+    """The accuracy, and by how much our default is ahead of a peer, ± the standard error."""
+    if method == OURS:
         return f"{cell['accuracy']:.2f}"
-    lead = (mine - theirs) / images
-    error = math.sqrt(max((mine + theirs) / images - lead**2, 0) / images)
-    return f"{cell['accuracy']:.2f} ({100 * lead:+.2f} ± {100 * error:.2f})"
+    ahead, error = lead(cell, images)
+    return f"{cell['accuracy']:.2f} ({ahead:+.2f} ± {error:.2f})"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -215,8 +220,8 @@ def markdown(results: dict[str, Any]) -> str:
         for number, method in enumerate(METHODS):
             title = f"{name} ({result['dense']:.2f})" if not number else ""
             cells = [result["shares"].get(str(share), {}).get(method) for share in SHARES]
-            sizes = ", ".join(f"{cell['parameters'] / result['parameters']:.3f}×" if cell else "" for cell in cells)
-            rows.append([title, method, *(shown(c, result["images"]) if c else "" for c in cells), sizes])
+            sizes = ", ".join(f"{cell['parameters'] / result['parameters']:.3f}×" for cell in cells if cell)
+            rows.append([title, method, *(shown(method, c, result["images"]) if c else "" for c in cells), sizes])
     head = ["network", "method", *(f"{100 * share:g} % of channels" for share in SHARES), "parameters"]
     return "\n".join([*lines, *grid(head, rows), "", versions(results), ""])
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import typer
 
+from benchmarks.channel_peers import OURS, lead
 from benchmarks.experiments import TABLES
 from benchmarks.fashion import RESULTS
 from benchmarks.options import Output
@@ -148,13 +149,24 @@ def _supports(networks: Json) -> Reading:
     for line in networks.values():
         for name, cell in line["cells"].items():
             row, _, share = name.rpartition("/")
-            peers = [
-                line["cells"].get(f"{peer}/{share}") for peer in ("magnitude, global", "wanda, row", "sparsegpt, layer")
-            ]
+            scores = ("magnitude, global", "magnitude, layer", "wanda, row", "sparsegpt, layer")
+            peers = [line["cells"].get(f"{peer}/{share}") for peer in scores]
             measured = [peer["accuracy"] for peer in peers if peer]
             if row == "default" and measured:
                 gains.append(cell["accuracy"] - max(measured))
     return Reading(min(gains) > -0.25, f"{min(gains):+.2f} to {max(gains):+.2f} points in {len(gains)} cells")
+
+
+def _channel_peers(networks: Json) -> Reading:
+    """The default channels beside Torch-Pruning's, with our repair and without, at no more parameters."""
+    leads = []
+    for line in networks.values():
+        cells = [cell for share in line["shares"].values() for name, cell in share.items() if name != OURS]
+        leads += [lead(cell, line["images"]) for cell in cells]
+    points, ahead = [points for points, _ in leads], sum(points > error for points, error in leads)
+    level = all(points >= -error for points, error in leads)
+    span = f"{min(points):+.2f} to {max(points):+.2f} points in {len(leads)} cells"
+    return Reading(level, f"{span}; ahead by more than the error in {ahead}")
 
 
 def _crepe(networks: Json) -> Reading:
@@ -253,6 +265,7 @@ PROMISES = (
     Promise("masks: solving beats RESET and REPAIR", "masks", _masks),
     Promise("masks: the default is level with magnitude, Wanda and SparseGPT, all solved", "supports", _supports),
     Promise("channels: the default beats magnitude and Taylor with RESET or REPAIR", "folding", _channels),
+    Promise("channels: the default is level with Torch-Pruning's, solved or not", "channel_peers", _channel_peers),
     Promise("CREPE keeps its pitch without half of its channels (10 cents)", "real", _crepe),
     Promise("MiniLM without 25 and 50 % of its channels: cosine 0.95 and 0.85", "real", _minilm),
     Promise("least squares takes at most four times the forwards of its data", "solving_cost", _solve_cost),

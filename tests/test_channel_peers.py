@@ -11,7 +11,7 @@ from conftest import close
 from micro_models import net
 from torch import nn
 
-from benchmarks.channel_peers import kept_channels, shown
+from benchmarks.channel_peers import OURS, kept_channels, shown
 from benchmarks.fine_tuning import left
 from vfx.analyse.symmetry import symmetry
 from vfx.api import prune, trace
@@ -41,8 +41,8 @@ def test_the_lead_has_the_error_of_paired_samples() -> None:
     difference = np.array([1] * 30 + [-1] * 10 + [0] * 60)
     lead, error = difference.mean(), difference.std() / math.sqrt(100)
     cell = {"accuracy": 70.0, "ours_alone_right": 30, "peer_alone_right": 10}
-    assert shown(cell, 100) == f"70.00 ({100 * lead:+.2f} ± {100 * error:.2f})"
-    assert shown(cell | {"ours_alone_right": 0, "peer_alone_right": 0}, 100) == "70.00"
+    assert shown("L2", cell, 100) == f"70.00 ({100 * lead:+.2f} ± {100 * error:.2f})"
+    assert shown(OURS, cell, 100) == "70.00"
 
 
 @pytest.mark.parametrize("kept", [True, False])

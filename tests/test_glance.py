@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.channel_peers import OURS
 from benchmarks.fashion import RESULTS
 from benchmarks.glance import PROMISES, Promise, glance
 
@@ -46,6 +47,16 @@ def test_a_peak_above_its_target_is_a_claim_missed() -> None:
     reading = _promise("peaks").read(calls)
     assert (reading.holds, reading.figures) == (False, "1 of 2 calls; above theirs: another 1.60")
     assert _promise("peaks").read({"a call": calls["a call"]}).holds
+
+
+def test_a_peer_ahead_by_more_than_the_error_is_a_claim_missed() -> None:
+    level = {"ours_alone_right": 100, "peer_alone_right": 110}
+    network: dict[str, Any] = {"images": 10_000, "shares": {"0.5": {OURS: {}, "L2": level}}}
+    assert _promise("channel_peers").read({"a": network}) == (
+        True, "-0.10 to -0.10 points in 1 cells; ahead by more than the error in 0"
+    )  # fmt: skip
+    network["shares"] |= {"0.75": {"L2": level | {"peer_alone_right": 130}}}
+    assert not _promise("channel_peers").read({"a": network}).holds
 
 
 def test_changes_that_go_unnoticed_are_a_claim_missed() -> None:
