@@ -3,9 +3,9 @@
 The first networks of trained Fashion-MNIST pairs lose 50 % of their channels (``vfx.prune_structured``; Torch-Pruning
 by the L2 norm of groups and by Taylor, at equal parameters) or 90 % of their weights (``vfx.prune``; global magnitude,
 Wanda and SparseGPT without repair), calibrated on the first 1,000 training images. All are then trained alike: one
-epoch over the first 20,000 training images with labels (SGD, Nesterov momentum 0.9, batch 128, linear warm-up and
-decay, learning rate 0.02). Masks stay in force through the training (``masks="parametrize"``): "left" is the share of
-weights that are not zero behind it, or of parameters. Accuracy is over the test images.
+epoch over the first 5,000 training images with labels (SGD, Nesterov momentum 0.9, batch 128, linear warm-up and decay,
+learning rate 0.02). Masks stay in force through the training (``masks="parametrize"``): "left" is the share of weights
+that are not zero behind it, or of parameters. Accuracy is over the test images.
 
 ``torch-pruning`` must be installed. Results go to ``benchmarks/results``: fine_tuning.json and fine_tuning.md, written
 after each cell; a run that was stopped goes on where it was.
@@ -35,7 +35,7 @@ from vfx.models import Training, fit
 from vfx.pruning.masks import make_permanent
 
 NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025")
-CHANNELS, WEIGHTS, TRAINED = 0.5, 0.9, 20_000
+CHANNELS, WEIGHTS, TRAINED = 0.5, 0.9, 5000
 HOW = Training(1, 0.02, batch_size=128)
 console = Console(stderr=True)
 
