@@ -37,6 +37,7 @@ from vfx.pruning.masks import make_permanent
 NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025")
 CHANNELS, WEIGHTS, TRAINED = 0.5, 0.9, 5000
 HOW = Training(1, 0.02, batch_size=128)
+BARE: dict[str, Any] = {"solve": None, "normalize": None}
 console = Console(stderr=True)
 
 
@@ -48,7 +49,8 @@ def smaller(subject: Subject) -> nn.Module:
 
 def peer(subject: Subject, name: str) -> nn.Module:
     """Torch-Pruning's network, with at most as many parameters as ours (whose widths do not depend on data)."""
-    size = parameters(prune_structured(subject.program, sparsity=CHANNELS, progress=False).module)
+    plain = prune_structured(subject.program, sparsity=CHANNELS, progress=False, **BARE)
+    size = parameters(plain.module)
     return fitted(subject, name, CHANNELS, size)[0]
 
 
@@ -58,7 +60,6 @@ def masked(subject: Subject, **options: Any) -> nn.Module:
     return prune(subject.model, subject.train[:2], sparsity=WEIGHTS, **given).module
 
 
-BARE: dict[str, Any] = {"solve": None, "normalize": None}
 METHODS: dict[str, Callable[[Subject], nn.Module]] = {
     "50 % of channels: vfx, default": smaller,
     "50 % of channels: Torch-Pruning, L2": lambda subject: peer(subject, "L2"),
