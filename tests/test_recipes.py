@@ -144,7 +144,7 @@ def test_other_weights_give_other_bytes(folder: Path) -> None:
 def test_resolved_recipes_hold_every_option(action: str, folder: Path) -> None:
     whole = resolved(read_recipe(_recipe("x", action=action, weights=["0.pt"])), "x.toml")
     known = inspect.signature(getattr(api, action)).parameters
-    own = {"models", "model", "example_inputs", "data", "progress", "statistics"}
+    own = {"models", "model", "example_inputs", "data", "progress", "statistics", "checkpoint"}
     assert set(whole.options) == set(known) - own
     again = read_recipe(_recipe("y", **whole.to_dict()))
     Path("y.yml").write_text(yaml.safe_dump(whole.to_dict()))
