@@ -27,7 +27,7 @@ from benchmarks.options import Cache, Fresh, Output
 from benchmarks.pairs_report import grid
 from vfx.api import collect, merge, symmetry, trace
 from vfx.data import digits
-from vfx.elements import still_permutations
+from vfx.elements import identity
 from vfx.files import write_atomic
 from vfx.match.catalogue import matcher
 from vfx.match.matcher import Known, Matching, Problem
@@ -121,7 +121,7 @@ class Subject:
             progress=False,
             **options,
         )
-        elements = found.permutations if found else [still_permutations(self.facts.groups)] * self.program.edges
+        elements = found.elements if found else [identity(self.facts)] * self.program.edges
         return {
             "edges": self.program.edges,
             "match": match,

@@ -21,6 +21,7 @@ from vfx.analyse.verify import randomise
 from vfx.elements import act, compose, inverse, random_element
 from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
+from vfx.match.c2m3 import C2M3
 from vfx.match.catalogue import CLASSED
 from vfx.match.class_descent import ClassDescent, beyond_permutations
 from vfx.match.learned import LearnedMatching
@@ -153,6 +154,8 @@ def _pair(name: str) -> tuple[Program, Symmetry, Tensor]:
 def _matching(match: str, classes: str, program: Program, facts: Symmetry, x: Tensor) -> Matching:
     if match == "weight":
         return WeightMatching(classes=classes)(Problem(program, facts))
+    if match == "c2m3":
+        return C2M3(iterations=2, classes=classes)(Problem(program, facts))
     statistics = vfx.collect(program, data=x, progress=False)
     if match == "activation":
         return ActivationMatching(classes=classes)(Problem(program, facts, statistics))

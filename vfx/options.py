@@ -152,7 +152,9 @@ class MergeOptions(Rewriting):
     match: str | Matcher | None = keyword(
         "auto", text=Text("text", names=("auto", "none"), catalogue=("match/catalogue.py", "MATCHERS"))
     )
-    classes: str = keyword("full", "What weight and activation matching find: full or permutation.", Text("text"))
+    classes: str = keyword(
+        "full", "What weight, activation, c2m3 and learned matching find: full or permutation.", Text("text")
+    )
     restarts: int = keyword(0, "Further runs of weight, activation, c2m3 or ste.", Text("number"))
     weights: float | Sequence[float] | None = keyword(None, "One weight for each edge, e.g. 0.3,0.7.", Text("numbers"))
     combine: str | Combiner = keyword(

@@ -72,11 +72,11 @@ def merge(
     ``models``: edges, or their Program from ``vfx.trace``. ``data``: calibration batches, tensors, tuples or
     dicts (labels, where there are any, are read by "ste" and "learned" and help "auto" to choose).
     ``match``: None, a name of ``vfx.match.catalogue.MATCHERS`` or a Matcher; "auto" reads activations if there are
-    data or statistics. ``classes``: "weight", "activation" and "learned" match each group's "full" class (scales,
-    signs, orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation" alone.
-    ``restarts``: further runs of "weight", "activation", "c2m3" or "ste" from random permutations, of which the best
-    by the method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels differ,
-    too: the result has those of the first.
+    data or statistics. ``classes``: "weight", "activation", "c2m3" and "learned" match each group's "full" class
+    (scales, signs, orthogonal and invertible maps where the network lets them pass; Theus et al. 2025) or "permutation"
+    alone. ``restarts``: further runs of "weight", "activation", "c2m3" or "ste" from random permutations, of which the
+    best by the method's own objective is kept. "weight", "activation" and "ot" take models whose numbers of channels
+    differ, too: the result has those of the first.
     ``weights``: one for each edge, summing to 1, or α (the second of two edges); equal by default. ``combine``: how
     the edges become one, "average", a name of ``vfx.combine.catalogue.COMBINERS`` or a Combiner; a named one is kept as
     it is: "auto" then solves nothing, and of normalizations takes RESET alone. ``base``: what all edges were fine-tuned

@@ -36,7 +36,7 @@ MATCHERS: dict[str, Callable[..., Matcher]] = {
 }
 
 RESTARTED = {"weight", "activation", "c2m3", "ste"}  # the best of several runs from random permutations
-CLASSED = {"weight", "activation", "learned"}  # match each group's full class of maps, or permutations alone
+CLASSED = {"weight", "activation", "c2m3", "learned"}  # match each group's full class of maps, or permutations alone
 
 
 def matcher(match: str | Matcher | None, restarts: int = 0, classes: str = "full") -> Matcher | None:

@@ -102,6 +102,17 @@ def between(symmetry: Symmetry, first: Elements, other: Elements, found: Element
     return compose(symmetry, compose(symmetry, other, found), inverse(symmetry, first))
 
 
+def in_matrices(symmetry: Symmetry, elements: Elements) -> dict[int, Element]:
+    """The same with a matrix for every group whose class mixes channels, where it only permutes them too."""
+    mixing_elements = dict(elements)
+    for index, element in elements.items():
+        group, its_class = symmetry.group(index), symmetry.classes[index]
+        if its_class.scales is None and its_class.kind.mixes and element.index is not None:
+            order = np.eye(group.size)[element.index]
+            mixing_elements[index] = Element(matrix=order if element.matrix is None else element.matrix @ order)
+    return mixing_elements
+
+
 def settled(symmetry: Symmetry, element: Elements) -> dict[int, Element]:
     """An element of every group, without what rounding has left in it."""
     elements = {index: snapped(given) for index, given in element.items()}

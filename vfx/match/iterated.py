@@ -78,7 +78,7 @@ class IteratedMatching:
             best, kept = values[-1], elements
             elements = [ascent.run()[0] for ascent in ascents]
         return Matching(
-            elements=tuple(map(permuted, to_first(problem.symmetry, kept))),
+            elements=to_first(problem.symmetry, [*map(permuted, kept)]),
             objective=(best,),
             sweeps=(len(values) - 1,),
             seconds=time.perf_counter() - begin,

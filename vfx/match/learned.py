@@ -28,13 +28,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
-from vfx.elements import Element, Elements, act, check_classes, compose, identity
+from vfx.elements import Elements, act, check_classes, compose, identity
 from vfx.errors import ArgumentError, DataError
 from vfx.match.activation import ActivationMatching
 from vfx.match.chart import Charts
-from vfx.match.class_descent import settled
+from vfx.match.class_descent import in_matrices, settled
 from vfx.match.matcher import Matching, Problem
 from vfx.match.midpoint import Labelled, Loss, Midpoint, check_loss
 from vfx.match.weight import WeightMatching
@@ -121,7 +120,7 @@ class LearnedMatching:
         """The best by the held-out loss of a start and of what each epoch comes to."""
         symmetry, full = problem.symmetry, self.classes == "full"
         charts = [Charts(symmetry, full) for _ in start]
-        begin = [_mixing(symmetry, element) for element in start] if full else start
+        begin = [in_matrices(symmetry, element) for element in start] if full else start
         kept = _Best(list(start), task.loss_of(start, batches.held_out()))
         kept = kept._replace(losses=(kept.loss,))
         parameters = [tensor for chart in charts for tensor in chart.parameters()]
@@ -198,14 +197,3 @@ def _drawn(shares: Sequence[float], spread: float, generator: np.random.Generato
     width = spread / max(len(shares) - 1, 1)
     others = [float(np.clip(share + generator.uniform(-width, width), 0, 1)) for share in shares[1:]]
     return [1 - sum(others), *others]
-
-
-def _mixing(symmetry: Symmetry, elements: Elements) -> dict[int, Element]:
-    """The same with a matrix for every group whose class mixes channels, where it only permutes them too."""
-    mixing = dict(elements)
-    for index, element in elements.items():
-        group, its_class = symmetry.group(index), symmetry.classes[index]
-        if its_class.scales is None and its_class.kind.mixes and element.index is not None:
-            order = np.eye(group.size)[element.index]
-            mixing[index] = Element(matrix=order if element.matrix is None else element.matrix @ order)
-    return mixing

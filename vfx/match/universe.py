@@ -8,40 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vfx.analyse.places import Index
+from vfx.analyse.classes import Matrix
 from vfx.analyse.symmetry import Symmetry
-from vfx.elements import Permutations, act, compose_permutations, inverse_permutations, permuted
+from vfx.elements import Element, Elements, act, compose, inverse
 from vfx.errors import ArgumentError
 from vfx.program import Weights
 
 
-def pairwise(symmetry: Symmetry, elements: Sequence[Permutations], i: int, j: int) -> dict[int, Index]:
+def pairwise(symmetry: Symmetry, elements: Sequence[Elements], i: int, j: int) -> dict[int, Element]:
     """The group element that takes edge j to edge i, both being taken to the universe by their ``elements``."""
-    return compose_permutations(symmetry.groups, elements[j], inverse_permutations(symmetry.groups, elements[i]))
+    return compose(symmetry, elements[j], inverse(symmetry, elements[i]))
 
 
-def to_first(symmetry: Symmetry, elements: Sequence[Permutations]) -> tuple[dict[int, Index], ...]:
+def to_first(symmetry: Symmetry, elements: Sequence[Elements]) -> tuple[dict[int, Element], ...]:
     """The same alignment in the first edge's frame: its own element becomes the identity."""
     return tuple(pairwise(symmetry, elements, 0, j) for j in range(len(elements)))
 
 
-def cycle_error(symmetry: Symmetry, elements: Sequence[Permutations]) -> int:
-    """Channels in which P_i0 P_0k differs from P_ik, over all i and k; none means that every cycle closes.
+def cycle_error(symmetry: Symmetry, elements: Sequence[Elements]) -> float:
+    """The largest entry by which P_i0 P_0k differs from P_ik, over all i and k; for permutations 0 or 1.
 
     With i = k it says P_i0 P_0i = 1, so P_ij P_jk = P_i0 (P_0j P_j0) P_0k = P_i0 P_0k = P_ik.
     """
-    count, edges = 0, range(len(elements))
+    edges = range(len(elements))
     to_zero, from_zero = ([pairwise(symmetry, elements, *pair) for pair in pairs]
                           for pairs in ([(0, k) for k in edges], [(i, 0) for i in edges]))  # fmt: skip
-    for i in edges:
-        for k in edges:
-            around = compose_permutations(symmetry.groups, to_zero[k], from_zero[i])
-            straight = pairwise(symmetry, elements, i, k)
-            count += sum(int((around[g] != index).sum()) for g, index in straight.items())
-    return count
+    return max(
+        difference(symmetry, compose(symmetry, to_zero[k], from_zero[i]), pairwise(symmetry, elements, i, k))
+        for i in edges
+        for k in edges
+    )
+
+
+def difference(symmetry: Symmetry, first: Elements, second: Elements) -> float:
+    """The largest entry by which what two elements do to any group's channels differs."""
+    largest = 0.0
+    for group in symmetry.moving:
+        pair = [element.get(group.index, Element()) for element in (first, second)]
+        if not any(element.mixes or element.scales for element in pair):
+            orders = [np.arange(group.size) if element.index is None else element.index for element in pair]
+            largest = max(largest, float((orders[0] != orders[1]).any()))
+            continue
+        for side in {side for element in pair for side in element.scales} or {-1}:
+            tables = [_table(element, side, group.size) for element in pair]
+            largest = max(largest, float(np.abs(tables[0] - tables[1]).max(initial=0.0)))
+    return largest
+
+
+def _table(element: Element, side: int, size: int) -> Matrix:
+    """D P (…, size, size) on one side of a group."""
+    table = np.eye(size) if element.index is None else np.eye(size)[element.index]
+    table = table if element.matrix is None else element.matrix @ table
+    return table * element.scales[side][..., None] if side in element.scales else table
 
 
 def check_one_shape(weights: Sequence[Weights]) -> None:
@@ -72,11 +94,11 @@ def scored_names(symmetry: Symmetry) -> list[str]:
     return [name for name in names if symmetry.program.is_parameter(name)]
 
 
-def pair_objective(symmetry: Symmetry, weights: Sequence[Weights], elements: Sequence[Permutations]) -> float:
+def pair_objective(symmetry: Symmetry, weights: Sequence[Weights], elements: Sequence[Elements]) -> float:
     """Σ_{p<q} Σ ⟨P_p W_p, P_q W_q⟩ over the parameters that groups move, in float64."""
     total = 0.0
     for name in scored_names(symmetry):
-        moved = [act(symmetry, permuted(e), {name: w[name]})[name].double() for w, e in zip(weights, elements)]
+        moved = [act(symmetry, e, {name: w[name]})[name].double() for w, e in zip(weights, elements)]
         whole = torch.stack(moved).sum(0)
         total += 0.5 * sum(float((m * (whole - m)).sum()) for m in moved)
     return total
