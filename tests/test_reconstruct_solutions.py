@@ -13,7 +13,7 @@ from literal import EXACT, close_solutions, drawn, held_errors, literal_solution
 from torch import Tensor
 
 from vfx.reconstruct import solve as solving
-from vfx.reconstruct.solve import RIDGES, START, RidgeProblem, System, chosen_ridge
+from vfx.reconstruct.solve import RIDGES, START, RidgeProblem, System, chosen_ridge, settled
 from vfx.reconstruct.sums import Sums, sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -203,7 +203,29 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_rows(noise: float, away: f
     assert errors[least:] == sorted(errors[least:])
     assert least == best
     for start in RIDGES:
-        assert chosen_ridge(problem, *(sums_of(x, y) for x, y in parts), start) == RIDGES[least]
+        assert chosen_ridge(problem, *(sums_of(x, y) for x, y in parts), start).ridge == RIDGES[least]
+
+
+@pytest.mark.parametrize("count", [40, 400], ids=["as many rows as inputs", "many rows"])
+def test_a_ridge_that_served_fewer_rows_well_does_not_let_the_solution_grow(count: int) -> None:
+    """A fifth of the rows more makes as many rows as inputs, where the judged ridge fits the noise (double descent)."""
+    rows, truth, held = drawn(1, count, 40, seed=13), drawn(1, 40, 5, seed=6), count // 5
+    goals = rows @ truth + 0.3 * drawn(1, count, 5, seed=7)
+    problem = RidgeProblem(torch.zeros_like(truth), None)
+    parts = [sums_of(rows[:, :-held], goals[:, :-held]), sums_of(rows[:, -held:], goals[:, -held:])]
+    chosen, system = chosen_ridge(problem, *parts), System(problem, sums_of(rows, goals))
+    (solution, ridge), plain = settled(problem, system, chosen), system.solve(chosen.ridge)
+    judged = System(problem, parts[0]).solve(chosen.ridge)
+    assert chosen.departure == pytest.approx(float(judged.matrix.square().sum()), rel=1e-12)
+    assert float(solution.departure.sum()) == pytest.approx(float(solution.matrix.square().sum()), rel=1e-12)
+    errors = [float((layer.matrix - truth).square().sum()) for layer in (solution, plain)]
+    if count == 40:
+        assert ridge > chosen.ridge
+        assert errors[0] < 0.01 * errors[1]
+        assert float(system.solve(ridge / 10).departure.sum()) > 2 * chosen.departure
+    else:
+        assert ridge == chosen.ridge
+        assert torch.equal(solution.matrix, plain.matrix)
 
 
 def test_some_outputs_choose_the_ridge_of_many_masked_ones() -> None:
@@ -217,7 +239,7 @@ def test_some_outputs_choose_the_ridge_of_many_masked_ones() -> None:
     found = []
     for mask, columns in ((torch.ones_like(centre).bool(), asked), (None, torch.arange(130))):
         problem = RidgeProblem(centre, centre[:, 0], mask)
-        found.append(chosen_ridge(problem, *(sums_of(x, y) for x, y in parts)))
+        found.append(chosen_ridge(problem, *(sums_of(x, y) for x, y in parts)).ridge)
         own = RidgeProblem(centre[..., columns], centre[:, 0, columns], None)
         errors = held_errors(own, [(x, y[..., columns]) for x, y in parts])
         assert found[-1] == RIDGES[errors.index(min(errors))]
@@ -230,9 +252,9 @@ def test_ridges_that_all_err_alike() -> None:
         sums_of(torch.zeros(1, 9, 4).double(), torch.zeros(1, 9, 2).double()),
         sums_of(drawn(1, 9, 4), drawn(1, 9, 2)),
     )
-    assert chosen_ridge(problem, nothing, nothing) == RIDGES[START]
-    assert chosen_ridge(problem, nothing, something) == RIDGES[START]
-    matrix, bias = _solved(problem, nothing, chosen_ridge(problem, nothing, nothing))
+    assert chosen_ridge(problem, nothing, nothing).ridge == RIDGES[START]
+    assert chosen_ridge(problem, nothing, something).ridge == RIDGES[START]
+    matrix, bias = _solved(problem, nothing, chosen_ridge(problem, nothing, nothing).ridge)
     assert torch.equal(matrix, problem.centre)
     assert bias is not None
     assert bias.isfinite().all()

@@ -5,13 +5,16 @@ solved for: what no input tells stays as it was. A mask leaves each output its o
 Cholesky factors of many small systems at once, or, where those would cost more, by conjugate gradients on all outputs
 together with the diagonal as preconditioner (ALPS, Meng et al., NeurIPS 2024, §3.3).
 
-A ridge that is not given is chosen on held-out rows, among a few decades, by walking downhill.
+A ridge that is not given is chosen on held-out rows, among a few decades, by walking downhill. The solution on all
+rows, which nobody judges, may leave W₀ about as far as the judged one did: where there are as many rows as inputs a
+ridge that served fewer rows well lets it grow without bound (double descent), and a larger one is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from vfx.reconstruct.sums import Sums
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ASKED, ASKED_WITHIN = 128, 64  # outputs that choose the ridge; within masks each is a system of its own
+DEPARTURE = 2.0  # of the judged solution's ‖Δ‖², up to which the solution on all rows is believed
 START = 3  # where the search for the ridge starts
 SINGULAR = 1e-7  # ratio of the Cholesky factor's pivots below which inputs count as dependent
 STEPS, TOLERANCE = 100, 1e-10  # of conjugate gradients: at most so many, to so small a share of the first residual
@@ -49,11 +53,15 @@ class RidgeProblem:
 
 @dataclass(frozen=True)
 class SolvedLayer:
-    """The matrix (G, K, O), the bias (G, O) or None without one, and ‖X W + b − Y‖² that they leave."""
+    """The matrix (G, K, O), the bias (G, O) or None without one, and ‖X W + b − Y‖² that they leave.
+
+    ``departure`` (O,): ‖Δ‖² of each output, over groups.
+    """
 
     matrix: Tensor
     bias: Tensor | None
     error: float
+    departure: Tensor
 
 
 class System:
@@ -90,17 +98,42 @@ class System:
         gained = (change * (self.missing + ridge * self.scale[:, None, None] * change)).sum()
         solution = self.start + change
         matrix, bias = (solution[:, :-1], solution[:, -1]) if self.biased else (solution, None)
-        return SolvedLayer(matrix, bias, self.before - float(gained))
+        return SolvedLayer(matrix, bias, self.before - float(gained), change.square().sum((0, 1)))
 
 
-def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RIDGES[START]) -> float:
+class Chosen(NamedTuple):
+    """A ridge, and ‖Δ‖² of its solution on the rows that were not held out, over the outputs that chose it."""
+
+    ridge: float
+    departure: float
+
+
+def outputs_asked(problem: RidgeProblem) -> Tensor | None:
+    """The outputs that choose a ridge, spread evenly; None for all."""
+    asked, outputs = ASKED if problem.support is None else ASKED_WITHIN, problem.centre.shape[2]
+    return torch.arange(asked, device=problem.centre.device) * outputs // asked if outputs > asked else None
+
+
+def settled(problem: RidgeProblem, system: System, chosen: Chosen) -> tuple[SolvedLayer, float]:
+    """The solution on all rows (their ``system``), and its ridge: the chosen one, or the next larger one that does not
+    leave W₀ much farther than the judged solution.
+    """
+    asked = outputs_asked(problem)
+    for ridge in RIDGES[RIDGES.index(chosen.ridge) :]:
+        solution = system.solve(ridge)
+        departure = solution.departure if asked is None else solution.departure[asked]
+        if chosen.departure == 0 or float(departure.sum()) <= DEPARTURE * chosen.departure:
+            break
+    return solution, ridge
+
+
+def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RIDGES[START]) -> Chosen:
     """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``; some outputs, spread evenly, tell.
 
     The walk begins at ``start``, the way that the error falls there.
     """
-    asked, outputs = ASKED if problem.support is None else ASKED_WITHIN, problem.centre.shape[2]
-    if outputs > asked:
-        columns = torch.arange(asked, device=fit.gram.device) * outputs // asked
+    columns = outputs_asked(problem)
+    if columns is not None:
         problem, fit, held = problem.part(columns), fit.part(columns), held.part(columns)
     fitted, judged = System(problem, fit), System(problem, held)
 
@@ -117,11 +150,11 @@ def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RI
     falling = float((left * inverse(fitted.scale[:, None, None] * change)).sum()) < 0
     step = 1 if falling else -1
     while 0 <= best + step < len(RIDGES):
-        error = judge(fitted.inverse(RIDGES[best + step]))[2]
+        tried, _, error = judge(fitted.inverse(RIDGES[best + step]))
         if not error < least:
             break
-        best, least = best + step, error
-    return RIDGES[best]
+        best, least, change = best + step, error, tried
+    return Chosen(RIDGES[best], float(change.square().sum()))
 
 
 def _inverse(system: Tensor) -> Callable[[Tensor], Tensor]:

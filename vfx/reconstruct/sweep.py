@@ -26,7 +26,7 @@ from vfx.reconstruct.collect import Collected
 from vfx.reconstruct.logits import RIDGE as LOGITS
 from vfx.reconstruct.logits import LogitUnit
 from vfx.reconstruct.references import References
-from vfx.reconstruct.solve import RIDGES, START, System, chosen_ridge
+from vfx.reconstruct.solve import RIDGES, START, System, chosen_ridge, settled
 from vfx.reconstruct.sums import Sums
 from vfx.reconstruct.units import Unit
 from vfx.statistics.data import Batches
@@ -219,14 +219,15 @@ class Sweep:
 
     def _solve(self, unit: Unit, problem, fit: Sums, held: Sums | None):  # type: ignore[no-untyped-def]
         """What is said of a unit, and the tensors that are its solution."""
-        ridge = self.options.ridge
-        if ridge is None:
-            if held is not None:
-                self._ridge = chosen_ridge(problem, fit, held, self._ridge)
-            ridge = self._ridge
         total = fit if held is None else fit + held
         system = System(problem, total)
-        solution, ridge = agreed((system.solve(ridge), ridge))
+        if self.options.ridge is None and held is not None:
+            chosen = chosen_ridge(problem, fit, held, self._ridge)
+            solution, ridge = agreed(settled(problem, system, chosen))
+            self._ridge = ridge
+        else:
+            ridge = self._ridge if self.options.ridge is None else self.options.ridge
+            solution, ridge = agreed((system.solve(ridge), ridge))
         spread = float((total.squares - total.goals.square() / max(total.count, 1)).sum())
         scale = max(spread, 1e-300)
         written = unit.write(self.weights, solution.matrix, solution.bias, total)
