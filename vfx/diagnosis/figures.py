@@ -251,7 +251,8 @@ def comparison_figure(given: Sequence[Point], made: Sequence[Point], front: Sequ
     middle = (min(costs, default=0) + max(costs, default=0)) / 2
     for point in made:
         place, best = (point.params, 100 * (point.accuracy or 0)), point in front
-        axis.plot(*place, "o", markersize=5 if best else 3.5, color=MERGED if best else "#999999")
+        color, size, layer = (MERGED, 5, 4) if best else ("#999999", 3.5, 3)
+        axis.plot(*place, "o", markersize=size, color=color, zorder=layer)  # in front of the networks given
         if best:  # names stay inside the axes, those of neighbours above and below the line
             right, above = place[0] > middle, front.index(point) % 2
             offset, side = (-6 if right else 6, 5 if above else -10), "right" if right else "left"
