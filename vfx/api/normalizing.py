@@ -34,7 +34,8 @@ def uncorrected(data: Any, normalize: Any, done: str, missed: str) -> tuple[str,
         f"{done} without data: nothing was corrected, and {missed}. Pass data= (--data): inputs, without labels; "
         "layers are then solved or normalized for what is lost. normalize=None says that this is wanted"
     )
-    warnings.warn(note, UncorrectedNote, stacklevel=5)  # behind the public call, its check of arguments and a stage
+    # behind the public call, its check of arguments, its stages and one of them
+    warnings.warn(note, UncorrectedNote, stacklevel=6)
     return (note,)
 
 

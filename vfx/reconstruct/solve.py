@@ -101,7 +101,7 @@ class System:
         return SolvedLayer(matrix, bias, self.before - float(gained), change.square().sum((0, 1)))
 
 
-class Chosen(NamedTuple):
+class JudgedRidge(NamedTuple):
     """A ridge, and ‖Δ‖² of its solution on the rows that were not held out, over the outputs that chose it."""
 
     ridge: float
@@ -114,7 +114,7 @@ def outputs_asked(problem: RidgeProblem) -> Tensor | None:
     return torch.arange(asked, device=problem.centre.device) * outputs // asked if outputs > asked else None
 
 
-def settled(problem: RidgeProblem, system: System, chosen: Chosen) -> tuple[SolvedLayer, float]:
+def settled(problem: RidgeProblem, system: System, chosen: JudgedRidge) -> tuple[SolvedLayer, float]:
     """The solution on all rows (their ``system``), and its ridge: the chosen one, or the next larger one that does not
     leave W₀ much farther than the judged solution.
     """
@@ -127,7 +127,7 @@ def settled(problem: RidgeProblem, system: System, chosen: Chosen) -> tuple[Solv
     return solution, ridge
 
 
-def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RIDGES[START]) -> Chosen:
+def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RIDGES[START]) -> JudgedRidge:
     """The ridge of ``RIDGES`` whose solution on ``fit`` errs least on ``held``; some outputs, spread evenly, tell.
 
     The walk begins at ``start``, the way that the error falls there.
@@ -154,7 +154,7 @@ def chosen_ridge(problem: RidgeProblem, fit: Sums, held: Sums, start: float = RI
         if not error < least:
             break
         best, least, change = best + step, error, tried
-    return Chosen(RIDGES[best], float(change.square().sum()))
+    return JudgedRidge(RIDGES[best], float(change.square().sum()))
 
 
 def _inverse(system: Tensor) -> Callable[[Tensor], Tensor]:
