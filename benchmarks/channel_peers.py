@@ -230,6 +230,16 @@ def versions(results: dict[str, Any]) -> str:
     return "torch-pruning " + ", ".join(sorted({result["torch_pruning"] for result in results.values()})) + "."
 
 
+def begin(threads: int) -> None:
+    """Set torch's threads, if any are named. Raises MissingData without Torch-Pruning."""
+    try:
+        import_module("torch_pruning")
+    except ImportError as error:
+        raise MissingData("install torch-pruning") from error
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def main(
     checkpoints: Checkpoints = CHECKPOINTS,
     data: DataFolder = FASHION_MNIST,
@@ -241,12 +251,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
 ) -> None:
     """Remove channels by every method and write channel_peers.json and channel_peers.md."""
-    try:
-        import_module("torch_pruning")
-    except ImportError as error:
-        raise MissingData("install torch-pruning") from error
-    if threads:
-        torch.set_num_threads(threads)
+    begin(threads)
     output.mkdir(parents=True, exist_ok=True)
     file = output / "channel_peers.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}

@@ -17,16 +17,14 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from importlib import import_module
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.channel_peers import BATCH, Subject, fitted, parameters, subject_of
-from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, MissingData, command, fashion_mnist
+from benchmarks.channel_peers import BATCH, Subject, begin, fitted, parameters, subject_of
+from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
 from vfx.api import prune, prune_structured
@@ -119,12 +117,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Torch's threads; 0 leaves its choice.")] = 0,
 ) -> None:
     """Prune and train by every method and write fine_tuning.json and fine_tuning.md."""
-    try:
-        import_module("torch_pruning")
-    except ImportError as error:
-        raise MissingData("install torch-pruning") from error
-    if threads:
-        torch.set_num_threads(threads)
+    begin(threads)
     output.mkdir(parents=True, exist_ok=True)
     file = output / "fine_tuning.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
