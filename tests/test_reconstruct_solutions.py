@@ -13,7 +13,7 @@ from literal import EXACT, close_solutions, drawn, held_errors, literal_solution
 from torch import Tensor
 
 from vfx.reconstruct import solve as solving
-from vfx.reconstruct.solve import RIDGES, START, RidgeProblem, System, chosen_ridge, settled
+from vfx.reconstruct.solve import RIDGES, START, RidgeProblem, System, bounded, chosen_ridge
 from vfx.reconstruct.sums import Sums, sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -214,7 +214,7 @@ def test_a_ridge_that_served_fewer_rows_well_does_not_let_the_solution_grow(coun
     problem = RidgeProblem(torch.zeros_like(truth), None)
     parts = [sums_of(rows[:, :-held], goals[:, :-held]), sums_of(rows[:, -held:], goals[:, -held:])]
     chosen, system = chosen_ridge(problem, *parts), System(problem, sums_of(rows, goals))
-    (solution, ridge), plain = settled(problem, system, chosen), system.solve(chosen.ridge)
+    (solution, ridge), plain = bounded(problem, system, chosen), system.solve(chosen.ridge)
     judged = System(problem, parts[0]).solve(chosen.ridge)
     assert chosen.departure == pytest.approx(float(judged.matrix.square().sum()), rel=1e-12)
     assert float(solution.departure.sum()) == pytest.approx(float(solution.matrix.square().sum()), rel=1e-12)

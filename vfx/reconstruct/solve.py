@@ -114,7 +114,7 @@ def outputs_asked(problem: RidgeProblem) -> Tensor | None:
     return torch.arange(asked, device=problem.centre.device) * outputs // asked if outputs > asked else None
 
 
-def settled(problem: RidgeProblem, system: System, chosen: JudgedRidge) -> tuple[SolvedLayer, float]:
+def bounded(problem: RidgeProblem, system: System, chosen: JudgedRidge) -> tuple[SolvedLayer, float]:
     """The solution on all rows (their ``system``), and its ridge: the chosen one, or the next larger one that does not
     leave W₀ much farther than the judged solution.
     """

@@ -26,7 +26,7 @@ from vfx.reconstruct.collect import Collected
 from vfx.reconstruct.logits import RIDGE as LOGITS
 from vfx.reconstruct.logits import LogitUnit
 from vfx.reconstruct.references import References
-from vfx.reconstruct.solve import RIDGES, START, System, chosen_ridge, settled
+from vfx.reconstruct.solve import RIDGES, START, System, bounded, chosen_ridge
 from vfx.reconstruct.sums import Sums
 from vfx.reconstruct.units import Unit
 from vfx.statistics.data import Batches
@@ -223,7 +223,7 @@ class Sweep:
         system = System(problem, total)
         if self.options.ridge is None and held is not None:
             chosen = chosen_ridge(problem, fit, held, self._ridge)
-            solution, ridge = agreed(settled(problem, system, chosen))
+            solution, ridge = agreed(bounded(problem, system, chosen))
             self._ridge = ridge
         else:
             ridge = self._ridge if self.options.ridge is None else self.options.ridge
