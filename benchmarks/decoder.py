@@ -2,8 +2,8 @@
 
 Weights are random, in bfloat16, as ``transformers`` writes them. Each call runs in a process of its own, which reads
 the shards and ends with the shards of the result. ``peak`` is the largest resident memory of that process, imports,
-inputs and result among it. Calibration data are 8 sequences of 64 random tokens. Asked of the 1.1 B decoder: pruning
-within 12 GB and two hours on two cores, merging by weights (permutations) within 16 GB. Sizes that are not in
+inputs and result among it. Pruning is calibrated on 32 sequences of 256 random tokens. Asked of the 1.1 B decoder:
+pruning within 12 GB and two hours on two cores, merging by weights (permutations) within 16 GB. Sizes that are not in
 the table were not measured.
 """
 
@@ -32,7 +32,8 @@ from vfx.emit.pretrained import save_pretrained
 from vfx.files import write_atomic
 
 SHARD = 500 << 20  # bytes
-VOCABULARY, TOKENS, SEQUENCES = 32_000, 64, 8
+VOCABULARY, SEQUENCES = 32_000, 32
+TOKENS = {"prune": 256, "merge": 64}  # of a sequence
 SIZES: dict[str, dict[str, int]] = {  # of Llama's configuration
     "39 M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "num_attention_heads": 8},
     "106 M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
@@ -77,19 +78,19 @@ def read(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16).eval()
 
 
-def tokens(sequences: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, (sequences, TOKENS), generator=torch.Generator().manual_seed(0))
+def tokens(sequences: int, length: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(0))
 
 
-def measure(call: str, folders: list[Path], out: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+def measure(call: str, folders: list[Path], out: Path) -> dict[str, Any]:
     """One call in this process."""
     started, clock = time.perf_counter(), time.process_time()
     models = [read(folder) for folder in folders]
-    x, quiet = {"input_ids": tokens(1)}, {"progress": False}
+    x, quiet = {"input_ids": tokens(1, TOKENS[call])}, {"progress": False}
     if call == "prune":
         options: dict[str, Any] = {"sparsity": 0.5, "score": "wanda", "solve": "least_squares", "normalize": None}
-        data = tokens(SEQUENCES).split(1)
-        result = prune(models[0], x, data=data, checkpoint=checkpoint, **options, **quiet)
+        data = tokens(SEQUENCES, TOKENS[call]).split(1)
+        result = prune(models[0], x, data=data, checkpoint=out.with_name("checkpoint"), **options, **quiet)
     else:
         result = merge(models, x, match="weight", classes="permutation", **quiet)
     save_pretrained(result, out, shard_size=SHARD)

@@ -97,26 +97,37 @@ def test_a_comparison_in_float64_holds_one_tensor_at_a_time(monkeypatch: pytest.
     assert peak(lambda: emission._difference_at_once(module, program), torch.float64) > 1.9 * MODEL
 
 
+class Casting(nn.Module):
+    """A norm in single precision, as language models have it, in a network of half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(16, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        wide = x.float()
+        return self.head((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+
+class Rotating(Casting):
+    """Its table of constants is rounded to the precision of the network, as that of rotary positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.arange(16.0).cos().to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", [Casting, Rotating])
 @torch.no_grad()
-def test_a_network_that_casts_is_compared_one_tensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Casting(nn.Module):
-        """A norm in single precision, as language models have it, in a network of half precision."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.head = nn.Linear(16, WIDTH), nn.Linear(WIDTH, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.fc(x)
-            wide = x.float()
-            return self.head((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
-
+def test_a_network_that_casts_is_compared_without_a_copy_in_float64(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    program = vfx.trace(Casting().to(torch.bfloat16), X.to(torch.bfloat16))
-    module = emit(program)[0]
+    program = vfx.trace(kind().to(torch.bfloat16), X.to(torch.bfloat16))
     monkeypatch.setattr(emission, "_difference_at_once", lambda *_: pytest.fail("all tensors were cast at once"))
+    module = emit(program)[0]
+    assert type(module) is kind
     assert difference(module, program) <= PRESERVED
-    monkeypatch.setattr(emission, "_difference_at_once", lambda *_: 1.0)
     with torch.no_grad():
         module.get_parameter("fc.weight")[0] *= 1.01  # negative control
     assert difference(module, program) > PRESERVED

@@ -393,11 +393,14 @@ class Execution:
         if node.op == "output":
             self.result = args[0]
             return None
-        target = in_place or node.target
-        in_double = entry_of(target).in_double
-        if in_double is not None and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
-            target = in_double
-        return target(*args, **kwargs)  # type: ignore[operator]
+        return runnable(in_place or node.target, args)(*args, **kwargs)
+
+
+def runnable(target: Any, args: Sequence[Any]) -> Callable[..., Any]:
+    """An operator, or what stands for it in float64 where its kernel takes none."""
+    in_double = entry_of(target).in_double
+    exact = in_double is not None and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args)
+    return in_double if exact else target  # type: ignore[return-value]
 
 
 class Step(NamedTuple):

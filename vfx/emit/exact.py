@@ -10,31 +10,53 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
-from vfx.program import moved
+from vfx.program import Program, moved, runnable
 
 
 class InDouble(TorchDispatchMode):
-    """While it is entered operators see the tensors of a module in float64 on the CPU, and cast to float64 alone.
+    """While it is entered operators see a module's tensors in float64 on the CPU, and cast to float64 alone.
 
-    That is what ``vfx.proof.in_double`` makes of a graph's casts.
+    That is what ``vfx.proof.in_double`` makes of a Program's casts. What depends on neither inputs nor what the Program
+    reads is a constant: it is computed as it is, and rounded as the Program keeps it where that holds the same numbers.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, program: Program):
         super().__init__()
-        self._own = {_place(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+        held = dict([*module.named_parameters(), *module.named_buffers(remove_duplicate=False)])
+        self._read = {_place(held[name]) for name in {*read, *dict(module.named_parameters())} & held.keys()}
+        self._constants = WeakIdKeyDictionary({tensor: True for tensor in held.values() if not self._is_read(tensor)})
+        kept = (tensor for name, tensor in program.weights[0].items() if name in read - held.keys())
+        self._kept = [tensor for tensor in kept if tensor.is_floating_point()]
 
     def __torch_dispatch__(  # type: ignore[override]
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if all(tensor in self._constants for tensor in tensors):
+            result = func(*args, **kwargs)
+            self._constants.update((leaf, True) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+            return result
+        args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         asked = kwargs.get("dtype")
         if isinstance(asked, torch.dtype) and asked.is_floating_point:
             kwargs = kwargs | {"dtype": torch.float64}
-        return func(*args, **kwargs)
+        return runnable(func, args)(*args, **kwargs)
+
+    def _is_read(self, tensor: Tensor) -> bool:
+        return _place(tensor) in self._read
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return moved(tensor, "cpu", torch.float64) if _place(tensor) in self._own else tensor
+        if self._is_read(tensor):
+            return moved(tensor, "cpu", torch.float64)
+        if tensor not in self._constants or not tensor.is_floating_point():
+            return tensor
+        alike = (kept for kept in self._kept if kept.shape == tensor.shape)
+        rounded = (kept for kept in alike if torch.equal(tensor.to(kept), kept))
+        return moved(next(rounded, tensor), "cpu", torch.float64)
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.device]:

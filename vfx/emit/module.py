@@ -10,7 +10,7 @@ import copy
 import math
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -112,9 +112,8 @@ def difference(module: nn.Module, program: Program) -> float:
     They are compared on the example inputs; where layers were resized also on random ones at another batch size. Where
     they give the same bits there, in single precision at least, nothing is left to be compared in float64, and nothing
     where they are further apart than rounding can bring them. Tensors are cast one at a time (``vfx.emit.exact``); all
-    of the module's at once where that does not run, or does not prove a graph without casts. A graph with casts keeps
-    constants as rounded as its capture made them, where the module in float64 does not round: in their own precision
-    both do.
+    of the module's at once where that does not run, or does not prove a graph without casts. Casts that differ in
+    float64 are compared in the precision that both have, unless that is half.
     """
     program = program.with_samples(FEW) if program.resized else program
     gap = _as_they_are(module, program)
@@ -122,24 +121,31 @@ def difference(module: nn.Module, program: Program) -> float:
         return gap
     try:
         exact = sharing(module)
-        with InDouble(exact):
+        with InDouble(exact, program):
             gap = _difference(exact, in_double(program, on_read=True))
     except Exception:  # the user's forward() asks its own tensors for their dtype
         return _difference_at_once(module, program)
     if gap <= PRESERVED or APART < gap < math.inf:
         return gap
-    return _scaled_difference(module, program) if casts(program.graph) else _difference_at_once(module, program)
+    if casts(program.graph):
+        return gap if _is_half(program.weights[0].values()) else _scaled_difference(module, program)
+    return _difference_at_once(module, program)
 
 
 def _as_they_are(module: nn.Module, program: Program) -> float:
     """The error in the precision that both have; infinite where that is too coarse, or not one, and tells nothing."""
-    precisions = [
-        {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-        for tensors in ((*module.parameters(), *module.buffers()), program.weights[0].values())
-    ]
-    if precisions[0] != precisions[1] or any(dtype.itemsize < 4 for dtype in precisions[0]):
+    tensors = (*module.parameters(), *module.buffers()), program.weights[0].values()
+    if _precisions(tensors[0]) != _precisions(tensors[1]) or _is_half(tensors[0]):
         return math.inf
     return _difference(sharing(module), program)
+
+
+def _is_half(tensors: Iterable[Tensor]) -> bool:
+    return any(dtype.itemsize < 4 for dtype in _precisions(tensors))
+
+
+def _precisions(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
 def _difference_at_once(module: nn.Module, program: Program) -> float:
