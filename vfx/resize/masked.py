@@ -20,7 +20,7 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Acting, permuted
 from vfx.errors import PassError, VerificationError
 from vfx.on_read import OnRead
-from vfx.operators import arguments, operator_of
+from vfx.operators import arguments, is_layer, operator_of
 from vfx.program import BATCH, Program, Value, Weights, copy_graph
 from vfx.proof import PRESERVED, function_error, in_double
 from vfx.resize.extent import Unfit, check_extent, fewer_positions, fewer_samples, rewritten, written_sizes
@@ -282,8 +282,7 @@ def _reading_late(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, str]]:
 
 def _stays_whole(weight: fx.Node) -> bool:
     """Whether no reader gives a view of a weight, so that what is zeroed in place is never a part of it."""
-    readers = map(operator_of, weight.users)
-    return all(reader.is_layer or reader.is_norm for reader in readers)
+    return all(is_layer(x) or operator_of(x).is_norm or operator_of(x).ties == "embedding" for x in weight.users)
 
 
 def _is_product(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vfx.garbage import give_back
 from vfx.program import Program
 from vfx.pruning.selection import Selection
 from vfx.pruning.targets import Target
@@ -83,4 +84,6 @@ class Score(ABC):
     def prune(self, subject: Subject, select: Select) -> Pruned:
         """Select by the scores."""
         scored = self.prepare(subject)
-        return scored.masked(select(scored.values))
+        masks = select(scored.values)
+        give_back(sum(mask.numel() for mask in masks.values()))  # before the new weights are made
+        return scored.masked(masks)
