@@ -76,7 +76,7 @@ class Descent:
         From ``start`` on every step raises the objective; without one the first sweep goes in topological order and
         counts what groups before it tell. With ``known``, groups of the start that are right, it counts what they tell.
         """
-        self.element = self._identity() if start is None else dict(start)
+        self.element, self.freed = self._identity() if start is None else dict(start), 0
         placed = self._placed(self.element)
         self.current = {
             n: t.clone() if (t := placed(n, tensor)) is tensor else t for n, tensor in self.original.items()
@@ -148,8 +148,15 @@ class Descent:
         self._compose(relative)
         for name in names:  # in place: long-lived tensors between short-lived ones fragment the heap
             self.current[name].copy_(step[name])
+        self._given_back(sum(self.current[name].nbytes for name in names))
         neighbours = set().union(*(self.groups_of[name] for name in names))
         self.stale |= neighbours - unit.groups if final else neighbours
+
+    def _given_back(self, size: int) -> None:
+        """Count what a step has read, moved and freed; give it back where it is much."""
+        self.freed += size
+        if give_back(self.freed):
+            self.freed = 0
 
     def _groups(self) -> tuple[Group, ...]:
         return self.symmetry.groups
