@@ -12,8 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vfx import cli, demo
+from vfx import api, cli, demo
 from vfx.cli.inputs import match_of
+from vfx.elements import act, random_element
 from vfx.emit.files import load
 from vfx.errors import ArchitectureError, ArgumentError, CheckpointError, DataError
 from vfx.match.activation import ActivationMatching
@@ -95,6 +96,10 @@ def test_options_of_combining(checkpoints: list[str], tmp_path: Path) -> None:
     invoke("merge", *common, "task_arithmetic", "--combine-arg", "scale=0.25", "-o", str(out))
     first, second = (torch.load(path, weights_only=True)["features.0.weight"].double() for path in checkpoints)
     assert torch.equal(load(out)["features.0.weight"], (first + 0.25 * (second - first)).float())
+    invoke("merge", *common, "dare", "--combine-arg", "drop=0", "--combine-arg", "by=ties", "-o", str(out))
+    by_dare = load(out)["features.0.weight"]
+    invoke("merge", *common, "ties", "-o", str(out))
+    assert torch.allclose(by_dare, load(out)["features.0.weight"], atol=1e-7, rtol=0)
     for method, option, words in (
         ("ties", "kep=0.2", "'ties' takes no such options"),
         ("ties", "keep=2", "keep is a share"),
@@ -116,6 +121,67 @@ def test_repair_and_export(checkpoints: list[str], tmp_path: Path) -> None:
     assert all("running_" in name for name in changed)
     invoke("export", str(fixed), *MODEL, "-o", str(onnx))
     assert onnx.is_file()
+
+
+@pytest.fixture
+def moved(checkpoints: list[str], tmp_path: Path) -> tuple[str, str, str]:
+    """A network fine-tuned, the change that this made, and a copy of the first with its channels in another order."""
+    state = torch.load(checkpoints[0])
+    generator = torch.Generator().manual_seed(3)
+    change = {
+        name: 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in state.items()
+        if name.endswith(("weight", "bias"))
+    }
+    facts = api.symmetry(build(MODEL[1], {"width": 0.125, "in_channels": 1}).eval(), torch.randn(2, 1, 32, 32))
+    copied = act(facts, random_element(facts, np.random.default_rng(0), "permutation"), state)
+    paths = []
+    for name, tensors in (
+        ("tuned", {**state, **{name: state[name] + tensor for name, tensor in change.items()}}),
+        ("change", change),
+        ("copied", copied),
+    ):
+        paths.append(str(tmp_path / f"{name}.pt"))
+        torch.save(tensors, paths[-1])
+    return paths[0], paths[1], paths[2]
+
+
+def test_transfer_moves_the_change(checkpoints: list[str], moved: tuple[str, str, str], tmp_path: Path) -> None:
+    tuned, change, copied = moved
+    x = torch.randn(9, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def outputs(path: str | Path) -> torch.Tensor:
+        with torch.no_grad():
+            return load(path, vgg11_bn(width=0.125, in_channels=1)).eval()(x)
+
+    def given(name: str, *arguments: str) -> float:
+        """How far what comes out is from the fine-tuned network."""
+        out = tmp_path / f"{name}.safetensors"
+        invoke("transfer", *arguments, *MODEL, "-o", str(out))
+        return float((outputs(out) - outputs(tuned)).abs().max())
+
+    spread = float((outputs(tuned) - outputs(tuned).mean(0)).abs().max())
+    assert given("network", tuned, checkpoints[0], copied, "--match", "weight") <= 1e-4 * spread
+    assert given("difference", change, checkpoints[0], copied, "--difference") <= 1e-4 * spread
+    assert given("unmatched", tuned, checkpoints[0], copied, "--match", "none") > 1e-2 * spread
+    assert given("half", tuned, checkpoints[0], copied, "--scale", "0.5") > 1e-2 * spread
+    with pytest.raises(ArgumentError, match="maps that change functions"):
+        invoke("transfer", tuned, checkpoints[0], copied, *MODEL, "--match", "zipit")
+
+
+def test_transfer_measures_what_went_in_without_an_ensemble(
+    checkpoints: list[str], moved: tuple[str, str, str], tmp_path: Path
+) -> None:
+    data, report = tmp_path / "data.npz", tmp_path / "t.json"
+    inputs = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    np.savez(data, inputs=inputs.numpy(), labels=np.arange(40) % 10)
+    invoke(
+        "transfer", moved[0], checkpoints[0], moved[2], *MODEL, "--evaluate", str(data), "--json", str(report),
+    )  # fmt: skip
+    rows = json.loads(report.read_text())["evaluation"]["networks"]
+    assert [row["name"] for row in rows] == ["tuned.pt", "copied.pt", "result"]
+    assert rows[2]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-6)
+    assert rows[2]["loss"] != pytest.approx(rows[1]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("data", "kind"), [(None, WeightMatching), ("digits", ActivationMatching)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vfx.passes.combine import Combine
 
 import vfx
 from vfx.api import merge, trace
-from vfx.combine.catalogue import COMBINERS, combiner
+from vfx.combine.catalogue import COMBINERS, combiner, combiner_named
 from vfx.combine.combiner import Combiner, combined_names
 from vfx.errors import ArchitectureError, ArgumentError, WeightError
 
@@ -184,6 +185,25 @@ def test_what_is_dropped_depends_on_the_seed_alone(base: nn.Module) -> None:
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+def test_the_method_behind_it_may_be_named(base: nn.Module) -> None:
+    models = fine_tuned(base)
+    wanted = merge(models, X[:2], base=base, combine=vfx.Dare(0.5, vfx.Ties(0.3))).state_dict()
+    named = combiner_named("dare", drop=0.5, by={"name": "ties", "keep": 0.3})
+    plain = combiner_named("dare", drop=0.5, by="ties")
+    for combine, same in ((named, True), (plain, False)):
+        found = merge(models, X[:2], base=base, combine=combine).state_dict()
+        assert torch.equal(found["0.weight"], wanted["0.weight"]) == same
+    for by, words in (
+        ("tie", "combine='tie' is unknown"),
+        ({"keep": 0.3}, "combine=None is unknown"),
+        ({"name": "ties", "kep": 0.3}, "takes no such options"),
+        ("regmean++", "which RegMeanPlus does not read"),
+        (3, "by must be a Combiner"),
+    ):
+        with pytest.raises(ArgumentError, match=re.escape(words)):
+            combiner_named("dare", by=by)
 
 
 def test_dropping_nothing_leaves_the_method_behind_it(base: nn.Module) -> None:

@@ -652,6 +652,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
         "diagnose GOOD CHECKPOINT MODEL -d DATA",
         "barrier CHECKPOINT GOOD MODEL -d DATA", "merge CHECKPOINT GOOD MODEL -o OUT.pt2",
         "compare CHECKPOINT GOOD MODEL -d DATA", "repair CHECKPOINT GOOD MODEL -d DATA -o OUT.pt2",
+        "transfer CHECKPOINT GOOD GOOD MODEL -o OUT.pt2",
         "prune CHECKPOINT MODEL -o OUT.pt2", "prune-structured CHECKPOINT MODEL -o OUT.pt2",
     ],
 )  # fmt: skip

@@ -14,13 +14,23 @@ import typer
 from vfx import api, cli
 from vfx.cli.keywords import KINDS, spoken, values, with_keywords
 from vfx.errors import ArgumentError
-from vfx.options import MergeOptions, PruneOptions, RepairOptions, StructuredOptions, Text, keyword, keywords
+from vfx.options import (
+    MergeOptions,
+    PruneOptions,
+    RepairOptions,
+    StructuredOptions,
+    Text,
+    TransferOptions,
+    keyword,
+    keywords,
+)
 
 CALLS: dict[str, type] = {
     "merge": MergeOptions,
     "prune": PruneOptions,
     "prune_structured": StructuredOptions,
     "repair": RepairOptions,
+    "transfer": TransferOptions,
 }
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ["compare", *GONE, *MODEL],
     "evaluate": ["evaluate", *GONE, *MODEL, "--data", "gone.npz"],
     "repair": ["repair", *GONE, *MODEL, "--data", "gone.npz"],
+    "transfer": ["transfer", *GONE, "gone2.pt", *MODEL],
     "prune": ["prune", GONE[0], *MODEL, "-s", "0.5"],
     "prune-structured": ["prune-structured", GONE[0], *MODEL, "-s", "0.5"],
     "diagnose": ["diagnose", *GONE, *MODEL, "--data", "gone.npz"],
@@ -30,7 +31,7 @@ COMMANDS = {
     "symmetry": ["symmetry", "-m", "gone:net", "-i", "4"],
 }
 FILES = [  # (command, option, a good suffix)
-    *((command, "-o", ".onnx") for command in ("merge", "repair", "prune", "prune-structured", "export")),
+    *((command, "-o", ".onnx") for command in ("merge", "repair", "transfer", "prune", "prune-structured", "export")),
     *((command, "--json", ".json") for command in COMMANDS if command not in ("export", "symmetry")),
     *(("diagnose", option, suffix) for option, suffix in (("--html", ".html"), ("--csv", ".csv"))),
     *((command, "--draw", ".png") for command in ("compare", "barrier")),
@@ -160,6 +161,16 @@ def test_entry_chooses_among_state_dicts(tmp_path: Path) -> None:
             cli.app, ["export", str(tmp_path / "last.pt"), *MODEL, *options, "-o", str(out)], catch_exceptions=False
         )
         assert all(torch.equal(x, expected[key]) for key, x in load_file(out).items())
-    for command in ("merge", "compare", "repair", "prune", "prune-structured", "diagnose", "barrier", "export"):
+    for command in (
+        "merge",
+        "compare",
+        "repair",
+        "transfer",
+        "prune",
+        "prune-structured",
+        "diagnose",
+        "barrier",
+        "export",
+    ):
         out = ["-o", "x.onnx"] if command == "export" else []
         assert "gone" in str(refused(*COMMANDS[command], *out, "--entry", "ema"))

@@ -69,6 +69,10 @@ RECIPES: dict[str, dict[str, Any]] = {
             "references": ["2.pt"],
         },
     },
+    "dare": {
+        "action": "merge", "weights": ["0.pt", "1.pt"],
+        "options": {"base": "2.pt", "combine": {"name": "dare", "drop": 0.5, "by": {"name": "ties", "keep": 0.3}}},
+    },
     "prune": {
         "action": "prune", "weights": ["0.pt"], "data": "data.npz",
         "options": {"sparsity": {"[03]": 0.5}, "score": {"name": "woodfisher", "block": 200}, "solve": "none"},

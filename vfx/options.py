@@ -37,6 +37,7 @@ Kind = Literal[
     "name",
     "cut",
     "number",
+    "real",
     "count",
     "numbers",
     "texts",
@@ -102,6 +103,18 @@ def _solve() -> Any:
     return keyword("auto", help, Text("name"))
 
 
+_MATCH = Text("text", names=("auto", "none"), catalogue=("match/catalogue.py", "MATCHERS"))
+
+
+def _classes() -> Any:
+    help = "What weight, activation, c2m3 and learned matching find: full or permutation."
+    return keyword("full", help, Text("text"))
+
+
+def _restarts() -> Any:
+    return keyword(0, "Further runs of weight, activation, c2m3 or ste.", Text("number"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """What every call that reads data takes."""
@@ -149,13 +162,9 @@ class Rewriting(Reading):
 class MergeOptions(Rewriting):
     """The keywords of ``vfx.merge``."""
 
-    match: str | Matcher | None = keyword(
-        "auto", text=Text("text", names=("auto", "none"), catalogue=("match/catalogue.py", "MATCHERS"))
-    )
-    classes: str = keyword(
-        "full", "What weight, activation, c2m3 and learned matching find: full or permutation.", Text("text")
-    )
-    restarts: int = keyword(0, "Further runs of weight, activation, c2m3 or ste.", Text("number"))
+    match: str | Matcher | None = keyword("auto", text=_MATCH)
+    classes: str = _classes()
+    restarts: int = _restarts()
     weights: float | Sequence[float] | None = keyword(None, "One weight for each edge, e.g. 0.3,0.7.", Text("numbers"))
     combine: str | Combiner = keyword(
         "average", text=Text("text", names=("average",), catalogue=("combine/catalogue.py", "COMBINERS"))
@@ -288,3 +297,14 @@ class RepairOptions(Reading):
     goals: Statistics | None = keyword(None)
     match: str | Matcher | None = keyword(None, "Align the references first: none, weight or activation.", Text("name"))
     weights: float | Sequence[float] | None = keyword(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions(Reading):
+    """The keywords of ``vfx.transfer``."""
+
+    difference: bool = keyword(False, "TUNED holds the change itself instead of the network.", Text("flag"))
+    scale: float = keyword(1.0, "How much of the change is added.", Text("real"))
+    match: str | Matcher | None = keyword("auto", text=_MATCH)
+    classes: str = _classes()
+    restarts: int = _restarts()

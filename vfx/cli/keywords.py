@@ -45,6 +45,7 @@ KINDS: dict[Kind, Written] = {
     "maybe": Written(str | None, _same, _same),
     "cut": Written(str, str, cut_of),
     "number": Written(int, _same, _same),
+    "real": Written(float, _same, _same),
     "count": Written(int | None, _same, _same),
     "widths": Written(str | None, _left_out, widths_of),
     "flag": Written(bool, _same, _same),

@@ -1,4 +1,4 @@
-"""``vfx merge`` and ``vfx repair``."""
+"""``vfx merge``, ``vfx repair`` and ``vfx transfer``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,24 @@ from vfx.cli.app import app
 from vfx.cli.early import check_models, check_network
 from vfx.cli.inputs import combine_of, cut_of, data_of, examples_of, load_all, match_of, normalization_of, required
 from vfx.cli.keywords import Given, values, with_keywords
-from vfx.cli.options import Arguments, Chosen, Entry, Evaluate, Inputs, Json, Memory, Model, Models, Out, Site, Sweep
+from vfx.cli.options import (
+    Arguments,
+    Chosen,
+    Entry,
+    Evaluate,
+    Inputs,
+    Json,
+    MatchArguments,
+    Memory,
+    Model,
+    Models,
+    Out,
+    Site,
+    Sweep,
+)
 from vfx.cli.results import check_outputs, evaluated, finish
 from vfx.errors import ArgumentError
-from vfx.options import MergeOptions, RepairOptions
+from vfx.options import MergeOptions, RepairOptions, TransferOptions
 
 
 @app.command()
@@ -27,9 +41,7 @@ def merge(
     arguments: Arguments = [],  # noqa: B006
     entry: Entry = None,
     evaluate: Evaluate = None,
-    match_arguments: Annotated[
-        list[str], typer.Option("--match-arg", help="Option of the matching method, e.g. iterations=50; repeatable.")
-    ] = [],  # noqa: B006
+    match_arguments: MatchArguments = [],  # noqa: B006
     match_layers: Annotated[int | None, typer.Option(help="Align only what the first layers produce.")] = None,
     combine_arguments: Annotated[
         list[str], typer.Option("--combine-arg", help="Option of the combining method, e.g. keep=0.3; repeatable.")
@@ -113,3 +125,39 @@ def repair(
     }
     result = api.repair(network, others, examples, **values(RepairOptions, given, **made))
     finish(result, out, report, evaluated([network], result, examples, judging, [checkpoint]), files)
+
+
+@app.command()
+@with_keywords(TransferOptions)
+def transfer(
+    tuned: Annotated[Path, typer.Argument(help="FROM after fine-tuning; with --difference the change itself.")],
+    from_: Annotated[Path, typer.Argument(metavar="FROM", help="The network that was fine-tuned, as it was before.")],
+    to: Annotated[Path, typer.Argument(help="The network of the same architecture that gets the change.")],
+    model: Model,
+    given: Given,
+    inputs: Inputs = [],  # noqa: B006
+    arguments: Arguments = [],  # noqa: B006
+    entry: Entry = None,
+    match_arguments: MatchArguments = [],  # noqa: B006
+    evaluate: Evaluate = None,
+    out: Out = None,
+    report: Json = None,
+) -> None:
+    """Move what fine-tuning changed in one network into another one, without training."""
+    check_outputs(out, report)
+    files = [tuned, from_, to]
+    check_network(model, files, inputs)
+    from vfx import api
+    from vfx.emit.files import load
+
+    start, target = load_all([from_, to], model, arguments, entry)
+    change = load(tuned, entry=entry) if given["difference"] else load_all([tuned], model, arguments, entry)[0]
+    examples = examples_of(inputs, model)
+    judging = data_of(evaluate, examples, model, "test")
+    made = {
+        "data": data_of(given["data"], examples, model),
+        "match": match_of(given["match"], None, given["data"], match_arguments),
+    }
+    result = api.transfer(change, start, target, examples, **values(TransferOptions, given, **made))
+    networks, measured = ([target], [to]) if given["difference"] else ([change, target], [tuned, to])
+    finish(result, out, report, evaluated(networks, result, examples, judging, measured, ensemble=False), files)

@@ -43,6 +43,9 @@ Inputs = Annotated[
     ),
 ]
 Data = Annotated[str | None, option_of(Reading, "data")]
+MatchArguments = Annotated[
+    list[str], typer.Option("--match-arg", help="Option of the matching method, e.g. iterations=50; repeatable.")
+]
 Evaluate = Annotated[
     str | None,
     typer.Option("--evaluate", help="Measure what comes out, and what went in, on these data; named as for --data."),

@@ -65,15 +65,17 @@ def picture(found: Any) -> bytes:
     return png(found.figure())
 
 
-def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: list[Path]) -> Any:
-    """What went in, its ensemble and what came out on ``data``; None where there are none."""
+def evaluated(given: list[Any], result: Any, examples: Any, data: Any, files: list[Path], ensemble: bool = True) -> Any:
+    """What went in, its ``ensemble`` and what came out on ``data``; None where there are none."""
     if data is None:
         return None
     from vfx.diagnosis.evaluation import evaluate
 
     stage("evaluation")
     names = [*short_names(files), "result"]
-    return evaluate([*given, result], examples, data=data, names=names, ensemble=len(given) if len(given) > 1 else 0)
+    return evaluate(
+        [*given, result], examples, data=data, names=names, ensemble=len(given) if ensemble and len(given) > 1 else 0
+    )
 
 
 def size_of(path: Path) -> str:

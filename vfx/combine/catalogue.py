@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vfx.combine.combiner import Combiner
@@ -37,8 +37,17 @@ def combiner(combine: str | Combiner) -> Combiner | None:
     return combiner_named(combine)
 
 
-def combiner_named(name: str, **options: Any) -> Combiner:
-    """A combiner by name with its own options, as ``COMBINERS`` has them. Raises ArgumentError."""
+def combiner_named(name: Any, **options: Any) -> Combiner:
+    """A combiner by name with its own options, as ``COMBINERS`` has them. Raises ArgumentError.
+
+    ``by``, the method that another one hands over to, may be a name as well, or a table of its name and options.
+    """
+    by = options.get("by")
+    if isinstance(by, str):
+        options["by"] = combiner_named(by)
+    elif isinstance(by, Mapping):
+        table = dict(by)
+        options["by"] = combiner_named(table.pop("name", None), **table)
     return made("combine", COMBINERS, name, f"{AVERAGE}, ", **options)
 
 
