@@ -107,7 +107,8 @@ def families() -> dict[str, Case]:
 
     shapes = {case.name: (case.build, case.shape) for case in FAMILIES}
     for name, (options, side, *_) in TIMM.items():
-        shapes[name] = partial(timm.create_model, name, pretrained=False, **options), image(side)
+        given: dict[str, Any] = dict(options)
+        shapes[name] = partial(timm.create_model, name, pretrained=False, **given), image(side)
     cases: dict[str, Case] = {
         f"{name}, small": (build, partial(_random, (SAMPLES // 4, *shape[1:])), ("folded",))
         for name, (build, shape) in shapes.items()
