@@ -73,7 +73,7 @@ METHODS = (
 @dataclass(frozen=True)
 class Learning:
     """From how many training samples a matching is learnt, without labels, each taken so many times, varied as in
-    training; in how many epochs of which batches, and Adam's rate."""
+    training; in how many epochs of which batches, and the rate."""
 
     samples: int
     times: int
@@ -157,7 +157,7 @@ PAIRS = {
             "vit_fashion", "ViT, Fashion-MNIST",
             "3 blocks of 64 channels and 4 heads, 16 patches; 60,000 images of 32×32 pixels",
             partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 4, 128, 2000,
-            Learning(12_000, 1, 4, 128, 0.02), flip=True,
+            Learning(24_000, 1, 3, 128, 0.01), flip=True,
         ),
         Pair(
             "gpt_text", "GPT-2, characters",

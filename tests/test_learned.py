@@ -25,6 +25,7 @@ from vfx.match.chart import Charts, tangent
 from vfx.match.learned import LearnedMatching, _Split
 from vfx.match.matcher import Problem
 from vfx.match.midpoint import Midpoint
+from vfx.match.polar import PolarSteps, polar
 from vfx.models import linear_net
 from vfx.program import Program
 from vfx.proof import PRESERVED, in_double
@@ -60,6 +61,35 @@ def test_exponentials_of_the_tangent_lie_in_the_class(kind: Maps) -> None:
     assert contains(kind, torch.linalg.matrix_exp(projected).numpy(), 1e-12)
     if kind is not Maps.LINEAR:
         assert not contains(kind, torch.linalg.matrix_exp(free).numpy(), 1e-3)
+
+
+def test_polar_factors_stay_in_the_tangent_space() -> None:
+    """Orthogonal where all directions count; skew, in planes, and without the vector of ones where the class is so."""
+    free = _vectors(3, 6, 6)
+    close(polar(free).mT @ polar(free), torch.eye(6, dtype=DOUBLE).expand(3, 6, 6), 1e-12)
+    close(polar(free) @ (polar(free).mT @ free), free, 1e-12)
+    close(polar(free).mT @ free, (polar(free).mT @ free).mT, 1e-12)  # the rest is symmetric
+    for kind in MIXING:
+        step = polar(tangent(kind, free))
+        close(tangent(kind, step), step, 1e-12)
+        assert float((torch.linalg.matrix_norm(step, 2) - 1).abs().max()) < 1e-12
+    assert torch.equal(polar(torch.zeros(2, 5, 5, dtype=DOUBLE)), torch.zeros(2, 5, 5, dtype=DOUBLE))
+    narrow = _vectors(5, 2) @ _vectors(5, 2).T
+    assert int(torch.linalg.matrix_rank(polar(narrow))) == 2, "directions that no gradient names stay"
+
+
+def test_polar_steps_are_those_of_the_running_sum() -> None:
+    start, gradients = _vectors(4, 4), _vectors(3, 4, 4).clone()
+    parameter = start.clone().requires_grad_()
+    steps = PolarSteps([parameter], lr=0.1, momentum=0.5)
+    total, wanted = torch.zeros_like(start), start
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        steps.step()
+        total = 0.5 * total + gradient
+        left, _, right = torch.linalg.svd(gradient + 0.5 * total)
+        wanted = wanted - 0.1 * left @ right
+        close(parameter, wanted, 1e-12)
 
 
 # derivatives ----------------------------------------------------------------------------------------------------------
@@ -233,7 +263,7 @@ def test_gradients_alone_find_planted_maps(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("rate", [0.02, 5.0])
+@pytest.mark.parametrize("rate", [0.005, 5.0])
 def test_never_worse_than_where_it_started_and_in_its_class(rate: float, count: int) -> None:
     """Also with a rate at which steps lead nowhere."""
     x = _vectors(60, 9)

@@ -193,6 +193,12 @@ class Charts:
     def _blocks(group: Group, elements: Mapping[int, Element]) -> Index | None:
         return None if group.parent is None else elements[group.parent].index
 
-    def parameters(self) -> list[Tensor]:
-        """Those of all charts."""
-        return [tensor for chart in self.charts.values() for tensor in chart.parameters()]
+    def maps(self) -> list[Tensor]:
+        """The parameters of maps that mix channels."""
+        return [chart.table for chart in self.charts.values() if chart.kind.mixes]
+
+    def entries(self) -> list[Tensor]:
+        """All other parameters: scores of permutations, scales, signs."""
+        maps = set(map(id, self.maps()))
+        tensors = (tensor for chart in self.charts.values() for tensor in chart.parameters())
+        return [tensor for tensor in tensors if id(tensor) not in maps]

@@ -9,7 +9,8 @@ best of them (and of the networks as they are) by that loss, one step on a batch
 2. shares α drawn around those of the merge (two edges at ½: U(0.4, 0.6), as in the paper), so that the whole middle of
    the path is lowered, not one point of it;
 3. the loss of Σ α_i g_i(θ_i), the first edge standing as it is, on labels or on the edges' mean outputs
-   (``vfx.match.midpoint``), its gradient through the charts, and a step of Adam, whose rate falls linearly to zero.
+   (``vfx.match.midpoint``), its gradient through the charts, and a step at a rate that falls linearly to zero: of Adam
+   for permutations, scales and signs, of one length in every direction for maps (``vfx.match.polar``).
 
 Every fifth batch is held out. The loss there judges the start and what stands behind each epoch, and the best is kept:
 the matching is never worse by it than the ones that it started from. Charts and elements are float64 throughout and lie
@@ -36,11 +37,13 @@ from vfx.match.chart import Charts
 from vfx.match.class_descent import in_matrices, settled
 from vfx.match.matcher import Matching, Problem
 from vfx.match.midpoint import Labelled, Loss, Midpoint, check_loss
+from vfx.match.polar import PolarSteps
 from vfx.match.weight import WeightMatching
 from vfx.progress import track
 from vfx.statistics.data import Batches
 
 HELD_OUT = 5  # of so many batches one
+TURN = 5.0  # by so many times the rate a step turns maps in every direction
 BETAS = 0.9, 0.99  # Adam's: runs are of some hundred steps, so squares are averaged over the last hundred
 LOWER = 1e-9, 1e-6  # nats, and a share of the loss, by which it must fall to count as lower
 
@@ -50,8 +53,8 @@ Start = Sequence[Elements]  # of each edge but the first
 class LearnedMatching:
     """Elements of the full classes that lower the merged network's loss, learnt by gradients.
 
-    ``epochs`` over the batches (``steps`` cuts them off), Adam's ``lr``; ``spread``: how far an edge's share is drawn
-    from its own; ``loss``: "auto" (labels where there are any), "labels", "distillation", or a function of the
+    ``epochs`` over the batches (``steps`` cuts them off) at the rate ``lr``; ``spread``: how far an edge's share is
+    drawn from its own; ``loss``: "auto" (labels where there are any), "labels", "distillation", or a function of the
     network's output and the batch's labels (None without); ``classes``: "full" or "permutation". Raises DataError where
     the loss does not fit the batches, ArgumentError.
     """
@@ -123,20 +126,17 @@ class LearnedMatching:
         begin = [in_matrices(symmetry, element) for element in start] if full else start
         kept = _Best(list(start), task.loss_of(start, batches.held_out()))
         kept = kept._replace(losses=(kept.loss,))
-        parameters = [tensor for chart in charts for tensor in chart.parameters()]
-        if not parameters:  # nothing moves
-            return kept
-        adam = torch.optim.Adam(parameters, self.lr, betas=BETAS)
         steps = _steps(self.epochs * batches.learnt_from, self.steps)
-        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / max(steps, 1))
+        descent = _Descent(charts, self.lr, steps)
+        if not descent.moves:
+            return kept
         generator, edges = np.random.default_rng(problem.seed), task.moved(begin)
         for _ in track(range(self.epochs), "learning", self.epochs, problem.progress):
             for inputs, labels in batches.to_learn():
                 if kept.steps == steps:
                     break
                 self._gradients(task, charts, edges, generator, (inputs, labels))
-                adam.step()
-                falling.step()
+                descent.step()
                 kept = kept._replace(steps=kept.steps + 1)
             reached = [compose(symmetry, before, chart.elements()) for before, chart in zip(begin, charts)]
             kept = kept.or_lower(reached, task.loss_of(reached, batches.held_out()))
@@ -153,6 +153,25 @@ class LearnedMatching:
         gradient = task.gradient(moved, alphas, *batch, names=charts[0].names)
         for chart, element, weights, alpha in zip(charts, elements, moved, alphas[1:]):
             chart.differentiate(element, weights, {name: alpha * by_weight for name, by_weight in gradient.items()})
+
+
+class _Descent:
+    """Adam on entries and polar steps on maps, both at a rate that falls linearly to zero over so many ``steps``."""
+
+    def __init__(self, charts: Sequence[Charts], lr: float, steps: int):
+        entries = [tensor for chart in charts for tensor in chart.entries()]
+        maps = [tensor for chart in charts for tensor in chart.maps()]
+        self.moves = bool(entries or maps)
+        self._adam = torch.optim.Adam(entries, lr, betas=BETAS) if entries else None
+        self._polar, self._lr, self._left, self._steps = PolarSteps(maps, TURN * lr), lr, steps, steps
+
+    def step(self) -> None:
+        share = self._left / self._steps
+        self._left -= 1
+        self._polar.step(share)
+        if self._adam is not None:
+            self._adam.param_groups[0]["lr"] = share * self._lr
+            self._adam.step()
 
 
 class _Best(NamedTuple):
