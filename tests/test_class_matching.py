@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import vfx
-from tests.conftest import close
+from tests.conftest import close, edges
 from vfx.analyse.balance import _balanced_where_used, balance
 from vfx.analyse.classes import Maps, draw
 from vfx.analyse.symmetry import Symmetry
@@ -23,7 +23,7 @@ from vfx.errors import ArgumentError
 from vfx.match.activation import ActivationMatching
 from vfx.match.c2m3 import C2M3
 from vfx.match.catalogue import CLASSED
-from vfx.match.class_descent import ClassDescent, beyond_permutations
+from vfx.match.class_descent import ClassDescent, beyond_permutations, in_matrices
 from vfx.match.learned import LearnedMatching
 from vfx.match.matcher import Matching, Problem
 from vfx.match.solve import assign_signed, procrustes
@@ -179,6 +179,30 @@ def test_a_network_moved_by_its_whole_group_comes_back(name: str, match: str) ->
     close(_midpoint(program, facts, found)(x), wanted, 1e-6 * spread)
     control = _matching(match, "permutation", program, facts, x)
     assert float((_midpoint(program, facts, control)(x) - wanted).abs().max()) > 1e-3 * spread
+
+
+@pytest.mark.parametrize("name", ["rms", "vit_lifted", "tanh"])
+def test_never_below_permutations_by_its_own_objective(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the descent over the classes gets stuck at once; without the permutations it stays below them."""
+    build, inputs, form = CASES[name]
+    x = inputs()
+    program = form(in_double(vfx.trace(edges(build, x), x[:2])))
+    facts = vfx.symmetry(program)
+    problem = Problem(program, facts)
+    (orders,) = WeightMatching(classes="permutation")(problem).elements[1:]
+    frames = [balance(facts, weights, leaning=True) for weights in program.weights]
+    descent = ClassDescent(facts, act(facts, frames[0], program.weights[0]), program.weights[1], frames[1])
+    reached = descent.value(in_matrices(facts, orders))
+    assert WeightMatching()(problem).objective[0] >= reached * (1 - 1e-12)
+    run = ClassDescent.run
+
+    def stuck(self: ClassDescent, generator: Any, start: Any = None, known: Any = None) -> Any:
+        return ({}, self.value({}), 1) if start is None else run(self, generator, start, known)
+
+    monkeypatch.setattr(ClassDescent, "run", stuck)
+    assert WeightMatching()(problem).objective[0] >= reached * (1 - 1e-12)
+    monkeypatch.setattr("vfx.match.weight._Balanced._at_least_permutations", lambda self, descent, run, other: run)
+    assert WeightMatching()(problem).objective[0] < reached * (1 - 1e-3), "control"
 
 
 def test_merge_matches_the_full_classes_by_default() -> None:

@@ -58,6 +58,7 @@ class Descent:
         self.groups_of: dict[str, set[int]] = {}
         self.stale: set[int] = set()
         self.moved = False  # whether any step of a sweep changed anything
+        self.freed = 0  # bytes that steps have read, moved and freed since memory was given back
         self.on_axis: dict[tuple[str, int], list[tuple[int, set[int]]]] = {}
         for group in self._groups():
             for member in group.members:
@@ -76,11 +77,7 @@ class Descent:
         From ``start`` on every step raises the objective; without one the first sweep goes in topological order and
         counts what groups before it tell. With ``known``, groups of the start that are right, it counts what they tell.
         """
-        self.element, self.freed = self._identity() if start is None else dict(start), 0
-        placed = self._placed(self.element)
-        self.current = {
-            n: t.clone() if (t := placed(n, tensor)) is tensor else t for n, tensor in self.original.items()
-        }
+        self._place(self._identity() if start is None else dict(start))
         self.stale = {group.index for unit in self.units for group in (unit.outer, *unit.inner)}
         settled = set(known or ()) if start is None or known is not None else None
         objective, sweep = 0.0, 0
@@ -97,6 +94,18 @@ class Descent:
             if sweep > 1 and objective - before <= TOLERANCE * abs(objective):
                 break
         return self.element, objective, sweep
+
+    def value(self, element: Mapping[int, Any]) -> float:
+        """The objective of an element."""
+        self._place(dict(element))
+        return self.objective
+
+    def _place(self, element: dict[int, Any]) -> None:
+        """Begin at an element."""
+        self.element, placed = element, self._placed(element)
+        self.current = {
+            n: t.clone() if (t := placed(n, tensor)) is tensor else t for n, tensor in self.original.items()
+        }
 
     def disordered(self, element: Mapping[int, Any], groups: Collection[int], generator: np.random.Generator) -> Any:
         """An element behind which ``groups`` stand in a random order."""
@@ -153,7 +162,7 @@ class Descent:
         self.stale |= neighbours - unit.groups if final else neighbours
 
     def _given_back(self, size: int) -> None:
-        """Count what a step has read, moved and freed; give it back where it is much."""
+        """Count what a step has freed; give it back where it is much."""
         self.freed += size
         if give_back(self.freed):
             self.freed = 0

@@ -1,7 +1,8 @@
 """Weight matching: Git Re-Basin's coordinate descent (Ainsworth et al. 2022, §3.2), over each group's full class.
 
 ``classes="permutation"`` restricts it to permutations (``vfx.match.descent``). With the full classes both networks are
-balanced first, and scales, signs, orthogonal and invertible maps are matched too (``vfx.match.class_descent``).
+balanced first, and scales, signs, orthogonal and invertible maps are matched too (``vfx.match.class_descent``). Where
+that ends below what permutations alone come to, by the same objective, it goes on from there instead.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from functools import cached_property
 import numpy as np
 
 from vfx.analyse.balance import balance
+from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
 from vfx.elements import Acting, Element, Elements, act
 from vfx.garbage import give_back
-from vfx.match.class_descent import ClassDescent, between
+from vfx.match.class_descent import ClassDescent, between, in_matrices
 from vfx.match.copies import again
 from vfx.match.descent import Descent, inner_product, squared_distance
 from vfx.match.matcher import Problem, Run
@@ -94,9 +96,23 @@ class _Balanced:
 
     def match(self, other: Weights, starts: Starts, generator: np.random.Generator) -> list[Run]:
         """What brings another network to the first as it is, from each start."""
-        symmetry, frame = self.problem.symmetry, self._frame(other)
-        runs = _runs(symmetry, self.balanced, other, starts, generator, frame, self.problem.heads, self.running)
+        symmetry, heads, frame = self.problem.symmetry, self.problem.heads, self._frame(other)
+        descent = ClassDescent(symmetry, self.balanced, other, frame, heads, self.running)
+        runs = _descended(descent, starts, generator)
+        if any(kind is not Maps.PERMUTATION for kind in descent.kinds.values()):
+            best = max(range(len(runs)), key=lambda run: runs[run][1])
+            runs[best] = self._at_least_permutations(descent, runs[best], other)
         return [(between(symmetry, self.target, frame, element), value, sweeps) for element, value, sweeps in runs]
+
+    def _at_least_permutations(self, descent: ClassDescent, run: Run, other: Weights) -> Run:
+        """A run, or the descent from what permutations alone come to where the run ended below that."""
+        symmetry, drawing = self.problem.symmetry, np.random.default_rng(self.problem.seed)
+        descent.current = {}  # one copy of the weights at a time
+        orders, _, _ = Descent(symmetry, self.first, other, self.problem.heads).run(drawing)
+        start = in_matrices(symmetry, {index: Element(order) for index, order in orders.items()})
+        if descent.value(start) <= run[1]:
+            return run
+        return max(run, again(descent, descent.run(drawing, start), drawing), key=lambda run: run[1])
 
     def copies(self, other: Weights, generator: np.random.Generator) -> Run | None:
         """The same if the other network is a copy of the first, or nearly so, else None: they agree when matched.
@@ -137,16 +153,20 @@ class _Balanced:
 
 def _runs(
     symmetry: Symmetry, first: Weights, second: Weights, starts: Starts, generator: np.random.Generator,
-    frame: Elements | None, heads: frozenset[str] = frozenset(), running: bool = False,
+    frame: Elements | None, heads: frozenset[str] = frozenset(),
 ) -> list[Run]:  # fmt: skip
     """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations.
 
     ``heads`` are not compared.
     """
     if frame is not None:
-        descent = ClassDescent(symmetry, first, second, frame, heads, running)
-        begin = (start and descent.permuted(start) for start in starts)
-        return [again(descent, descent.run(generator, start), generator) for start in begin]
+        return _descended(ClassDescent(symmetry, first, second, frame, heads), starts, generator)
     plain = Descent(symmetry, first, second, heads)
     runs = (again(plain, plain.run(generator, start), generator) for start in starts)
     return [({i: Element(index) for i, index in orders.items()}, value, sweeps) for orders, value, sweeps in runs]
+
+
+def _descended(descent: ClassDescent, starts: Starts, generator: np.random.Generator) -> list[Run]:
+    """A descent over the classes from each start."""
+    begin = (start and descent.permuted(start) for start in starts)
+    return [again(descent, descent.run(generator, start), generator) for start in begin]
