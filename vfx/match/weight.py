@@ -109,6 +109,7 @@ class _Balanced:
         symmetry, drawing = self.problem.symmetry, np.random.default_rng(self.problem.seed)
         descent.current = {}  # one copy of the weights at a time
         orders, _, _ = Descent(symmetry, self.first, other, self.problem.heads).run(drawing)
+        give_back(sum(tensor.nbytes for tensor in other.values()))
         start = in_matrices(symmetry, {index: Element(order) for index, order in orders.items()})
         if descent.value(start) <= run[1]:
             return run
