@@ -263,7 +263,7 @@ def test_gradients_alone_find_planted_maps(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("rate", [0.005, 5.0])
+@pytest.mark.parametrize("rate", [0.01, 5.0])
 def test_never_worse_than_where_it_started_and_in_its_class(rate: float, count: int) -> None:
     """Also with a rate at which steps lead nowhere."""
     x = _vectors(60, 9)
