@@ -113,6 +113,7 @@ def test_both_ways_to_solve_within_a_mask_agree(mask: str, price: int, monkeypat
     taken = _noted(monkeypatch)
     monkeypatch.setattr(solving, "GRADIENT_PRICE", price)
     monkeypatch.setattr(solving, "GATHERED", 1)  # one system at a time
+    monkeypatch.setattr(solving, "ITERATED", 2 * len(centre[0]))  # two outputs at a time
     found = _solved(RidgeProblem(centre * support, bias, support), sums_of(rows, goals), 1e-3)
     close_solutions(found, literal_solution(rows, goals, centre * support, bias, support, 1e-3))
     assert set(taken) == {"_small_systems" if price else "_conjugate_gradients"}

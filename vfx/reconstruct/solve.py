@@ -30,6 +30,7 @@ STEPS, TOLERANCE = 100, 1e-10  # of conjugate gradients: at most so many, to so 
 GRADIENT_PRICE = 60  # products with the Gram matrix that conjugate gradients are reckoned to take
 _EPS = 1e-14  # share of a direction's scale below which its curvature is rounding
 GATHERED = 1 << 23  # elements of small systems that are held at once
+ITERATED = 1 << 22  # elements of a solution that conjugate gradients hold at once, some ten times over
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,10 @@ def within(system: Tensor, right: Tensor, support: Tensor) -> Tensor:
         if factors <= GRADIENT_PRICE * len(a) ** 2 * b.shape[1]:
             result[group] = _small_systems(a, b, mask)
         else:
-            result[group] = _conjugate_gradients(a, b, mask)
+            together = max(1, ITERATED // len(a))
+            for start in range(0, b.shape[1], together):
+                some = slice(start, start + together)
+                result[group, :, some] = _conjugate_gradients(a, b[:, some], mask[:, some])
     return result
 
 
