@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vfx
 from vfx import choice
 from vfx.api import prune_structured
 from vfx.api.restoring import Restoring
@@ -150,3 +151,47 @@ def test_magnitude_stays_where_activation_is_not_clearly_better(monkeypatch: pyt
     model, x = _half_silent(), _samples()
     result = prune_structured(model, x[:2], sparsity=0.5, data=x, solve="least_squares", progress=False)
     assert result.report.choices["score"] == ("activation" if gap else "magnitude")
+
+
+def _wide_and_silent() -> nn.Sequential:
+    """Twenty of the 24 units of the first layer never fire; all eight of the second count."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        layers[0].bias[:20] = -100.0
+        layers[2].bias.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("score", ["auto", "activation"])
+def test_the_allocation_that_leaves_the_better_network_wins(score: str) -> None:
+    model, x = _wide_and_silent(), _samples()
+    options: dict[str, Any] = {"sparsity": 0.5, "score": score, "data": x, "normalize": None, "progress": False}
+    chosen = prune_structured(model, x[:2], allocation="auto", **options)
+    uniform = prune_structured(model, x[:2], allocation="uniform", **options)
+    assert (chosen.report.choices["allocation"], chosen.report.choices["score"]) == ("global", "activation")
+    assert chosen.report.profile.params <= uniform.report.profile.params
+    assert _error(chosen.module, model) < EXACT
+    assert _error(uniform.module, model) > BROKEN  # negative control
+    labels = {label.split(":")[0] for label in chosen.report.scores}
+    assert labels >= {"activation", "activation, global"} if score == "auto" else labels >= {"global"}
+
+
+def test_uniform_stays_where_global_is_no_better() -> None:
+    """One hidden layer: both remove the same."""
+    model, x = _half_silent(), _samples()
+    options: dict[str, Any] = {"sparsity": 0.5, "allocation": "auto", "progress": False}
+    assert prune_structured(model, x[:2], data=x, **options).report.choices["allocation"] == "uniform"
+    assert prune_structured(model, x[:2], **options).report.choices["allocation"] == "uniform"  # nothing to judge by
+    with pytest.raises(ArgumentError, match="share one allocation"):
+        prune_structured(model, x[:2], data=x, **options | {"sparsity": [0.25, 0.5]})
+
+
+def test_a_budget_is_that_of_both_allocations() -> None:
+    model, x = _wide_and_silent(), _samples()
+    options: dict[str, Any] = {"budget": {"flops": 0.25}, "score": "activation", "data": x, "progress": False}
+    chosen = prune_structured(model, x[:2], allocation="auto", **options)
+    assert chosen.report.choices["allocation"] == "global"
+    whole = vfx.profile(model, x[:2])
+    assert chosen.report.profile.flops <= 0.25 * whole.flops

@@ -240,7 +240,9 @@ class StructuredOptions(Rewriting):
     basis: str = keyword(
         "auto", "Where channels mix freely (heads): principal turns them first, given does not; or auto.", Text("text")
     )
-    allocation: str = keyword("uniform", text=Text("text", catalogue=("pruning/widths.py", "ALLOCATIONS")))
+    allocation: str = keyword(
+        "uniform", text=Text("text", names=("auto",), catalogue=("pruning/widths.py", "ALLOCATIONS"))
+    )
     budget: Mapping[str, float] | None = keyword(
         None, "What is left instead, e.g. flops=0.5: params, flops or latency.", Text("budget")
     )

@@ -11,7 +11,7 @@ from torch import nn
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import capture_dense
-from vfx.api.removing import Removal, channel_order, removed, removed_result, share_of
+from vfx.api.removing import AUTO, Removal, channel_order, removed, removed_result, share_of
 from vfx.api.restoring import decide
 from vfx.api.results import Result
 from vfx.errors import ArgumentError, listed
@@ -68,6 +68,8 @@ def _several(options: StructuredOptions) -> list[StructuredOptions]:
         raise ArgumentError(f"sparsity={list(options.sparsity)}: give shares in [0, 1) of the channels that go")
     if options.method != "remove":
         raise ArgumentError("several widths share one ordering of channels, and folding has none; use method='remove'")
+    if options.allocation == AUTO:
+        raise ArgumentError("several widths share one allocation; name it: allocation='uniform' or 'global'")
     return [replace(options, sparsity=part) for part in parts]
 
 

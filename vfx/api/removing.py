@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
+from vfx.analyse.cost import cost
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import Dense
 from vfx.api.lengths import with_open_lengths
@@ -27,6 +28,7 @@ from vfx.report import Stopwatch
 
 # Scores of channels that "auto" chooses from. In principal directions the norm of a weight says nothing.
 TRIED, TRIED_WHERE_TURNED = ("magnitude", "activation"), ("activation", "obs")
+AUTO = "auto"
 Removing: TypeAlias = RemoveChannels | FoldChannels | RemoveBlocks
 
 
@@ -40,12 +42,15 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What was removed of a network with these symmetries by a ``score``, and what can be done for the rest."""
+    """What was removed of a network with these symmetries, by which score and allocation, and what can be done for the
+    rest.
+    """
 
     record: Removed
     facts: Symmetry
     restoring: Restoring
     score: str | None
+    allocation: str
 
 
 def share_of(options: StructuredOptions) -> Share:
@@ -73,7 +78,8 @@ def removed(
 ) -> dict[str, Removal]:
     """The networks without the channels that go, by the score that they went by where there are several.
 
-    ``order`` holds the scores where they are known already (``channel_order``).
+    ``order`` holds the scores where they are known already (``channel_order``). The allocation "auto" is uniform, and
+    with data to judge it by also global, at as many parameters.
     """
     with watch("symmetry"):
         facts = symmetry(dense.program)
@@ -82,10 +88,29 @@ def removed(
         score = _score_name(removal_pass)
         if order and isinstance(removal_pass, RemoveChannels):
             removal_pass = removal_pass.by(order[name])
-        done = run_pass(dense.program, removal_pass, watch)
-        restoring = dense.restoring(done.program, options, carry=done.record.carry)
-        removals[name] = Removal(done.record, facts, restoring, score)
+        removals[name] = _removal(dense, facts, removal_pass, score, options, watch)
+        if options.allocation == AUTO and options.data is not None:
+            size = _as_large(share, dense, removals[name])
+            other = _passes(size, replace(options, allocation="global"), dense.turned)[name]
+            removals[f"{name}, global" if name else "global"] = _removal(dense, facts, other, score, options, watch)
     return removals
+
+
+def _removal(
+    dense: Dense, facts: Symmetry, removal_pass: Removing, score: str | None, options: StructuredOptions,
+    watch: Stopwatch,
+) -> Removal:  # fmt: skip
+    done = run_pass(dense.program, removal_pass, watch)
+    restoring = dense.restoring(done.program, options, carry=done.record.carry)
+    allocation = options.allocation if isinstance(removal_pass, RemoveBlocks) else removal_pass.widths.allocation
+    return Removal(done.record, facts, restoring, score, allocation)
+
+
+def _as_large(share: Share, dense: Dense, removal: Removal) -> Share:
+    """The share that leaves as many parameters as a removal by channels did; of another budget the same one."""
+    if share.kind != "channels":
+        return share
+    return Share("params", 1 - cost(removal.restoring.pruned).params / cost(dense.program).params)
 
 
 def channel_order(dense: Dense, options: StructuredOptions, watch: Stopwatch) -> dict[str, Scores]:
@@ -103,7 +128,8 @@ def _passes(share: Share, options: StructuredOptions, turned: bool) -> dict[str,
     """What removes channels by the score asked for; by each that "auto" tries where there are data to judge it by."""
     if options.units == "layers":
         return {"": _blocks(share, options)}
-    keywords: dict[str, Any] = {"allocation": options.allocation, "budget": share.kind, "round_to": options.round_to}
+    allocation = "uniform" if options.allocation == AUTO else options.allocation
+    keywords: dict[str, Any] = {"allocation": allocation, "budget": share.kind, "round_to": options.round_to}
     keywords |= {"units": options.units, "roles": options.roles, "protect": options.protect}
     keywords |= {"verify": options.verify, "seed": options.seed}
     if options.method == "fold" and options.units == "experts":
@@ -165,7 +191,7 @@ def _choices(removal: Removal, share: Share, restored: Restored, options: Struct
         "units": options.units,
         "experts": options.experts,
         "roles": list(options.roles),
-        "allocation": options.allocation,
+        "allocation": removal.allocation,
         "score": removal.score,
     }
     return chosen | {"solve": restored.solve, "normalize": restored.normalize}
