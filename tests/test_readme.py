@@ -131,7 +131,7 @@ def test_the_commands_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     text = ROOT.joinpath(name).read_text()
     Path("net.py").write_text(NETWORK)
-    for file, seed in (("a.safetensors", 0), ("b.safetensors", 1)):
+    for file, seed in (("a.safetensors", 0), ("b.safetensors", 1), ("tuned.safetensors", 4)):
         save_file(_net(seed).state_dict(), file)
     save_file(_net(2, num_classes=4).state_dict(), "c.safetensors")
     save_file(_net(3).state_dict(), "base.safetensors")
