@@ -11,13 +11,14 @@ from torch import nn
 
 from vfx.analyse.symmetry import Symmetry
 from vfx.api.dense import capture_dense
-from vfx.api.removing import AUTO, Removal, channel_order, removed, removed_result, share_of
+from vfx.api.removing import Removal, channel_order, removed, removed_result, share_of
 from vfx.api.restoring import decide
 from vfx.api.results import Result
 from vfx.errors import ArgumentError, listed
 from vfx.options import StructuredOptions
 from vfx.program import Program
 from vfx.pruning.removed import Removed
+from vfx.pruning.support import AUTO
 from vfx.report import Stopwatch
 
 

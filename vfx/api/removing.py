@@ -23,12 +23,12 @@ from vfx.pruning.channel_report import ChannelReport, widths
 from vfx.pruning.groups import Scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.roles import check_roles
+from vfx.pruning.support import AUTO
 from vfx.pruning.widths import BUDGETS
 from vfx.report import Stopwatch
 
 # Scores of channels that "auto" chooses from. In principal directions the norm of a weight says nothing.
 TRIED, TRIED_WHERE_TURNED = ("magnitude", "activation"), ("activation", "obs")
-AUTO = "auto"
 Removing: TypeAlias = RemoveChannels | FoldChannels | RemoveBlocks
 
 
@@ -79,7 +79,7 @@ def removed(
     """The networks without the channels that go, by the score that they went by where there are several.
 
     ``order`` holds the scores where they are known already (``channel_order``). The allocation "auto" is uniform, and
-    with data to judge it by also global, at as many parameters.
+    with data to judge it by also global, at no more parameters.
     """
     with watch("symmetry"):
         facts = symmetry(dense.program)
