@@ -72,7 +72,9 @@ class Subject:
         count = options.pop("data", 0)
         options |= {"data": self.batches[: -(-count // BATCH)], "max_samples": count} if count else {}
         start = time.perf_counter()
-        result = prune_structured(self.program, sparsity=sparsity, repair_samples=REPAIR, progress=False, **options)
+        result = prune_structured(
+            self.program, sparsity=sparsity, allocation="uniform", repair_samples=REPAIR, progress=False, **options
+        )
         seconds = time.perf_counter() - start
         return {
             "accuracy": self.accuracy(result.module),

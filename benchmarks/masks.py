@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +20,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks import transformers
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, PAIRS, RESULTS, command, fashion_mnist
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
@@ -39,6 +40,43 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "auto": {"score": "magnitude"},
 }
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained network with the inputs that calibrate it, and those, with labels, that it is judged on."""
+
+    model: nn.Module
+    calibration: Tensor
+    inputs: Tensor
+    labels: Tensor
+
+    def accuracy(self, module: nn.Module) -> float:
+        """Percent of the labels."""
+        right = predict(module, self.inputs, 250).argmax(-1) == self.labels
+        return round(100 * float(right.double().mean()), 2)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where networks and their data lie; transformers are trained into ``cache`` where they are not there."""
+
+    checkpoints: Path
+    data: Path
+    cache: Path
+    samples: int | None = None
+
+    def __call__(self, name: str) -> Trained:
+        """The first network of a Fashion-MNIST pair, or of a pair of ``benchmarks.transformers``."""
+        if name in PAIRS:
+            model = PAIRS[name].edges(self.checkpoints)[0]
+            train, _ = fashion_mnist(self.data, "train", CALIBRATION)
+            return Trained(model, train, *fashion_mnist(self.data, "test", self.samples))
+        pair = transformers.PAIRS[name]
+        loaded = pair.load(self.data)
+        train, _, inputs, labels = loaded
+        model = pair.edges(loaded, self.cache, pair.epochs)[0].eval()
+        return Trained(model, train[: pair.calibration], inputs[: self.samples], labels[: self.samples])
 
 
 @dataclass(frozen=True)
@@ -68,11 +106,9 @@ class Sweep:
 
     def __call__(
         self,
-        pairs: Sequence[str],
-        checkpoints: Path,
-        data: Path,
+        networks: Sequence[str],
+        sources: Sources,
         output: Path,
-        samples: int | None,
         fresh: bool,
         rows: Sequence[str] | None = None,
         columns: Sequence[str] | None = None,
@@ -84,34 +120,26 @@ class Sweep:
         output.mkdir(parents=True, exist_ok=True)
         file = output / f"{self.name}.json"
         results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
-        train, _ = fashion_mnist(data, "train", CALIBRATION)
-        images, labels = fashion_mnist(data, "test", samples)
-        for name in pairs:
-            model = PAIRS[name].edges(checkpoints)[0]
-            program = trace(model, train[:2])
-
-            def accuracy(module: Any) -> float:
-                return round(100 * float((predict(module, images, 250).argmax(1) == labels).double().mean()), 2)
-
-            found = results.setdefault(name, {"dense": accuracy(model), "cells": {}})
+        for name in networks:
+            trained = sources(name)
+            program = trace(trained.model, trained.calibration[:2])
+            measured = results.setdefault(name, {"dense": trained.accuracy(trained.model), "cells": {}})["cells"]
             for key, method, share in cells:
-                if key in found["cells"]:
+                if key in measured:
                     continue
-                found["cells"][key] = self._cell(program, method, share, train, accuracy)
-                console.print(name, key, found["cells"][key])
+                measured[key] = self._cell(program, method, share, trained)
+                console.print(name, key, measured[key])
                 write_atomic(file, json.dumps(results, indent=1) + "\n")
                 write_atomic(file.with_suffix(".md"), self.markdown(results))
 
-    def _cell(
-        self, program: Program, method: str, share: float | str, train: Tensor, accuracy: Callable[[Any], float]
-    ) -> dict[str, Any]:
+    def _cell(self, program: Program, method: str, share: float | str, trained: Trained) -> dict[str, Any]:
         options, start = self.methods[method], time.process_time()
-        given = {} if options is None else {"data": train, **options}
+        given = {} if options is None else {"data": trained.calibration, **options}
         given |= {"sparsity": share} if isinstance(share, float) else {"scope": share, "protect": ("first", "head")}
         result = prune(program, progress=False, **given)
         seconds = round(time.process_time() - start, 1)
         choices = {name: result.report.choices[name] for name in ("solve", "normalize")}
-        return {"accuracy": accuracy(result.module), "seconds": seconds} | choices
+        return {"accuracy": trained.accuracy(result.module), "seconds": seconds} | choices
 
 
 def fits(options: Mapping[str, Any] | None, share: float | str) -> bool:
@@ -136,7 +164,7 @@ def main(
     """Prune every network by every method and write masks.json and masks.md."""
     if threads:
         torch.set_num_threads(threads)
-    SWEEP(pair or list(PAIRS), checkpoints, data, output, samples, fresh)
+    SWEEP(pair or list(PAIRS), Sources(checkpoints, data, Path("demo"), samples), output, fresh)
 
 
 if __name__ == "__main__":

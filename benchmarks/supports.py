@@ -1,10 +1,11 @@
 """Which weights go: scores and allocations over layers, all of them solved alike within their masks.
 
-The first networks of the four Fashion-MNIST pairs, calibrated on the first 2,000 training images without labels,
-accuracy over the test images; nothing is trained. "x, y, z" is a score, its scope, and an allocation of the sparsity
-over layers; where none is named the scope alone decides. "No repair" is a score in its paper's scope with its own
-updates alone (SparseGPT has some). The last layer keeps all weights but for magnitude, where it is pruned with the
-others; "head kept" and "head too" are the controls. "default" is ``vfx.prune`` as it stands: ALPS, and ERK with the
+The first networks of the four Fashion-MNIST pairs, calibrated on the first 2,000 training images without labels, and
+those of ``benchmarks.transformers``: a ViT (the same images) and a GPT-2 (256 windows of 64 characters; accuracy of the
+next one). Accuracy is over the test samples; nothing is trained. "x, y, z" is a score, its scope, and an allocation of
+the sparsity over layers; where none is named the scope alone decides. "No repair" is a score in its paper's scope with
+its own updates alone (SparseGPT has some). The last layer keeps all weights but for magnitude, where it is pruned with
+the others; "head kept" and "head too" are the controls. "default" is ``vfx.prune`` as it stands: ALPS, and ERK with the
 last layer whole where it holds at most a quarter of what is left; it loses as many weights as global magnitude.
 Patterns leave the first layer whole, too: it has one input. Behind all other masks the layers are solved for the dense
 network's outputs.
@@ -15,16 +16,17 @@ goes on where it was.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, command
-from benchmarks.masks import Sweep
-from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
+from benchmarks.masks import Sources, Sweep
+from benchmarks.options import Cache, Checkpoints, DataFolder, Fresh, Output, Samples
 
-NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025", "vgg16_w025", "vgg16_bn_w05")
+NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025", "vgg16_w025", "vgg16_bn_w05", "vit_fashion", "gpt_text")
 SHARES = ("2:4", 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
@@ -64,6 +66,7 @@ SWEEP = Sweep("supports", "Supports and allocations", PREFACE, METHODS, SHARES)
 def main(
     checkpoints: Checkpoints = CHECKPOINTS,
     data: DataFolder = FASHION_MNIST,
+    cache: Cache = Path("demo"),
     output: Output = RESULTS,
     pair: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this row (may be repeated).")] = None,
@@ -75,7 +78,7 @@ def main(
     """Prune the networks by every score and allocation and write supports.json and supports.md."""
     if threads:
         torch.set_num_threads(threads)
-    SWEEP(pair or NETWORKS, checkpoints, data, output, samples, fresh, method, share)
+    SWEEP(pair or NETWORKS, Sources(checkpoints, data, cache, samples), output, fresh, method, share)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,14 @@ def _error(module: nn.Module, model: nn.Module) -> float:
 @pytest.mark.parametrize("solve", ["auto", "least_squares", None])
 def test_the_score_that_leaves_the_better_network_wins(solve: str | None) -> None:
     model, x = _half_silent(), _samples()
-    options: dict[str, Any] = {"sparsity": 0.5, "data": x, "solve": solve, "normalize": None, "progress": False}
+    options: dict[str, Any] = {
+        "sparsity": 0.5,
+        "allocation": "uniform",
+        "data": x,
+        "solve": solve,
+        "normalize": None,
+        "progress": False,
+    }
     result = prune_structured(model, x[:2], **options)
     assert result.report.choices["score"] == "activation"
     assert {name.split(":")[0] for name in result.report.scores} == {"magnitude", "activation"}
@@ -62,7 +69,14 @@ def test_the_user_s_figure_decides() -> None:
         return seen[-1]
 
     result = prune_structured(
-        model, x[:2], sparsity=0.5, data=x, solve="least_squares", judge=most_biased, progress=False
+        model,
+        x[:2],
+        sparsity=0.5,
+        allocation="uniform",
+        data=x,
+        solve="least_squares",
+        judge=most_biased,
+        progress=False,
     )
     assert len(set(seen)) > 1
     assert result.report.choices["score"] == "magnitude"
@@ -100,7 +114,8 @@ def test_close_scores_of_different_channels_are_looked_at_in_all_folds() -> None
 def test_the_second_look_decides_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """One fold of many samples is enough where scores are clear; close ones are means over all three."""
     model, x = _half_silent(), _samples(300)
-    options: dict[str, Any] = {"sparsity": 0.5, "data": x, "solve": "least_squares", "progress": False}
+    options: dict[str, Any] = {"sparsity": 0.5, "allocation": "uniform", "data": x, "solve": "least_squares"}
+    options |= {"progress": False}
     looks: list[bool] = []
     folds = Restoring.folds
 
@@ -130,7 +145,8 @@ def test_the_second_look_does_not_forget_the_first(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Restoring, "scores", scores)
     monkeypatch.setattr(choice, "CLOSE", float("inf"))
     model, x = _half_silent(), _samples(300)
-    result = prune_structured(model, x[:2], sparsity=0.5, data=x, solve="least_squares", progress=False)
+    options: dict[str, Any] = {"sparsity": 0.5, "allocation": "uniform", "data": x, "solve": "least_squares"}
+    result = prune_structured(model, x[:2], progress=False, **options)
     assert next(looks, None) is None
     assert result.report.choices["score"] == "activation"
 
@@ -149,7 +165,8 @@ def test_magnitude_stays_where_activation_is_not_clearly_better(monkeypatch: pyt
     monkeypatch.setattr(Restoring, "scores", scores)
     monkeypatch.setattr(choice, "CLOSE", 0.0)
     model, x = _half_silent(), _samples()
-    result = prune_structured(model, x[:2], sparsity=0.5, data=x, solve="least_squares", progress=False)
+    options: dict[str, Any] = {"sparsity": 0.5, "allocation": "uniform", "data": x, "solve": "least_squares"}
+    result = prune_structured(model, x[:2], progress=False, **options)
     assert result.report.choices["score"] == ("activation" if gap else "magnitude")
 
 
@@ -184,8 +201,36 @@ def test_uniform_stays_where_global_is_no_better() -> None:
     options: dict[str, Any] = {"sparsity": 0.5, "allocation": "auto", "progress": False}
     assert prune_structured(model, x[:2], data=x, **options).report.choices["allocation"] == "uniform"
     assert prune_structured(model, x[:2], **options).report.choices["allocation"] == "uniform"  # nothing to judge by
-    with pytest.raises(ArgumentError, match="share one allocation"):
-        prune_structured(model, x[:2], data=x, **options | {"sparsity": [0.25, 0.5]})
+
+
+@pytest.mark.filterwarnings("ignore::vfx.errors.ConfigNote")
+def test_several_widths_folding_and_configurations_stay_uniform() -> None:
+    model, x = _wide_and_silent(), _samples()
+    options: dict[str, Any] = {"sparsity": 0.5, "data": x, "normalize": None, "progress": False}
+    family = prune_structured(model, x[:2], **options | {"sparsity": [0.25, 0.5]}).networks  # type: ignore[attr-defined]
+    folded = prune_structured(model, x[:2], method="fold", **options)
+    assert {result.report.choices["allocation"] for result in (*family.values(), folded)} == {"uniform"}
+    configured = _Configured(model)
+    assert prune_structured(configured, x[:2], **options).report.choices["allocation"] == "uniform"
+    plain = prune_structured(configured.net, x[:2], **options)
+    assert plain.report.choices["allocation"] == "global"  # negative control
+
+
+class _Sizes:
+    """A configuration: one number for all hidden layers."""
+
+    width = 24
+
+
+class _Configured(nn.Module):
+    config_class = _Sizes
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.config, self.net = _Sizes(), net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 def test_a_budget_is_that_of_both_allocations() -> None:

@@ -42,7 +42,8 @@ def test_the_lead_has_the_error_of_paired_samples() -> None:
     lead, error = difference.mean(), difference.std() / math.sqrt(100)
     cell = {"accuracy": 70.0, "ours_alone_right": 30, "peer_alone_right": 10}
     assert shown("L2", cell, 100) == f"70.00 ({100 * lead:+.2f} ± {100 * error:.2f})"
-    assert shown(OURS, cell, 100) == "70.00"
+    assert shown(OURS, cell | {"allocation": "uniform"}, 100) == "70.00"
+    assert shown(OURS, cell | {"allocation": "global"}, 100) == "70.00, global"
 
 
 @pytest.mark.parametrize("kept", [True, False])

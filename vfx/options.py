@@ -241,7 +241,7 @@ class StructuredOptions(Rewriting):
         "auto", "Where channels mix freely (heads): principal turns them first, given does not; or auto.", Text("text")
     )
     allocation: str = keyword(
-        "uniform", text=Text("text", names=("auto",), catalogue=("pruning/widths.py", "ALLOCATIONS"))
+        "auto", text=Text("text", names=("auto",), catalogue=("pruning/widths.py", "ALLOCATIONS"))
     )
     budget: Mapping[str, float] | None = keyword(
         None, "What is left instead, e.g. flops=0.5: params, flops or latency.", Text("budget")

@@ -18,7 +18,6 @@ from vfx.errors import ArgumentError, listed
 from vfx.options import StructuredOptions
 from vfx.program import Program
 from vfx.pruning.removed import Removed
-from vfx.pruning.support import AUTO
 from vfx.report import Stopwatch
 
 
@@ -69,8 +68,6 @@ def _several(options: StructuredOptions) -> list[StructuredOptions]:
         raise ArgumentError(f"sparsity={list(options.sparsity)}: give shares in [0, 1) of the channels that go")
     if options.method != "remove":
         raise ArgumentError("several widths share one ordering of channels, and folding has none; use method='remove'")
-    if options.allocation == AUTO:
-        raise ArgumentError("several widths share one allocation; name it: allocation='uniform' or 'global'")
     return [replace(options, sparsity=part) for part in parts]
 
 

@@ -119,7 +119,7 @@ def prune_structured(
     method: str = "remove",
     score: str | Scores = "auto",
     basis: str = "auto",
-    allocation: str = "uniform",
+    allocation: str = "auto",
     budget: Mapping[str, float] | None = None,
     round_to: int = 1,
     units: str = "auto",
@@ -154,7 +154,8 @@ def prune_structured(
     with data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
     ``merge``); in principal directions it is activation or obs. ``allocation``: "uniform" (the same share of each
     group), "global" (the lowest scores wherever they are), or "auto": uniform, or with data global at no more
-    parameters (``budget``) where that is clearly better on held-out samples.
+    parameters (``budget``) where that is clearly better on held-out samples; uniform for several widths, ``method``
+    "fold", and models with a configuration, which names one size for all layers.
     ``basis``: features that any invertible map may go through (queries and keys, values of a head) are turned into
     their "principal" directions on ``data`` before channels go (``vfx.PrincipalBasis``), or stay as "given"; "auto" is
     principal where channels are removed by the score "auto", "activation" or "obs".

@@ -14,6 +14,7 @@ from vfx.api.restoring import Decision, Restored, Restoring
 from vfx.api.results import Result, emitted, run_pass
 from vfx.api.tracing import symmetry
 from vfx.arguments import check_names
+from vfx.emit.own_config import has_config
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, Rewriting, StructuredOptions
 from vfx.passes.fold_channels import FoldChannels
@@ -78,8 +79,8 @@ def removed(
 ) -> dict[str, Removal]:
     """The networks without the channels that go, by the score that they went by where there are several.
 
-    ``order`` holds the scores where they are known already (``channel_order``). The allocation "auto" is uniform, and
-    with data to judge it by also global, at no more parameters.
+    ``order`` holds the scores that several widths share (``channel_order``). The allocation "auto" is uniform; for one
+    width, where data can judge it, also global at no more parameters.
     """
     with watch("symmetry"):
         facts = symmetry(dense.program)
@@ -89,11 +90,22 @@ def removed(
         if order and isinstance(removal_pass, RemoveChannels):
             removal_pass = removal_pass.by(order[name])
         removals[name] = _removal(dense, facts, removal_pass, score, options, watch)
-        if options.allocation == AUTO and options.data is not None:
+        if order is None and _may_be_global(dense, options):
             size = _as_large(share, dense, removals[name])
             other = _passes(size, replace(options, allocation="global"), dense.turned)[name]
             removals[f"{name}, global" if name else "global"] = _removal(dense, facts, other, score, options, watch)
     return removals
+
+
+def _may_be_global(dense: Dense, options: StructuredOptions) -> bool:
+    """Whether "auto" tries the lowest scores wherever they are, too: data judge, and no configuration, which mostly
+    names one size for all layers, is left behind.
+    """
+    if options.allocation != AUTO or options.data is None:
+        return False
+    module = dense.program.module
+    of_channels = options.method == "remove" and options.units != "layers"
+    return of_channels and (module is None or not has_config(module))
 
 
 def _removal(
@@ -149,7 +161,7 @@ def _passes(share: Share, options: StructuredOptions, turned: bool) -> dict[str,
 def _blocks(share: Share, options: StructuredOptions) -> RemoveBlocks:
     """What removes residual blocks. Raises ArgumentError for options that say how channels go."""
     check_roles(options.roles, options.units)
-    plain = {"method": "remove", "score": "auto", "allocation": "uniform", "round_to": 1, "experts": "remove"}
+    plain = {"method": "remove", "score": "auto", "allocation": AUTO, "round_to": 1, "experts": "remove"}
     for name, value in plain.items():
         if getattr(options, name) != value:
             raise ArgumentError(
