@@ -73,18 +73,20 @@ METHODS = (
 @dataclass(frozen=True)
 class Learning:
     """From how many training samples a matching is learnt, without labels, each taken so many times, varied as in
-    training; in how many epochs of which batches, and the rate."""
+    training; in how many epochs of which batches, the rate, and how far α is drawn from ½: the whole curve is judged.
+    """
 
     samples: int
     times: int
     epochs: int
     batch: int
     lr: float
+    spread: float = 0.1
 
     def __str__(self) -> str:
         return (
             f"learned matching: {self.epochs} epochs over {self.times} × {self.samples:,} training samples without "
-            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g}"
+            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g}, α in ½ ± {self.spread:g}"
         )
 
 
@@ -157,7 +159,7 @@ PAIRS = {
             "vit_fashion", "ViT, Fashion-MNIST",
             "3 blocks of 64 channels and 4 heads, 16 patches; 60,000 images of 32×32 pixels",
             partial(ViT, 32, 8, 64, 3, 4, 1, 10), _fashion, 4, 128, 2000,
-            Learning(24_000, 1, 3, 128, 0.01), flip=True,
+            Learning(60_000, 1, 7, 128, 0.01, 0.2), flip=True,
         ),
         Pair(
             "gpt_text", "GPT-2, characters",
@@ -196,7 +198,8 @@ class Subject:
         """What matches, and the data that it reads."""
         if method.match == "learned":
             how = self.pair.learning
-            return LearnedMatching(how.epochs, how.lr, loss="distillation"), self.pair.learnt_from(self.train)
+            by = LearnedMatching(how.epochs, how.lr, spread=how.spread, loss="distillation")
+            return by, self.pair.learnt_from(self.train)
         return method.match, self.calibration if method.match == "activation" else None
 
     @torch.no_grad()
