@@ -3,11 +3,12 @@
 For each network A (float64, random weights) an element g of every group's full class is drawn: permutations, signs,
 scales, orthogonal and invertible maps. A and g(A) compute the same and their plain midpoint does not. Every method that
 searches classes brings g(A) to A, which is proved (``vfx.Align``), and the midpoint is compared with A: the relative
-error of its outputs, and the change of its cross-entropy on random labels. C²M³ brings two copies at once as well, and
-the mean of all three is compared. Matching permutations alone is the control. Transformers are taken as they are and
-lifted (norms' gains folded, the stream centred). In front of a BatchNorm scales are left alone (statistics that are
-measured anew are those of the layer as it is), so g is drawn on the folded network. ``--families`` adds the small
-networks on which the tests prove symmetries (``tests/test_zoo.py``), BatchNorms folded; ``--network`` names them, too.
+error of its outputs, and the change of its cross-entropy on random labels, both on the inputs that activations were
+read on, as these tell nothing of units that are silent there. C²M³ brings two copies at once as well, and the mean of
+all three is compared. Matching permutations alone is the control. Transformers are taken as they are and lifted (norms'
+gains folded, the stream centred). In front of a BatchNorm scales are left alone (statistics that are measured anew are
+those of the layer as it is), so g is drawn on the folded network. ``--families`` adds the small networks on which the
+tests prove symmetries (``tests/test_zoo.py``), BatchNorms folded; ``--network`` names them, too.
 
 Results go to ``benchmarks/results``: class_recovery.json, class_recovery.md.
 """
@@ -128,8 +129,8 @@ def _family_inputs(name: str) -> Any:
     return {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in inputs.items()}
 
 
-def copies(case: Case, form: str, seed: int) -> tuple[Program, list[Any]]:
-    """A and g(A) for several g as one Program in float64, and the inputs."""
+def copies(case: Case, form: str, seed: int) -> tuple[Program, Any]:
+    """A and g(A) for several g as one Program in float64, and the inputs as the network takes them."""
     torch.manual_seed(seed)
     build, inputs, _ = case
     data = inputs()
@@ -139,7 +140,7 @@ def copies(case: Case, form: str, seed: int) -> tuple[Program, list[Any]]:
     program = FORMS[form](program.with_weights([weights]))
     facts, generator = vfx.symmetry(program), np.random.default_rng(seed)
     moved = [act(facts, random_element(facts, generator), program.weights[0]) for _ in range(COPIES - 1)]
-    return program.with_weights([program.weights[0], *moved]), example
+    return program.with_weights([program.weights[0], *moved]), data
 
 
 def matched(program: Program, method: Method, data: Any) -> Program:
@@ -150,11 +151,11 @@ def matched(program: Program, method: Method, data: Any) -> Program:
     return vfx.Align(method.match, read, classes=method.classes, progress=False)(program)
 
 
-def measure(program: Program, method: Method, data: Any, inputs: list[Any]) -> dict[str, float]:
-    """Error of the mean's outputs, and how much its loss differs from A's."""
-    both = matched(program.with_weights(program.weights[: method.edges]), method, data)
+def measure(program: Program, method: Method, data: Any) -> dict[str, float]:
+    """Error of the mean's outputs on the data that were matched on, and how much its loss differs from A's."""
+    both = matched(program.with_weights(program.weights[: method.edges]), method, [data])
     middle = vfx.Interpolate([1 / method.edges] * method.edges)(both)
-    wanted, reached = (run(p.graph, p.weights[0], inputs) for p in (program, middle))
+    wanted, reached = (run(p.graph, p.weights[0], list(p.example_inputs)) for p in (program, middle))
     logits = [next(iter(named_tensors(x).values())).flatten(0, -2) for x in (wanted, reached)]
     labels = torch.randint(0, logits[0].shape[-1], (len(logits[0]),), generator=torch.Generator().manual_seed(0))
     losses = [float(F.cross_entropy(x, labels)) for x in logits]
@@ -168,13 +169,13 @@ def results(cases: Mapping[str, Case], seed: int) -> Iterator[dict[str, Any]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("recovery", total=len(chosen) * len(METHODS))
         for name, form in chosen:
-            program, inputs = copies(cases[name], form, seed)
+            program, data = copies(cases[name], form, seed)
             facts = vfx.symmetry(program)
             kinds = dict(Counter(group.kind.title for group in facts.moving))
             row: dict[str, Any] = {"network": name, "form": form, "kinds": kinds, "methods": {}}
             for title, method in METHODS.items():
                 progress.update(task, description=f"{name}, {form}: {title}")
-                row["methods"][title] = measure(program, method, [cases[name][1]()], inputs)
+                row["methods"][title] = measure(program, method, data)
                 progress.advance(task)
             yield row
 

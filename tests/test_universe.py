@@ -46,7 +46,7 @@ from vfx.match.straight_through import StraightThrough
 from vfx.match.universe import cycle_error, mean_weights, pair_objective, pairwise, to_first
 from vfx.match.weight import WeightMatching
 from vfx.models import linear_net, vit_tiny
-from vfx.program import Program, run
+from vfx.program import Program, Weights, run
 from vfx.statistics.data import Batches
 
 DOUBLE = torch.float64
@@ -477,10 +477,24 @@ def test_distillation_is_the_divergence_from_the_mean_of_the_edges_outputs() -> 
     elements = [random_permutations(facts.groups, np.random.default_rng(k)) for k in range(2)]
     moved = [program.weights[0], *(act(facts, permuted(e), w) for w, e in zip(program.weights[1:], elements))]
     with torch.no_grad():
-        teacher = (sum(program(x, edge=k) for k in range(3)) / 3).softmax(1)
-        student = run(batch_statistics(program.graph), mean_weights(moved, [1 / 3] * 3), [x]).log_softmax(1)
+        graph = batch_statistics(program.graph)
+        teacher = (sum(run(graph, weights, [x]) for weights in program.weights) / 3).softmax(1)
+        student = run(graph, mean_weights(moved, [1 / 3] * 3), [x]).log_softmax(1)
         expected = (teacher * (teacher.log() - student)).sum(1).mean()
         assert task.loss_of([*map(permuted, elements)]) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_copies_of_one_network_have_nothing_to_learn() -> None:
+    """Behind the right matching they agree with their mean on every batch, whatever its statistics."""
+    x = images(16, 8, dtype=DOUBLE)
+    program, facts = problem(residual, 2)
+
+    def loss(other: Weights) -> float:
+        copies = program.with_weights([program.weights[0], other])
+        return Midpoint(copies, facts, Batches(copies, x), "auto", [0.5, 0.5]).loss_of([identity(facts)])
+
+    assert loss(program.weights[0]) < 1e-14
+    assert loss(program.weights[1]) > 1e-6  # negative control
 
 
 def test_the_midpoint_reads_batch_statistics_and_leaves_the_running_ones_alone() -> None:

@@ -2,7 +2,8 @@
 
 The loss is the cross-entropy where batches carry integer labels; else distillation: the Kullback-Leibler divergence of
 the merged network's softmax from that of the mean of the edges' outputs. BatchNorm reads the statistics of its batch,
-as it will after RESET: the averaged running statistics fit no merged network.
+as it will after RESET: the averaged running statistics fit no merged network. Where outputs are compared it does so in
+the edges as well, so that copies of one network agree.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Midpoint:
         self.graph = batch_statistics(program.graph)
         self.first, *self.others = program.weights
         self.names = scored_names(symmetry)
-        self.loss = _Criterion(program, loss)
+        self.loss = _Criterion(self.graph, program.weights, loss)
 
     def moved(self, elements: Sequence[Elements]) -> list[Weights]:
         """Every edge but the first behind its element."""
@@ -89,9 +90,10 @@ class Midpoint:
 
 @dataclass(frozen=True)
 class _Criterion:
-    """The loss of one batch's outputs."""
+    """The loss of one batch's outputs; the ``edges`` teach by the ``graph``."""
 
-    program: Program
+    graph: fx.Graph
+    edges: Sequence[Weights]
     kind: str | Loss
 
     def __call__(self, outputs: Any, inputs: list[Tensor], labels: Tensor | None) -> Tensor:
@@ -108,7 +110,7 @@ class _Criterion:
     @torch.no_grad()
     def _teacher(self, inputs: list[Tensor]) -> dict[str, Tensor]:
         """The mean of the edges' outputs."""
-        outputs = [_logits(run(self.program.graph, weights, inputs)) for weights in self.program.weights]
+        outputs = [_logits(run(self.graph, weights, inputs)) for weights in self.edges]
         return {name: torch.stack([own[name] for own in outputs]).mean(0) for name in outputs[0]}
 
     def _distillation(self, outputs: Any, inputs: list[Tensor]) -> Tensor:
