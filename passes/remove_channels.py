@@ -42,14 +42,14 @@ class RemoveChannels(Pass[Removed]):
     """Remove ``sparsity`` of the channels of each group (or of the ``budget``), those with the lowest ``score``.
 
     ``score``: "magnitude" (l2), "l1", "l2", "taylor", "activation", "obs", "random", or scores by group index; "router"
-    is that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform" or "global".
-    ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency". ``units``: inside heads and
-    groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do not allow the share); or
-    "experts" that a router chooses from, and nothing else; with ``experts`` "merge" each that goes is averaged into the
-    nearest that stays (``vfx.pruning.expert_merging``). ``roles``: the kinds of groups that may go, "streams",
-    "hidden", "blocks"; all if none is named. ``protect``: FQNs of modules or parameters. ``data`` feeds
-    the scores that need it. The record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone;
-    ``by(scores)`` is the same pass that goes by them.
+    is that of experts: the mean of what they add, as the router weighs it. ``allocation``: "uniform", "global" or
+    "isomorphic". ``budget``: what ``sparsity`` is a share of: "channels", "params", "flops", "latency". ``units``:
+    inside heads and groups remove "channels", whole "blocks", "both", or "auto" (blocks where channels do not allow
+    it); or "experts" that a router chooses from, and nothing else; with ``experts`` "merge" each that goes is averaged
+    into the nearest that stays (``vfx.pruning.expert_merging``). ``roles``: the kinds of groups that may go, "streams",
+    "hidden", "blocks"; all if none is named. ``protect``: FQNs of modules or parameters. ``data`` feeds the scores that
+    need it. The record of ``run`` is a ``Removed``. ``scores(program)`` are the scores alone; ``by(scores)`` is the
+    same pass that goes by them.
     """
 
     weight_sets = "one"

@@ -25,9 +25,12 @@ from vfx.analyse.symmetry import symmetry
 from vfx.api import prune, prune_structured, trace
 from vfx.emit.files import export
 from vfx.errors import ArgumentError, DataError
+from vfx.models import MODELS
 from vfx.program import Goal, Program
 from vfx.pruning import choice
 from vfx.pruning.groups import channel_scores
+from vfx.pruning.isomorphic import structures
+from vfx.pruning.roles import group_roles
 from vfx.pruning.second_moments import second_moments
 from vfx.pruning.widths import Widths, by_mean
 from vfx.reconstruct.references import Reference
@@ -158,8 +161,37 @@ def test_global_widths_take_the_lowest_scores_first() -> None:
     assert _sizes(Widths("global"), 0.99, scores) == [1, 1]
 
 
+def test_isomorphic_widths_take_the_lowest_of_each_kind_first() -> None:
+    """Convolutions that convolutions read are one kind; what a linear layer reads is another."""
+    layers = (nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.ReLU())
+    program = trace(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 3)), images(2, 8, 1))
+    facts, generator = symmetry(program), np.random.default_rng(0)
+    scores = {g.index: 10.0**g.index * generator.random(g.size) for g in facts.groups}
+    assert [g.size for g in facts.groups] == [6, 8, 10]
+    slots = RemovalUnits(facts)
+    sizes = {
+        allocation: slots.sizes(Widths(allocation).at(Widths(allocation).streams(slots), scores, 0.5))
+        for allocation in ("isomorphic", "global")
+    }
+    limit = np.sort(np.concatenate([scores[0], scores[1]]))[7]  # seven of fourteen go
+    assert sizes["isomorphic"] == {0: (scores[0] >= limit).sum(), 1: (scores[1] >= limit).sum(), 2: 5}
+    assert sizes["isomorphic"][0] < 3 < 4 < sizes["isomorphic"][1]
+    assert sizes["global"][2] > 5  # negative control: one ranking of all
+
+
+def test_isomorphic_kinds_go_by_structure() -> None:
+    """The hidden layers of blocks are of one kind, and a stream is none of it; sizes do not count."""
+    program = trace(MODELS["resnet20_bn"](width=0.25, in_channels=1), images(2, 32, 1))
+    kinds, roles = structures(symmetry(program)), group_roles(symmetry(program))
+    hidden = {kinds[g] for g, role in roles.items() if role == "hidden"}
+    streams = {kinds[g] for g, role in roles.items() if role == "streams"}
+    assert len(hidden) == 1
+    assert streams
+    assert not hidden & streams
+
+
 @pytest.mark.parametrize("budget", ["params", "flops"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])
 def test_budgets_are_met_and_not_overdone(budget: str, allocation: str) -> None:
     program = trace(_convolutional(), images(2, 8, dtype=torch.float64))
     facts = symmetry(program)

@@ -49,7 +49,7 @@ def _family(**options: Any) -> WidthFamily:
 
 
 @pytest.mark.parametrize("score", ["l1", "taylor", "activation"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])
 def test_each_width_is_what_its_own_call_gives(score: str, allocation: str) -> None:
     data = _pictures(64, 1)
     options: dict[str, Any] = {"score": score, "allocation": allocation, "data": data, "solve": "least_squares"}

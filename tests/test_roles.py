@@ -81,7 +81,7 @@ def test_a_plain_network_has_hidden_channels_alone() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])
 def test_only_what_is_named_goes(role: str, allocation: str) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"sparsity": 0.5, "allocation": allocation, "solve": None, "normalize": None}

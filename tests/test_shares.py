@@ -46,7 +46,7 @@ class _Nested(nn.Module):
         return self.h((x + self.o(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_products_of_groups_meet_the_share(sparsity: float, allocation: str) -> None:
     torch.manual_seed(0)

@@ -2,7 +2,8 @@
 
 ``uniform`` keeps one fraction of every group, or of every product of groups that channels are made of (nested grouped
 convolutions: ``vfx.pruning.shares``); ``global`` removes the channels with the lowest scores wherever they are, scores
-divided by their group's mean (Taylor scores are comparable as they are). The fraction is that of channels, or the
+divided by their group's mean (Taylor scores are comparable as they are), ``isomorphic`` those that are lowest among all
+structures of their kind (``vfx.pruning.isomorphic``). The fraction is that of channels, or the
 smallest that reaches a budget in parameters, FLOPs or seconds, found by bisection on the resized network itself.
 Positions (tokens, latents: ``vfx.resize.roles``) stay. Groups tied by a view go together (``vfx.resize.slots``). Every
 group keeps at least one channel, or as many as its operators need (``vfx.resize.least``).
@@ -21,11 +22,12 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.errors import ArgumentError
 from vfx.pruning.experts import expert_groups
 from vfx.pruning.groups import Scores
+from vfx.pruning.isomorphic import quantiles
 from vfx.pruning.roles import check_roles, group_roles
 from vfx.pruning.shares import Streams
 from vfx.resize.slots import Bundle, RemovalUnits
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "isomorphic")
 BUDGETS = ("channels", "params", "flops", "latency")
 UNITS = ("auto", "channels", "blocks", "both", "experts")
 STEPS = 12  # of the bisection: a budget is met to 1/4096 of the channels
@@ -52,7 +54,7 @@ class Widths:
     where a group has as many. ``units``: of groups inside blocks (heads × dim, groups × channels) remove "channels" in
     each block, whole "blocks", or "both"; "auto" is channels, and blocks where their numbers do not allow the share.
     "experts" are what a router chooses from, and nothing else goes.
-    ``allocation``: "uniform" or "global". ``roles``: the kinds of groups that may go (``vfx.pruning.roles``), all if
+    ``allocation``: one of ``ALLOCATIONS``. ``roles``: the kinds of groups that may go (``vfx.pruning.roles``), all if
     none is named.
     """
 
@@ -64,7 +66,7 @@ class Widths:
 
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
-            raise ArgumentError(f"allocation={self.allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
+            raise ArgumentError(f"allocation={self.allocation!r}: choose one of {', '.join(ALLOCATIONS)} (or auto)")
         if self.units not in UNITS:
             raise ArgumentError(f"units={self.units!r}: choose one of {', '.join(UNITS)}")
         check_roles(self.roles, self.units)
@@ -135,6 +137,9 @@ class Widths:
             return [float(bundle.units) for bundle in slots.bundles]
         removable = [slots.bundles[k].units - slots.least[k] for k in free]
         parts = [_unit_scores(facts, slots.bundles[k], scores)[:count] for k, count in zip(free, removable)]
+        if self.allocation == "isomorphic":
+            bundles = [slots.bundles[k] for k in free]
+            parts = quantiles(facts, bundles, parts, [_channels(facts, bundle) for bundle in bundles])
         owner = np.repeat(free, removable)
         order = owner[np.argsort(np.concatenate(parts), kind="stable")]
         if streams.products:
