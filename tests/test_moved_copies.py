@@ -20,10 +20,12 @@ from vfx.analyse.symmetry import Symmetry
 from vfx.analyse.verify import randomise
 from vfx.api import merge
 from vfx.elements import act, random_element
-from vfx.match.matcher import Matching, Problem
+from vfx.match.activation import ActivationMatching
+from vfx.match.matcher import Matcher, Matching, Problem
 from vfx.match.weight import WeightMatching
 from vfx.program import Program
 from vfx.proof import in_double
+from vfx.statistics.collect import collect
 
 DOUBLE = torch.float64
 
@@ -110,10 +112,22 @@ def test_a_copy_moved_by_its_whole_class_comes_back(name: str) -> None:
     assert float((_midpoint(program, facts, control)(x) - wanted).abs().max()) > 1e-3 * spread
 
 
-def test_independent_networks_keep_their_sizes_in_front_of_running_statistics() -> None:
+def test_activations_bring_a_copy_back_behind_running_statistics() -> None:
+    program, facts, x = _pair("running statistics")
+    problem = Problem(program, facts, statistics=collect(program, facts, [x], progress=False))
+    wanted = program.select(0)(x)
+    spread = float((wanted - wanted.mean(0)).abs().max())
+    close(_midpoint(program, facts, ActivationMatching()(problem))(x), wanted, 1e-6 * spread)
+    control = ActivationMatching("permutation")(problem)
+    assert float((_midpoint(program, facts, control)(x) - wanted).abs().max()) > 1e-3 * spread
+
+
+@pytest.mark.parametrize("matcher", [WeightMatching(), ActivationMatching()])
+def test_independent_networks_keep_their_sizes_in_front_of_running_statistics(matcher: Matcher) -> None:
     def sizes(independent: bool) -> float:
-        program, facts, _ = _pair("running statistics", independent)
-        (element,) = WeightMatching()(Problem(program, facts)).elements[1:]
+        program, facts, x = _pair("running statistics", independent)
+        statistics = collect(program, facts, [x], progress=False)
+        (element,) = matcher(Problem(program, facts, statistics=statistics)).elements[1:]
         found = [0.0]
         for index, own in element.items():
             running = facts.classes[index].running

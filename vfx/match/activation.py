@@ -13,9 +13,11 @@ from vfx.elements import Element
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
 from vfx.match.class_ascent import ClassAscent, Classed, with_turns
+from vfx.match.copies import AGREED, SETTLED, disagreement, scales_are_measured
 from vfx.match.matcher import Problem, Run
 from vfx.match.pairwise import Match, Pairwise, Starts
 from vfx.match.rectangular import Bridge
+from vfx.statistics.collect import Statistics
 
 
 class ActivationMatching(Pairwise):
@@ -35,8 +37,7 @@ class ActivationMatching(Pairwise):
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         if full:
-            classed = Classed(symmetry, statistics, problem.program.weights, problem.apart)
-            return lambda edge, starts, _: classed.match(edge, starts)
+            return _in_classes(problem, statistics)
         return lambda edge, starts, _: _permuted(Ascent(symmetry, statistics, edge), starts)
 
     def crossed(self, bridge: Bridge, starts: Starts, generator: np.random.Generator) -> list[Run]:
@@ -46,6 +47,24 @@ class ActivationMatching(Pairwise):
         ascent = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights)
         elements, value, sweeps = max((ascent.elements(start) for start in starts), key=lambda run: run[1])
         return [(with_turns(bridge.facts, elements, bridge.weights), value, sweeps)]
+
+
+def _in_classes(problem: Problem, statistics: Statistics) -> Match:
+    """Over the classes; a copy whose scales in front of running statistics say that it is one is brought back whole."""
+    weights = problem.program.weights
+    usual = Classed(problem.symmetry, statistics, weights, problem.apart)
+    if not scales_are_measured(problem.symmetry):
+        return lambda edge, starts, _: usual.match(edge, starts)
+    whole = Classed(problem.symmetry, statistics, weights, problem.apart, running=True)
+
+    def match(edge: int, starts: Starts, _: np.random.Generator) -> list[Run]:
+        starts = list(starts)
+        runs, copies = usual.match(edge, starts), whole.match(edge, starts)
+        left = [[disagreement(problem, run[0], weights[edge]) for run in found] for found in (runs, copies)]
+        better = min(left[1]) <= AGREED and min(left[1]) < min(left[0]) - SETTLED
+        return [copies[left[1].index(min(left[1]))]] * len(runs) if better else runs
+
+    return match
 
 
 def _permuted(ascent: Ascent, starts: Starts) -> list[Run]:

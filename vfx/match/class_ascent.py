@@ -43,19 +43,23 @@ from vfx.statistics.taps import Tap
 
 
 class Classed:
-    """Several networks whose features are matched over their groups' classes."""
+    """Several networks whose features are matched over their groups' classes.
+
+    ``running``: scales in front of running statistics are matched, too, which those of copies alone have.
+    """
 
     def __init__(
-        self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights], apart: Collection[str] = ()
-    ):
-        self.symmetry, self.statistics, self.weights = symmetry, statistics, weights
-        self.frames = [balance(symmetry, tensors, apart) for tensors in weights]
+        self, symmetry: Symmetry, statistics: Statistics, weights: Sequence[Weights], apart: Collection[str] = (),
+        running: bool = False,
+    ):  # fmt: skip
+        self.symmetry, self.statistics, self.weights, self.running = symmetry, statistics, weights, running
+        self.frames = [balance(symmetry, tensors, apart, running=running) for tensors in weights]
 
     def match(self, edge: int, starts: Iterable[Permutations | None]) -> list[Run]:
         """From each start the element that brings an edge to the first one, its objective, the number of sweeps."""
         frames = self.frames[0], self.frames[edge]
         weights = self.weights[0], self.weights[edge]
-        ascent = ClassAscent(self.symmetry, self.statistics, edge, frames, weights)
+        ascent = ClassAscent(self.symmetry, self.statistics, edge, frames, weights, self.running)
         runs = []
         for start in starts:
             elements, objective, sweeps = ascent.elements(start)
@@ -93,10 +97,11 @@ class ClassAscent(Ascent):
 
     def __init__(
         self, symmetry: Symmetry, statistics: Statistics, edge: int, frames: tuple[Elements, Elements],
-        weights: tuple[Weights, Weights],
+        weights: tuple[Weights, Weights], running: bool = False,
     ):  # fmt: skip
-        self.kinds = {group.index: compact(symmetry, group, common=True) for group in symmetry.groups}
-        self.signs = {group.index: sign_vectors(symmetry, group, common=True) for group in symmetry.groups}
+        options = {"common": True, "running": running}
+        self.kinds = {group.index: compact(symmetry, group, **options) for group in symmetry.groups}
+        self.signs = {group.index: sign_vectors(symmetry, group, **options) for group in symmetry.groups}
         self.frames, self.weights = frames, weights
         self.behind: dict[int, Element] = {}
         super().__init__(symmetry, statistics, edge)

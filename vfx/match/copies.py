@@ -16,12 +16,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from vfx.analyse.classes import Maps
+from vfx.analyse.symmetry import Symmetry
+from vfx.elements import Acting, Elements
 from vfx.match.descent import Descent, inner_product, squared_distance
-from vfx.match.matcher import Run
+from vfx.match.matcher import Problem, Run
+from vfx.match.universe import scored_names
+from vfx.on_read import OnRead
+from vfx.program import Weights
 
+SETTLED = 1e-8  # of the squares of all weights: what two copies may differ by when they are matched
+AGREED = 0.1  # of the squares of matched weights, up to which networks may be copies, or nearly so
 TRIES = 20
 EQUAL = 1e-5  # relative difference of norms up to which networks count as copies
 SAME = 1e-5  # of a parameter's squares, up to which two copies agree in it
+
+
+def disagreement(problem: Problem, element: Elements, other: Weights) -> float:
+    """Σ ‖W₀ − g W₁‖² over Σ ‖W₀‖², of the first network as it is and another behind an element."""
+    first, names = problem.program.weights[0], scored_names(problem.symmetry)
+    names = [name for name in names if name not in problem.apart and first[name].shape == other[name].shape]
+    moved = OnRead(other, Acting(problem.symmetry, element))
+    whole = sum(inner_product(first[name], first[name]) for name in names)
+    return sum(squared_distance(first[name], moved[name]) for name in names) / whole if whole else 0.0
+
+
+def scales_are_measured(symmetry: Symmetry) -> bool:
+    """Whether scales stand in front of running statistics, which merged networks get anew: copies alone show them."""
+    return any(group_class.running and group_class.scales for group_class in symmetry.classes.values())
 
 
 @dataclass

@@ -15,20 +15,17 @@ from vfx.analyse.balance import balance
 from vfx.analyse.classes import Maps
 from vfx.analyse.symmetry import Symmetry
 from vfx.arguments import checked
-from vfx.elements import Acting, Element, Elements, act
+from vfx.elements import Element, Elements, act
 from vfx.garbage import give_back
 from vfx.match.class_descent import ClassDescent, between, in_matrices
-from vfx.match.copies import again
-from vfx.match.descent import Descent, inner_product, squared_distance
+from vfx.match.copies import AGREED, SETTLED, again, disagreement, scales_are_measured
+from vfx.match.descent import Descent
 from vfx.match.matcher import Problem, Run
 from vfx.match.pairwise import Match, Pairwise, Starts
 from vfx.match.rectangular import Bridge
-from vfx.match.universe import scored_names
-from vfx.on_read import OnRead
 from vfx.program import Weights
 
-SAME = 1e-8  # of the squares of all weights: what two copies may differ by when they are matched
-ALIKE, AGREED = 0.1, 0.1  # up to which running variances, and squares of matched weights, may differ in copies
+ALIKE = 0.1  # up to which running variances may differ in copies
 
 
 class WeightMatching(Pairwise):
@@ -56,16 +53,17 @@ class WeightMatching(Pairwise):
 
 
 def _in_classes(problem: Problem, first: Weights) -> Match:
-    symmetry = problem.symmetry
     usual, whole = _Balanced(problem, first), _Balanced(problem, first, running=True)
-    measured = any(group_class.running and group_class.scales for group_class in symmetry.classes.values())
+    measured = scales_are_measured(problem.symmetry)
 
     def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
         second = problem.program.weights[edge]
         runs = usual.match(second, starts, generator)
         copy = whole.copies(second, generator) if measured else None
         best = max(runs, key=lambda run: run[1])[0]
-        better = copy is not None and whole.disagreement(copy[0], second) < usual.disagreement(best, second) - SAME
+        better = copy is not None and (
+            disagreement(problem, copy[0], second) < disagreement(problem, best, second) - SETTLED
+        )
         return [copy] * len(runs) if copy is not None and better else runs
 
     return match
@@ -125,7 +123,7 @@ class _Balanced:
             if first.shape != second.shape or float((first - second).norm()) > ALIKE * float(first.norm()):
                 return None
         (run,) = self.match(other, [None], generator)
-        return run if self.disagreement(run[0], other) <= AGREED else None
+        return run if disagreement(self.problem, run[0], other) <= AGREED else None
 
     @cached_property
     def _variances(self) -> list[str]:
@@ -140,16 +138,6 @@ class _Balanced:
                 if member.fqn in symmetry.program.buffers and not moves:
                     names[member.fqn] = None
         return list(names)
-
-    def disagreement(self, element: Elements, other: Weights) -> float:
-        """Σ ‖W₀ − g W₁‖² over Σ ‖W₀‖², of the networks as they are."""
-        names, moved = self._compared(other), OnRead(other, Acting(self.problem.symmetry, element))
-        whole = sum(inner_product(self.first[name], self.first[name]) for name in names)
-        return sum(squared_distance(self.first[name], moved[name]) for name in names) / whole if whole else 0.0
-
-    def _compared(self, second: Weights) -> list[str]:
-        named = [name for name in scored_names(self.problem.symmetry) if name not in self.problem.apart]
-        return [name for name in named if self.first[name].shape == second[name].shape]
 
 
 def _runs(
