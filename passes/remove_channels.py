@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry, symmetry
 from vfx.arguments import checked
@@ -118,9 +120,9 @@ class RemoveChannels(Pass[Removed]):
 
     def scores(self, program: Program) -> Scores:
         """The score of each channel, by group index."""
-        if not isinstance(self.score, str):
-            return self.score
         facts = symmetry(program)
+        if not isinstance(self.score, str):
+            return _checked(self.score, facts)
         if self.score == ROUTER:
             batches = Batches(program, self.data, self.max_samples, self.device)
             return expert_scores(program, facts, batches)
@@ -149,6 +151,19 @@ class RemoveChannels(Pass[Removed]):
             max_samples=self.max_samples,
             seed=self.seed,
         )
+
+
+def _checked(scores: Scores, facts: Symmetry) -> Scores:
+    """Scores that were given, one for each channel of each group. Raises ArgumentError."""
+    for group in facts.groups:
+        shape = np.shape(scores[group.index]) if group.index in scores else None
+        if shape != group.shape:
+            given = "has none" if shape is None else f"has the shape {shape}"
+            raise ArgumentError(
+                f"score= {given} for group {group.index} ({group.name}), of shape {group.shape}; give an array of that "
+                "shape by the index of each group (group.index, group.shape of vfx.symmetry(model, x).groups)"
+            )
+    return scores
 
 
 def _note(facts: Symmetry, sizes: Mapping[int, int]) -> str:

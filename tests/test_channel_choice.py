@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -214,6 +215,67 @@ def test_several_widths_folding_and_configurations_stay_uniform() -> None:
     assert prune_structured(configured, x[:2], **options).report.choices["allocation"] == "uniform"
     plain = prune_structured(configured.net, x[:2], **options)
     assert plain.report.choices["allocation"] == "global"  # negative control
+
+
+class _Viewed(nn.Module):
+    """Layers of which ``forward`` takes multiples of 12 features alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.half = _wide_and_silent(), 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.net[:2](x)
+        if hidden.shape[1] % self.half:
+            raise ValueError(f"{hidden.shape[1]} features")
+        return self.net[2:](hidden)
+
+
+class _Grouped(nn.Module):
+    """Eight groups of two channels: little can go but whole groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=8)
+        self.c, self.fc = nn.Conv2d(16, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.c(self.b(self.a(x).relu()).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("size", [{"sparsity": 0.85}, {"budget": {"params": 0.1}}, {"budget": {"flops": 0.1}}])
+def test_a_global_network_that_is_too_large_is_no_candidate(size: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = _Grouped().double().eval(), torch.randn(60, 1, 6, 6, dtype=torch.float64)
+    chosen = prune_structured(model, x[:2], data=x, progress=False, **size)
+    uniform = prune_structured(model, x[:2], data=x, allocation="uniform", progress=False, **size)
+    assert chosen.report.profile.params <= uniform.report.profile.params
+    assert chosen.report.profile.flops <= uniform.report.profile.flops
+    assert not any("global" in label for label in chosen.report.scores)
+    assert any("budget" in note for note in chosen.report.notes) is ("budget" in size and uniform.report.notes != ())
+
+
+def test_the_user_s_class_is_not_given_up() -> None:
+    """Only the uniform network's 12 of 24 features are a multiple of the number that the class reckons with."""
+    model, x = _Viewed().double().eval(), _samples()
+    options: dict[str, Any] = {"sparsity": 0.5, "data": x, "normalize": None, "progress": False}
+    chosen = prune_structured(model, x[:2], **options)
+    assert isinstance(chosen.module, _Viewed)
+    assert chosen.report.choices["allocation"] == "uniform"
+    plain = prune_structured(model.net, x[:2], **options)
+    assert plain.report.choices["allocation"] == "global"  # negative control
+
+
+@pytest.mark.parametrize("wrong", ["absent", "short"])
+def test_scores_of_other_groups_are_refused(wrong: str) -> None:
+    model, x = _wide_and_silent(), _samples()
+    groups = vfx.symmetry(model, x[:2]).groups
+    scores = {group.index: np.arange(float(group.size)) for group in groups}
+    assert prune_structured(model, x[:2], sparsity=0.5, score=scores, progress=False).report.choices["score"] == "given"
+    scores |= {0: scores[0][:1]} if wrong == "short" else {}
+    given = scores if wrong == "short" else {1: scores[1]}
+    with pytest.raises(ArgumentError, match=r"score= has .* for group 0 \(0.weight\), of shape \(24,\)"):
+        prune_structured(model, x[:2], sparsity=0.5, score=given, progress=False)
 
 
 class _Sizes:

@@ -83,7 +83,7 @@ def trials(
         if not (fit.batches and held.batches):
             raise ArgumentError(
                 f"'auto' holds samples out to choose; give at least {EVERY}, or name what to do (solve=, normalize=, "
-                "and score= where channels go)"
+                "and score= and allocation= where channels go)"
             )
         splits.append(Split(fit, UserJudge(judge) if callable(judge) else Judge(edges, alphas, held, judge)))
     return splits

@@ -150,13 +150,13 @@ def prune_structured(
     {"latency": 0.5}.
     ``method``: "remove", or "fold" (k-means over channels, merged by role; Wang et al., ICLR 2025). ``score``:
     "magnitude" (l2), "l1", "taylor", "activation", "obs" (what the layers behind lose when the channels left make up
-    for one that goes; Optimal Brain Surgeon by channels), "random", or scores by group; "auto" is magnitude, or with
-    data activation where it leaves a clearly better network on held-out samples (as ``judge`` sees them, see
-    ``merge``); in principal directions it is activation or obs. ``allocation``: "uniform" (the same share of each
-    group), "global" (the lowest scores wherever they are), "isomorphic" (the lowest among all structures of a kind;
-    Fang et al., ECCV 2024), or "auto": uniform, or with data global at no more parameters (``budget``) where that is
-    clearly better on held-out samples; uniform for several widths, ``method`` "fold", and models with a configuration,
-    which names one size for all layers.
+    for one that goes; Optimal Brain Surgeon by channels), "random", or scores by group index, each of ``group.shape``;
+    "auto" is magnitude, or with data activation where it leaves a clearly better network on held-out samples (as
+    ``judge`` sees them, see ``merge``); in principal directions it is activation or obs. ``allocation``: "uniform" (the
+    same share of each group), "global" (the lowest scores wherever they are), "isomorphic" (the lowest among all
+    structures of a kind; Fang et al., ECCV 2024), or "auto": uniform, or with data global at no more parameters
+    (``budget``) where that is clearly better on held-out samples; uniform for several widths, ``method`` "fold", models
+    with a configuration, which names one size for all layers, and where the model's class would be lost.
     ``basis``: features that any invertible map may go through (queries and keys, values of a head) are turned into
     their "principal" directions on ``data`` before channels go (``vfx.PrincipalBasis``), or stay as "given"; "auto" is
     principal where channels are removed by the score "auto", "activation" or "obs".

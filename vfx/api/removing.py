@@ -14,6 +14,7 @@ from vfx.api.restoring import Decision, Restored, Restoring
 from vfx.api.results import Result, emitted, run_pass
 from vfx.api.tracing import symmetry
 from vfx.arguments import check_names
+from vfx.emit.module import emit
 from vfx.emit.own_config import has_config
 from vfx.errors import ArgumentError
 from vfx.options import PruneOptions, Rewriting, StructuredOptions
@@ -51,7 +52,7 @@ class Removal:
     facts: Symmetry
     restoring: Restoring
     score: str | None
-    allocation: str
+    allocation: str | None
 
 
 def share_of(options: StructuredOptions) -> Share:
@@ -89,11 +90,13 @@ def removed(
         score = _score_name(removal_pass)
         if order and isinstance(removal_pass, RemoveChannels):
             removal_pass = removal_pass.by(order[name])
-        removals[name] = _removal(dense, facts, removal_pass, score, options, watch)
+        removals[name] = uniform = _removal(dense, facts, removal_pass, score, options, watch)
         if order is None and _may_be_global(dense, options):
-            size = _as_large(share, dense, removals[name])
+            size = _as_large(share, dense, uniform)
             other = _passes(size, replace(options, allocation="global"), dense.turned)[name]
-            removals[f"{name}, global" if name else "global"] = _removal(dense, facts, other, score, options, watch)
+            removal = _removal(dense, facts, other, score, options, watch)
+            if _is_as_good_a_form(removal, uniform, size):
+                removals[f"{name}, global" if name else "global"] = removal
     return removals
 
 
@@ -108,13 +111,26 @@ def _may_be_global(dense: Dense, options: StructuredOptions) -> bool:
     return of_channels and (module is None or not has_config(module))
 
 
+def _is_as_good_a_form(removal: Removal, uniform: Removal, size: Share) -> bool:
+    """Whether a removal is as small as asked for, or as the uniform one, and of the user's class if that one is."""
+    figure = size.kind if size.kind in ("params", "flops") else "params"
+    left, least, whole = (
+        getattr(cost(program), figure)
+        for program in (removal.restoring.pruned, uniform.restoring.pruned, removal.restoring.dense)
+    )
+    if left > max(least, (1 - size.part) * whole if figure == size.kind else least):
+        return False
+    is_own = lambda some: not emit(some.restoring.pruned)[1]  # noqa: E731
+    return removal.restoring.dense.module is None or is_own(removal) or not is_own(uniform)
+
+
 def _removal(
     dense: Dense, facts: Symmetry, removal_pass: Removing, score: str | None, options: StructuredOptions,
     watch: Stopwatch,
 ) -> Removal:  # fmt: skip
     done = run_pass(dense.program, removal_pass, watch)
     restoring = dense.restoring(done.program, options, carry=done.record.carry)
-    allocation = options.allocation if isinstance(removal_pass, RemoveBlocks) else removal_pass.widths.allocation
+    allocation = None if isinstance(removal_pass, RemoveBlocks) else removal_pass.widths.allocation
     return Removal(done.record, facts, restoring, score, allocation)
 
 
