@@ -148,7 +148,7 @@ class Reconstruct(Pass[tuple[Solved, ...]]):
         if len(references.all) != 1:
             return list(units)
         layers = [unit for unit in units if isinstance(unit, MatrixUnit)]
-        logits = logit_units(program, layers, references.changes)
+        logits = logit_units(program, layers, references.all[0].program)
         position = {node: index for index, node in enumerate(program.graph.nodes)}
         return sorted([*units, *logits], key=lambda unit: position[unit.uses[0].node])
 

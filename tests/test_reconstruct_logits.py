@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vfx.passes.reconstruct import Reconstruct
 from vfx.passes.remove_channels import RemoveChannels
 
-from vfx.api import trace
+from vfx.api import prune_structured, trace
 from vfx.program import Execution, Program, schedule
 from vfx.pruning.removed import Removed
 from vfx.reconstruct.logits import visible
@@ -102,3 +103,36 @@ def test_whole_heads_are_left_alone() -> None:
     dense = trace(lively(Attention().double(), X), X[:2])
     result = Reconstruct(dense, X, progress=False)(dense)
     close(result(X), dense(X), 1e-9)
+
+
+class Packed(nn.Module):
+    """torch's attention: queries, keys and values of all heads and samples packed on one axis."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(9, width), nn.Linear(width, 4)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def _encoder(width: int, heads: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(9, width), layer, nn.Linear(width, 4))
+
+
+@pytest.mark.parametrize("build", [Packed, _encoder])
+@pytest.mark.parametrize(("width", "heads"), [(24, 2), (20, 4)])
+def test_packed_heads_are_solved(build: Callable[[int, int], nn.Module], width: int, heads: int) -> None:
+    torch.manual_seed(0)
+    model = lively(build(width, heads).double(), X).eval()
+    options: dict[str, Any] = {"sparsity": 0.5, "allocation": "uniform", "data": X, "normalize": None}
+    options |= {"score": "magnitude", "progress": False}
+    with torch.no_grad():
+        solved, plain = (
+            float((prune_structured(model, X[:2], solve=solve, **options).module(X) - model(X)).square().mean())
+            for solve in ("least_squares", None)
+        )
+    assert solved < 0.5 * plain

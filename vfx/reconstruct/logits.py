@@ -12,7 +12,6 @@ mask hides from every query do not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -119,15 +118,16 @@ def visible(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logit_units(program: Program, layers: list[MatrixUnit], removed: Any) -> list[LogitUnit]:
-    """The attention calls whose heads lost inner channels; ``removed(name, axis)`` says of a value whether it did."""
+def logit_units(program: Program, layers: list[MatrixUnit], dense: Program) -> list[LogitUnit]:
+    """The attention calls whose heads lost inner channels of those that they had in the ``dense`` network."""
     logit_layers = []
     for node in program.graph.nodes:
         if operator_of(node).ties != "attention":
             continue
         query = arguments(node)["query"]
-        value = query.meta.get("val")
-        if len(value.shape) != 4 or not removed(query.name, 3):
+        value = query.meta["val"]
+        whole = dense.nodes[query.name].meta["val"] if query.name in dense.nodes else value
+        if len(value.shape) != 4 or whole.shape[3] == value.shape[3]:
             continue
         heads, size = value.shape[1], value.shape[3]
         if not isinstance(heads, int) or heads * size**4 > LARGEST:

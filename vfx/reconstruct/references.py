@@ -70,10 +70,6 @@ class References:
         """An execution of each reference on one batch."""
         return [Execution(r.program.graph, r.program.weights[0], batch, plan) for r, plan in zip(self.all, self.plans)]
 
-    def changes(self, node: str, dim: int) -> bool:
-        """Whether an axis of a value has other channels in the student than in a reference."""
-        return any(r.carry(node, dim) is not None for r in self.all)
-
     def approach(self, runs: Sequence[Execution], node: str) -> None:
         """Take the executions up to a node, which is the next to run then."""
         for run in runs:
