@@ -108,7 +108,7 @@ def test_heads_lose_less_in_their_principal_basis() -> None:
 
 def test_by_default_the_scores_are_those_of_principal_directions() -> None:
     model, x = _attention()
-    options: dict[str, Any] = {"data": x.repeat(4, 1, 1), "sparsity": 0.5, "progress": False}
+    options: dict[str, Any] = {"data": x.repeat(4, 1, 1), "sparsity": 0.5, "allocation": "uniform", "progress": False}
     report = prune_structured(model, x[:2], **options).report
     assert {name.split(":")[0] for name in report.scores} == {"activation", "obs"}
     given = prune_structured(model, x[:2], basis="given", **options).report
