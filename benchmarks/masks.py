@@ -63,7 +63,7 @@ class Sources:
 
     checkpoints: Path
     data: Path
-    cache: Path
+    cache: Path = Path("demo")
     samples: int | None = None
 
     def __call__(self, name: str) -> Trained:
@@ -164,7 +164,7 @@ def main(
     """Prune every network by every method and write masks.json and masks.md."""
     if threads:
         torch.set_num_threads(threads)
-    SWEEP(pair or list(PAIRS), Sources(checkpoints, data, Path("demo"), samples), output, fresh)
+    SWEEP(pair or list(PAIRS), Sources(checkpoints, data, samples=samples), output, fresh)
 
 
 if __name__ == "__main__":

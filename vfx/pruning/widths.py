@@ -3,10 +3,10 @@
 ``uniform`` keeps one fraction of every group, or of every product of groups that channels are made of (nested grouped
 convolutions: ``vfx.pruning.shares``); ``global`` removes the channels with the lowest scores wherever they are, scores
 divided by their group's mean (Taylor scores are comparable as they are), ``isomorphic`` those that are lowest among all
-structures of their kind (``vfx.pruning.isomorphic``). The fraction is that of channels, or the
-smallest that reaches a budget in parameters, FLOPs or seconds, found by bisection on the resized network itself.
-Positions (tokens, latents: ``vfx.resize.roles``) stay. Groups tied by a view go together (``vfx.resize.slots``). Every
-group keeps at least one channel, or as many as its operators need (``vfx.resize.least``).
+structures of their kind (``vfx.pruning.isomorphic``). The fraction is that of channels, or the smallest that reaches a
+budget in parameters, FLOPs or seconds, found by bisection on the resized network itself. Positions (tokens, latents:
+``vfx.resize.roles``) stay. Groups tied by a view go together (``vfx.resize.slots``). Every group keeps at least one
+channel, or as many as its operators need (``vfx.resize.least``).
 """
 
 from __future__ import annotations
