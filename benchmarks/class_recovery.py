@@ -10,15 +10,18 @@ gains folded, the stream centred). In front of a BatchNorm scales are left alone
 those of the layer as it is), so g is drawn on the folded network. ``--families`` adds the small networks on which the
 tests prove symmetries (``tests/test_zoo.py``), BatchNorms folded; ``--network`` names them, too.
 
-Results go to ``benchmarks/results``: class_recovery.json, class_recovery.md.
+Results go to ``benchmarks/results``: class_recovery.json and class_recovery.md, written after each network; a run that
+was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 
 import vfx
 from benchmarks.fashion import RESULTS
-from benchmarks.options import Output
+from benchmarks.options import Fresh, Output
 from benchmarks.pairs_report import grid
 from benchmarks.zoo import HUGGING_FACE, VOCABULARY, Network
 from vfx.analyse.verify import randomise
@@ -48,6 +51,8 @@ SAMPLES = 64
 COPIES = 3  # A, and g(A) for as many g as are left
 console = Console(stderr=True)
 Case = tuple[Callable[[], nn.Module], Callable[[], Any], tuple[str, ...]]  # model, inputs, forms
+RowKey = tuple[str, str]  # network, form
+Rows = dict[RowKey, dict[str, Any]]
 
 
 class Method(NamedTuple):
@@ -153,18 +158,20 @@ def matched(program: Program, method: Method, data: Any) -> Program:
 
 def measure(program: Program, method: Method, data: Any) -> dict[str, float]:
     """Error of the mean's outputs on the data that were matched on, and how much its loss differs from A's."""
+    start = time.process_time()
     both = matched(program.with_weights(program.weights[: method.edges]), method, [data])
+    seconds = round(time.process_time() - start, 1)
     middle = vfx.Interpolate([1 / method.edges] * method.edges)(both)
     wanted, reached = (run(p.graph, p.weights[0], list(p.example_inputs)) for p in (program, middle))
     logits = [next(iter(named_tensors(x).values())).flatten(0, -2) for x in (wanted, reached)]
     labels = torch.randint(0, logits[0].shape[-1], (len(logits[0]),), generator=torch.Generator().manual_seed(0))
     losses = [float(F.cross_entropy(x, labels)) for x in logits]
-    return {"error": outputs_error(wanted, reached), "loss": abs(losses[1] - losses[0])}
+    return {"error": outputs_error(wanted, reached), "loss": abs(losses[1] - losses[0]), "seconds": seconds}
 
 
-def results(cases: Mapping[str, Case], seed: int) -> Iterator[dict[str, Any]]:
-    """One row a network and form."""
-    chosen = [(name, form) for name, case in cases.items() for form in case[2]]
+def results(cases: Mapping[str, Case], held: Rows, seed: int) -> Iterator[tuple[RowKey, dict[str, Any]]]:
+    """One row a network and form of those that are not ``held``."""
+    chosen = [(name, form) for name, case in cases.items() for form in case[2] if (name, form) not in held]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("recovery", total=len(chosen) * len(METHODS))
@@ -172,23 +179,44 @@ def results(cases: Mapping[str, Case], seed: int) -> Iterator[dict[str, Any]]:
             program, data = copies(cases[name], form, seed)
             facts = vfx.symmetry(program)
             kinds = dict(Counter(group.kind.title for group in facts.moving))
-            row: dict[str, Any] = {"network": name, "form": form, "kinds": kinds, "methods": {}}
+            row: dict[str, Any] = {"kinds": kinds, "methods": {}}
             for title, method in METHODS.items():
                 progress.update(task, description=f"{name}, {form}: {title}")
                 row["methods"][title] = measure(program, method, data)
                 progress.advance(task)
-            yield row
+            yield (name, form), row
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A row a network: classes, and the error and the loss's change for each method."""
+def read(file: Path) -> Rows:
+    """The rows that a file of results holds."""
+    rows = json.loads(file.read_text()) if file.is_file() else []
+    return {(row["network"], row["form"]): {name: row[name] for name in ("kinds", "methods")} for row in rows}
+
+
+def in_order(rows: Rows, cases: Mapping[str, Case]) -> Rows:
+    """The rows as ``cases`` name them."""
+    keys = [(name, form) for name, case in cases.items() for form in case[2]]
+    return {key: rows[key] for key in keys if key in rows}
+
+
+def within(cell: Mapping[str, float]) -> bool:
+    """Whether the mean computes what A computes."""
+    return max(cell["error"], cell["loss"]) <= LIMIT
+
+
+def markdown(rows: Rows) -> str:
+    """A row a network: classes, the error and the loss's change for each method, and the seconds of all."""
     table = []
-    for row in rows:
+    for (name, form), row in rows.items():
         kinds = ", ".join(f"{count} {kind}" for kind, count in row["kinds"].items())
         cells = [f"{cell['error']:.1e} / {cell['loss']:.1e}" for cell in row["methods"].values()]
-        table.append([row["network"], row["form"], kinds, *cells])
-    head = ["network", "form", "groups by class", *METHODS]
-    text = "Each cell: relative error of the mean's outputs / change of its cross-entropy; the limit is 1e-6."
+        seconds = sum(cell["seconds"] for cell in row["methods"].values())
+        table.append([name, form, kinds, *cells, f"{seconds:.0f}"])
+    head = ["network", "form", "groups by class", *METHODS, "seconds"]
+    text = (
+        "Each cell: relative error of the mean's outputs / change of its cross-entropy; the limit is 1e-6. The seconds "
+        "are processor time of all methods."
+    )
     return "\n".join(
         ["# Recovery over the full classes", "", (__doc__ or "").strip(), "", text, "", *grid(head, table)]
     )
@@ -198,6 +226,7 @@ def main(
     output: Output = RESULTS,
     network: Annotated[list[str] | None, typer.Option(help="Only this network (may be repeated).")] = None,
     all_families: Annotated[bool, typer.Option("--families", help="The small networks of the tests, too.")] = False,
+    fresh: Fresh = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of g.")] = 0,
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
 ) -> None:
@@ -208,13 +237,15 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown; there are {', '.join(cases)}")
     output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    chosen = network or list(cases if all_families else CASES)
-    for row in results({name: cases[name] for name in chosen}, seed):
-        rows.append(row)
-        write_atomic(output / "class_recovery.json", json.dumps(rows, indent=1) + "\n")
-        write_atomic(output / "class_recovery.md", markdown(rows) + "\n")
-    missed = [f"{r['network']}: {m}" for r in rows for m in FOUND if not max(r["methods"][m].values()) <= LIMIT]
+    file = output / "class_recovery.json"
+    rows = {} if fresh else read(file)
+    chosen = {name: cases[name] for name in network or (cases if all_families else CASES)}
+    for key, row in results(chosen, rows, seed):
+        rows = in_order({**rows, key: row}, cases)
+        listed = [{"network": name, "form": form, **row} for (name, form), row in rows.items()]
+        write_atomic(file, json.dumps(listed, indent=1) + "\n")
+        write_atomic(file.with_suffix(".md"), markdown(rows) + "\n")
+    missed = [f"{name}: {m}" for (name, _), row in rows.items() for m in FOUND if not within(row["methods"][m])]
     console.print(f"wrote class_recovery.json and .md; {len(missed)} beyond {LIMIT}: {', '.join(missed) or 'none'}")
     raise typer.Exit(1 if missed else 0)
 

@@ -23,8 +23,9 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.channel_peers import BATCH, Subject, begin, fitted, parameters, subject_of
+from benchmarks.channel_peers import BATCH, PEERS, Subject, begin, fitted, parameters, subject_of
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, command, fashion_mnist
+from benchmarks.masks import Sources
 from benchmarks.options import Checkpoints, DataFolder, Fresh, Output, Samples
 from benchmarks.pairs_report import grid
 from vfx.api import prune, prune_structured
@@ -49,7 +50,9 @@ def peer(subject: Subject, name: str) -> nn.Module:
     """Torch-Pruning's network, with at most as many parameters as ours (whose widths do not depend on data)."""
     plain = prune_structured(subject.program, sparsity=CHANNELS, progress=False, **BARE)
     size = parameters(plain.module)
-    return fitted(subject, name, CHANNELS, size)[0]
+    pruned = fitted(subject, PEERS[name], CHANNELS, size)
+    assert pruned is not None
+    return pruned[0]
 
 
 def masked(subject: Subject, **options: Any) -> nn.Module:
@@ -123,7 +126,7 @@ def main(
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
     images, labels = fashion_mnist(data, "train", TRAINED)
     for name in pair or NETWORKS:
-        subject = subject_of(name, checkpoints, data, samples)
+        subject = subject_of(name, Sources(checkpoints, data, samples=samples))
         dense = round(100 * float(subject.right(subject.model).double().mean()), 2)
         result = results.setdefault(name, {"dense": dense, "cells": {}})
         for method in METHODS:

@@ -163,7 +163,7 @@ def _channel_peers(networks: Json) -> Reading:
     leads = []
     for line in networks.values():
         cells = [cell for share in line["shares"].values() for name, cell in share.items() if name != OURS]
-        leads += [lead(cell, line["images"]) for cell in cells]
+        leads += [lead(cell, line["labels"]) for cell in cells]
     points, ahead = [points for points, _ in leads], sum(points > error for points, error in leads)
     level = all(points >= -error for points, error in leads)
     span = f"{min(points):+.2f} to {max(points):+.2f} points in {len(leads)} cells"

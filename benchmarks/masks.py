@@ -44,10 +44,11 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained network with the inputs that calibrate it, and those, with labels, that it is judged on."""
+    """A trained network with the inputs (and labels) that calibrate it, and those that it is judged on."""
 
     model: nn.Module
     calibration: Tensor
+    calibration_labels: Tensor
     inputs: Tensor
     labels: Tensor
 
@@ -70,13 +71,13 @@ class Sources:
         """The first network of a Fashion-MNIST pair, or of a pair of ``benchmarks.transformers``."""
         if name in PAIRS:
             model = PAIRS[name].edges(self.checkpoints)[0]
-            train, _ = fashion_mnist(self.data, "train", CALIBRATION)
-            return Trained(model, train, *fashion_mnist(self.data, "test", self.samples))
+            train = fashion_mnist(self.data, "train", CALIBRATION)
+            return Trained(model, *train, *fashion_mnist(self.data, "test", self.samples))
         pair = transformers.PAIRS[name]
         loaded = pair.load(self.data)
-        train, _, inputs, labels = loaded
+        train, judged = loaded[:2], loaded[2:]
         model = pair.edges(loaded, self.cache, pair.epochs)[0].eval()
-        return Trained(model, train[: pair.calibration], inputs[: self.samples], labels[: self.samples])
+        return Trained(model, *(x[: pair.calibration] for x in train), *(x[: self.samples] for x in judged))
 
 
 @dataclass(frozen=True)
