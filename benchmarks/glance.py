@@ -20,6 +20,7 @@ import typer
 from benchmarks.channel_peers import OURS, lead
 from benchmarks.experiments import TABLES
 from benchmarks.fashion import RESULTS
+from benchmarks.masks import SAME_SIZE
 from benchmarks.options import Output
 from benchmarks.reproduce import verdict
 from vfx.files import write_atomic
@@ -145,13 +146,13 @@ def _channels(networks: Json) -> Reading:
 
 
 def _supports(networks: Json) -> Reading:
-    """The default masks beside the best of the peers' scores, both solved."""
-    gains = []
+    """The default masks beside the best of the peers' scores, all solved, at the same size where that is measured."""
+    scores, gains = ("magnitude, global", "magnitude, layer", "wanda, row", "sparsegpt, layer"), []
     for line in networks.values():
         for name, cell in line["cells"].items():
             row, _, share = name.rpartition("/")
-            scores = ("magnitude, global", "magnitude, layer", "wanda, row", "sparsegpt, layer")
-            peers = [line["cells"].get(f"{peer}/{share}") for peer in scores]
+            named = [[f"{score}, {SAME_SIZE}/{share}", f"{score}/{share}"] for score in scores]
+            peers = [next((line["cells"][key] for key in keys if key in line["cells"]), None) for keys in named]
             measured = [peer["accuracy"] for peer in peers if peer]
             if row == "default" and measured:
                 gains.append(cell["accuracy"] - max(measured))

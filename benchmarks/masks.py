@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +31,10 @@ from vfx.api import prune, trace
 from vfx.files import write_atomic
 from vfx.models.training import predict
 from vfx.program import Program
+from vfx.pruning.targets import find_targets, heads
 
 CALIBRATION = 2000
+SAME_SIZE = "same size"  # a method's option: as many weights are left as without a whole last layer
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 METHODS: dict[str, dict[str, Any] | None] = {
     "none": None,
@@ -117,7 +120,6 @@ class Sweep:
         """Measure the cells (of some ``rows`` and ``columns``) that the results do not hold, and write them singly."""
         methods = {name: way for name, way in self.methods.items() if name in (rows or self.methods)}
         shares = [share for share in self.shares if columns is None or str(share) in columns]
-        cells = [(f"{m}/{s}", m, s) for s in shares for m in methods if fits(methods[m], s)]
         output.mkdir(parents=True, exist_ok=True)
         file = output / f"{self.name}.json"
         results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() and not fresh else {}
@@ -125,8 +127,9 @@ class Sweep:
             trained = sources(name)
             program = trace(trained.model, trained.calibration[:2])
             measured = results.setdefault(name, {"dense": trained.accuracy(trained.model), "cells": {}})["cells"]
-            for key, method, share in cells:
-                if key in measured:
+            for share, method in product(shares, methods):
+                key = f"{method}/{share}"
+                if key in measured or not fits(methods[method], share, program):
                     continue
                 measured[key] = self._cell(program, method, share, trained)
                 console.print(name, key, measured[key])
@@ -136,6 +139,8 @@ class Sweep:
     def _cell(self, program: Program, method: str, share: float | str, trained: Trained) -> dict[str, Any]:
         options, start = self.methods[method], time.process_time()
         given = {} if options is None else {"data": trained.calibration, **options}
+        if given.pop(SAME_SIZE, False) and isinstance(share, float):
+            share *= beside_the_head(program)
         given |= {"sparsity": share} if isinstance(share, float) else {"scope": share, "protect": ("first", "head")}
         result = prune(program, progress=False, **given)
         seconds = round(time.process_time() - start, 1)
@@ -143,11 +148,21 @@ class Sweep:
         return {"accuracy": trained.accuracy(result.module), "seconds": seconds} | choices
 
 
-def fits(options: Mapping[str, Any] | None, share: float | str) -> bool:
+def beside_the_head(program: Program) -> float:
+    """By how much more of their weights the other layers lose where the last one stays whole, at the same size."""
+    targets, _ = find_targets(program)
+    whole = heads(targets)
+    everything = sum(target.numel for target in targets)
+    return everything / sum(target.numel for target in targets if target.name not in whole)
+
+
+def fits(options: Mapping[str, Any] | None, share: float | str, program: Program) -> bool:
     """Whether a way of pruning has this share: patterns leave allocations nothing to spread."""
+    options = options or {}
     if isinstance(share, float):
-        return True
-    return not options or (options.get("allocation", "scope") == "scope" and options.get("scope") != "global")
+        return SAME_SIZE not in options or share * beside_the_head(program) < 1
+    spreads = options.get("allocation", "scope") != "scope" or options.get("scope") == "global"
+    return not spreads and SAME_SIZE not in options
 
 
 SWEEP = Sweep("masks", "Masks, solved", (__doc__ or "").split("\n\n")[1].replace("\n", " "), METHODS, SPARSITIES)

@@ -5,10 +5,11 @@ those of ``benchmarks.transformers``: a ViT (the same images) and a GPT-2 (256 w
 next one). Accuracy is over the test samples; nothing is trained. "x, y, z" is a score, its scope, and an allocation of
 the sparsity over layers; where none is named the scope alone decides. "No repair" is a score in its paper's scope with
 its own updates alone (SparseGPT has some). The last layer keeps all weights but for magnitude, where it is pruned with
-the others; "head kept" and "head too" are the controls. "default" is ``vfx.prune`` as it stands: ALPS, and ERK with the
-last layer whole where it holds at most a quarter of what is left; it loses as many weights as global magnitude.
-Patterns leave the first layer whole, too: it has one input. Behind all other masks the layers are solved for the dense
-network's outputs.
+the others; "head kept" and "head too" are the controls. A whole last layer adds to the weights that are left; with
+"same size" the other layers lose as many more. "default" is ``vfx.prune`` as it stands: ALPS, and ERK with the last
+layer whole where it holds at most a quarter of what is left; it loses as many weights as global magnitude. Patterns
+leave the first layer whole, too: it has one input. Behind all other masks the layers are solved for the dense network's
+outputs.
 
 Results go to ``benchmarks/results``: supports.json and supports.md, written after each cell; a run that was stopped
 goes on where it was.
@@ -23,7 +24,7 @@ import torch
 import typer
 
 from benchmarks.fashion import CHECKPOINTS, FASHION_MNIST, RESULTS, command
-from benchmarks.masks import Sources, Sweep
+from benchmarks.masks import SAME_SIZE, Sources, Sweep
 from benchmarks.options import Cache, Checkpoints, DataFolder, Fresh, Output, Samples
 
 NETWORKS = ("resnet20_bn_w05", "vgg16_bn_w025", "vgg16_w025", "vgg16_bn_w05", "vit_fashion", "gpt_text")
@@ -48,9 +49,11 @@ METHODS = {
     "magnitude, layer, erk": _way("magnitude", "layer", "erk"),
     "magnitude, layer, error": _way("magnitude", "layer", "error"),
     "wanda, row": _way("wanda", "row"),
+    "wanda, row, same size": _way("wanda", "row") | {SAME_SIZE: True},
     "wanda, row, owl": _way("wanda", "row", "owl"),
     "wanda, layer, error": _way("wanda", "layer", "error"),
     "sparsegpt, layer": _way("sparsegpt", "layer"),
+    "sparsegpt, layer, same size": _way("sparsegpt", "layer") | {SAME_SIZE: True},
     "sparsegpt, layer, error": _way("sparsegpt", "layer", "error"),
     "alps, layer": _way("alps", "layer"),
     "alps, layer, progressive": _way("alps", "layer", "progressive"),
