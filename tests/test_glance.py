@@ -51,7 +51,7 @@ def test_a_peak_above_its_target_is_a_claim_missed() -> None:
 
 def test_a_peer_ahead_by_more_than_the_error_is_a_claim_missed() -> None:
     level = {"ours_alone_right": 100, "peer_alone_right": 110}
-    network: dict[str, Any] = {"images": 10_000, "shares": {"0.5": {OURS: {}, "L2": level}}}
+    network: dict[str, Any] = {"labels": 10_000, "shares": {"0.5": {OURS: {}, "L2": level}}}
     assert _promise("channel_peers").read({"a": network}) == (
         True, "-0.10 to -0.10 points in 1 cells; ahead by more than the error in 0"
     )  # fmt: skip
