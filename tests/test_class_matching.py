@@ -201,7 +201,7 @@ def test_never_below_permutations_by_its_own_objective(name: str, monkeypatch: p
 
     monkeypatch.setattr(ClassDescent, "run", stuck)
     assert WeightMatching()(problem).objective[0] >= reached * (1 - 1e-12)
-    monkeypatch.setattr("vfx.match.weight._Balanced._at_least_permutations", lambda self, descent, run, other: run)
+    monkeypatch.setattr("vfx.match.weight.Balanced._at_least_permutations", lambda self, descent, run, other: run)
     assert WeightMatching()(problem).objective[0] < reached * (1 - 1e-3), "control"
 
 

@@ -3,8 +3,9 @@
 For each group the Pearson correlation between the features of two edges is summed over the group's taps and maximised
 by one linear assignment; a group with others inside its blocks is matched with them (``vfx.match.units``). Where two
 other groups share features, the first is matched on the best order of the second for each pair of its channels; then
-they are optimised in turn until the sum stops growing. ``vfx.match.class_ascent`` does the same over larger classes
-than permutations.
+they are optimised in turn until the sum stops growing. Features whose samples are channels of other groups are left
+out: each network has these in an order of its own (``vfx.match.by_weights``). ``vfx.match.class_ascent`` does the same
+over larger classes than permutations.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Ascent:
         self.found: dict[int, Any] = {}
         self.gains: list[tuple[Tap, Gain]] = []
         self.taps_of: dict[int, list[tuple[Tap, Gain]]] = {}
-        for tap in statistics.taps:
+        taps = [tap for tap in statistics.taps if not tap.beside]
+        for tap in taps:
             gain = self._gain(tap, statistics.features[tap.key], edge)
             self.gains.append((tap, gain))
             for group in tap.groups:
@@ -50,7 +52,7 @@ class Ascent:
         tapped = [unit for unit in units(symmetry) if unit.groups & set(self.taps_of)]
         self.units = [unit for unit in tapped if only is None or unit.groups & set(only)]
         owner = {group: k for k, unit in enumerate(self.units) for group in unit.groups}
-        self.coupled = any(len({owner[g] for g in tap.groups if g in owner}) > 1 for tap in statistics.taps)
+        self.coupled = any(len({owner[g] for g in tap.groups if g in owner}) > 1 for tap in taps)
 
     def _gain(self, tap: Tap, moments: CrossMoments, edge: int) -> Gain:
         """What each pair of features gives."""

@@ -70,15 +70,23 @@ def again(descent: Descent, run: Run, generator: np.random.Generator) -> Run:
 
 
 def are_copies(descent: Descent) -> bool:
-    """Whether all parameters weigh the same in both networks, as far as no map without a balanced form moves them.
+    """Whether all parameters weigh the same in both networks (``weigh_alike``), which are balanced."""
+    return weigh_alike(descent.symmetry, descent.target, descent.current)
+
+
+def weigh_alike(symmetry: Symmetry, first: Weights, second: Weights) -> bool:
+    """Whether all parameters of two balanced networks weigh the same, as far as no map without a balanced form moves
+    them.
 
     Parameters of one value (new biases and gains) tell nothing.
     """
-    open_ended = {i for i, group_class in descent.symmetry.classes.items() if group_class.kind is Maps.LINEAR}
-    names = [name for name, groups in descent.groups_of.items() if name in descent.target and not groups & open_ended]
-    sizes = ([float(weights[name].norm()) for weights in (descent.target, descent.current)] for name in names)
-    telling = any(bool((descent.target[name] != descent.target[name].flatten()[:1]).any()) for name in names)
-    return telling and all(abs(first - second) <= EQUAL * first for first, second in sizes)
+    open_ended = [g for g in symmetry.groups if symmetry.classes[g.index].kind is Maps.LINEAR]
+    moved = {member.fqn for group in open_ended for member in group.members}
+    names = [member.fqn for group in (*symmetry.groups, *symmetry.rotations) for member in group.members]
+    names = [name for name in dict.fromkeys(names) if name in first and name not in moved]
+    sizes = ([float(weights[name].norm()) for weights in (first, second)] for name in names)
+    telling = any(bool((first[name] != first[name].flatten()[:1]).any()) for name in names)
+    return telling and all(abs(size - other) <= EQUAL * size for size, other in sizes)
 
 
 def _apart(descent: Descent) -> dict[str, float]:

@@ -66,6 +66,10 @@ class Descent:
                 where = (group.index, set(member.position.reshape(-1).tolist()))
                 self.on_axis.setdefault((member.fqn, member.dim), []).append(where)
 
+    def keep_to(self, groups: Collection[int]) -> None:
+        """Search only units that hold one of these groups; the others stay as they are."""
+        self.units = [unit for unit in self.units if unit.groups & set(groups)]
+
     def run(
         self,
         generator: np.random.Generator,

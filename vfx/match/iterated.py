@@ -76,7 +76,7 @@ class IteratedMatching:
             if len(values) > 1 and values[-1] <= best + TOLERANCE * abs(best):
                 break
             best, kept = values[-1], elements
-            elements = [ascent.run()[0] for ascent in ascents]
+            elements = [_matched_anew(ascent, element) for ascent, element in zip(ascents, elements)]
         return Matching(
             elements=to_first(problem.symmetry, [*map(permuted, kept)]),
             objective=(best,),
@@ -105,6 +105,12 @@ class IteratedMatching:
         for rewrite in self.normalize:
             merged = rewrite(merged)
         return merged
+
+
+def _matched_anew(ascent: Ascent, element: Permutations) -> Permutations:
+    """The permutations that the features tell now; groups that they do not tell stay as they were."""
+    told = {group for unit in ascent.units for group in unit.groups}
+    return {index: order if index in told else element[index] for index, order in ascent.run()[0].items()}
 
 
 def _goals(problem: Problem, elements: Sequence[Permutations]) -> dict[str, Goal]:

@@ -7,7 +7,9 @@ that ends below what permutations alone come to, by the same objective, it goes 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -44,16 +46,18 @@ class WeightMatching(Pairwise):
             return _in_classes(problem, first)
 
         def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
-            return _runs(symmetry, first, problem.program.weights[edge], starts, generator, None, heads)
+            return permuted_runs(symmetry, first, problem.program.weights[edge], starts, generator, heads)
 
         return match
 
     def crossed(self, bridge: Bridge, starts: Starts, generator: np.random.Generator) -> list[Run]:
-        return _runs(bridge.facts, *bridge.weights, starts, generator, {} if bridge.full else None)
+        if not bridge.full:
+            return permuted_runs(bridge.facts, *bridge.weights, starts, generator)
+        return _descended(ClassDescent(bridge.facts, *bridge.weights, {}), starts, generator)
 
 
 def _in_classes(problem: Problem, first: Weights) -> Match:
-    usual, whole = _Balanced(problem, first), _Balanced(problem, first, running=True)
+    usual, whole = Balanced(problem, first), Balanced(problem, first, running=True)
     measured = scales_are_measured(problem.symmetry)
 
     def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
@@ -69,7 +73,7 @@ def _in_classes(problem: Problem, first: Weights) -> Match:
     return match
 
 
-class _Balanced:
+class Balanced:
     """The first network in its balanced form, for others to be matched with it over their full classes.
 
     What stands in front of a running statistic keeps its size, since merged statistics are measured anew; for copies
@@ -92,12 +96,14 @@ class _Balanced:
         give_back(sum(tensor.nbytes for tensor in weights.values()))
         return frame
 
-    def match(self, other: Weights, starts: Starts, generator: np.random.Generator) -> list[Run]:
-        """What brings another network to the first as it is, from each start."""
+    def match(
+        self, other: Weights, starts: Starts, generator: np.random.Generator, only: Collection[int] | None = None
+    ) -> list[Run]:
+        """What brings another network to the first as it is, from each start; ``only`` some groups are searched."""
         symmetry, heads, frame = self.problem.symmetry, self.problem.heads, self._frame(other)
         descent = ClassDescent(symmetry, self.balanced, other, frame, heads, self.running)
-        runs = _descended(descent, starts, generator)
-        if any(kind is not Maps.PERMUTATION for kind in descent.kinds.values()):
+        runs = _descended(descent, starts, generator, only)
+        if only is None and any(kind is not Maps.PERMUTATION for kind in descent.kinds.values()):
             best = max(range(len(runs)), key=lambda run: runs[run][1])
             runs[best] = self._at_least_permutations(descent, runs[best], other)
         return [(between(symmetry, self.target, frame, element), value, sweeps) for element, value, sweeps in runs]
@@ -140,22 +146,26 @@ class _Balanced:
         return list(names)
 
 
-def _runs(
+def permuted_runs(
     symmetry: Symmetry, first: Weights, second: Weights, starts: Starts, generator: np.random.Generator,
-    frame: Elements | None, heads: frozenset[str] = frozenset(),
+    heads: frozenset[str] = frozenset(), only: Collection[int] | None = None,
 ) -> list[Run]:  # fmt: skip
-    """A descent from each start: over the classes, ``frame`` balancing the other network, or over permutations.
-
-    ``heads`` are not compared.
-    """
-    if frame is not None:
-        return _descended(ClassDescent(symmetry, first, second, frame, heads), starts, generator)
-    plain = Descent(symmetry, first, second, heads)
-    runs = (again(plain, plain.run(generator, start), generator) for start in starts)
+    """A descent over permutations from each start. ``heads`` are not compared; ``only`` some groups are searched."""
+    runs = _searched(Descent(symmetry, first, second, heads), starts, generator, only)
     return [({i: Element(index) for i, index in orders.items()}, value, sweeps) for orders, value, sweeps in runs]
 
 
-def _descended(descent: ClassDescent, starts: Starts, generator: np.random.Generator) -> list[Run]:
+def _descended(
+    descent: ClassDescent, starts: Starts, generator: np.random.Generator, only: Collection[int] | None = None
+) -> list[Run]:
     """A descent over the classes from each start."""
-    begin = (start and descent.permuted(start) for start in starts)
-    return [again(descent, descent.run(generator, start), generator) for start in begin]
+    return _searched(descent, (start and descent.permuted(start) for start in starts), generator, only)
+
+
+def _searched(
+    descent: Descent, starts: Iterable[Any], generator: np.random.Generator, only: Collection[int] | None
+) -> list[Any]:
+    if only is not None:
+        descent.keep_to(only)
+        return [descent.run(generator, start) for start in starts]
+    return [again(descent, descent.run(generator, start), generator) for start in starts]

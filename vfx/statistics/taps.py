@@ -31,7 +31,8 @@ class Tap:
     the channel of each group at each feature, ``position`` (n, copies) where the feature stands along the axis,
     ``whole`` whether the features are the axis itself, in order. ``sides`` says for each group on which side of it all
     copies stand, and whether they carry the dual map (None where that is not known): queries and keys that stand side
-    by side are two taps, ``part`` 0 and 1.
+    by side are two taps, ``part`` 0 and 1. ``beside`` are the groups that move the value's other axes, whose positions
+    count as samples.
     """
 
     node: str
@@ -42,6 +43,7 @@ class Tap:
     whole: bool
     sides: tuple[Standing | None, ...] = ()
     part: int = 0
+    beside: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
@@ -113,11 +115,12 @@ def axis_taps(symmetry: Symmetry, node: fx.Node, dim: int) -> list[Tap]:
     labels = symmetry.labels(node, dim)
     if labels is None:
         return []
+    beside = frozenset(g for other in range(_rank(node)) if other != dim for g in symmetry.positions(node, other))
     taps = []
     for groups, digits, position in symmetry.features(labels):
         for part, (positions, sides) in enumerate(_by_side(symmetry, node, dim, groups, position)):
             whole = positions.shape == (len(labels), 1) and bool((positions[:, 0] == np.arange(len(labels))).all())
-            taps.append(Tap(node.name, dim, groups, digits, positions, whole, sides, part))
+            taps.append(Tap(node.name, dim, groups, digits, positions, whole, sides, part, beside))
     return taps
 
 
