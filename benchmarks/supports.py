@@ -52,6 +52,7 @@ METHODS = {
     "wanda, row, same size": _way("wanda", "row") | {SAME_SIZE: True},
     "wanda, row, owl": _way("wanda", "row", "owl"),
     "wanda, layer, error": _way("wanda", "layer", "error"),
+    "mixed, layer": _way("mixed", "layer"),
     "sparsegpt, layer": _way("sparsegpt", "layer"),
     "sparsegpt, layer, same size": _way("sparsegpt", "layer") | {SAME_SIZE: True},
     "sparsegpt, layer, error": _way("sparsegpt", "layer", "error"),

@@ -20,6 +20,7 @@ from vfx.pruning.scores.catalogue import SCORES, score_named
 from vfx.pruning.scores.fisher import DiagonalFisher
 from vfx.pruning.scores.gradient import GradientWeight
 from vfx.pruning.scores.magnitude import Magnitude
+from vfx.pruning.scores.mixed import Mixed
 from vfx.pruning.scores.once import ScoreOnce
 from vfx.pruning.scores.random import Random
 from vfx.pruning.scores.score import Score, Subject
@@ -277,6 +278,31 @@ def test_woodfisher_reads_as_many_samples_as_it_is_told(net: tuple[nn.Module, Pr
     rows = literal_gradients(model, ["6.weight"], [[i] for i in range(6)])["6.weight"].flatten(1)
     inverse = torch.linalg.inv(fisher_block(rows, 1e-5))
     close(found.flatten(), model.state_dict()["6.weight"].flatten() ** 2 / (2 * inverse.diagonal()), EXACT)
+
+
+# mixed ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mixed_objectives_are_added_in_units_of_their_means(net: tuple[nn.Module, Program], share: float) -> None:
+    model, program = net
+    found = Mixed(share, damping=0.0).scores(subject(program))
+    by_sample = literal_gradients(model, list(found))
+    linear = dict(model.named_parameters())["6.weight"].detach()
+    inputs = model[:6](X).detach()
+    for name, weight in ((name, dict(model.named_parameters())[name].detach()) for name in found):
+        loss = weight**2 * (by_sample[name] ** 2).sum(0) / COUNT / 2
+        layer = Wanda().scores(subject(program))[name] ** 2
+        if name == "6.weight":  # the norms of a linear layer's inputs, written out
+            close(layer, linear**2 * (inputs**2).sum(0), EXACT * float(layer.max()))
+        close(found[name], (1 - share) * layer / layer.mean() + share * loss / loss.mean(), EXACT)
+
+
+def test_mixed_objectives_are_not_compared_over_layers(net: tuple[nn.Module, Program]) -> None:
+    with pytest.raises(ArgumentError, match="choose scope"):
+        prune(net[1], sparsity=0.5, score="mixed", scope="global", data=DATA)
+    with pytest.raises(ArgumentError, match=r"share=1\.5"):
+        Mixed(1.5)
 
 
 # Wanda ----------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,16 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     "score",
-    ["magnitude", "random", "gradient", "fisher", "wanda", WoodFisher(block=20, update=None), ScoreOnce("wanda")],
+    [
+        "magnitude",
+        "random",
+        "gradient",
+        "fisher",
+        "mixed",
+        "wanda",
+        WoodFisher(block=20, update=None),
+        ScoreOnce("wanda"),
+    ],
 )
 def test_what_is_read_back_prunes_to_the_same_bits(model: nn.Module, score: str | Score, tmp_path: Path) -> None:
     file = tmp_path / "scores.safetensors"
@@ -98,7 +107,8 @@ def test_scores_that_do_not_stand_alone_are_refused(model: nn.Module, score: str
 
 def test_no_score_is_forgotten() -> None:
     """Each score of the catalogue is in one of the two lists above."""
-    assert set(SCORES) == {"magnitude", "random", "gradient", "fisher", "wanda", "woodfisher", "sparsegpt", "alps"}
+    in_files = {"magnitude", "random", "gradient", "fisher", "mixed", "wanda", "woodfisher"}
+    assert set(SCORES) == in_files | {"sparsegpt", "alps"}
 
 
 def test_other_files_are_refused(model: nn.Module, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ if TYPE_CHECKING:  # what a type checker sees; `_origins` reads the same lines
     from vfx.pruning.scores.fisher import DiagonalFisher as DiagonalFisher
     from vfx.pruning.scores.gradient import GradientWeight as GradientWeight
     from vfx.pruning.scores.magnitude import Magnitude as Magnitude
+    from vfx.pruning.scores.mixed import Mixed as Mixed
     from vfx.pruning.scores.once import ScoreOnce as ScoreOnce
     from vfx.pruning.scores.random import Random as Random
     from vfx.pruning.scores.score import Score as Score

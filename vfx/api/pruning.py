@@ -60,9 +60,9 @@ def prune(
     """Set the weights that a trained network needs least to zero and solve those that stay, without training.
 
     ``sparsity``: the share of the convolution and linear weights that go, or a dict of globs of layers. ``score``:
-    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", "sparsegpt", "alps", or a Score; "auto" is ALPS
-    with data, unless a layer is too wide for it or the scope is "global", else magnitude. ``scores``: a .safetensors
-    file of scores, read where it is there (whatever data are given) and written where it is not.
+    "magnitude", "random", "fisher", "woodfisher", "wanda", "gradient", "mixed", "sparsegpt", "alps", or a Score; "auto"
+    is ALPS with data, unless a layer is too wide for it or the scope is "global", else magnitude. ``scores``: a
+    .safetensors file of scores, read where it is there (whatever data are given) and written where it is not.
     ``scope``: "global", "layer", "row", a pattern such as "2:4" ("transposable 2:4" runs along the outputs, too), or
     "auto" (the score's own: rows for Wanda, layers for SparseGPT and ALPS, else global).
     ``allocation``: how the share is spread over layers in the scopes "layer" and "row": "scope" (evenly),

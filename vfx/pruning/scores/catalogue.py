@@ -9,6 +9,7 @@ from vfx.pruning.scores.alps import ALPS
 from vfx.pruning.scores.fisher import DiagonalFisher
 from vfx.pruning.scores.gradient import GradientWeight
 from vfx.pruning.scores.magnitude import Magnitude
+from vfx.pruning.scores.mixed import Mixed
 from vfx.pruning.scores.random import Random
 from vfx.pruning.scores.score import Score
 from vfx.pruning.scores.sparsegpt import SparseGPT
@@ -22,6 +23,7 @@ SCORES: dict[str, Callable[..., Score]] = {
     "woodfisher": WoodFisher,
     "wanda": Wanda,
     "gradient": GradientWeight,
+    "mixed": Mixed,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
 }
