@@ -86,7 +86,8 @@ class Learning:
     def __str__(self) -> str:
         return (
             f"learned matching: {self.epochs} epochs over {self.times} × {self.samples:,} training samples without "
-            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g}, α in ½ ± {self.spread:g}"
+            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g} (a third of it for "
+            f"permutations), α in ½ ± {self.spread:g}"
         )
 
 
@@ -166,7 +167,7 @@ PAIRS = {
             "4 blocks of 96 channels and 4 heads, untied head, 64 characters of context; text of Python "
             f"{platform.python_version()}",
             partial(gpt_tiny, 0.75), lambda _: text(), 2, 32, 256,
-            Learning(12_000, 1, 3, 32, 0.01), augment=False,
+            Learning(26_000, 1, 4, 32, 0.01, 0.2), augment=False,
         ),
     )
 }  # fmt: skip

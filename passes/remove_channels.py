@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from vfx.analyse.layers import number_layers
 from vfx.analyse.symmetry import Symmetry, symmetry
@@ -25,7 +26,7 @@ from vfx.pruning.choice import choose_sizes
 from vfx.pruning.clusters import merged_goals
 from vfx.pruning.expert_merging import ExpertClusters, merged_experts
 from vfx.pruning.experts import expert_groups, expert_scores
-from vfx.pruning.groups import NEED_MOMENTS, Loss, Scores, channel_scores
+from vfx.pruning.groups import NEED_MOMENTS, GivenScores, Loss, Scores, channel_scores
 from vfx.pruning.removed import Removed
 from vfx.pruning.second_moments import SecondMoments, second_moments
 from vfx.pruning.widths import Widths, strongest
@@ -38,6 +39,7 @@ from vfx.statistics.data import Batches
 
 ROUTER = "router"  # the score of experts
 EXPERTS = ("remove", "merge")
+NOTHING_WENT = "no channel went: the groups that may go (roles=, units=, protect=) have none to spare for this share"
 
 
 class RemoveChannels(Pass[Removed]):
@@ -61,7 +63,7 @@ class RemoveChannels(Pass[Removed]):
     def __init__(
         self,
         sparsity: float,
-        score: str | Scores = "magnitude",
+        score: str | GivenScores = "magnitude",
         *,
         allocation: str = "uniform",
         budget: str = "channels",
@@ -102,6 +104,8 @@ class RemoveChannels(Pass[Removed]):
         sizes, notes = choose_sizes(
             program, facts, slots, scores, self.widths, self.sparsity, self.budget, comparable=self.comparable
         )
+        if self.sparsity and all(sizes[group.index] == group.size for group in facts.groups):
+            notes = [*notes, NOTHING_WENT]
         kept = strongest(facts, scores, sizes)
         program, merged = self._merged(program, facts, kept)
         small = resize(program, facts, kept, slots=slots, note=_note(facts, sizes))
@@ -153,17 +157,17 @@ class RemoveChannels(Pass[Removed]):
         )
 
 
-def _checked(scores: Scores, facts: Symmetry) -> Scores:
+def _checked(scores: GivenScores, facts: Symmetry) -> Scores:
     """Scores that were given, one for each channel of each group. Raises ArgumentError."""
     for group in facts.groups:
-        shape = np.shape(scores[group.index]) if group.index in scores else None
+        shape = tuple(np.shape(scores[group.index])) if group.index in scores else None
         if shape != group.shape:
             given = "has none" if shape is None else f"has the shape {shape}"
             raise ArgumentError(
                 f"score= {given} for group {group.index} ({group.name}), of shape {group.shape}; give an array of that "
                 "shape by the index of each group (group.index, group.shape of vfx.symmetry(model, x).groups)"
             )
-    return scores
+    return {index: torch.as_tensor(values).detach().cpu().double().numpy() for index, values in scores.items()}
 
 
 def _note(facts: Symmetry, sizes: Mapping[int, int]) -> str:

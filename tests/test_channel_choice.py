@@ -282,6 +282,29 @@ def test_scores_of_other_groups_are_refused(wrong: str) -> None:
         prune_structured(model, x[:2], sparsity=0.5, score=given, progress=False)
 
 
+def test_scores_may_be_tensors() -> None:
+    model, x = _wide_and_silent(), _samples()
+    groups = vfx.symmetry(model, x[:2]).groups
+    arrays = {group.index: np.random.default_rng(group.index).random(group.size) for group in groups}
+    tensors = {index: torch.from_numpy(scores).requires_grad_() for index, scores in arrays.items()}
+    left = [
+        prune_structured(model, x[:2], sparsity=0.5, score=scores, progress=False).program.weights[0]
+        for scores in (arrays, tensors, {index: -scores for index, scores in arrays.items()})
+    ]
+    assert all(torch.equal(left[0][name], left[1][name]) for name in left[0])
+    assert any(not torch.equal(left[0][name], left[2][name]) for name in left[0]), "control: other scores"
+
+
+def test_a_call_that_removes_nothing_says_so() -> None:
+    model, x = _wide_and_silent(), _samples()
+    nothing, half = (
+        prune_structured(model, x[:2], sparsity=0.5, roles=[role], progress=False).report
+        for role in ("blocks", "hidden")
+    )
+    assert any("no channel went" in note for note in nothing.notes)
+    assert not any("no channel went" in note for note in half.notes)
+
+
 class _Sizes:
     """A configuration: one number for all hidden layers."""
 

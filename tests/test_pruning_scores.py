@@ -280,6 +280,28 @@ def test_woodfisher_reads_as_many_samples_as_it_is_told(net: tuple[nn.Module, Pr
     close(found.flatten(), model.state_dict()["6.weight"].flatten() ** 2 / (2 * inverse.diagonal()), EXACT)
 
 
+class TwoHeads(nn.Module):
+    """The loss reads the first output alone: the second head's gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.read, self.unread = nn.Linear(5, 6), nn.Linear(6, CLASSES), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x).relu()
+        return self.read(x), self.unread(x)
+
+
+@pytest.mark.parametrize("score", ["fisher", "gradient", "woodfisher"])
+def test_a_head_that_the_loss_does_not_read_goes_first(score: str) -> None:
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    pruned = prune(TwoHeads(), x, sparsity=0.3, score=score, data=x, normalize=None, solve=None, progress=False)
+    zeros = {name: float((weight == 0).double().mean()) for name, weight in pruned.module.named_parameters()}
+    assert zeros["unread.weight"] > 0.2
+    assert zeros["read.weight"] <= zeros["unread.weight"]
+
+
 # mixed ----------------------------------------------------------------------------------------------------------------
 
 

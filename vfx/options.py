@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vfx.match.matcher import Matcher
     from vfx.normalize.catalogue import Normalization
     from vfx.pruning.allocation.allocation import Allocation
-    from vfx.pruning.groups import Loss, Scores
+    from vfx.pruning.groups import GivenScores, Loss
     from vfx.pruning.scores.score import Score
     from vfx.pruning.selection import Sparsity
     from vfx.statistics.collect import Statistics
@@ -234,7 +234,7 @@ class StructuredOptions(Rewriting):
         Text("widths", ("--sparsity", "-s")),
     )
     method: str = keyword("remove", "remove, or fold: merge channels by k-means.", Text("text"))
-    score: str | Scores = keyword(
+    score: str | GivenScores = keyword(
         "auto", text=Text("text", names=("auto",), catalogue=("pruning/groups.py", "METHODS"))
     )
     basis: str = keyword(

@@ -21,7 +21,7 @@ from vfx.normalize.catalogue import Normalization
 from vfx.options import DYNAMIC_BATCH, PruneOptions, StructuredOptions
 from vfx.program import Program
 from vfx.pruning.allocation.allocation import Allocation
-from vfx.pruning.groups import Loss, Scores
+from vfx.pruning.groups import GivenScores, Loss
 from vfx.pruning.scores.score import Score
 from vfx.pruning.selection import Sparsity
 from vfx.report import Stopwatch
@@ -117,7 +117,7 @@ def prune_structured(
     *,
     sparsity: float | Sequence[float] | None = None,
     method: str = "remove",
-    score: str | Scores = "auto",
+    score: str | GivenScores = "auto",
     basis: str = "auto",
     allocation: str = "auto",
     budget: Mapping[str, float] | None = None,

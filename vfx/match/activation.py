@@ -14,7 +14,7 @@ from vfx.arguments import checked
 from vfx.elements import Element
 from vfx.errors import ArgumentError
 from vfx.match.ascent import Ascent
-from vfx.match.by_weights import Frames, decided, untold
+from vfx.match.by_weights import Frames, decided, decided_between, untold
 from vfx.match.class_ascent import ClassAscent, Classed, with_turns
 from vfx.match.copies import AGREED, SETTLED, disagreement, scales_are_measured
 from vfx.match.matcher import Problem, Run
@@ -42,7 +42,7 @@ class ActivationMatching(Pairwise):
         if statistics is None or "features" not in statistics.reads:
             raise ArgumentError("activation matching needs data, or statistics collected with features")
         search, frames_of = _in_classes(problem, statistics) if full else _by_permutations(problem, statistics)
-        groups = untold(problem, statistics)
+        groups = untold(problem.symmetry, statistics)
 
         def match(edge: int, starts: Starts, generator: np.random.Generator) -> list[Run]:
             runs = search(edge, starts, generator)
@@ -55,11 +55,15 @@ class ActivationMatching(Pairwise):
 
     def crossed(self, bridge: Bridge, starts: Starts, generator: np.random.Generator) -> list[Run]:
         statistics = bridge.statistics()
-        if not bridge.full:
-            return _permuted(Ascent(bridge.facts, statistics, 1), starts)
-        ascent = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights)
-        elements, value, sweeps = max((ascent.elements(start) for start in starts), key=lambda run: run[1])
-        return [(with_turns(bridge.facts, elements, bridge.weights), value, sweeps)]
+        if bridge.full:
+            ascent = ClassAscent(bridge.facts, statistics, 1, ({}, {}), bridge.weights)
+            runs = [ascent.elements(start) for start in starts]
+        else:
+            runs = _permuted(Ascent(bridge.facts, statistics, 1), starts)
+        element, value, sweeps = max(runs, key=lambda run: run[1])
+        if bridge.full:
+            element = with_turns(bridge.facts, element, bridge.weights)
+        return [(decided_between(bridge, element, untold(bridge.facts, statistics), generator), value, sweeps)]
 
 
 def _in_classes(problem: Problem, statistics: Statistics) -> tuple[Match, FramesOf]:

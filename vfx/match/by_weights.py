@@ -13,21 +13,23 @@ from collections.abc import Collection
 
 import numpy as np
 
+from vfx.analyse.symmetry import Symmetry
 from vfx.elements import Acting, Element, Elements, act, compose
-from vfx.match.copies import SETTLED, disagreement, weigh_alike
+from vfx.match.copies import SAME, SETTLED, disagreement, weigh_alike
 from vfx.match.matcher import Problem
+from vfx.match.rectangular import Bridge
 from vfx.match.units import units
 from vfx.match.universe import scored_names
-from vfx.match.weight import Balanced, permuted_runs
+from vfx.match.weight import Balanced, permuted_runs, runs_between
 from vfx.on_read import OnRead
 from vfx.program import Weights
 from vfx.statistics.collect import Statistics
 
 
-def untold(problem: Problem, statistics: Statistics) -> frozenset[int]:
+def untold(symmetry: Symmetry, statistics: Statistics) -> frozenset[int]:
     """The groups of units that stand in no feature on samples of one order."""
     told = {group for tap in statistics.taps if not tap.beside for group in tap.groups}
-    return frozenset().union(*(unit.groups for unit in units(problem.symmetry) if not unit.groups & told))
+    return frozenset().union(*(unit.groups for unit in units(symmetry) if not unit.groups & told))
 
 
 Frames = tuple[Elements, Elements]  # what balances the first network and another one
@@ -44,7 +46,7 @@ def decided(
     second, full = problem.program.weights[edge], frames is not None
     if _is_copy(problem, second, frames or ({}, {})) and disagreement(problem, element, second) > SETTLED:
         whole = _behind(problem, element, second, None, full, generator)
-        if disagreement(problem, whole, second) <= SETTLED:
+        if disagreement(problem, whole, second) <= SAME:
             return whole
     return _behind(problem, element, second, groups, full, generator) if groups else element
 
@@ -61,6 +63,17 @@ def _is_copy(problem: Problem, second: Weights, frames: Frames) -> bool:
     return weigh_alike(symmetry, *balanced)
 
 
+def decided_between(
+    bridge: Bridge, element: dict[int, Element], groups: frozenset[int], generator: np.random.Generator
+) -> dict[int, Element]:
+    """The same in the frame of two widths, whose networks are no copies."""
+    if not groups:
+        return element
+    moved = act(bridge.facts, element, bridge.weights[1])
+    (run,) = runs_between(bridge, moved, [{}], generator, groups)
+    return _composed(bridge.facts, element, run[0], groups)
+
+
 def _behind(
     problem: Problem, element: dict[int, Element], second: Weights, only: Collection[int] | None, full: bool,
     generator: np.random.Generator,
@@ -72,5 +85,11 @@ def _behind(
         (run,) = Balanced(problem, first, running=only is None).match(moved, [{}], generator, only)
     else:
         (run,) = permuted_runs(symmetry, first, moved, [{}], generator, problem.heads, only)
-    relative = {index: part for index, part in run[0].items() if only is None or index in only}
+    return _composed(symmetry, element, run[0], only)
+
+
+def _composed(
+    symmetry: Symmetry, element: Elements, found: Elements, only: Collection[int] | None
+) -> dict[int, Element]:
+    relative = {index: part for index, part in found.items() if only is None or index in only}
     return compose(symmetry, element, relative)

@@ -165,9 +165,6 @@ class Chart:
                 product = rows_of(gradient[name], dim, part) @ rows_of(moved[name], dim, part).T
                 yield part.block, part.side, part.dual, product
 
-    def parameters(self) -> list[Tensor]:
-        return [self.table, *self.logs.values(), *self.flips.values()]
-
 
 class Charts:
     """A chart for every group, for one edge."""
@@ -197,8 +194,11 @@ class Charts:
         """The parameters of maps that mix channels."""
         return [chart.table for chart in self.charts.values() if chart.kind.mixes]
 
-    def entries(self) -> list[Tensor]:
-        """All other parameters: scores of permutations, scales, signs."""
-        maps = set(map(id, self.maps()))
-        tensors = (tensor for chart in self.charts.values() for tensor in chart.parameters())
-        return [tensor for tensor in tensors if id(tensor) not in maps]
+    def orders(self) -> list[Tensor]:
+        """The scores of permutations."""
+        return [chart.table for chart in self.charts.values() if not chart.kind.mixes]
+
+    def sizes(self) -> list[Tensor]:
+        """The parameters of scales and signs."""
+        charts = self.charts.values()
+        return [tensor for chart in charts for tensor in (*chart.logs.values(), *chart.flips.values())]

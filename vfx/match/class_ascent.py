@@ -116,7 +116,8 @@ class ClassAscent(Ascent):
         sizes = [
             float(m.m2.sum()) / count + float(mean @ mean) for m, mean in zip((first_moments, other_moments), means)
         ]
-        scale = tap.size / max(np.sqrt(sizes[0] * sizes[1]), np.finfo(float).tiny)
+        size = np.sqrt(sizes[0] * sizes[1])
+        scale = tap.size / size if size > np.finfo(float).tiny else 0.0  # features that are silent tell nothing
         left, right = (basis(self.symmetry, tap, frame) for frame in self.frames)
         return scale * (left @ second @ right.T)
 

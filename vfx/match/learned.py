@@ -54,9 +54,10 @@ class LearnedMatching:
     """Elements of the full classes that lower the merged network's loss, learnt by gradients.
 
     ``epochs`` over the batches (``steps`` cuts them off) at the rate ``lr``; ``spread``: how far an edge's share is
-    drawn from its own; ``loss``: "auto" (labels where there are any), "labels", "distillation", or a function of the
-    network's output and the batch's labels (None without); ``classes``: "full" or "permutation". Raises DataError where
-    the loss does not fit the batches, ArgumentError.
+    drawn from its own; ``orders``: the rate of permutations' scores, as a share of ``lr``; ``loss``: "auto" (labels
+    where there are any), "labels", "distillation", or a function of the network's output and the batch's labels (None
+    without); ``classes``: "full" or "permutation". Raises DataError where the loss does not fit the batches,
+    ArgumentError.
     """
 
     needs = frozenset({"features", "data"})
@@ -70,12 +71,13 @@ class LearnedMatching:
         *,
         steps: int | None = None,
         spread: float = 0.1,
+        orders: float = 1 / 3,
         loss: str | Loss = "auto",
         classes: str = "full",
     ):
-        if epochs < 0 or lr <= 0 or (steps is not None and steps < 0) or not 0 <= spread <= 0.5:
-            raise ArgumentError("epochs and steps must be at least 0, lr above 0, spread from 0 to 0.5")
-        self.epochs, self.lr, self.steps, self.spread = epochs, lr, steps, spread
+        if epochs < 0 or lr <= 0 or orders < 0 or (steps is not None and steps < 0) or not 0 <= spread <= 0.5:
+            raise ArgumentError("epochs, steps and orders must be at least 0, lr above 0, spread from 0 to 0.5")
+        self.epochs, self.lr, self.steps, self.spread, self.orders = epochs, lr, steps, spread, orders
         self.loss, self.classes = check_loss(loss), check_classes(classes)
 
     @torch.no_grad()
@@ -127,7 +129,7 @@ class LearnedMatching:
         kept = _Best(list(start), task.loss_of(start, batches.held_out()))
         kept = kept._replace(losses=(kept.loss,))
         steps = _steps(self.epochs * batches.learnt_from, self.steps)
-        descent = _Descent(charts, self.lr, steps)
+        descent = _Descent(charts, self.lr, self.orders, steps)
         if not descent.moves:
             return kept
         generator, edges = np.random.default_rng(problem.seed), task.moved(begin)
@@ -156,21 +158,27 @@ class LearnedMatching:
 
 
 class _Descent:
-    """Adam on entries and polar steps on maps, both at a rate that falls linearly to zero over so many ``steps``."""
+    """Adam on entries and polar steps on maps, at rates that fall linearly to zero over so many ``steps``."""
 
-    def __init__(self, charts: Sequence[Charts], lr: float, steps: int):
-        entries = [tensor for chart in charts for tensor in chart.entries()]
+    def __init__(self, charts: Sequence[Charts], lr: float, orders: float, steps: int):
         maps = [tensor for chart in charts for tensor in chart.maps()]
-        self.moves = bool(entries or maps)
-        self._adam = torch.optim.Adam(entries, lr, betas=BETAS) if entries else None
-        self._polar, self._lr, self._left, self._steps = PolarSteps(maps, TURN * lr), lr, steps, steps
+        rates = [
+            (orders * lr, [tensor for chart in charts for tensor in chart.orders()]),
+            (lr, [tensor for chart in charts for tensor in chart.sizes()]),
+        ]
+        self._rates = [(rate, entries) for rate, entries in rates if entries]
+        self.moves = bool(self._rates or maps)
+        groups = [{"params": entries, "lr": rate} for rate, entries in self._rates]
+        self._adam = torch.optim.Adam(groups, betas=BETAS) if groups else None
+        self._polar, self._left, self._steps = PolarSteps(maps, TURN * lr), steps, steps
 
     def step(self) -> None:
         share = self._left / self._steps
         self._left -= 1
         self._polar.step(share)
         if self._adam is not None:
-            self._adam.param_groups[0]["lr"] = share * self._lr
+            for group, (rate, _) in zip(self._adam.param_groups, self._rates):
+                group["lr"] = share * rate
             self._adam.step()
 
 

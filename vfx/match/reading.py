@@ -120,8 +120,11 @@ def _carried(moments: Moments, spread: Tensor, matrix: Tensor | None) -> tuple[M
 
 
 def _paired_taps(pairings: Sequence[Pairing]) -> list[list[Tap]]:
-    """The taps of the first edge, each with those of the other edges at the same place."""
-    paired = [[tap] for tap in feature_taps(pairings[0].one)]
+    """The taps of the first edge, each with those of the other edges at the same place.
+
+    Where other groups' channels are the samples, networks of different widths have different numbers of these.
+    """
+    paired = [[tap] for tap in feature_taps(pairings[0].one) if not tap.beside]
     for pairing in pairings[1:]:
         theirs = {tap.place(): tap for tap in feature_taps(pairing.other)}
         for taps in paired:

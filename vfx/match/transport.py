@@ -79,7 +79,7 @@ class OptimalTransport:
             readings = []
             if problem.statistics is not None and self.needs:
                 features = problem.statistics.features
-                readings = [(tap, tap, features[tap.key]) for tap in problem.statistics.taps]
+                readings = [(tap, tap, features[tap.key]) for tap in problem.statistics.taps if not tap.beside]
             crossing = Crossing(Pairing(facts, facts), edge, weights[0], weights[edge], readings)
             carrier, value = self.carry(crossing)
             objective.append(value)

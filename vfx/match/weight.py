@@ -51,9 +51,7 @@ class WeightMatching(Pairwise):
         return match
 
     def crossed(self, bridge: Bridge, starts: Starts, generator: np.random.Generator) -> list[Run]:
-        if not bridge.full:
-            return permuted_runs(bridge.facts, *bridge.weights, starts, generator)
-        return _descended(ClassDescent(bridge.facts, *bridge.weights, {}), starts, generator)
+        return runs_between(bridge, bridge.weights[1], starts, generator)
 
 
 def _in_classes(problem: Problem, first: Weights) -> Match:
@@ -144,6 +142,15 @@ class Balanced:
                 if member.fqn in symmetry.program.buffers and not moves:
                     names[member.fqn] = None
         return list(names)
+
+
+def runs_between(
+    bridge: Bridge, second: Weights, starts: Starts, generator: np.random.Generator, only: Collection[int] | None = None
+) -> list[Run]:
+    """A descent in the frame of two widths from each start; ``only`` some groups are searched."""
+    if not bridge.full:
+        return permuted_runs(bridge.facts, bridge.weights[0], second, starts, generator, only=only)
+    return _descended(ClassDescent(bridge.facts, bridge.weights[0], second, {}), starts, generator, only)
 
 
 def permuted_runs(

@@ -37,6 +37,7 @@ from vfx.pruning.second_moments import SecondMoments
 from vfx.statistics.data import Batches
 
 Scores = Mapping[int, NDArray[np.float64]]  # by group index
+GivenScores = Mapping[int, NDArray[Any] | Tensor]  # the same, as users have them
 Loss = Callable[[Any, Any], Tensor]  # of the network's output and what a batch holds behind the inputs (or None)
 METHODS = ("magnitude", "l1", "l2", "taylor", "activation", "obs", "random")
 NEED_MOMENTS = ("activation", "obs")

@@ -36,7 +36,7 @@ class DiagonalFisher(Score):
         count = 0
         for chunk in gradients.chunks(list(weights), subject.batches()):
             for name, gradient in chunk.items():
-                totals[name] += gradient.square_().sum(0, dtype=torch.float64)
+                totals[name] += gradient.square().sum(0, dtype=torch.float64)
             count += len(next(iter(chunk.values())))
         return {
             name: weight.double().square() * (totals[name] / count + self.damping) / 2
