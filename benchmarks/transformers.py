@@ -82,12 +82,14 @@ class Learning:
     batch: int
     lr: float
     spread: float = 0.1
+    orders: float = 1.0
 
     def __str__(self) -> str:
+        orders = "" if self.orders == 1 else f" ({self.orders:.2g} of it for permutations)"
         return (
             f"learned matching: {self.epochs} epochs over {self.times} × {self.samples:,} training samples without "
-            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g} (a third of it for "
-            f"permutations), α in ½ ± {self.spread:g}"
+            f"labels, varied as in training, in batches of {self.batch}, rate {self.lr:g}{orders}, α in ½ ± "
+            f"{self.spread:g}"
         )
 
 
@@ -167,7 +169,7 @@ PAIRS = {
             "4 blocks of 96 channels and 4 heads, untied head, 64 characters of context; text of Python "
             f"{platform.python_version()}",
             partial(gpt_tiny, 0.75), lambda _: text(), 2, 32, 256,
-            Learning(26_000, 1, 4, 32, 0.01, 0.2), augment=False,
+            Learning(12_000, 1, 3, 32, 0.01, orders=1 / 3), augment=False,
         ),
     )
 }  # fmt: skip
@@ -199,7 +201,7 @@ class Subject:
         """What matches, and the data that it reads."""
         if method.match == "learned":
             how = self.pair.learning
-            by = LearnedMatching(how.epochs, how.lr, spread=how.spread, loss="distillation")
+            by = LearnedMatching(how.epochs, how.lr, spread=how.spread, orders=how.orders, loss="distillation")
             return by, self.pair.learnt_from(self.train)
         return method.match, self.calibration if method.match == "activation" else None
 
