@@ -169,7 +169,7 @@ PAIRS = {
             "4 blocks of 96 channels and 4 heads, untied head, 64 characters of context; text of Python "
             f"{platform.python_version()}",
             partial(gpt_tiny, 0.75), lambda _: text(), 2, 32, 256,
-            Learning(12_000, 1, 3, 32, 0.01, orders=1 / 3), augment=False,
+            Learning(26_000, 1, 3, 32, 0.01, 0.15, 1 / 6), augment=False,
         ),
     )
 }  # fmt: skip
